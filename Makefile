@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and by version; set it to another build if this one does not suit the machine.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)  ## answer the bundled questions with the bundled model
+	$(BIN)/flexmask generate --strategy ensemble_isolation --stop '\n' \
+		--output outputs/demo.feather --overwrite
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+lint: $(INSTALLED)  ## check style, types and imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## bring the code into style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@

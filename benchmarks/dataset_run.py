@@ -1,0 +1,121 @@
+"""Tokens per second of a whole file of requests through a model of random weights.
+
+Random weights at a real shape cost what trained ones cost; answers mean nothing. The bundled
+tokenizer stands in for the model's own, and cuts real text into more tokens than that would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from stamp import environment_stamp
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flexmask.attention import register_attention
+from flexmask.demo import model_path
+from flexmask.engine import Engine
+from flexmask.registry import make_strategy
+from flexmask.request import read_requests
+from flexmask.results import ResultWriter
+from flexmask.run_config import RunConfig
+
+LLAMA_3_2_3B = {
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+TINY = LLAMA_3_2_3B | {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "tiny": TINY}
+
+
+def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
+    """Make an engine around a model of random weights."""
+    register_attention()
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], eos_token_id=None, bos_token_id=None)
+    config._attn_implementation = "flexmask"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(default)
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    return Engine(model.eval().requires_grad_(False), tokenizer)
+
+
+def main() -> None:
+    """Print the summary of the run, then a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--strategy", default="ensemble_isolation")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    arguments = parser.parse_args()
+
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    requests = read_requests(str(arguments.requests))[: arguments.rows]
+    engine = random_engine(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
+    strategy = make_strategy(arguments.strategy, {})
+    run = engine.generate(
+        requests,
+        strategy,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    config = RunConfig(settings, environment_stamp())
+    started, first_batch_s = time.perf_counter(), None
+    with ResultWriter.open(
+        arguments.output, config=config, requests=requests, mode="overwrite"
+    ) as writer:
+        for generation in run:
+            if first_batch_s is None:
+                first_batch_s = time.perf_counter() - started
+                warm = (time.perf_counter(), run.stats)
+            writer.write([generation])
+    total_s = time.perf_counter() - started
+    warm_s = time.perf_counter() - warm[0]
+    warm_tokens = run.stats.generated_tokens - warm[1].generated_tokens
+    result = {
+        "stats": asdict(run.stats),
+        "first_batch_s": first_batch_s,
+        "total_s": total_s,
+        "warm_rows_per_s": (run.stats.rows - warm[1].rows) / warm_s,
+        "warm_tokens_per_s": warm_tokens / warm_s,
+        "settings": settings,
+        "environment": environment_stamp(),
+    }
+    for name in ("first_batch_s", "total_s", "warm_rows_per_s", "warm_tokens_per_s"):
+        print(f"{name:20} {result[name]:10.2f}")
+    for name, value in result["stats"].items():
+        print(f"{name:20} {value:10.2f}" if isinstance(value, float) else f"{name:20} {value:10}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The ``flexmask`` command."""

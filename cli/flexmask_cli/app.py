@@ -1,0 +1,58 @@
+"""Assembles the command line; the one place where errors become messages."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flexmask import __version__
+from flexmask.errors import FlexMaskError
+from flexmask_cli.commands.generate import generate
+from flexmask_cli.commands.plugins import plugins
+from flexmask_cli.commands.strategies import strategies
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"flexmask {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+]
+
+
+def _options(version: Version = False) -> None:
+    """Generate with structured attention; mask strategies are plugins."""
+
+
+def build_app() -> typer.Typer:
+    """Assemble the commands."""
+    app = typer.Typer(
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_options)
+    app.command()(generate)
+    app.command()(strategies)
+    app.command()(plugins)
+    return app
+
+
+def main() -> None:
+    """Run the command line.
+
+    An error that is meant for the user becomes one line and exit status 1; any other keeps its
+    traceback.
+    """
+    try:
+        build_app()()
+    except FlexMaskError as error:
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")

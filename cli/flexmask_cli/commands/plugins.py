@@ -1,0 +1,43 @@
+"""``flexmask plugins``: what was loaded, and what failed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from flexmask.registry import PluginRecord, Registry, load_registry
+from flexmask_cli import render
+
+
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List plugins, and why one failed."""
+    registry = load_registry()
+    render.print_warnings(registry.problems())
+    if as_json:
+        render.print_json([_fields(plugin, registry) for plugin in registry.plugins])
+    else:
+        rows = [_row(plugin, registry) for plugin in registry.plugins]
+        render.print_table(rows, wrapped=["status"])
+
+
+def _fields(plugin: PluginRecord, registry: Registry) -> dict[str, Any]:
+    return {
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "entry_point": plugin.entry_point,
+        "value": plugin.value,
+        "strategies": [cls.name for cls in plugin.strategies],
+        "error": registry.error_of(plugin),
+    }
+
+
+def _row(plugin: PluginRecord, registry: Registry) -> dict[str, str]:
+    return {
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "entry point": plugin.entry_point,
+        "status": registry.error_of(plugin) or "ok",
+    }

@@ -1,0 +1,110 @@
+"""What commands print: tables for people, JSON for programs, warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexmask.engine import Engine, RunStats
+    from flexmask.generation import Generation
+    from flexmask.results import ResultSummary
+    from flexmask.strategy import Strategy
+
+UNLIMITED = 1_000_000
+"""A width in characters that no table reaches."""
+
+SHOWN_ANSWERS = 8
+"""How many generations `print_answers` is given."""
+
+
+def print_table(rows: Sequence[Mapping[str, str]], wrapped: Collection[str]) -> None:
+    """Print rows as aligned columns.
+
+    A pipe or file gets one plain line a row, whatever its length. A terminal gets the columns
+    in ``wrapped`` broken between words to fit; no cell is ever cut short.
+    """
+    from rich.console import Console  # here, because --help and --json need not wait for it
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, no_wrap=name not in wrapped, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(force_terminal=is_terminal, markup=False, emoji=False, highlight=False)
+    needed = console.measure(table, options=console.options.update(width=UNLIMITED))
+    console.width = max(console.width, needed.minimum) if is_terminal else needed.maximum
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, indented."""
+    print(json.dumps(value, indent=2), flush=True)  # a closed pipe shows now, not at exit
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print each line to stderr."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def print_line(line: str) -> None:
+    """Print a line."""
+    print(line, flush=True)
+
+
+def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
+    """Say on stderr what is about to run, and how."""
+    model, kinds = engine.model, engine.runner.layer_windows
+    layers = ", ".join(
+        kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
+    )
+    for line in (
+        f"strategy: {strategy}",
+        f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
+        f"attention: compiled FlexAttention; layers: {layers}",
+        f"batches: {stats.batch_size} rows of up to {stats.capacity} slots",
+    ):
+        print(line, file=sys.stderr)
+
+
+def print_answers(generations: Sequence[Generation]) -> None:
+    """Print what was answered, beside what is accepted."""
+    from flexmask.judge import is_exact_match
+
+    rows = []
+    for generation in generations:
+        request = generation.request
+        row = {"question": request.segments[0], "prediction": generation.prediction}
+        if request.answers:
+            is_right = is_exact_match(generation.prediction, request.answers)
+            row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
+        rows.append({name: " ".join(text.split()) for name, text in row.items()})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name, "") for name in columns} for row in rows]
+    print_table(rows, wrapped=["question", "prediction", "accepted"])
+
+
+def print_summary(stats: RunStats, results: ResultSummary) -> None:
+    """Print what the run did and how fast."""
+    lines = [
+        f"rows: {stats.rows} generated, {results.rows} in all",
+        f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts, "
+        f"{stats.tokens_per_s:.1f} tokens/s",
+        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
+        "first batch",
+        f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
+    ]
+    if results.accuracy is not None:
+        lines.append(
+            f"accuracy: {results.accuracy:.1%} ({results.correct} of {results.judged} exact)"
+        )
+    print("\n".join(["", *lines]), flush=True)

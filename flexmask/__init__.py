@@ -1,0 +1,70 @@
+"""Structured attention for decoder-only language models.
+
+Names load when first used, so that importing the package stays cheap and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from flexmask.attention import register_attention
+    from flexmask.block_mask import create_block_mask, explain_mask
+    from flexmask.engine import Engine
+    from flexmask.errors import FlexMaskError
+    from flexmask.generation import Generation
+    from flexmask.hookspecs import hookimpl
+    from flexmask.layout import Layout, TokenizedRequest
+    from flexmask.registry import load_registry
+    from flexmask.request import Request, read_requests
+    from flexmask.strategy import Strategy, parameter
+    from flexmask.strategy_context import use_strategy
+
+_MODULE_OF = {
+    "Engine": "engine",
+    "FlexMaskError": "errors",
+    "Generation": "generation",
+    "Layout": "layout",
+    "Request": "request",
+    "Strategy": "strategy",
+    "TokenizedRequest": "layout",
+    "create_block_mask": "block_mask",
+    "explain_mask": "block_mask",
+    "hookimpl": "hookspecs",
+    "load_registry": "registry",
+    "parameter": "strategy",
+    "read_requests": "request",
+    "register_attention": "attention",
+    "use_strategy": "strategy_context",
+}
+
+__all__ = [
+    "Engine",
+    "FlexMaskError",
+    "Generation",
+    "Layout",
+    "Request",
+    "Strategy",
+    "TokenizedRequest",
+    "create_block_mask",
+    "explain_mask",
+    "hookimpl",
+    "load_registry",
+    "parameter",
+    "read_requests",
+    "register_attention",
+    "use_strategy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'flexmask' has no attribute {name!r}")
+    return getattr(import_module(f"flexmask.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

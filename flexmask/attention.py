@@ -1,0 +1,263 @@
+"""The attention backend ``flexmask``, registered with transformers.
+
+A model loaded with ``attn_implementation="flexmask"`` computes its attention here, through
+compiled FlexAttention and a BlockMask; no method of it is replaced. ``flexmask_dense`` is the
+reference: the same masks as dense tensors and plain matrix products, chosen by name only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from flexmask.errors import AttentionError
+
+BACKEND = "flexmask"
+DENSE_BACKEND = "flexmask_dense"
+
+
+def compile_settings() -> AbstractContextManager[None]:
+    """Dynamo's settings for compiled attention, for the duration of a call.
+
+    Every model shape and mask compiles once, and dynamo's limit of 8 is for code that should
+    not have compiled again. Numbers that a mask_mod or score_mod captures are constants: flex
+    refuses symbolic floats.
+    """
+    settings = {"recompile_limit": 256, "specialize_float": True, "specialize_int": True}
+    return cast(AbstractContextManager[None], dynamo_config.patch(settings))
+
+
+def register_attention() -> None:
+    """Register ``flexmask`` and ``flexmask_dense`` as attention implementations.
+
+    Call it before loading a model with ``attn_implementation="flexmask"``.
+    """
+    from flexmask.model_masks import model_block_mask, model_dense_mask
+
+    AttentionInterface.register(BACKEND, flexmask_attention)
+    AttentionMaskInterface.register(BACKEND, model_block_mask)
+    AttentionInterface.register(DENSE_BACKEND, dense_attention)
+    AttentionMaskInterface.register(DENSE_BACKEND, model_dense_mask)
+
+
+def flexmask_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    cache_slots: Tensor | None = None,
+    attention_probe: AttentionProbe | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend under a BlockMask.
+
+    Args:
+        module: The attention module that calls; holds the key and value caches if bound.
+        query: ``(B, H, Q, D)``.
+        key: ``(B, H_kv, K, D)``, with ``H`` a multiple of ``H_kv``.
+        value: ``(B, H_kv, K, D_v)``.
+        attention_mask: Who sees whom, for ``Q`` queries and ``K`` keys; where a cache is bound
+            and ``Q`` is 1, for the cache's slots as keys.
+        scaling: Factor on the scores; default ``D ** -0.5``.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        cache_slots: ``(B,)`` slot that a decoded token's key and value go to. Given, the keys
+            and values are kept in ``module.key_cache`` and ``module.value_cache``.
+        attention_probe: Given, notes the module and nothing is computed.
+        kwargs: What else transformers passes; refused where it changes attention.
+
+    Returns:
+        ``(B, Q, H, D_v)`` and no weights.
+
+    Raises:
+        AttentionError: If the model asks for what this backend does not compute.
+    """
+    _refuse_unsupported(module, kwargs)
+    if attention_probe is not None:
+        return attention_probe.record(module, query, key, value), None
+    if not isinstance(attention_mask, BlockMask):
+        got = type(attention_mask).__name__
+        raise AttentionError(
+            f"flexmask attention needs a BlockMask, got {got}; pass attention_mask as a 2-D "
+            "padding mask or not at all, or choose attn_implementation='sdpa'"
+        )
+    if cache_slots is not None:
+        key, value = _update_cache(module, key, value, cache_slots)
+    attend = _attend if torch.compiler.is_compiling() else _attend_compiled
+    output = attend(query, key, value, attention_mask, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend under a dense boolean mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
+
+    Arguments and result as in `flexmask_attention`. A query that sees nothing gets zeros.
+    """
+    _refuse_unsupported(module, kwargs)
+    groups = query.shape[1] // key.shape[1]
+    keys = key.repeat_interleave(groups, dim=1).float()
+    values = value.repeat_interleave(groups, dim=1).float()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query.float() @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).nan_to_num()
+    return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if kwargs.get("dropout", 0.0) > 0.0:
+        raise AttentionError(
+            f"{name} asks for attention dropout {kwargs['dropout']}, which flexmask does not "
+            "compute; call model.eval(), or set attention_dropout=0.0"
+        )
+    for option in ("s_aux", "position_bias", "head_mask"):
+        if kwargs.get(option) is not None:
+            raise AttentionError(
+                f"{name} asks for {option}, which flexmask does not compute; "
+                "choose another attn_implementation for this model"
+            )
+    if kwargs.get("output_attentions"):
+        raise AttentionError(
+            "output_attentions=True needs attention weights, which flexmask never makes; "
+            "choose attn_implementation='eager'"
+        )
+
+
+def bound_cache(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Keys and values bound to an attention module, ``(B, H_kv, capacity, D)`` each."""
+    return cast(Tensor, module.key_cache), cast(Tensor, module.value_cache)
+
+
+def _update_cache(
+    module: nn.Module, key: Tensor, value: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    key_cache, value_cache = bound_cache(module)
+    length = key.shape[2]
+    if length > 1:
+        key_cache[:, :, :length] = key
+        value_cache[:, :, :length] = value
+        return key, value
+    rows = torch.arange(key.shape[0], device=key.device)
+    key_cache[rows, :, slots] = key[:, :, 0]
+    value_cache[rows, :, slots] = value[:, :, 0]
+    return key_cache, value_cache
+
+
+def _softcap_mod(softcap: float | None) -> Callable[..., Tensor] | None:
+    if softcap is None:
+        return None
+
+    def softcap_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return softcap_mod
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    block_mask = BlockMask.from_kv_blocks(
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+        # From the tensors: a length read off the mask would be a constant of the graph.
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    output = flex_attention(
+        query,
+        # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
+        # kernel reads such views wrongly (torch 2.13).
+        key.contiguous(),
+        value.contiguous(),
+        score_mod=_softcap_mod(softcap),
+        block_mask=block_mask,
+        enable_gqa=query.shape[1] != key.shape[1],
+        scale=scaling,
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+@cache
+def _compiled_attend() -> Callable[..., Tensor]:
+    return torch.compile(_attend, fullgraph=True, dynamic=True)
+
+
+def _attend_compiled(*args: Any) -> Tensor:
+    with compile_settings():
+        return _compiled_attend()(*args)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one attention module of a model needs of a cache."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class AttentionProbe:
+    """Passed through a model's forward, notes which modules attend and in which shapes."""
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self.shapes: dict[nn.Module, AttentionShape] = {}
+
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Note ``module``'s shapes; return zeros in place of attention's result."""
+        self.shapes[module] = AttentionShape(key.shape[1], key.shape[3], value.shape[3])
+        batch_size, heads, length, _ = query.shape
+        return value.new_zeros(batch_size, length, heads, value.shape[3])
+
+
+def find_attention_modules(model: nn.Module) -> dict[nn.Module, AttentionShape]:
+    """Find the modules that attend through this backend, by running one token.
+
+    No name or attribute of a model is relied on.
+
+    Raises:
+        AttentionError: If none does.
+    """
+    device = next(model.parameters()).device
+    probe = AttentionProbe()
+    input_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        model(input_ids=input_ids, use_cache=False, attention_probe=probe)
+    if not probe.shapes:
+        raise AttentionError(
+            f"{type(model).__name__} does not attend through flexmask; "
+            "load it with attn_implementation='flexmask'"
+        )
+    return probe.shapes

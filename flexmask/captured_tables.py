@@ -1,0 +1,240 @@
+"""Captured tensors: what ``table[q_idx]`` can be where ``q_idx`` is an interval."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from flexmask.intervals import Ends, Interval, NoIntervalRule
+
+if TYPE_CHECKING:
+    from flexmask.mask_evaluator import MaskEvaluator
+
+POOLED_ENTRIES = 2**18
+"""A table looked up at free ranges is first pooled to about this many entries."""
+
+
+class Selection:
+    """A captured tensor of which some dimensions are indexed: ``table[b]`` on its way to ``[q]``.
+
+    Attributes:
+        table: The captured tensor.
+        indices: The index of each dimension, None where there is none yet.
+    """
+
+    def __init__(
+        self, evaluator: MaskEvaluator, table: Tensor, indices: Sequence[Any] | None = None
+    ) -> None:
+        """Start without indices, or go on with those given."""
+        self.table = table
+        self.indices = [None] * table.dim() if indices is None else list(indices)
+        self._evaluator = evaluator
+
+    def indexed(self, index: Any) -> Selection:
+        """Return the selection with further dimensions indexed.
+
+        Raises:
+            NoIntervalRule: If an index is neither a number nor ``:`` nor ``...``.
+        """
+        items = index if isinstance(index, tuple) else (index,)
+        free = [dim for dim, x in enumerate(self.indices) if x is None]
+        at = next((i for i, x in enumerate(items) if x is Ellipsis), None)
+        if at is not None:
+            skipped = [slice(None)] * (len(free) - len(items) + 1)
+            items = (*items[:at], *skipped, *items[at + 1 :])
+        if len(items) > len(free):
+            raise NoIntervalRule("more indices than dimensions")
+        indices = list(self.indices)
+        for dim, item in zip(free, items, strict=False):
+            if isinstance(item, slice) and item == slice(None):
+                continue
+            if not _is_number(item):
+                raise NoIntervalRule(f"an index of type {type(item).__name__}")
+            indices[dim] = item
+        return Selection(self._evaluator, self.table, indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Index the dimensions that are left."""
+        with torch._C.DisableTorchFunction():
+            return self._evaluator.select(self, index)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Mark the class as one that torch functions accept; none works on part of a tensor."""
+        raise NoIntervalRule("a captured tensor that is indexed in part")
+
+
+def _is_number(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.dim() == 0
+    return isinstance(item, Interval) or (isinstance(item, int) and not isinstance(item, bool))
+
+
+@dataclass(frozen=True, slots=True)
+class CellScale:
+    """A dimension pooled to the cells of ``q_idx`` or ``kv_idx``: see `intervals.Span`."""
+
+    start: int
+    width: int
+    length: int
+    wraps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RangeScale:
+    """A dimension pooled to ``2**shift`` entries, with levels of power-of-two ranges on top."""
+
+    shift: int
+    wraps: bool
+
+
+Position = tuple[Tensor, ...]
+"""Where an entry is along one dimension: ``(index,)``, or ``(level, index)``."""
+
+Scale = CellScale | RangeScale | None
+"""How a dimension is prepared: for cells, for free ranges, or not, as its index is exact.
+
+Where it ``wraps``, some index is negative: the dimension is repeated once, so that the range from
+-1 to 3 is contiguous.
+"""
+
+
+class CapturedTables:
+    """Minima and maxima of captured tensors over index ranges, kept while one mask is built.
+
+    A range that is a cell of ``q_idx`` or ``kv_idx`` is looked up in a table pooled to cells.
+    Any other range is covered by two overlapping ranges whose length is a power of two. The
+    minimum over 3–9, 7 entries, is the smaller of two entries of level 2, whose ranges have 4::
+
+        index          0  1  2  3  4  5  6  7  8  9
+        level 2 at 3            └────────┘
+        level 2 at 6                     └────────┘
+    """
+
+    def __init__(self) -> None:
+        """Start without tables."""
+        self._built: dict[tuple[object, ...], tuple[Tensor, Ends]] = {}
+
+    def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Ends:
+        """Bound ``table[indices]`` in each cell.
+
+        Args:
+            table: A captured tensor of as many dimensions as there are indices.
+            indices: Where it is indexed, in range; negative indices count from the end.
+
+        Returns:
+            Ends in the table's dtype.
+        """
+        scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
+        key = (id(table), *scales)
+        if key not in self._built:
+            # Holding the table as well keeps its id from being given to another.
+            self._built[key] = table, _scaled(table, scales)
+        lo_table, hi_table = self._built[key][1]
+        entries = [
+            tuple(itertools.chain.from_iterable(positions))
+            for positions in itertools.product(
+                *(
+                    _positions(index, scale, length)
+                    for index, scale, length in zip(indices, scales, table.shape, strict=True)
+                )
+            )
+        ]
+        lo, hi = lo_table[entries[0]], hi_table[entries[0]]
+        for entry in entries[1:]:
+            lo = torch.minimum(lo, lo_table[entry])
+            hi = torch.maximum(hi, hi_table[entry])
+        return lo, hi
+
+
+def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
+    if index.is_exact:
+        return None
+    wraps = index.bounds[0] < 0
+    if index.span is not None:
+        start = index.span.start + (table.shape[dim] if wraps else 0)
+        return CellScale(start, index.span.width, index.span.length, wraps)
+    return RangeScale((table.numel() // POOLED_ENTRIES).bit_length(), wraps)
+
+
+def _scaled(table: Tensor, scales: Sequence[Scale]) -> Ends:
+    lo = hi = table
+    # From the last dimension on, as levels are inserted in front of the dimension they belong to.
+    for dim in reversed(range(len(scales))):
+        scale = scales[dim]
+        if scale is None:
+            continue
+        if scale.wraps:
+            lo, hi = torch.cat((lo, lo), dim), torch.cat((hi, hi), dim)
+        if isinstance(scale, CellScale):
+            lo, hi = _pooled(lo, hi, dim, scale.start, scale.length, scale.width)
+        else:
+            lo, hi = _pooled(lo, hi, dim, 0, lo.shape[dim], 1 << scale.shift)
+            lo, hi = _levels(torch.minimum, lo, dim), _levels(torch.maximum, hi, dim)
+    return lo, hi
+
+
+def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Ends:
+    """Reduce ``width`` entries at a time, from ``start`` on; the last cell may be shorter."""
+    if width == 1:
+        return lo.narrow(dim, start, length), hi.narrow(dim, start, length)
+    cells, rest = divmod(length, width)
+
+    def whole(table: Tensor) -> Tensor:
+        return table.narrow(dim, start, cells * width).unfold(dim, width, width)
+
+    def tail(table: Tensor) -> Tensor:
+        return table.narrow(dim, start + cells * width, rest).unsqueeze(dim).movedim(dim + 1, -1)
+
+    parts = [_reduced(part(lo), part(hi)) for part, n in ((whole, cells), (tail, rest)) if n]
+    if len(parts) == 1:
+        return parts[0]
+    (lo, hi), (tail_lo, tail_hi) = parts
+    return torch.cat((lo, tail_lo), dim), torch.cat((hi, tail_hi), dim)
+
+
+def _reduced(lo: Tensor, hi: Tensor) -> Ends:
+    """Reduce the last dimension."""
+    if lo.data_ptr() == hi.data_ptr():
+        # One pass for both; amin alone is slow for int64 on CPU (torch 2.13).
+        smallest, largest = torch.aminmax(lo, dim=-1)
+        return smallest, largest
+    return lo.amin(-1), hi.amax(-1)
+
+
+def _levels(extremum: Callable[[Tensor, Tensor], Tensor], table: Tensor, dim: int) -> Tensor:
+    """Stack the extrema of 1, 2, 4, … entries along a new dimension in front of ``dim``.
+
+    Entry ``i`` of level ``k`` covers entries ``i`` up to ``i + 2**k``, excluded; where that
+    passes the end, nobody asks for it.
+    """
+    length = table.shape[dim]
+    levels = [table]
+    for level in range(length.bit_length() - 1):
+        last, reach = levels[-1], 1 << level
+        pairs = extremum(
+            last.narrow(dim, 0, length - reach), last.narrow(dim, reach, length - reach)
+        )
+        levels.append(torch.cat((pairs, last.narrow(dim, length - reach, reach)), dim))
+    return torch.stack(levels, dim)
+
+
+def _positions(index: Interval, scale: Scale, length: int) -> list[Position]:
+    """Return the entries that together cover the index, along one dimension."""
+    if scale is None:
+        return [(index.lo,)]
+    if isinstance(scale, CellScale):
+        assert index.span is not None
+        return [(index.span.cell,)]
+    offset = length if scale.wraps else 0
+    first = (index.lo.long() + offset) >> scale.shift
+    last = (index.hi.long() + offset) >> scale.shift
+    level = torch.frexp((last - first + 1).float()).exponent.long() - 1
+    return [(level, first), (level, last + 1 - (torch.ones_like(level) << level))]

@@ -1,0 +1,168 @@
+"""The BlockMask of a decode step, kept up to date on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmask.intervals import exact_index
+from flexmask.mask_evaluator import MaskEvaluator
+from flexmask.mask_rules import MaskMod
+from flexmask.tile_order import order_tiles
+
+RECOMPILE_LIMIT = 64
+"""Each mask_mod, batch size and length compiles once; torch's own limit is 8."""
+
+
+class DecodeRowMask:
+    """The BlockMask of one query per batch row, updated in place as decoding goes on.
+
+    Row ``b`` asks as the query at slot ``q_slots[b]`` and never sees a key after that slot. With
+    tiles of 4, a causal mask and slots 5 and 2, of 8 keys:
+
+    ====  =======  ========================  =======  =====
+    slot  keys     tile 0, tile 1            partial  full
+    ====  =======  ========================  =======  =====
+    5     0–5      all 4 keys, 2 of 4 keys   1        0
+    2     0–2      3 of 4 keys, none         0        none
+    ====  =======  ========================  =======  =====
+
+    A tile is full if the row sees all of its keys and they all exist. (`create_block_mask` with
+    one query has partial tiles only: there a tile has 128 queries, most of them past the end.)
+
+    Args:
+        mask_mod: What a query may see; it gets slots as ``q_idx`` and ``kv_idx``.
+        B: Number of rows.
+        KV_LEN: Number of key slots.
+        device: Where the index tensors and the captured tensors live.
+        BLOCK_SIZE: Keys per tile.
+        compiles: Whether `update` runs through torch.compile. Default: on CUDA. The first
+            update then takes seconds, unless the compile cache on disk has it.
+
+    Attributes:
+        block_mask: BlockMask of shape (B, 1, 1, KV_LEN). Its tensors stay where they are and
+            change in `update`; its ``mask_mod`` reads ``q_slots``.
+        q_slots: The slot of each row's query, ``(B,)`` int64; `update` writes it.
+
+    Raises:
+        MaskError: If the mask_mod breaks a rule of FlexAttention.
+
+    Example::
+
+        rows = DecodeRowMask(mask_mod, B=2, KV_LEN=4096, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            rows.update(q_idx)
+            output = flex_attention(query, key, value, block_mask=rows.block_mask)
+    """
+
+    def __init__(
+        self,
+        mask_mod: MaskMod,
+        B: int,
+        KV_LEN: int,
+        device: torch.device | str,
+        BLOCK_SIZE: int = 128,
+        *,
+        compiles: bool | None = None,
+    ) -> None:
+        """Allocate the index tensors, and point all rows to slot 0."""
+        columns = -(-KV_LEN // BLOCK_SIZE)
+        self.q_slots = q_slots = torch.zeros(B, dtype=torch.int64, device=device)
+        self._device = q_slots.device
+        self._compiles = self._device.type == "cuda" if compiles is None else compiles
+        keys = torch.arange(columns * BLOCK_SIZE, device=device)
+        self._is_key = keys < KV_LEN
+        self._keys = keys.clamp(max=KV_LEN - 1)
+        self._rows = torch.arange(B, device=device)
+
+        def decode_row(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            slot = q_slots[b] + q_idx
+            return mask_mod(b, h, slot, kv_idx) & (kv_idx <= slot)
+
+        self._counts = torch.zeros(2, B, 1, 1, dtype=torch.int32, device=device)
+        self._indices = torch.zeros(2, B, 1, 1, columns, dtype=torch.int32, device=device)
+        self.block_mask = BlockMask.from_kv_blocks(
+            self._counts[0],
+            self._indices[0],
+            self._counts[1],
+            self._indices[1],
+            BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+            mask_mod=decode_row,
+            seq_lengths=(1, KV_LEN),
+            compute_q_blocks=False,
+        )
+        self._allowed(MaskEvaluator(mask_mod, self._device), KV_LEN)
+        self._evaluator = MaskEvaluator(decode_row, self._device, reads_host=False)
+        self.update(q_slots)
+
+    def update(self, q_idx: Tensor) -> None:
+        """Move to the queries at slots ``q_idx``, without host synchronisation.
+
+        Args:
+            q_idx: Slot of each row's query, less than KV_LEN, ``(B,)`` integers.
+        """
+        self.q_slots.copy_(q_idx)
+        if self._compiles:
+            self._update_compiled()
+        else:
+            allowed = self._allowed(self._evaluator, 1)
+            _list_tiles(allowed & self._is_key, self._counts, self._indices)
+
+    def _allowed(self, evaluator: MaskEvaluator, Q_LEN: int) -> Tensor:
+        """Evaluate a mask for the first of ``Q_LEN`` queries of each row: ``(B, 1, keys)``."""
+        rows = self._rows[:, None, None]
+        zeros = torch.zeros_like(rows)
+        return evaluator.pairs(
+            exact_index(rows, len(rows), evaluator),
+            exact_index(zeros, 1, evaluator),
+            exact_index(zeros, Q_LEN, evaluator),
+            exact_index(self._keys[None, None], self.block_mask.seq_lengths[1], evaluator),
+        )
+
+    def _update_compiled(self) -> None:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            _compiled_update()(
+                self.block_mask.mask_mod,
+                self._rows,
+                self._keys,
+                self._is_key,
+                self._counts,
+                self._indices,
+            )
+
+
+@functools.cache
+def _compiled_update() -> Callable[..., None]:
+    return torch.compile(_update, fullgraph=True, dynamic=False)
+
+
+def _update(
+    mask_mod: MaskMod,
+    rows: Tensor,
+    keys: Tensor,
+    is_key: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+) -> None:
+    # What torch's own builder uses to index captured tensors under vmap; torch.compile knows it.
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    zero = torch.zeros((), dtype=torch.int64, device=rows.device)
+    over_keys = torch.vmap(mask_mod, in_dims=(None, None, None, 0))
+    over_rows = torch.vmap(over_keys, in_dims=(0, None, None, None))
+    with TransformGetItemToIndex():
+        allowed = over_rows(rows, zero, zero, keys)
+    _list_tiles(allowed & is_key, counts, indices)
+
+
+def _list_tiles(allowed: Tensor, counts: Tensor, indices: Tensor) -> None:
+    """Write partial and full tiles of ``(B, ..., keys)`` to ``(2, B, 1, 1)`` and so on."""
+    columns = indices.shape[-1]
+    tiles = allowed.view(*indices.shape[1:], allowed.shape[-1] // columns)
+    is_full = tiles.all(-1)
+    order_tiles(torch.stack((tiles.any(-1) & ~is_full, is_full)), counts, indices)

@@ -1,0 +1,45 @@
+"""Everything that flexmask raises on purpose.
+
+The command line turns a `FlexMaskError` into one ``error: …`` line and exit status 1; every
+other exception keeps its traceback.
+"""
+
+
+class FlexMaskError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class RequestError(FlexMaskError):
+    """A request, or the file it came from, cannot be used."""
+
+
+class LayoutError(FlexMaskError):
+    """A layout contradicts itself or its request."""
+
+
+class StrategyError(FlexMaskError):
+    """A strategy is unknown, is registered twice, or was given wrong parameters."""
+
+
+class MaskError(FlexMaskError):
+    """A mask_mod breaks one of FlexAttention's rules."""
+
+
+class AttentionError(FlexMaskError):
+    """The model asks for attention that the backend does not compute."""
+
+
+class ModelError(FlexMaskError):
+    """A model or tokenizer cannot be loaded, or cannot hold the prompt."""
+
+
+class OutputError(FlexMaskError):
+    """A result file cannot be written, resumed or read."""
+
+
+class OptionError(FlexMaskError):
+    """An option has a value that it cannot have."""
+
+
+class FlexMaskWarning(UserWarning):
+    """Something that the user should know and that stops nothing."""

@@ -1,0 +1,31 @@
+"""The plugin API: one hook, in the entry-point group ``flexmask``.
+
+A plugin is a distribution whose ``pyproject.toml`` names a module or object with hook
+implementations::
+
+    [project.entry-points.flexmask]
+    my_strategy = "my_package.my_strategy"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from flexmask.strategy import Strategy
+
+ENTRY_POINT_GROUP = "flexmask"
+
+hookspec = pluggy.HookspecMarker("flexmask")
+hookimpl = pluggy.HookimplMarker("flexmask")
+
+
+@hookspec
+def register_strategies() -> Iterable[type[Strategy]]:
+    """Return the strategy classes that this plugin offers.
+
+    Called once, when strategies are first looked up. Import torch inside functions only: every
+    command, ``--help`` included, may load plugins.
+    """
+    raise NotImplementedError

@@ -1,0 +1,213 @@
+"""Intervals: what is known of a value on every cell of a mask.
+
+A *cell* is a rectangle of (query, key) pairs. Evaluating a mask_mod once on intervals instead of
+numbers says for each cell whether the mask is surely true, surely false, or unknown there.
+
+Ends have the dtype of the value they bound. A float interval with a NaN end holds anything, NaN
+included.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexmask.mask_evaluator import MaskEvaluator
+
+Ends = tuple[Tensor, Tensor]
+Bounds = tuple[int, int]
+
+
+class NoIntervalRule(Exception):
+    """The mask_mod does something that intervals cannot follow; it must be evaluated exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The indices behind an interval that is ``q_idx`` or ``kv_idx``, give or take a constant.
+
+    Cell ``i`` covers ``start + i * width`` up to ``start + min((i + 1) * width, length)``,
+    excluded. With start 0, width 4 and length 10 the cells are 0–3, 4–7 and 8–9.
+
+    Attributes:
+        cell: The cell number of each entry of the interval, shaped as its ends.
+        start: Index of the first query or key.
+        width: Indices per cell.
+        length: Number of queries or keys; each one lies in some cell.
+    """
+
+    cell: Tensor
+    start: int
+    width: int
+    length: int
+
+
+class Interval:
+    """Lower and upper ends of one value in every cell; what a mask_mod gets as ``q_idx``.
+
+    To the mask_mod it looks like a 0-d tensor. Python operators and torch functions on it go to
+    the evaluator, which finds the rule.
+
+    Attributes:
+        lo: Lower end in each cell, in the dtype of the value, broadcastable to the cells.
+        hi: Upper end. The same object as ``lo`` where the value is known exactly.
+        evaluator: Who applies operations to it.
+        span: The index range behind it, if it is an index.
+    """
+
+    __slots__ = ("_bounds", "evaluator", "hi", "lo", "span")
+    __hash__ = object.__hash__
+
+    def __init__(
+        self,
+        lo: Tensor,
+        hi: Tensor,
+        evaluator: MaskEvaluator,
+        bounds: Bounds | None = None,
+        span: Span | None = None,
+    ) -> None:
+        """Hold the ends, and what Python knows of them."""
+        self.lo = lo
+        self.hi = hi
+        self.evaluator = evaluator
+        self.span = span
+        self._bounds = bounds
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the value of each cell is known."""
+        return self.lo is self.hi
+
+    @property
+    def known_bounds(self) -> Bounds | None:
+        """Python numbers around all cells, if known without reading the device."""
+        if self._bounds is None and self.lo.dtype == torch.bool:
+            return (0, 1)
+        return self._bounds
+
+    @property
+    def bounds(self) -> Bounds:
+        """Python numbers around all cells, read from the device where need be."""
+        if self.known_bounds is None:
+            self._bounds = self.evaluator.read_bounds(self.lo, self.hi)
+        return cast(Bounds, self.known_bounds)
+
+    # What a 0-d tensor has, as far as masks use it.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of a tensor."""
+        return self.lo.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor."""
+        return self.lo.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the 0-d tensor it stands for."""
+        return torch.Size(())
+
+    @property
+    def ndim(self) -> int:
+        """As of the 0-d tensor it stands for."""
+        return 0
+
+    def dim(self) -> int:
+        """As of the 0-d tensor it stands for."""
+        return 0
+
+    def size(self) -> torch.Size:
+        """As of the 0-d tensor it stands for."""
+        return torch.Size(())
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Find the tensor method ``name``; it goes through the evaluator."""
+        method = getattr(torch.Tensor, name, None)
+        if method is None or name.startswith("__"):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if not callable(method):
+            raise NoIntervalRule(f"Tensor.{name}")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.evaluator.apply(method, (self, *args), kwargs)
+
+        return call
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Mark the class as one that torch functions accept; the evaluator is a mode above."""
+        raise NoIntervalRule(getattr(func, "__name__", str(func)))
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Refuse: an index of an index is no pointwise expression."""
+        raise NoIntervalRule("indexing an index")
+
+    def __bool__(self) -> NoReturn:
+        """Refuse `if` and `and`."""
+        self.evaluator.refuse_host_read("`if`, `and`, `or` or `not` on a tensor")
+
+    def __int__(self) -> NoReturn:
+        """Refuse int()."""
+        self.evaluator.refuse_host_read("int() of a tensor")
+
+    def __float__(self) -> NoReturn:
+        """Refuse float()."""
+        self.evaluator.refuse_host_read("float() of a tensor")
+
+    def __index__(self) -> NoReturn:
+        """Refuse range() and the indexing of lists."""
+        self.evaluator.refuse_host_read("a tensor as Python index")
+
+
+def exact_index(index: Tensor, length: int, evaluator: MaskEvaluator, start: int = 0) -> Interval:
+    """Return ``b``, ``h``, ``q_idx`` or ``kv_idx`` of ``length``, where it is known exactly."""
+    bounds = (start, start + length - 1)
+    return Interval(index, index, evaluator, bounds, Span(index, start, 1, length))
+
+
+def _install_operators() -> None:
+    binary = "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift".split()
+
+    def install(name: str, method: Callable[..., Any]) -> None:
+        setattr(Interval, f"__{name.rstrip('_')}__", method)
+
+    def forward(op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, other: self.evaluator.apply(op, (self, other), {})
+
+    def reflected(op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, other: self.evaluator.apply(op, (other, self), {})
+
+    def in_place(op: Callable[..., Any]) -> Callable[..., Any]:
+        def update(self: Interval, other: Any) -> Interval:
+            result = self.evaluator.apply(op, (self, other), {})
+            if result.dtype != self.dtype:
+                raise NoIntervalRule(f"in-place {op.__name__} that changes the dtype")
+            self.lo, self.hi, self.span = result.lo, result.hi, result.span
+            self._bounds = result.known_bounds
+            return self
+
+        return update
+
+    for name in binary:
+        op = getattr(operator, name)
+        install(name, forward(op))
+        install(f"r{name}", reflected(op))
+        install(f"i{name}", in_place(op))
+    for name in "lt le eq ne ge gt".split():
+        install(name, forward(getattr(operator, name)))
+    for name in "neg pos abs invert".split():
+        op = getattr(operator, name)
+        install(name, lambda self, op=op: self.evaluator.apply(op, (self,), {}))
+
+
+_install_operators()

@@ -1,0 +1,205 @@
+"""Layouts: the token-level plan of one request.
+
+Example:
+    A prefix of two tokens, segments of three and two, a fusion tail of one. Shared prefix and
+    restarted positions, as ``prefix_segment`` lays it out::
+
+        slot           0  1 | 2  3  4 | 5  6 | 7
+        segment_ids    0  0 | 1  1  1 | 2  2 | -1
+        position_ids   0  1 | 2  3  4 | 2  3 | 5
+
+    Each segment starts where the prefix ends; the tail continues after the longest segment.
+    With the prefix copied to the head of each segment, as ``ensemble_isolation`` has it::
+
+        slot           0  1  2  3  4 | 5  6  7  8 | 9
+        segment_ids    1  1  1  1  1 | 2  2  2  2 | -1
+        position_ids   0  1  2  3  4 | 0  1  2  3 | 5
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Literal
+
+from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
+
+PREFIX = 0
+"""Segment id of prefix tokens; segments count from 1."""
+TAIL = -1
+"""Segment id of the fusion tail and of generated tokens."""
+PADDING = -2
+"""Segment id of slots that hold no token."""
+
+Positions = Literal["restart", "sequential"]
+"""``restart``: every segment starts where its prefix ends. ``sequential``: slot numbers."""
+
+
+@dataclass(frozen=True)
+class TokenizedRequest:
+    """The token ids of a request's parts, with the fusion tail settled.
+
+    The logits that choose the first generated token come from the last prompt token, so that
+    token must see every segment: the tail is never empty.
+    """
+
+    prefix: tuple[int, ...]
+    segments: tuple[tuple[int, ...], ...]
+    tail: tuple[int, ...]
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        prefix: Sequence[int],
+        segments: Sequence[Sequence[int]],
+        suffix: Sequence[int] = (),
+    ) -> TokenizedRequest:
+        """Settle the fusion tail.
+
+        It is the suffix; else the longest common token suffix of the segments, taken off each
+        of them; else the last token of the last segment, with a warning. Every segment keeps at
+        least one token.
+
+        Args:
+            prefix: Token ids, with the beginning-of-sequence token where the model has one.
+            segments: Token ids of each segment.
+            suffix: Token ids of the suffix.
+
+        Raises:
+            RequestError: If a segment has no tokens, or none can be spared for the tail.
+        """
+        for number, segment in enumerate(segments, start=1):
+            if not segment:
+                raise RequestError(f"segment {number} has no tokens")
+        bodies = [tuple(segment) for segment in segments]
+        if suffix:
+            return cls(tuple(prefix), tuple(bodies), tuple(suffix))
+        common = 1 if len(bodies) == 1 else _common_suffix_length(bodies)
+        if common and min(map(len, bodies)) > common:
+            tail = bodies[0][-common:]
+            return cls(tuple(prefix), tuple(body[:-common] for body in bodies), tail)
+        *others, last = bodies
+        if len(last) == 1:
+            raise RequestError(
+                f"segment {len(bodies)} is a single token and there is no suffix, so no token "
+                "is left to fuse the segments; give the request a suffix"
+            )
+        warnings.warn(
+            "the segments share no ending and the request has no suffix: the last token of the "
+            "last segment fuses them; give the request a suffix",
+            FlexMaskWarning,
+            stacklevel=2,
+        )
+        return cls(tuple(prefix), (*others, last[:-1]), last[-1:])
+
+
+def _common_suffix_length(bodies: Sequence[tuple[int, ...]]) -> int:
+    longest = min(map(len, bodies)) - 1  # a segment keeps at least one token
+    for length in range(longest):
+        if len({body[-1 - length] for body in bodies}) > 1:
+            return length
+    return longest
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token belongs to which segment, and at which position it stands.
+
+    Attributes:
+        token_ids: Prompt tokens in storage order.
+        segment_ids: For each token `PREFIX`, its segment's number from 1, or `TAIL`.
+        position_ids: For each token the position that rotary embeddings see.
+    """
+
+    token_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+    position_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.token_ids) == len(self.segment_ids) == len(self.position_ids):
+            raise LayoutError(
+                f"{len(self.token_ids)} tokens, {len(self.segment_ids)} segment ids and "
+                f"{len(self.position_ids)} positions: a layout needs one of each per token"
+            )
+        if not self.segment_ids or self.segment_ids[-1] != TAIL:
+            raise LayoutError("a layout ends with at least one fusion-tail token")
+        if TAIL in self.segment_ids[: self.tail_start]:
+            raise LayoutError("fusion-tail tokens must stand together at the end")
+        if min(self.segment_ids) < TAIL:
+            raise LayoutError(f"segment ids must be at least {TAIL}, got {min(self.segment_ids)}")
+        if min(self.position_ids) < 0:
+            raise LayoutError(f"positions must not be negative, got {min(self.position_ids)}")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def tail_start(self) -> int:
+        """Slot of the first fusion-tail token."""
+        start = len(self.segment_ids)
+        while start and self.segment_ids[start - 1] == TAIL:
+            start -= 1
+        return start
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return max(max(self.segment_ids), 0)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first generated token."""
+        return self.position_ids[-1] + 1
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Identifies segment ids and positions by content, 16 bytes.
+
+        Token ids do not enter: a mask does not depend on them.
+        """
+        content = repr((self.segment_ids, self.position_ids)).encode()
+        return blake2b(content, digest_size=16).digest()
+
+    def extended(self, num_tokens: int) -> Layout:
+        """The layout after ``num_tokens`` generated tokens, whose ids are 0."""
+        generated = range(self.next_position, self.next_position + num_tokens)
+        return Layout(
+            (*self.token_ids, *(0,) * num_tokens),
+            (*self.segment_ids, *(TAIL,) * num_tokens),
+            (*self.position_ids, *generated),
+        )
+
+
+def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
+    """Store the prefix once, then the segments, then the tail."""
+    return _arrange(request.prefix, request.segments, request.tail, positions)
+
+
+def copied_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
+    """Store a copy of the prefix at the head of every segment, then the tail."""
+    segments = [request.prefix + segment for segment in request.segments]
+    return _arrange((), segments, request.tail, positions)
+
+
+def _arrange(
+    prefix: tuple[int, ...],
+    segments: Sequence[tuple[int, ...]],
+    tail: tuple[int, ...],
+    positions: Positions,
+) -> Layout:
+    token_ids, segment_ids = list(prefix), [PREFIX] * len(prefix)
+    position_ids = list(range(len(prefix)))
+    for number, segment in enumerate(segments, start=1):
+        token_ids += segment
+        segment_ids += [number] * len(segment)
+        position_ids += range(len(prefix), len(prefix) + len(segment))
+    tail_position = max(position_ids) + 1
+    token_ids += tail
+    segment_ids += [TAIL] * len(tail)
+    position_ids += range(tail_position, tail_position + len(tail))
+    if positions == "sequential":
+        position_ids = list(range(len(token_ids)))
+    return Layout(tuple(token_ids), tuple(segment_ids), tuple(position_ids))

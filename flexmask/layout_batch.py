@@ -1,0 +1,70 @@
+"""A batch of layouts on the device, in buffers that masks capture.
+
+The buffers stay in place while their content changes from batch to batch: a compiled kernel that
+captured them is never compiled again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._dynamo import mark_static
+
+from flexmask.errors import LayoutError
+from flexmask.layout import PADDING, TAIL, Layout
+
+
+class LayoutBatch:
+    """Segment ids and positions of ``B`` rows of ``capacity`` slots.
+
+    Attributes:
+        segment_ids: ``(B, capacity)`` int32; `PADDING` where a slot holds no token.
+        position_ids: ``(B, capacity)`` int32; they run on past the prompt, for generated tokens.
+    """
+
+    def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
+        """Allocate the buffers, all padding."""
+        shape = (batch_size, capacity)
+        self.segment_ids = torch.full(shape, PADDING, dtype=torch.int32, device=device)
+        self.position_ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
+        mark_static(self.segment_ids)
+        mark_static(self.position_ids)
+
+    def load(
+        self, layouts: Sequence[Layout], num_tokens: Sequence[int], starts: Sequence[int]
+    ) -> None:
+        """Place the first ``num_tokens[b]`` tokens of each layout from slot ``starts[b]`` on.
+
+        Raises:
+            LayoutError: If there are not ``B`` layouts, or one does not fit.
+        """
+        batch_size, capacity = self.segment_ids.shape
+        if len(layouts) != batch_size:
+            raise LayoutError(f"expected {batch_size} layouts, got {len(layouts)}")
+        segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
+        position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
+        for row, (layout, count, start) in enumerate(
+            zip(layouts, num_tokens, starts, strict=True)
+        ):
+            stop = start + len(layout)
+            if stop > capacity:
+                raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
+            segment_ids[row, start : start + count] = torch.tensor(layout.segment_ids[:count])
+            position_ids[row, start:stop] = torch.tensor(layout.position_ids)
+            generated = torch.arange(capacity - stop, dtype=torch.int32)
+            position_ids[row, stop:] = layout.next_position + generated
+        self.segment_ids.copy_(segment_ids)
+        self.position_ids.copy_(position_ids)
+
+    def open_tail(self, first_slots: Sequence[int]) -> None:
+        """Make the slots from ``first_slots[b]`` on the fusion tail, ready for new tokens."""
+        first = torch.tensor(first_slots, device=self.segment_ids.device)
+        slots = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device)
+        self.segment_ids.masked_fill_(slots >= first[:, None], TAIL)
+
+    def positions_at(self, slots: Tensor) -> Tensor:
+        """Position of one slot per row: ``(B,)`` slots to ``(B, 1)`` positions."""
+        return self.position_ids.gather(1, slots[:, None]).long()

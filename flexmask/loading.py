@@ -1,0 +1,105 @@
+"""Loading models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flexmask.attention import BACKEND, register_attention
+from flexmask.errors import AttentionError, ModelError, OptionError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
+
+    Raises:
+        OptionError: If the name is no device, or CUDA is asked for and absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {name} asked for, but torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Turn a name into a dtype; ``auto`` is float32 on CPU and the model's own on a GPU.
+
+    Raises:
+        OptionError: If the name is not known.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def load_model(
+    model: str, *, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, from safetensors only, and its tokenizer.
+
+    Args:
+        model: Hub id or folder.
+        device: Where to put it.
+        dtype: A torch dtype, or ``"auto"`` for the one it was saved in.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+        AttentionError: If its architecture does not support attention backends.
+    """
+    register_attention()
+    _check_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=dtype,
+            attn_implementation=BACKEND,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load model {model!r}: {reason}") from error
+    if not loaded.is_backend_compatible():
+        raise AttentionError(
+            f"{type(loaded).__name__} does not support transformers' attention backends, "
+            "which flexmask needs"
+        )
+    module: nn.Module = loaded  # whose to() has the plainer signature
+    module.to(device).eval().requires_grad_(False)
+    return loaded, tokenizer
+
+
+def _check_folder(model: str) -> None:
+    folder = Path(model)
+    if not folder.exists():
+        if model.startswith((".", "/", "~")):
+            raise ModelError(f"model folder {model!r} does not exist")
+        return
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {model!r} has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model folder {model!r} has no weights in safetensors; "
+            "flexmask loads no other format (pickled weights can run code)"
+        )

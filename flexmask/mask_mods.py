@@ -1,0 +1,100 @@
+"""Pointwise masks to build strategies from.
+
+Each is, or returns, a FlexAttention mask_mod ``(b, h, q_idx, kv_idx) -> bool tensor``, where
+``q_idx`` and ``kv_idx`` are slots of row ``b``. Combine them with `and_masks` and `or_masks`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flexmask.layout import PADDING, PREFIX, TAIL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexmask.layout_batch import LayoutBatch
+    from flexmask.strategy import MaskMod
+
+
+def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Allow a token to see itself and what is stored before it."""
+    return q_idx >= kv_idx
+
+
+def same_segment(batch: LayoutBatch) -> MaskMod:
+    """Allow tokens of one segment (or both prefix, or both tail) to see each other."""
+    segment_ids = batch.segment_ids
+
+    def same_segment(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return segment_ids[b, q_idx] == segment_ids[b, kv_idx]
+
+    return same_segment
+
+
+def is_prefix(batch: LayoutBatch) -> MaskMod:
+    """Allow every token to see the prefix."""
+    segment_ids = batch.segment_ids
+
+    def is_prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return segment_ids[b, kv_idx] == PREFIX
+
+    return is_prefix
+
+
+def is_fusion_tail(batch: LayoutBatch) -> MaskMod:
+    """Allow the fusion tail and generated tokens to see every token."""
+    segment_ids = batch.segment_ids
+
+    def is_fusion_tail(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return segment_ids[b, q_idx] == TAIL
+
+    return is_fusion_tail
+
+
+def and_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
+    """Allow what all masks allow."""
+
+    def and_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = first(b, h, q_idx, kv_idx)
+        for mask_mod in others:
+            result = result & mask_mod(b, h, q_idx, kv_idx)
+        return result
+
+    return and_masks
+
+
+def or_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
+    """Allow what any mask allows."""
+
+    def or_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = first(b, h, q_idx, kv_idx)
+        for mask_mod in others:
+            result = result | mask_mod(b, h, q_idx, kv_idx)
+        return result
+
+    return or_masks
+
+
+def holds_tokens(batch: LayoutBatch) -> MaskMod:
+    """Allow slots that hold a token to see each other, and no padding."""
+    segment_ids = batch.segment_ids
+
+    def holds_tokens(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (segment_ids[b, q_idx] != PADDING) & (segment_ids[b, kv_idx] != PADDING)
+
+    return holds_tokens
+
+
+def within_window(batch: LayoutBatch, window: int) -> MaskMod:
+    """Allow a token to see the ``window`` positions that end with its own.
+
+    Distance is counted in positions and not in slots, so that a segment whose positions restart
+    sees of its prefix what it would see alone.
+    """
+    position_ids = batch.position_ids
+
+    def within_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return position_ids[b, q_idx] - position_ids[b, kv_idx] < window
+
+    return within_window

@@ -1,0 +1,71 @@
+"""What a run was, as its result file records it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+_LONGEST_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes one run differ from another; JSON values throughout.
+
+    Attributes:
+        run: What changes the rows: strategy, parameters, model, seed and so on. A run is
+            resumed only with the same.
+        environment: What else is worth knowing: versions, device. Recorded, not compared.
+        earlier_environments: Those of the runs that this one resumed, where they differ.
+    """
+
+    run: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    earlier_environments: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        recorded = json.loads(text)
+        if not isinstance(recorded, dict) or recorded.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError("not the configuration of a run")
+        return cls(**recorded)
+
+    def to_json(self) -> str:
+        """An object of the three attributes."""
+        return json.dumps(vars(self))
+
+    def resuming(self, earlier: RunConfig) -> Self:
+        """This configuration, with the environments of an earlier run on record."""
+        environments = [*earlier.earlier_environments, earlier.environment]
+        others = [other for other in environments if other != self.environment]
+        return replace(self, earlier_environments=others)
+
+    def differences(self, earlier: RunConfig) -> list[str]:
+        """What changes the rows and was otherwise in an earlier run, as in ``seed: 1 → 2``."""
+        old, new = dict(_leaves(earlier.run)), dict(_leaves(self.run))
+        return [
+            f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+
+
+def _leaves(values: Mapping[str, Any], parents: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{parents}{key}.")
+        else:
+            yield f"{parents}{key}", repr(json.loads(json.dumps(value)))
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "not set"
+    return value if len(value) <= _LONGEST_SHOWN else value[: _LONGEST_SHOWN - 1] + "…"

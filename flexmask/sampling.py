@@ -1,0 +1,82 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from flexmask.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; more is more random.
+        top_k: Sample among this many most likely tokens; 0 for all.
+        top_p: Sample among the most likely tokens that together reach this probability.
+        seed: Same seed and request, same tokens, whatever else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0.0:
+            raise OptionError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k < 0:
+            raise OptionError(f"top_k must not be negative, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise OptionError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+class Sampler:
+    """Chooses tokens for the rows of one batch."""
+
+    def __init__(
+        self, sampling: Sampling, uuids: Sequence[str], max_new_tokens: int, device: torch.device
+    ) -> None:
+        """Draw the random numbers of all steps: one uniform per row and token."""
+        self._greedy = sampling.temperature == 0.0
+        self._warpers = LogitsProcessorList()
+        if self._greedy:
+            return
+        if sampling.temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        rows = [_uniforms(sampling.seed, uuid, max_new_tokens) for uuid in uuids]
+        self._uniforms = torch.stack(rows).to(device)
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """Choose one token per row: logits ``(B, V)`` to token ids ``(B, 1)``."""
+        if self._greedy:
+            return logits.argmax(-1, keepdim=True)
+        no_tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)  # warpers look at scores
+        scores = self._warpers(cast(torch.LongTensor, no_tokens), logits.float())
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        targets = self._uniforms[:, step, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, targets, right=True)
+        return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _uniforms(seed: int, uuid: str, count: int) -> Tensor:
+    digest = blake2b(f"{seed}:{uuid}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)

@@ -1,0 +1,197 @@
+"""What a mask strategy is, and how its parameters are declared and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from flexmask.errors import StrategyError
+from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexmask.layout_batch import LayoutBatch
+
+    MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """``(b, h, q_idx, kv_idx) -> bool tensor``, as FlexAttention takes it."""
+
+ParameterValue = bool | int | float | str
+
+
+def parameter(default: Any, *, help: str) -> Any:
+    """Declare a parameter of a strategy.
+
+    Example::
+
+        window: int = parameter(1024, help="How many tokens back a token sees.")
+    """
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A declared parameter, as listings show it."""
+
+    name: str
+    type: str
+    default: ParameterValue
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+class Strategy(ABC):
+    """Decides who sees whom, and at which position each token stands.
+
+    A strategy is a frozen dataclass whose fields are its parameters, so that two strategies
+    with equal parameters are equal and a BlockMask can be cached by them. Its docstring's first
+    line is what listings show. Only `name` and `mask_mod` are required.
+    """
+
+    name: ClassVar[str]
+    """How users ask for the strategy: lower-case letters, digits and underscores."""
+
+    @abstractmethod
+    def mask_mod(self, batch: LayoutBatch) -> MaskMod:
+        """Build the mask of a batch.
+
+        Args:
+            batch: Segment ids and positions of each row, ``(B, capacity)`` each, in buffers
+                that stay in place while their content changes from batch to batch.
+
+        Returns:
+            A pointwise function of ``(b, h, q_idx, kv_idx)``, which are slots of the row, that
+            captures only tensors of ``batch`` and constants. Slots without a token need no
+            care: the core masks them.
+        """
+
+    def layout(self, request: TokenizedRequest) -> Layout:
+        """Plan a request: storage order and positions. Default: as `causal` has it."""
+        return shared_prefix_layout(request, "sequential")
+
+    def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
+        """Say in plain Python whether slot ``q_idx`` sees slot ``kv_idx``: the oracle.
+
+        Tests hold `mask_mod` against it; nothing else calls it.
+        """
+        raise NotImplementedError(f"strategy {self.name!r} has no plain-Python oracle")
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """The declared parameters, in order."""
+        hints = get_type_hints(cls)
+        return tuple(
+            Parameter(
+                name=item.name,
+                type=_type_name(hints[item.name]),
+                default=cast(ParameterValue, item.default),
+                help=item.metadata.get("help", ""),
+                choices=get_args(hints[item.name]) if _is_choice(hints[item.name]) else (),
+            )
+            for item in _fields(cls)
+        )
+
+    @classmethod
+    def from_parameters(cls, values: Mapping[str, ParameterValue]) -> Self:
+        """Make the strategy from parameter values; strings are parsed to the declared type.
+
+        Raises:
+            StrategyError: If a name is unknown or a value is not of the declared type.
+        """
+        hints = get_type_hints(cls)
+        known = [item.name for item in _fields(cls)]
+        for name in values:
+            if name not in known:
+                takes = ", ".join(known) or "none"
+                raise StrategyError(
+                    f"strategy {cls.name!r} has no parameter {name!r}; it takes: {takes}"
+                )
+        parsed = {name: _parse(name, value, hints[name]) for name, value in values.items()}
+        return cls(**parsed)
+
+    def parameter_values(self) -> dict[str, ParameterValue]:
+        """Name and value of each parameter."""
+        return {item.name: getattr(self, item.name) for item in _fields(type(self))}
+
+
+def check_strategy_class(cls: object) -> type[Strategy]:
+    """Check what `register_strategies` returned.
+
+    Raises:
+        StrategyError: If ``cls`` is not a usable strategy; the message says how to mend it.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
+        raise StrategyError(f"expected a subclass of flexmask.Strategy, got {cls!r}")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
+        raise StrategyError(
+            f"{cls.__qualname__}.name must be lower-case letters, digits and underscores, "
+            f"got {name!r}"
+        )
+    if cls.__abstractmethods__:
+        raise StrategyError(f"strategy {name!r} does not define mask_mod(self, batch)")
+    parameters: Any = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise StrategyError(f"strategy {name!r} must be decorated with @dataclass(frozen=True)")
+    for item in _fields(cls):
+        if item.default is MISSING:
+            raise StrategyError(f"parameter {item.name!r} of strategy {name!r} has no default")
+        _type_name(get_type_hints(cls)[item.name])
+    return cls
+
+
+def _fields(cls: type[Strategy]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+
+
+def _is_choice(hint: Any) -> bool:
+    return get_origin(hint) is Literal
+
+
+def _type_name(hint: Any) -> str:
+    if _is_choice(hint):
+        return "|".join(get_args(hint))
+    if hint in (bool, int, float, str):
+        return str(hint.__name__)
+    raise StrategyError(f"a parameter's type must be bool, int, float, str or Literal, got {hint}")
+
+
+def _parse(name: str, value: ParameterValue, hint: Any) -> ParameterValue:
+    expected = StrategyError(f"{name} must be {_type_name(hint)}, got {value!r}")
+    if _is_choice(hint):
+        if value not in get_args(hint):
+            raise expected
+        return value
+    if isinstance(value, bool) and hint is not bool:
+        raise expected
+    if hint is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise expected
+        return value.lower() == "true"
+    if isinstance(value, str) or (hint is float and isinstance(value, int)):
+        try:
+            parsed: ParameterValue = hint(value)
+        except ValueError:
+            raise expected from None
+        return parsed
+    if not isinstance(value, hint):
+        raise expected
+    return cast(ParameterValue, value)

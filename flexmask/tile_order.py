@@ -1,0 +1,25 @@
+"""The order in which a BlockMask lists the tiles of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def order_tiles(is_listed: Tensor, counts: Tensor, indices: Tensor) -> None:
+    """Put the listed tiles of each row first, in place and without host synchronisation.
+
+    A row in which tiles 1 and 3 of 4 are listed has count 2 and indices ``1 3 0 2``: the listed
+    tiles, then the others, both ascending, as torch's own builder leaves them.
+
+    Args:
+        is_listed: Which tiles a row lists, ``(..., columns)`` bool.
+        counts: Where to write how many there are, ``(...)`` int32.
+        indices: Where to write the tiles, ``(..., columns)`` int32.
+    """
+    rank = is_listed.cumsum(-1, dtype=torch.int32)
+    count = rank[..., -1:]
+    tile = torch.arange(is_listed.shape[-1], dtype=torch.int32, device=is_listed.device)
+    place = torch.where(is_listed, rank - 1, count + tile - rank)
+    indices.scatter_(-1, place.long(), tile.expand_as(place))
+    counts.copy_(count[..., 0])

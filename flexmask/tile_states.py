@@ -1,0 +1,425 @@
+"""Which tiles of a mask are empty, partial and full, found from coarse cells to fine ones.
+
+1. *Cells* of 1, 8, 64, … tiles, as many as are bounded at once, are bounded by intervals.
+2. Undecided cells are split, 8 × 8, down to tiles.
+3. Of each tile still undecided, 4 × 4 pairs are evaluated: a true and a false one prove it
+   partial.
+4. The few that are left are split into sub-tiles, bounded by intervals again, and all pairs of
+   undecided sub-tiles are evaluated.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexmask.intervals import Ends, Interval, NoIntervalRule, Span, exact_index
+from flexmask.mask_evaluator import MaskEvaluator
+from flexmask.mask_rules import MaskMod
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+"""States of a tile. Until it is decided, a tile counts as partial."""
+
+SPLIT = 8
+MIN_SUB_TILE = 8
+SAMPLES = 4
+CELLS_AT_ONCE = {"cpu": 2**16, "cuda": 2**21}
+"""How many cells are bounded at once before going coarser."""
+PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
+"""Up to how many pairs are evaluated rather than split into sub-tiles."""
+BYTES_PER_PAIR = 64
+"""What evaluating one pair may take: a few int64 intermediates."""
+
+Coordinates = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Batch row, head, tile row and tile column of cells, broadcastable to each other."""
+
+
+class Decided(enum.IntEnum):
+    """How a tile was decided."""
+
+    BY_INTERVALS = 0
+    BY_SUB_TILES = 1
+    BY_SAMPLES = 2
+    BY_PAIRS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Queries or keys of a mask.
+
+    Attributes:
+        start: Index of the first.
+        length: How many there are.
+        tile: How many make a tile.
+    """
+
+    start: int
+    length: int
+    tile: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many sub-tiles a tile is split along this axis."""
+        counts = range(SPLIT, 1, -1)
+        return next((n for n in counts if self.tile % n == 0 and self.tile >= n * MIN_SUB_TILE), 1)
+
+    def count(self, width: int) -> int:
+        """Return how many cells of ``width`` indices there are."""
+        return -(-self.length // width)
+
+    def cells(self, cell: Tensor, width: int, evaluator: MaskEvaluator) -> Interval:
+        """Return the index in cells of ``width``; a number past the end means the last cell."""
+        if self.length % (width * SPLIT):
+            cell = cell.clamp(max=self.count(width) - 1)
+        lo = cell * width + self.start
+        hi = lo + (width - 1)
+        if self.length % width:
+            hi = hi.clamp(max=self.start + self.length - 1)
+        span = Span(cell, self.start, width, self.length)
+        bounds = (self.start, self.start + self.length - 1)
+        return Interval(lo, hi, evaluator, bounds, span)
+
+    def indices(self, offset: Tensor, evaluator: MaskEvaluator) -> Interval:
+        """Return single indices; an offset past the end means the last one."""
+        if self.length % self.tile:
+            offset = offset.clamp(max=self.length - 1)
+        return exact_index(offset + self.start, self.length, evaluator, self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskShape:
+    """The extent of a mask, and how much memory evaluation may take."""
+
+    B: int
+    H: int
+    q: Axis
+    kv: Axis
+    device: torch.device
+    memory_bytes: int
+
+    def grid(self, scale: int = 1) -> tuple[int, int]:
+        """Return rows and columns of cells that are ``scale`` tiles high and wide."""
+        return self.q.count(self.q.tile * scale), self.kv.count(self.kv.tile * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class TileStates:
+    """The state of each tile.
+
+    Attributes:
+        states: EMPTY, PARTIAL or FULL, ``(B or 1, H or 1, rows, columns)`` uint8; 1 where the
+            mask depends on neither batch row nor head.
+        decided: How each was decided, in the same shape, if recorded.
+    """
+
+    states: Tensor
+    decided: Tensor | None
+
+
+class TileClassifier:
+    """Classifies the tiles of one mask.
+
+    Cells of a grid ``(B or 1, H or 1, rows, columns)`` are listed by their number in row-major
+    order, ``(N,)`` int64.
+    """
+
+    def __init__(self, mask_mod: MaskMod, shape: MaskShape) -> None:
+        """Prepare to classify."""
+        self._shape = shape
+        self._evaluator = MaskEvaluator(mask_mod, shape.device)
+        self._has_intervals = True
+
+    def classify(self, records: bool = False) -> TileStates:
+        """Decide every tile.
+
+        Args:
+            records: Whether to note how each was decided.
+
+        Raises:
+            MaskError: If the mask_mod breaks a rule of FlexAttention.
+        """
+        try:
+            states, undecided = self._bounded_tiles()
+        except NoIntervalRule:
+            self._has_intervals = False
+            states, undecided = self._undecided_tiles()
+        decided = torch.zeros_like(states) if records else None
+        for tiles in self._chunks(undecided, SAMPLES * SAMPLES):
+            self._settle(tiles, states, decided)
+        rows, columns = self._shape.grid()
+        states = states[..., :rows, :columns]
+        self._cap_at_edges(states)
+        return TileStates(states, None if decided is None else decided[..., :rows, :columns])
+
+    def allowed_pairs(self, states: Tensor) -> int:
+        """Count the pairs that the mask allows.
+
+        Args:
+            states: What `classify` found.
+        """
+        states = states.contiguous()
+        allowed = int((states == FULL).sum()) * self._shape.q.tile * self._shape.kv.tile
+        for tiles in self._chunks(_numbers(states == PARTIAL), SPLIT * SPLIT):
+            allowed += self._allowed_in(tiles, states.shape)
+        copies = self._shape.B // states.shape[0] * (self._shape.H // states.shape[1])
+        return allowed * copies
+
+    def _chunks(self, numbers: Tensor, pairs: int) -> Iterator[Tensor]:
+        """Split a list of which each entry takes ``pairs`` evaluations."""
+        if len(numbers):
+            yield from numbers.split(max(1, self._shape.memory_bytes // (pairs * BYTES_PER_PAIR)))
+
+    # From coarse cells to tiles.
+
+    def _bounded_tiles(self) -> tuple[Tensor, Tensor]:
+        """Bound all tiles by intervals.
+
+        Returns:
+            The states in a grid that may extend past the tiles, and the undecided tiles.
+        """
+        scale = self._coarsest_scale()
+        states = self._coarse_states(scale)
+        undecided = _numbers(states == PARTIAL)
+        while scale > 1:
+            scale //= SPLIT
+            states, undecided = self._refined(states, undecided, scale)
+        return states, undecided
+
+    def _undecided_tiles(self) -> tuple[Tensor, Tensor]:
+        shape = (self._shape.B, self._shape.H, *self._shape.grid())
+        states = torch.full(shape, PARTIAL, dtype=torch.uint8, device=self._shape.device)
+        return states, torch.arange(states.numel(), device=self._shape.device)
+
+    def _coarsest_scale(self) -> int:
+        """Return the tiles along a side of the cells to begin with."""
+        limit = CELLS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
+        limit = min(limit, self._shape.memory_bytes // BYTES_PER_PAIR)
+        masks = self._shape.B * self._shape.H
+        scale = 1
+        while (
+            masks * math.prod(self._shape.grid(scale)) > limit and max(self._shape.grid(scale)) > 1
+        ):
+            scale *= SPLIT
+        return scale
+
+    def _coarse_states(self, scale: int) -> Tensor:
+        rows, columns = self._shape.grid(scale)
+        device = self._shape.device
+        b = torch.arange(self._shape.B, device=device)[:, None, None, None]
+        h = torch.arange(self._shape.H, device=device)[:, None, None]
+        row = torch.arange(rows, device=device)[:, None]
+        column = torch.arange(columns, device=device)
+        tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
+        states = _states(*self._bounded((b, h, row, column), *tile))
+        # What depends on neither b nor h is kept once.
+        sizes = (1,) * (4 - states.dim()) + tuple(states.shape)
+        return states.expand(*sizes[:2], rows, columns).contiguous()
+
+    def _refined(self, states: Tensor, cells: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        """Split undecided cells; return the states of all smaller ones, and the undecided."""
+        split = torch.arange(SPLIT, device=self._shape.device)
+        fine = states[:, :, :, None, :, None].expand(-1, -1, -1, SPLIT, -1, SPLIT).contiguous()
+        fine = fine.view(*states.shape[:2], states.shape[2] * SPLIT, states.shape[3] * SPLIT)
+        rows, columns = self._shape.grid(scale)
+        tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
+        undecided = [cells[:0]]
+        for chunk in self._chunks(cells, SPLIT * SPLIT):
+            b, h, row, column = _coordinates(chunk, states.shape)
+            row = row * SPLIT + split[:, None]
+            column = column * SPLIT + split
+            smaller = _states(*self._bounded((b, h, row, column), *tile))
+            number = ((b * fine.shape[1] + h) * fine.shape[2] + row) * fine.shape[3] + column
+            smaller = torch.where((row < rows) & (column < columns), smaller, EMPTY)
+            fine.view(-1)[number.flatten()] = smaller.flatten()
+            undecided.append(number[smaller == PARTIAL])
+        return fine, torch.cat(undecided)
+
+    def _bounded(self, cells: Coordinates, q_width: int, kv_width: int) -> Ends:
+        """Bound the mask in cells of ``q_width × kv_width`` pairs."""
+        b, h, row, column = cells
+        evaluator = self._evaluator
+        return evaluator.interval_ends(
+            exact_index(b, self._shape.B, evaluator),
+            exact_index(h, self._shape.H, evaluator),
+            self._shape.q.cells(row, q_width, evaluator),
+            self._shape.kv.cells(column, kv_width, evaluator),
+        )
+
+    def _cap_at_edges(self, states: Tensor) -> None:
+        """Count as partial what sticks out past the last query or key, as torch does."""
+        if self._shape.q.length % self._shape.q.tile:
+            states[..., -1, :].clamp_(max=PARTIAL)
+        if self._shape.kv.length % self._shape.kv.tile:
+            states[..., -1].clamp_(max=PARTIAL)
+
+    # Within tiles that intervals left open.
+
+    def _settle(self, tiles: Tensor, states: Tensor, decided: Tensor | None) -> None:
+        """Decide tiles, and write their states and how they were decided."""
+        coordinates = _coordinates(tiles, states.shape)
+        mask = self._sampled(coordinates)
+        sampled = _states(_all(mask), _any(mask))
+        if decided is not None:
+            decided.view(-1)[tiles] = int(Decided.BY_SAMPLES)
+        if self._evaluator.may_leave_tables:
+            # Only evaluation tells whether an index is out of range.
+            is_open = torch.arange(len(tiles), device=tiles.device)
+        else:
+            is_open = _numbers(sampled != PARTIAL)
+        for chunk in self._chunks(is_open, SPLIT * SPLIT):
+            b, h, row, column = (x[chunk] for x in coordinates)
+            settled, how = self._settled((b, h, row, column), sampled[chunk])
+            states.view(-1)[tiles[chunk]] = settled
+            if decided is not None:
+                decided.view(-1)[tiles[chunk]] = how
+
+    def _sampled(self, tiles: Coordinates) -> Tensor:
+        """Evaluate pairs at both ends of a tile, and off its middle: ``(N, SAMPLES, SAMPLES)``."""
+        b, h, row, column = tiles
+        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
+        place = torch.arange(SAMPLES, device=row.device)
+        q_offset = row * q_tile + (place * (q_tile - 1) // (SAMPLES - 1))[:, None]
+        kv_offset = column * kv_tile + place * (kv_tile - 1) // (SAMPLES - 1)
+        return self._pairs((b, h, q_offset, kv_offset))
+
+    def _settled(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide tiles by all of their pairs if they are few, else by sub-tiles first.
+
+        Args:
+            tiles: Where the tiles are, ``(N, 1, 1)`` each.
+            sampled: The states of their samples, ``(N,)``.
+
+        Returns:
+            The states, and how each was decided, ``(N,)`` uint8 each.
+        """
+        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
+        few = PAIRS_AT_ONCE["cpu" if sampled.device.type == "cpu" else "cuda"]
+        few = min(few, self._shape.memory_bytes // BYTES_PER_PAIR)
+        if len(sampled) * q_tile * kv_tile > few:
+            return self._settled_in_parts(tiles, sampled)
+        b, h, row, column = tiles
+        q_offset = row * q_tile + torch.arange(q_tile, device=row.device)[:, None]
+        kv_offset = column * kv_tile + torch.arange(kv_tile, device=row.device)
+        mask = self._pairs((b, h, q_offset, kv_offset))
+        settled = _states(_all(mask), _any(mask))
+        return settled, torch.full_like(settled, int(Decided.BY_PAIRS))
+
+    def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open: as `_settled`."""
+        lo, hi = self._sub_tiles(tiles)
+        has_true = _any(lo) | (sampled > EMPTY)
+        has_false = ~_all(hi) | (sampled < FULL)
+        is_open = hi & ~lo
+        if not self._evaluator.may_leave_tables:
+            is_open &= ~(has_true & has_false)[:, None, None]
+        how = torch.where(_any(is_open), int(Decided.BY_PAIRS), int(Decided.BY_SUB_TILES))
+        trues, falses = has_true.int(), has_false.int()
+        for tile, mask, _ in self._open_pairs(tiles, is_open):
+            trues.index_add_(0, tile, _any(mask).int())
+            falses.index_add_(0, tile, 1 - _all(mask).int())
+        return _states(falses == 0, trues > 0), how.byte()
+
+    def _sub_tiles(self, tiles: Coordinates) -> Ends:
+        """Bound the mask on the sub-tiles of tiles: ``(N, parts of q, parts of kv)``."""
+        b, h, row, column = tiles
+        q, kv = self._shape.q, self._shape.kv
+        shape = (len(row), q.parts, kv.parts)
+        if not self._has_intervals:
+            nowhere = torch.zeros(shape, dtype=torch.bool, device=row.device)
+            return nowhere, ~nowhere
+        row = row * q.parts + torch.arange(q.parts, device=row.device)[:, None]
+        column = column * kv.parts + torch.arange(kv.parts, device=row.device)
+        widths = (q.tile // q.parts, kv.tile // kv.parts)
+        lo, hi = self._bounded((b, h, row, column), *widths)
+        return lo.expand(shape), hi.expand(shape)
+
+    def _allowed_in(self, tiles: Tensor, grid: torch.Size) -> int:
+        """Count the pairs that the mask allows in tiles, given by their numbers."""
+        coordinates = _coordinates(tiles, grid)
+        lo, hi = self._sub_tiles(coordinates)
+        q, kv = self._shape.q, self._shape.kv
+        _, _, row, column = coordinates
+        heights = _extents(row, q)[:, :, None]
+        widths = _extents(column, kv)[:, None, :]
+        allowed = int((lo * heights * widths).sum())
+        for _, mask, is_within in self._open_pairs(coordinates, hi & ~lo):
+            allowed += int((mask & is_within).sum())
+        return allowed
+
+    def _open_pairs(
+        self, tiles: Coordinates, is_open: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Evaluate all pairs of open sub-tiles, some sub-tiles at a time.
+
+        Yields:
+            The tile of each sub-tile, ``(M,)``, as its place in ``tiles``; the mask on its
+            pairs, ``(M, queries, keys)``; and which pairs are within the lengths. Pairs past an
+            end repeat the last one.
+        """
+        q, kv = self._shape.q, self._shape.kv
+        widths = (q.tile // q.parts, kv.tile // kv.parts)
+        q_step, kv_step = (torch.arange(width, device=is_open.device) for width in widths)
+        for chunk in self._chunks(is_open.nonzero(), math.prod(widths)):
+            tile, q_part, kv_part = chunk.unbind(1)
+            b, h, row, column = (x[tile] for x in tiles)
+            q_offset = row * q.tile + (q_part[:, None] * widths[0] + q_step)[:, :, None]
+            kv_offset = column * kv.tile + (kv_part[:, None] * widths[1] + kv_step)[:, None, :]
+            mask = self._pairs((b, h, q_offset, kv_offset))
+            yield tile, mask, (q_offset < q.length) & (kv_offset < kv.length)
+
+    def _pairs(self, pairs: Coordinates) -> Tensor:
+        """Evaluate the pairs of queries ``(N, Q, 1)`` and keys ``(N, 1, K)``: ``(N, Q, K)``."""
+        b, h, q_offset, kv_offset = pairs
+        evaluator = self._evaluator
+        return evaluator.pairs(
+            exact_index(b, self._shape.B, evaluator),
+            exact_index(h, self._shape.H, evaluator),
+            self._shape.q.indices(q_offset, evaluator),
+            self._shape.kv.indices(kv_offset, evaluator),
+        )
+
+
+def _extents(tile: Tensor, axis: Axis) -> Tensor:
+    """Return how many indices of each sub-tile are within the length: ``(N, parts)``."""
+    width = axis.tile // axis.parts
+    start = tile.view(-1, 1) * axis.tile + torch.arange(axis.parts, device=tile.device) * width
+    return (axis.length - start).clamp(0, width)
+
+
+def _numbers(is_member: Tensor) -> Tensor:
+    return is_member.flatten().nonzero()[:, 0]
+
+
+def _coordinates(numbers: Tensor, grid: torch.Size) -> Coordinates:
+    """Return where the cells of a grid are, ``(N, 1, 1)`` each."""
+    masks, heads, rows, columns = grid[0] * grid[1], *grid[1:]
+    numbers = numbers[:, None, None]
+    row, column = numbers // columns, numbers % columns
+    if masks == 1:
+        zero = torch.zeros_like(row)
+        return zero, zero, row, column
+    head = row // rows
+    return head // heads, head % heads, row % rows, column
+
+
+def _states(lo: Tensor, hi: Tensor) -> Tensor:
+    """Return EMPTY, PARTIAL or FULL from where a mask surely and possibly is true."""
+    return lo.view(torch.uint8) + hi.view(torch.uint8)
+
+
+# Reductions of bytes are vectorised on CPU, those of bools are not (torch 2.13).
+
+
+def _any(mask: Tensor) -> Tensor:
+    """Whether a mask is true anywhere in each of its first dimension."""
+    return mask.flatten(1).view(torch.uint8).amax(1).view(torch.bool)
+
+
+def _all(mask: Tensor) -> Tensor:
+    """Whether a mask is true everywhere in each of its first dimension."""
+    return mask.flatten(1).view(torch.uint8).amin(1).view(torch.bool)

@@ -1,0 +1,88 @@
+"""From the texts of a request to token ids."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from flexmask.errors import ModelError, RequestError
+from flexmask.layout import TokenizedRequest
+from flexmask.request import Request
+
+_SEGMENT_MARK = "<<flexmask segment>>"
+
+
+class RequestTokenizer:
+    """Tokenizes prefix, segments and suffix, each by itself.
+
+    Pieces are encoded apart, so that a segment has the same tokens whatever stands beside it.
+    The prefix begins with the beginning-of-sequence token where the tokenizer adds one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False) -> None:
+        """Wrap ``tokenizer``.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            chat_template: Put the request into the user turn of the tokenizer's chat template:
+                what the template writes before the segments joins the prefix, and what follows
+                joins the suffix.
+
+        Raises:
+            ModelError: If a chat template is asked for and the tokenizer has none.
+        """
+        if chat_template and not getattr(tokenizer, "chat_template", None):
+            raise ModelError("this tokenizer has no chat template; leave out --chat-template")
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        # Few-shot prefixes and suffixes repeat from row to row.
+        self._encode_shared = lru_cache(maxsize=256)(self._encode)
+
+    def __call__(self, request: Request) -> TokenizedRequest:
+        """Tokenize ``request``.
+
+        Raises:
+            RequestError: If it leaves a segment or the fusion tail without tokens.
+        """
+        prefix, suffix = request.prefix, request.suffix
+        if self._chat_template:
+            prefix, suffix = self._in_user_turn(prefix, suffix)
+        return TokenizedRequest.from_token_ids(
+            prefix=self._begin() + self._encode_shared(prefix),
+            segments=[self._encode(segment) for segment in request.segments],
+            suffix=self._encode_shared(suffix),
+        )
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _begin(self) -> tuple[int, ...]:
+        bos = self._tokenizer.bos_token_id
+        # A chat template writes the token itself.
+        if self._chat_template or bos is None or self._tokenizer.encode("a")[0] != bos:
+            return ()
+        return (bos,)
+
+    def _in_user_turn(self, prefix: str, suffix: str) -> tuple[str, str]:
+        turn = {"role": "user", "content": prefix + _SEGMENT_MARK + suffix}
+        text = self._tokenizer.apply_chat_template(
+            [turn], tokenize=False, add_generation_prompt=True
+        )
+        parts = str(text).split(_SEGMENT_MARK)
+        if len(parts) != 2:
+            raise RequestError(
+                f"the chat template writes the user turn {len(parts) - 1} times; "
+                "flexmask needs it once"
+            )
+        return parts[0], parts[1]

@@ -1,0 +1,1 @@
+"""flexmask's own mask strategies, one a file, registered as any plugin's are."""

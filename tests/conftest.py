@@ -1,0 +1,38 @@
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from oracles import make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from more threads, and workers get in each other's way."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        torch.set_float32_matmul_precision("highest")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def models() -> Callable[..., PreTrainedModel]:
+    """Models, each made once."""
+    made: dict[tuple[str, str, str], PreTrainedModel] = {}
+
+    def get(architecture: str, implementation: str, device: str = "cpu") -> PreTrainedModel:
+        key = (architecture, implementation, device)
+        if key not in made:
+            made[key] = make_model(*key)
+        return made[key]
+
+    return get

@@ -1,0 +1,130 @@
+"""Small models, random layouts, and what a dense pass over them gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from flexmask.attention import register_attention
+from flexmask.layout import Layout, TokenizedRequest
+from flexmask.strategy import Strategy
+
+SHAPE = dict(
+    vocab_size=211,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+WINDOW = 48
+
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "gemma2": Gemma2Config(**SHAPE, sliding_window=WINDOW, attn_logit_softcapping=4.0),
+    "phi3": Phi3Config(**SHAPE),
+    "olmo2": Olmo2Config(**SHAPE),
+}
+
+
+def make_model(architecture: str, implementation: str, device: str = "cpu") -> PreTrainedModel:
+    """A small model of random weights, the same for every attention implementation."""
+    register_attention()
+    config = copy.deepcopy(CONFIGS[architecture])
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger weights than the usual initialisation: attention has to matter.
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.set_attn_implementation(implementation)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def random_request(seed: int, prefix: int, segments: Sequence[int], tail: int) -> TokenizedRequest:
+    """Random tokens of the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, SHAPE["vocab_size"], (count,), generator=generator).tolist())
+
+    return TokenizedRequest(tokens(prefix), tuple(tokens(n) for n in segments), tokens(tail))
+
+
+def dense_mask(strategy: Strategy, layout: Layout) -> Tensor:
+    """The plain-Python oracle as a bool matrix ``(S, S)``."""
+    size = range(len(layout))
+    return torch.tensor([[strategy.allowed(layout, q, kv) for kv in size] for q in size])
+
+
+def within_window(layout: Layout, window: int) -> Tensor:
+    """Which keys lie within a sliding window of positions, as a bool matrix ``(S, S)``."""
+    positions = torch.tensor(layout.position_ids)
+    return positions[:, None] - positions[None, :] < window
+
+
+def oracle_logits(model: PreTrainedModel, strategy: Strategy, layout: Layout) -> Tensor:
+    """Logits ``(S, V)`` of a dense SDPA pass over the whole layout, no cache."""
+    dense = dense_mask(strategy, layout)[None, None].to(model.device)
+    config = model.config
+    masks: Tensor | dict[str, Tensor] = dense
+    if getattr(config, "sliding_window", None) is not None:
+        near = within_window(layout, config.sliding_window).to(model.device)
+        masks = dense & near
+        if hasattr(config, "layer_types"):
+            masks = {"full_attention": dense, "sliding_attention": dense & near}
+    elif hasattr(config, "layer_types"):
+        masks = {"full_attention": dense}
+    with torch.no_grad():
+        output = model(
+            input_ids=torch.tensor([layout.token_ids], device=model.device),
+            position_ids=torch.tensor([layout.position_ids], device=model.device),
+            attention_mask=_additive(masks),
+            use_cache=False,
+        )
+    return output.logits[0]
+
+
+def _additive(masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    if isinstance(masks, dict):
+        return {kind: _additive(mask) for kind, mask in masks.items()}
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(masks.shape, device=masks.device).masked_fill(~masks, lowest)
+
+
+def oracle_tokens(
+    model: PreTrainedModel, strategy: Strategy, layout: Layout, count: int
+) -> tuple[tuple[int, ...], Tensor]:
+    """Greedy tokens, and the logits ``(count, V)`` that chose them; everything run anew each."""
+    chosen: list[int] = []
+    logits = []
+    for _ in range(count):
+        grown = layout.extended(len(chosen))
+        token_ids = (*layout.token_ids, *chosen)
+        grown = Layout(token_ids, grown.segment_ids, grown.position_ids)
+        logits.append(oracle_logits(model, strategy, grown)[-1])
+        chosen.append(int(logits[-1].argmax()))
+    return tuple(chosen), torch.stack(logits)

@@ -1,0 +1,182 @@
+"""``flexmask generate`` as a user runs it, on the bundled model."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pyarrow.feather
+import pytest
+
+from flexmask.demo import model_path, questions_path
+from flexmask.results import read_run_config
+from flexmask_cli.app import main
+
+COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]
+
+
+def run(*arguments, **options):
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def error_of(monkeypatch, capfd):
+    """Runs a command that must fail; gives its one line on stderr."""
+
+    def get(*arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["flexmask", *COMMAND[3:], *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        line = exit_.value.code  # a text: Python prints it to stderr and ends with status 1
+        assert isinstance(line, str)
+        assert "\n" not in line
+        assert line.startswith("error: ")
+        assert capfd.readouterr() == ("", "")
+        return line
+
+    return get
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Options of a run that compiles once for all tests: two rows at a time."""
+    output = tmp_path / "out.feather"
+    return ["--limit", 3, "--batch-size", 2, "--max-new-tokens", 6, "--output", output]
+
+
+def test_the_demo_writes_rows_answers_and_its_configuration(small):
+    result = run(*small, "--stop", "\\n", "-v")
+    assert result.returncode == 0, result.stderr
+    assert "accuracy:" in result.stdout
+    assert "compilations: 2, of them 0 after the first batch" in result.stdout
+    table = pyarrow.feather.read_table(small[-1])
+    names = ["uuid", "answers", "paraphrases", "prediction", "generation"]
+    assert table.column_names[:5] == names
+    questions = [json.loads(line) for line in questions_path().read_text().splitlines()[:3]]
+    assert table["uuid"].to_pylist() == [row["uuid"] for row in questions]
+    assert table["paraphrases"].to_pylist() == [row["segments"] for row in questions]
+    assert set(table["finish_reason"].to_pylist()) <= {"stop", "eos", "length"}
+    config = read_run_config(small[-1])
+    assert config.run["strategy"] == "ensemble_isolation"
+    assert config.run["parameters"] == {"positions": "restart"}
+    assert config.run["stop"] == ["\n"]
+    assert config.environment["device"] == "cpu"
+
+
+def test_standard_input_and_a_model_folder_are_read(small, tmp_path):
+    rows = "".join(
+        json.dumps({"segments": [f"Q: Where is {name}?", f"Q: Tell me where {name} is."]}) + "\n"
+        for name in ("Mirel", "Tasko")
+    )
+    result = run(
+        *small, "--input", "-", "--model", model_path(), "--strategy", "prefix_segment",
+        "--param", "positions=sequential", input=rows,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    table = pyarrow.feather.read_table(small[-1])
+    assert table["uuid"].to_pylist() == ["1", "2"]
+    assert table["correct"].to_pylist() == [None, None]
+
+
+def test_resuming_gives_what_an_undisturbed_run_gives(small, tmp_path, error_of):
+    whole = tmp_path / "whole.feather"
+    assert run(*small[:-1], whole).returncode == 0
+    assert run(*small, "--limit", 1).returncode == 0
+    result = run(*small, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "rows: 2 generated, 3 in all" in result.stdout
+    resumed = pyarrow.feather.read_table(small[-1])
+    assert resumed.equals(pyarrow.feather.read_table(whole))
+    again = run(*small, "--resume")
+    assert again.stdout == f"3 rows in {small[-1]}\n"
+    assert "made by a different run" in error_of(*small, "--resume", "--max-new-tokens", 7)
+    assert "pass --resume" in error_of(*small)
+
+
+def test_a_segment_without_shared_ending_warns_in_one_line(small, tmp_path):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"segments": ["Q: one two", "Q: three four?"]}] * 1
+    )
+    result = run(*small, "--input", rows)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: the segments share no ending") == 1
+
+
+GOOD = {"uuid": "a", "segments": ["Q: one", "Q: two"], "suffix": "\nA:"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, {"uuid": "b", "segments": []}], "rows.jsonl:2: segments"),
+        ([GOOD, {"uuid": "b"}], "rows.jsonl:2: "),
+        ([{**GOOD, "segments": ["Q: one", " "]}], "rows.jsonl:1: segment 2 is empty"),
+        ([GOOD, GOOD], "rows.jsonl:2: uuid 'a'"),
+        ([GOOD, "text"], "rows.jsonl:2: "),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(small, tmp_path, rows, message, error_of):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert message in error_of(*small, "--input", path)
+    assert not small[-1].exists()
+
+
+def test_unreadable_json_is_named_by_line(small, tmp_path, error_of):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n{broken\n")
+    assert f"{path}:2: not JSON" in error_of(*small, "--input", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "ensemble"], "unknown strategy 'ensemble'; known: "),
+        (["--param", "window=3"], "has no parameter 'window'; it takes: positions"),
+        (["--param", "positions=up"], "positions must be restart|sequential, got 'up'"),
+        (["--param", "positions"], "--param takes KEY=VALUE, got 'positions'"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
+        (["--batch-size", "many"], "--batch-size must be a positive number or auto, got 'many'"),
+        (["--dtype", "float8"], "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
+        (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--temperature", "-1"], "temperature must not be negative, got -1.0"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--max-new-tokens", "5000"], "questions.jsonl:1: needs positions up to"),
+        (["--num-segments", "9"], "questions.jsonl:1: 9 segments asked for, got 5"),
+        (["--chat-template"], "this tokenizer has no chat template"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(small, arguments, message, error_of):
+    assert message in error_of(*small, *arguments)
+    assert not small[-1].exists()
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_an_error(small, error_of):
+    assert "torch sees no CUDA GPU" in error_of(*small, "--device", "cuda")
+
+
+def test_a_folder_without_weights_is_an_error(small, tmp_path, error_of):
+    shutil.copytree(model_path(), tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    assert "has no weights in safetensors" in error_of(*small, "--model", tmp_path / "bare")
+
+
+def test_an_unwritable_output_is_found_before_the_model_loads(small, tmp_path, error_of):
+    (tmp_path / "file").write_text("")
+    line = error_of(*small[:-1], tmp_path / "file" / "out.feather", "--model", "./nowhere")
+    assert str(tmp_path / "file") in line
+
+
+def test_an_error_ends_with_status_one_and_one_line_on_stderr(small):
+    result = run(*small, "--strategy", "nothing")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: unknown strategy 'nothing'")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,206 @@
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from flexmask.engine import Engine
+from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.request import Request
+from flexmask.sampling import Sampler, Sampling
+from flexmask.tokenization import RequestTokenizer
+from flexmask_strategies.causal import Causal
+from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from oracles import SHAPE, make_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Words t3, t4, … are tokens 3, 4, …"""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    vocabulary |= {f"t{i}": i for i in range(3, SHAPE["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(tokenizer):
+    return Engine(make_model("llama", "flexmask"), tokenizer)
+
+
+def words(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, SHAPE["vocab_size"], (count,), generator=generator).tolist()
+    return " ".join(f"t{i}" for i in ids)
+
+
+def request(seed, num_segments=3, length=12):
+    segments = tuple(words(100 * seed + i, length + i) for i in range(num_segments))
+    return Request(segments, prefix=words(seed, 8), suffix="t9 t10", uuid=f"row{seed}")
+
+
+REQUESTS = [request(seed, 1 + seed % 4, 5 + 3 * seed) for seed in range(7)]
+
+
+def run(engine, requests=REQUESTS, strategy=None, **options):
+    options = {"max_new_tokens": 6, "batch_size": 3} | options
+    return list(engine.generate(requests, strategy or EnsembleIsolation(), **options))
+
+
+def test_results_come_in_input_order_whatever_the_batches(engine):
+    generations = run(engine)
+    assert [g.request for g in generations] == REQUESTS
+
+
+def test_a_row_does_not_depend_on_what_else_is_in_the_batch(engine):
+    whole = run(engine)
+    for generation, alone in zip(whole, REQUESTS, strict=True):
+        (single,) = run(engine, [alone])
+        assert single.token_ids == generation.token_ids
+
+
+def test_causal_equals_plain_generate_of_transformers(engine, tokenizer):
+    model = make_model("llama", "sdpa")
+    tokenize = RequestTokenizer(tokenizer)
+    generations = run(engine, strategy=Causal(), max_new_tokens=32)
+    for generation in generations:
+        layout = Causal().layout(tokenize(generation.request))
+        prompt = torch.tensor([layout.token_ids])
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32,
+            do_sample=False, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        assert generation.token_ids == tuple(output[0, prompt.shape[1] :].tolist())
+        assert generation.prompt_tokens == prompt.shape[1]
+
+
+def test_fifty_lengths_compile_nothing_after_the_first_batch(engine):
+    requests = [request(seed, 1 + seed % 5, 5 + seed) for seed in range(50)]
+    results = engine.generate(requests, EnsembleIsolation(), max_new_tokens=2, batch_size=3)
+    rows = [len(generation.token_ids) for generation in results]
+    assert len(rows) == 50
+    assert results.stats.rows == 50
+    assert results.stats.generated_tokens == sum(rows)
+    assert results.stats.warm_compilations == 0
+
+
+def test_an_end_of_sequence_token_ends_its_row_only(engine, monkeypatch):
+    tokens = run(engine)
+    ending = tokens[2].token_ids[1]
+    config = copy.copy(engine.model.generation_config)
+    config.eos_token_id = [2, ending]
+    monkeypatch.setattr(engine.model, "generation_config", config)
+    ended = run(engine)
+    first = tokens[2].token_ids.index(ending)
+    assert ended[2].token_ids == tokens[2].token_ids[: first + 1]
+    assert ended[2].finish_reason == "eos"
+    assert f"t{ending}" not in ended[2].text.split()
+    for before, after in zip(tokens, ended, strict=True):
+        if ending not in before.token_ids:
+            assert after == before
+
+
+def test_a_stop_string_ends_its_row_and_is_left_out(engine):
+    tokens = run(engine)
+    word = tokens[1].text.split()[2]
+    stopped = run(engine, stop=[word])[1]
+    assert stopped.finish_reason == "stop"
+    assert word not in stopped.text
+    assert tokens[1].text.startswith(stopped.text)
+
+
+def test_without_an_ending_a_row_stops_at_its_length(engine):
+    assert {g.finish_reason for g in run(engine, max_new_tokens=1)} <= {"length", "eos"}
+    assert all(len(g.token_ids) == 1 for g in run(engine, max_new_tokens=1))
+
+
+def test_sampling_depends_on_seed_and_request_alone(engine):
+    hot = Sampling(temperature=2.0, top_k=50, top_p=0.9, seed=1)
+    whole = run(engine, sampling=hot)
+    assert run(engine, list(reversed(REQUESTS)), sampling=hot, batch_size=2)[0] == whole[-1]
+    assert run(engine, sampling=Sampling(temperature=2.0, seed=2)) != whole
+    assert run(engine) != whole
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
+    uuids = [str(i) for i in range(2000)]
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), uuids, 1, torch.device("cpu"))
+    shares = torch.bincount(sampler(logits, 0)[:, 0], minlength=3) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
+
+
+def test_top_k_of_one_is_greedy(engine):
+    assert run(engine, sampling=Sampling(temperature=1.5, top_k=1)) == run(engine)
+
+
+def test_no_requests_give_no_results(engine):
+    assert run(engine, []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"stop": [""]}, "a stop string must not be empty"),
+    ],
+)
+def test_an_impossible_option_is_named(engine, options, message):
+    with pytest.raises(OptionError, match=message):
+        run(engine, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
+        ({"top_k": -2}, "top_k must not be negative, got -2"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_impossible_sampling_is_named(option, message):
+    with pytest.raises(OptionError, match=message):
+        Sampling(**option)
+
+
+def test_a_prompt_beyond_the_context_names_its_request(engine):
+    long = Request((words(1, 252),), uuid="long")
+    with pytest.raises(RequestError, match="request 'long': needs positions up to 259.*256"):
+        run(engine, [long])
+
+
+def test_segments_together_may_exceed_the_context_when_positions_restart(engine):
+    wide = Request(tuple(words(i, 80) for i in range(5)), suffix="t9", uuid="wide")
+    (generation,) = run(engine, [wide], max_new_tokens=2)
+    assert generation.prompt_tokens > SHAPE["max_position_embeddings"]
+
+
+def test_a_missing_chat_template_is_an_error(engine):
+    with pytest.raises(ModelError, match="no chat template"):
+        run(engine, chat_template=True)
+
+
+def test_a_chat_template_wraps_prefix_and_suffix(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "<bos> t50 {% for m in messages %}{{ m['content'] }}{% endfor %} t51"
+        "{% if add_generation_prompt %} t52{% endif %}"
+    )
+    plain = Request(("t7 t8", "t6"), prefix="t4 ", suffix=" t9", uuid="a")
+    tokenized = RequestTokenizer(chat, chat_template=True)(plain)
+    assert tokenized.prefix == (1, 50, 4)
+    assert tokenized.segments == ((7, 8), (6,))
+    assert tokenized.tail == (9, 51, 52)
+
+
+def test_the_prefix_begins_with_the_beginning_of_sequence_token(tokenizer):
+    tokenized = RequestTokenizer(tokenizer)(Request(("t7 t8",), uuid="a"))
+    assert tokenized.prefix == (1,)

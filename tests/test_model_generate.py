@@ -1,0 +1,131 @@
+"""The backend under ``model.generate``, as transformers runs it."""
+
+import pytest
+import torch
+
+from flexmask.attention import compile_settings, flexmask_attention
+from flexmask.errors import AttentionError
+from flexmask.strategy_context import use_strategy
+from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from flexmask_strategies.prefix_segment import PrefixSegment
+from oracles import CONFIGS, make_model, oracle_tokens, random_request
+
+NEW_TOKENS = 8
+
+
+def padded_batch(device):
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(3, 211, (3, 70), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :25] = attention_mask[2, :1] = 0
+    input_ids[attention_mask == 0] = 0
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def generate(model, inputs, **options):
+    with torch.no_grad():
+        return model.generate(
+            **inputs, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0, **options
+        )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_padded_batch_generates_what_eager_attention_generates(
+    models, architecture, cache, device
+):
+    inputs = padded_batch(device)
+    options = dict(do_sample=False, cache_implementation=cache)
+    got = generate(models(architecture, "flexmask", device), inputs, **options)
+    want = generate(models(architecture, "eager", device), inputs, **options)
+    assert got.tolist() == want.tolist()
+
+
+def test_sampling_draws_what_eager_attention_draws(models, device):
+    inputs = padded_batch(device)
+    tokens = []
+    for implementation in ("flexmask", "eager"):
+        torch.manual_seed(7)
+        model = models("llama", implementation, device)
+        tokens.append(generate(model, inputs, do_sample=True, top_k=5).tolist())
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation()], ids=lambda s: s.name)
+def test_a_strategy_in_a_context_generates_what_its_oracle_says(models, strategy, cache, device):
+    requests = [random_request(1, 9, [20, 31, 15], 2), random_request(2, 14, [40, 12], 1)]
+    layouts = [strategy.layout(request) for request in requests]
+    model = models("llama", "flexmask", device)
+    with use_strategy(strategy, layouts, device) as inputs:
+        tokens = generate(model, inputs, do_sample=False, cache_implementation=cache)
+    reference = models("llama", "sdpa", device)
+    for row, layout in enumerate(layouts):
+        want, _ = oracle_tokens(reference, strategy, layout, NEW_TOKENS)
+        assert tuple(tokens[row, -NEW_TOKENS:].tolist()) == want
+
+
+def test_the_dense_backend_agrees_under_a_strategy(models, device):
+    strategy = EnsembleIsolation()
+    layouts = [strategy.layout(random_request(4, 3, [8, 10], 3))]
+    tokens = []
+    for implementation in ("flexmask", "flexmask_dense"):
+        with use_strategy(strategy, layouts, device) as inputs:
+            model = models("gemma2", implementation, device)
+            tokens.append(generate(model, inputs, do_sample=False).tolist())
+    assert tokens[0] == tokens[1]
+
+
+def test_a_second_length_compiles_nothing(models):
+    model = models("llama", "flexmask")
+    counters = torch._dynamo.utils.counters["stats"]
+    for length in (40, 41, 150, 201, 77):
+        inputs = {"input_ids": torch.full((2, length), 5)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        before = counters["unique_graphs"]
+        generate(model, inputs, do_sample=False, cache_implementation="dynamic")
+        compiled = counters["unique_graphs"] - before
+    assert compiled == 0
+
+
+def test_dropped_keys_under_restarted_positions_are_refused(models):
+    strategy = EnsembleIsolation()
+    layouts = [strategy.layout(random_request(5, 10, [60, 60], 2))]
+    with use_strategy(strategy, layouts) as inputs, pytest.raises(AttentionError, match="Engine"):
+        generate(models("mistral", "flexmask"), inputs, do_sample=False)
+
+
+def test_the_wrong_number_of_rows_is_refused(models):
+    strategy = EnsembleIsolation()
+    layouts = [strategy.layout(random_request(5, 10, [20], 2))]
+    with use_strategy(strategy, layouts), pytest.raises(AttentionError, match="3 rows"):
+        generate(models("llama", "flexmask"), padded_batch("cpu"), do_sample=False)
+
+
+def test_dropout_in_training_is_refused():
+    model = make_model("llama", "flexmask")
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(AttentionError, match="attention dropout 0.1"):
+        model.train()(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("option", ["s_aux", "position_bias"])
+def test_an_unsupported_score_modification_is_refused(option):
+    tensor = torch.zeros(1, 2, 4, 16)
+    with pytest.raises(AttentionError, match=f"asks for {option}"):
+        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: tensor})
+
+
+def test_a_missing_mask_is_never_taken_for_full_attention():
+    tensor = torch.zeros(1, 2, 4, 16)
+    with pytest.raises(AttentionError, match="needs a BlockMask, got NoneType"):
+        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None)
+
+
+def test_compile_settings_are_put_back():
+    before = torch._dynamo.config.specialize_int
+    with compile_settings():
+        assert torch._dynamo.config.specialize_int
+    assert torch._dynamo.config.specialize_int == before

@@ -1,0 +1,175 @@
+"""Compiled prefill and decode against a dense pass over everything, token by token."""
+
+import pytest
+import torch
+
+from flexmask.block_mask_cache import BlockMaskCache
+from flexmask.errors import AttentionError, LayoutError
+from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
+from flexmask.model_runner import ModelRunner, bucketed_capacity, layer_windows, prefill_length
+from flexmask_strategies.causal import Causal
+from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from flexmask_strategies.prefix_segment import PrefixSegment
+from oracles import CONFIGS, oracle_tokens, random_request
+
+CAPACITY = 640
+STEPS = 32
+REQUESTS = [
+    random_request(1, 20, [30, 41, 25], 3),
+    random_request(2, 7, [60], 1),
+    random_request(3, 40, [30, 20, 40, 21], 5),
+]
+STRATEGIES = [Causal(), PrefixSegment(), EnsembleIsolation(), EnsembleIsolation("sequential")]
+
+
+@pytest.fixture(scope="session")
+def runners(models):
+    made = {}
+
+    def get(architecture, device="cpu"):
+        if (architecture, device) not in made:
+            model = models(architecture, "flexmask", device)
+            made[architecture, device] = ModelRunner(model, BlockMaskCache())
+        return made[architecture, device]
+
+    return get
+
+
+def decode(runner, strategy, layouts, steps=STEPS):
+    """Greedy tokens ``(B, steps)`` and their logits ``(B, steps, V)``."""
+    runner.prepare(strategy, len(layouts), CAPACITY)
+    runner.prefill(layouts)
+    token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
+    tokens, logits = [], []
+    for _ in range(steps):
+        logits.append(runner.decode(token_ids))
+        token_ids = logits[-1].argmax(-1, keepdim=True)
+        tokens.append(token_ids)
+    return torch.cat(tokens, 1), torch.stack(logits, 1)
+
+
+def assert_equals_oracle(runner, reference, strategy, requests):
+    layouts = [strategy.layout(request) for request in requests]
+    tokens, logits = decode(runner, strategy, layouts)
+    for row, layout in enumerate(layouts):
+        want_tokens, want_logits = oracle_tokens(reference, strategy, layout, STEPS)
+        assert tuple(tokens[row].tolist()) == want_tokens
+        assert (logits[row] - want_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_logits_and_tokens_equal_dense_attention(runners, models, strategy, device):
+    runner, reference = runners("llama", device), models("llama", "sdpa", device)
+    assert_equals_oracle(runner, reference, strategy, REQUESTS)
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "llama"])
+def test_every_architecture_equals_dense_attention(runners, models, architecture, device):
+    # Eager attention, because SDPA leaves out Gemma's soft-capping.
+    runner, reference = runners(architecture, device), models(architecture, "eager", device)
+    assert_equals_oracle(runner, reference, EnsembleIsolation(), REQUESTS)
+
+
+@pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation()], ids=lambda s: s.name)
+def test_keys_and_values_of_a_segment_equal_those_of_its_text_run_alone(runners, strategy, device):
+    runner, request = runners("llama", device), REQUESTS[0]
+    together = strategy.layout(request)
+    rows = [together] * 3
+    alone = [
+        copied_prefix_layout(TokenizedRequest(request.prefix, (segment,), (5,)), "restart")
+        for segment in request.segments
+    ]
+    runner.prepare(strategy, 3, CAPACITY)
+    runner.prefill(rows)
+    cached = [(k.clone(), v.clone()) for k, v in runner.cached(0, len(together))]
+    runner.prepare(Causal(), 3, CAPACITY)
+    runner.prefill(alone)
+    for number, layout in enumerate(alone, start=1):
+        own = [slot for slot, s in enumerate(together.segment_ids) if s == number]
+        by_position = slice(len(layout) - 1 - len(own), len(layout) - 1)
+        for (keys, values), (alone_keys, alone_values) in zip(
+            cached, runner.cached(number - 1, len(layout)), strict=True
+        ):
+            torch.testing.assert_close(keys[:, own], alone_keys[:, by_position])
+            torch.testing.assert_close(values[:, own], alone_values[:, by_position])
+
+
+def with_changed_token(layout, slot):
+    token_ids = list(layout.token_ids)
+    token_ids[slot] = 3 + (token_ids[slot] + 1) % 200
+    return Layout(tuple(token_ids), layout.segment_ids, layout.position_ids)
+
+
+@pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation()], ids=lambda s: s.name)
+def test_a_token_changes_its_own_segment_and_the_first_generated_token_only(
+    runners, strategy, device
+):
+    runner = runners("llama", device)
+    layout = strategy.layout(random_request(9, 20, [30, 41], 3))
+    changed = [with_changed_token(layout, layout.segment_ids.index(n) + 22) for n in (1, 2)]
+    _, logits = decode(runner, strategy, [layout, *changed], steps=1)
+    for row in (1, 2):  # row n has another token in segment n
+        assert (logits[row, 0] - logits[0, 0]).abs().max() > 1e-3
+        for other in {1, 2} - {row}:
+            slots = [slot for slot, s in enumerate(layout.segment_ids) if s == other]
+            before, after = runner.cached(0, len(layout)), runner.cached(row, len(layout))
+            for (keys, values), (new_keys, new_values) in zip(before, after, strict=True):
+                assert torch.equal(keys[:, slots], new_keys[:, slots])
+                assert torch.equal(values[:, slots], new_values[:, slots])
+
+
+def test_equal_lengths_with_other_boundaries_never_share_a_mask(runners, models):
+    strategy = PrefixSegment()
+    runner, reference = runners("llama"), models("llama", "sdpa")
+    for segments in ([50, 20, 30], [20, 50, 30], [50, 20, 30]):
+        request = random_request(8, 10, segments, 2)
+        layout = strategy.layout(request)
+        tokens, _ = decode(runner, strategy, [layout] * 3, steps=4)
+        want, _ = oracle_tokens(reference, strategy, layout, 4)
+        assert tokens.tolist() == [list(want)] * 3
+
+
+def test_a_repeated_layout_is_found_in_the_mask_cache(models):
+    runner = ModelRunner(models("llama", "flexmask"), cache := BlockMaskCache())
+    layouts = [EnsembleIsolation().layout(request) for request in REQUESTS]
+    decode(runner, EnsembleIsolation(), layouts, steps=1)
+    first, _ = decode(runner, EnsembleIsolation(), layouts, steps=2)
+    assert (cache.stats.hits, cache.stats.misses) == (1, 1)
+    again, _ = decode(runner, EnsembleIsolation(), layouts, steps=2)
+    assert torch.equal(first, again)
+
+
+def test_a_prompt_of_one_token_is_refused(runners):
+    runner = runners("llama")
+    runner.prepare(Causal(), 1, CAPACITY)
+    with pytest.raises(LayoutError, match="at least two tokens"):
+        runner.prefill([Layout((5,), (-1,), (0,))])
+
+
+def test_a_model_that_attends_elsewhere_is_refused(models):
+    with pytest.raises(AttentionError, match="does not attend through flexmask"):
+        ModelRunner(models("llama", "sdpa"), BlockMaskCache())
+
+
+def test_layers_of_an_unknown_kind_are_refused():
+    config = CONFIGS["llama"].__class__(attention_chunk_size=64)
+    with pytest.raises(AttentionError, match="chunked attention"):
+        layer_windows(config)
+
+
+def test_a_prompt_that_fills_the_cache_is_refused(runners):
+    runner = runners("llama")
+    runner.prepare(Causal(), 1, 256)
+    with pytest.raises(LayoutError, match="a prefill of 256 slots needs a larger capacity"):
+        runner.prefill([Causal().layout(random_request(1, 9, [5], 1))])
+
+
+@pytest.mark.parametrize("slots", [2, 511, 512, 513, 1024, 3000])
+def test_a_bucketed_capacity_holds_the_slots_and_more_than_their_prefill(slots):
+    assert bucketed_capacity(slots) >= slots
+    assert bucketed_capacity(slots) > prefill_length(slots)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])
+def test_prefill_lengths_are_whole_tiles(tokens, length):
+    assert prefill_length(tokens) == length

@@ -1,0 +1,158 @@
+"""Builds and installs flexmask, its example plugin and a renamed copy of it, without network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pyarrow import feather
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = "plugins/flexmask-example"
+
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
+
+RENAMED = {  # what the example's README says to replace
+    "flexmask-example": "acme-masks",
+    "flexmask_example": "acme_masks",
+    "recent_segments": "near_segments",
+    "RecentSegments": "NearSegments",
+}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Three distributions, installed in a folder of their own.
+
+    Attributes:
+        source: A copy of the checkout.
+        renamed: A copy of the example, renamed.
+        sdist: Source distribution of flexmask.
+        wheel: Wheel of flexmask, built from `sdist`.
+        site: The folder with flexmask, the example and the renamed example.
+    """
+
+    source: Path
+    renamed: Path
+    sdist: Path
+    wheel: Path
+    site: Path
+
+    def run(self, *arguments):
+        """Run Python with `site` before what else is installed."""
+        plugins = {"FLEXMASK_LOAD_PLUGINS": "flexmask-example,acme-masks"}
+        environment = os.environ | plugins | {"PYTHONPATH": str(self.site)}
+        return run_python("-P", *arguments, cwd=self.site.parent, env=environment)
+
+    def files(self, folder):
+        """Names of the files in a folder of `source`, relative to the folder above it."""
+        above = (self.source / folder).parent
+        paths = (self.source / folder).rglob("*")
+        return {path.relative_to(above).as_posix() for path in paths if path.is_file()}
+
+
+def run_python(*arguments, **options):
+    """Run Python and return what it prints."""
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def copy_renamed(source, target):
+    """Copy a plugin as its README says: names replaced in files and file names."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / replace_names(path.name)).write_text(replace_names(path.read_text()))
+
+
+def replace_names(text):
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("installation")
+    source, example, renamed, dist, site = (
+        folder / name for name in ("source", "example", "renamed", "dist", "site")
+    )
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    shutil.copytree(source / EXAMPLE, example)
+    copy_renamed(example, renamed)
+
+    pip = ["-m", "pip", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps"]
+    run_python("-m", "build", "--sdist", "--no-isolation", "--outdir", dist, source)
+    (sdist,) = dist.iterdir()
+    run_python(
+        *pip, "wheel", *offline, "--no-build-isolation", "-w", dist, sdist, example, renamed
+    )
+    run_python(*pip, "install", *offline, "--target", site, *dist.glob("*.whl"))
+    (wheel,) = dist.glob("flexmask-*.whl")
+    return Installation(source, renamed, sdist, wheel, site)
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(installation):
+    with zipfile.ZipFile(installation.wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == (
+        installation.files("flexmask")
+        | installation.files("cli/flexmask_cli")
+        | installation.files("plugins/flexmask_strategies")
+    )
+    assert "flexmask/py.typed" in names
+
+
+def test_the_source_distribution_holds_the_example_and_the_benchmarks(installation):
+    with tarfile.open(installation.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    example = {f"plugins/{name}" for name in installation.files(EXAMPLE)}
+    assert f"{EXAMPLE}/pyproject.toml" in example
+    assert example | installation.files("benchmarks") <= names
+
+
+def test_the_installed_copy_is_the_one_that_runs(installation):
+    printed = installation.run("-c", "import flexmask; print(flexmask.__file__)")
+    assert Path(printed.strip()).is_relative_to(installation.site)
+
+
+def test_each_plugin_of_the_three_distributions_loads_once(installation):
+    plugins = json.loads(installation.run("-m", "flexmask_cli", "plugins", "--json"))
+    assert [plugin for plugin in plugins if plugin["error"]] == []
+    loaded = [(plugin["distribution"], plugin["entry_point"]) for plugin in plugins]
+    assert len(loaded) == len(set(loaded))
+    assert loaded[0] == ("flexmask", "causal")
+    assert loaded[-2:] == [
+        ("acme-masks", "near_segments"),
+        ("flexmask-example", "recent_segments"),
+    ]
+
+
+def test_each_strategy_is_listed_once_with_its_distribution(installation):
+    strategies = json.loads(installation.run("-m", "flexmask_cli", "strategies", "--json"))
+    owners = [(item["name"], item["distribution"]) for item in strategies]
+    assert owners == sorted(set(owners))
+    assert {
+        ("causal", "flexmask"),
+        ("recent_segments", "flexmask-example"),
+        ("near_segments", "acme-masks"),
+    } <= set(owners)
+
+
+def test_a_renamed_copy_of_the_example_passes_its_own_tests(installation):
+    installation.run("-m", "pytest", "-q", "-p", "no:cacheprovider", installation.renamed)
+
+
+def test_an_installed_strategy_generates(installation, tmp_path):
+    output = tmp_path / "out.feather"
+    limits = ["--limit", "2", "--max-new-tokens", "4", "--output", output]
+    installation.run("-m", "flexmask_cli", "generate", "--strategy", "near_segments", *limits)
+    assert feather.read_table(output).num_rows == 2
