@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexmask.decode_row_mask import DecodeRowMask
 from flexmask.errors import MaskError
 from flexmask.mask_rules import MaskMod
-from flexmask.tile_order import order_tiles
+from flexmask.tile_order import empty_pair, order_tiles
 from flexmask.tile_states import (
     EMPTY,
     FULL,
@@ -28,8 +28,8 @@ from flexmask.tile_states import (
 
 __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 
-TILES_AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
-"""How many tiles are put in order at once, at 25 bytes each: on CPU, what stays in cache."""
+TILES_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
+"""How many tiles are put in order at once, at 25 bytes each: on CPU, what one thread does."""
 
 Listed = tuple[Tensor, Tensor, Tensor, Tensor]
 """Counts and indices of each row's partial tiles, and of its full ones."""
@@ -81,8 +81,8 @@ def create_block_mask(
             passes need it; it doubles the size of the BlockMask.
         q_offset: Index of the first query, for decode and chunked prefill: query row ``i`` is
             ``q_idx = q_offset + i``, here and in the BlockMask's own ``mask_mod``.
-        memory_bytes: What evaluation may take, about, besides 17 bytes per tile. At least one
-            tile is evaluated at a time.
+        memory_bytes: What evaluation may take, about, besides some 25 bytes per tile, 8 of which
+            are the BlockMask. At least one sub-tile is evaluated at a time.
 
     Returns:
         BlockMask with ``kv_indices`` and ``full_kv_indices`` of shape
@@ -230,8 +230,8 @@ def _listed(states: Tensor, shape: MaskShape) -> Listed:
     *batch, rows, columns = states.shape
     device = states.device
     wanted = torch.arange(PARTIAL, FULL + 1, dtype=torch.uint8, device=device).view(2, 1, 1, 1, 1)
-    counts = torch.empty(2, *batch, rows, dtype=torch.int32, device=device)
-    indices = torch.empty(2, *batch, rows, columns, dtype=torch.int32, device=device)
+    counts = empty_pair(*batch, rows, device=device)
+    indices = empty_pair(*batch, rows, columns, device=device)
     limit = TILES_AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
     step = max(1, limit // (2 * columns * batch[0] * batch[1]))
     for row in range(0, rows, step):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmask.intervals import exact_index
+from flexmask.errors import MaskError
+from flexmask.intervals import NoIntervalRule, exact_index
 from flexmask.mask_evaluator import MaskEvaluator
-from flexmask.mask_rules import MaskMod
-from flexmask.tile_order import order_tiles
+from flexmask.mask_rules import MaskMod, mask_name
+from flexmask.tile_order import empty_pair, order_tiles
 
 RECOMPILE_LIMIT = 64
 """Each mask_mod, batch size and length compiles once; torch's own limit is 8."""
@@ -35,7 +36,8 @@ class DecodeRowMask:
     one query has partial tiles only: there a tile has 128 queries, most of them past the end.)
 
     Args:
-        mask_mod: What a query may see; it gets slots as ``q_idx`` and ``kv_idx``.
+        mask_mod: What a query may see, whatever the head; it gets slots as ``q_idx`` and
+            ``kv_idx``.
         B: Number of rows.
         KV_LEN: Number of key slots.
         device: Where the index tensors and the captured tensors live.
@@ -49,7 +51,7 @@ class DecodeRowMask:
         q_slots: The slot of each row's query, ``(B,)`` int64; `update` writes it.
 
     Raises:
-        MaskError: If the mask_mod breaks a rule of FlexAttention.
+        MaskError: If the mask_mod breaks a rule of FlexAttention, or depends on the head.
 
     Example::
 
@@ -84,8 +86,8 @@ class DecodeRowMask:
             slot = q_slots[b] + q_idx
             return mask_mod(b, h, slot, kv_idx) & (kv_idx <= slot)
 
-        self._counts = torch.zeros(2, B, 1, 1, dtype=torch.int32, device=device)
-        self._indices = torch.zeros(2, B, 1, 1, columns, dtype=torch.int32, device=device)
+        self._counts = empty_pair(B, 1, 1, device=self._device)
+        self._indices = empty_pair(B, 1, 1, columns, device=self._device)
         self.block_mask = BlockMask.from_kv_blocks(
             self._counts[0],
             self._indices[0],
@@ -96,7 +98,7 @@ class DecodeRowMask:
             seq_lengths=(1, KV_LEN),
             compute_q_blocks=False,
         )
-        self._allowed(MaskEvaluator(mask_mod, self._device), KV_LEN)
+        self._check(mask_mod)
         self._evaluator = MaskEvaluator(decode_row, self._device, reads_host=False)
         self.update(q_slots)
 
@@ -112,6 +114,29 @@ class DecodeRowMask:
         else:
             allowed = self._allowed(self._evaluator, 1)
             _list_tiles(allowed & self._is_key, self._counts, self._indices)
+
+    def _check(self, mask_mod: MaskMod) -> None:
+        """Check a mask_mod on the first query, for all keys.
+
+        Raises:
+            MaskError: If it breaks a rule of FlexAttention, or depends on the head.
+        """
+        evaluator = MaskEvaluator(mask_mod, self._device)
+        length = self.block_mask.seq_lengths[1]
+        self._allowed(evaluator, length)
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        row, slot = (exact_index(zero, n, evaluator) for n in (len(self._rows), length))
+        try:
+            # Whatever depends on the head has as many rows as there are heads here.
+            heads = exact_index(zero.expand(2, 1), 1, evaluator)
+            mask, _ = evaluator.interval_ends(row, heads, slot, slot)
+        except NoIntervalRule:
+            return
+        if mask.dim() and len(mask) > 1:
+            name = mask_name(mask_mod)
+            raise MaskError(
+                f"{name} depends on the head; a DecodeRowMask serves all heads at once"
+            )
 
     def _allowed(self, evaluator: MaskEvaluator, Q_LEN: int) -> Tensor:
         """Evaluate a mask for the first of ``Q_LEN`` queries of each row: ``(B, 1, keys)``."""

@@ -218,7 +218,9 @@ def _remainder(a: Interval, m: Interval) -> Ends | None:
 
 
 def _remainder_bounds(a: Bounds, m: Bounds) -> Bounds | None:
-    return (0, m[1] - 1) if m[0] > 0 else (m[0] + 1, 0) if m[1] < 0 else None
+    if m[0] > 0:
+        return 0, min(m[1] - 1, a[1]) if a[0] >= 0 else m[1] - 1
+    return (m[0] + 1, 0) if m[1] < 0 else None
 
 
 def _truncated_remainder(a: Interval, m: Interval) -> Ends | None:

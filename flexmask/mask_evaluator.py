@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
@@ -155,7 +156,8 @@ class MaskEvaluator(TorchFunctionMode):
         check_result(self._mask_mod, result)
         if isinstance(result, Interval):
             return result.lo, result.hi
-        return result, result
+        constant = result.to(self._device)
+        return constant, constant
 
     # What torch calls in place of its functions while the mask_mod runs.
 
@@ -239,6 +241,8 @@ class MaskEvaluator(TorchFunctionMode):
             return Interval(x, x, self)
         if x is None or isinstance(x, Interval):
             return x
+        if isinstance(x, numbers.Real):
+            return self._operand(int(x) if isinstance(x, numbers.Integral) else float(x))
         raise NoIntervalRule(f"an operand of type {type(x).__name__}")
 
     def _cast(self, value: Interval, dtype: torch.dtype) -> Interval:
@@ -253,7 +257,9 @@ class MaskEvaluator(TorchFunctionMode):
         keeps_bounds = dtype in INTEGERS and value.dtype in INTEGERS
         return Interval(*ends, self, value.known_bounds if keeps_bounds else None)
 
-    def _convert(self, value: Interval, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+    def _convert(
+        self, value: Interval | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Interval | Tensor:
         """Apply Tensor.to, .type or .type_as."""
         target = value.dtype
         for x in (
@@ -266,7 +272,7 @@ class MaskEvaluator(TorchFunctionMode):
                 target = x.dtype
             elif isinstance(x, (str, torch.device)) and torch.device(x) != value.device:
                 raise NoIntervalRule("a move to another device")
-        return self._cast(value, target)
+        return self._cast_to(value, target)
 
     def _filled(self, call: Call) -> Interval:
         """Apply a function that makes a constant, such as ``b.new_ones(())``."""

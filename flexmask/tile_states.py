@@ -28,7 +28,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 SPLIT = 8
 MIN_SUB_TILE = 8
 SAMPLES = 4
-CELLS_AT_ONCE = {"cpu": 2**16, "cuda": 2**21}
+CELLS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
 """How many cells are bounded at once before going coarser."""
 PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
 """Up to how many pairs are evaluated rather than split into sub-tiles."""
