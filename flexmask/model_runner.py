@@ -9,6 +9,7 @@ decode for the shapes of the run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexmask.attention import bound_cache, compile_settings, find_attention_modules
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask_cache import BlockMaskCache, BlockMaskKey
-from flexmask.errors import AttentionError, LayoutError
+from flexmask.decode_graph import DecodeGraph
+from flexmask.errors import AttentionError, FlexMaskWarning, LayoutError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens, within_window
@@ -37,6 +39,10 @@ BLOCK_SIZE = 128
 MIN_PREFILL_LENGTH = 2 * BLOCK_SIZE
 
 MIN_CAPACITY = 512
+
+# A decode step reads every weight once: what counts is how well each kernel reads, and how many
+# there are. The first searches tile sizes, the second joins independent kernels in one launch.
+DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -101,10 +107,14 @@ class ModelRunner:
         shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
         self._shapes = shapes
         self._prefill_model = _compiled_view(model, list(shapes), dynamic=True)
-        self._decode_model = _compiled_view(model, list(shapes), dynamic=False)
+        tuned = DECODE_OPTIONS if self.device.type == "cuda" else None
+        self._decode_model = _compiled_view(model, list(shapes), dynamic=False, options=tuned)
+        self._graph: DecodeGraph | None = None
+        self.no_graph_reason = ""
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> None:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots."""
+        self._graph = None
         self._strategy = strategy
         self._capacity = capacity
         self._batch = LayoutBatch(batch_size, capacity, self.device)
@@ -171,6 +181,22 @@ class ModelRunner:
         Returns:
             Logits ``(B, V)`` of the token after it.
         """
+        if self.device.type != "cuda" or self.no_graph_reason:
+            return self._step(token_ids)
+        if self._graph is None:
+            try:
+                self._graph = DecodeGraph(self._step, self._slots, token_ids)
+            except RuntimeError as error:
+                self.no_graph_reason = " ".join(str(error).split())
+                warnings.warn(
+                    f"decoding runs without a CUDA graph: {self.no_graph_reason}",
+                    FlexMaskWarning,
+                    stacklevel=2,
+                )
+                return self._step(token_ids)
+        return self._graph(token_ids)
+
+    def _step(self, token_ids: Tensor) -> Tensor:
         for mask in self._decode_masks.values():
             mask.update(self._slots)
         masks = {kind: mask.block_mask for kind, mask in self._decode_masks.items()}
@@ -225,12 +251,16 @@ class ModelRunner:
 
 
 def _compiled_view(
-    model: PreTrainedModel, attention_names: Sequence[str], *, dynamic: bool
+    model: PreTrainedModel,
+    attention_names: Sequence[str],
+    *,
+    dynamic: bool,
+    options: dict[str, bool] | None = None,
 ) -> PreTrainedModel:
     """Copy the module tree, sharing all tensors, and compile the layers that attend."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name in attention_names:
         layer: nn.Module = view.get_submodule(name.rpartition(".")[0])
-        layer.compile(fullgraph=True, dynamic=dynamic)
+        layer.compile(fullgraph=True, dynamic=dynamic, options=options)
     return view

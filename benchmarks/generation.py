@@ -1,0 +1,232 @@
+"""Decode speed against the memory-bandwidth floor, beside transformers' own ways.
+
+One model of random weights at the Llama-3.2-3B shape; prompts of one length. The floor of a step
+is the time to read all weights and the keys and values so far once, at the read bandwidth that
+this program measures. Peers are ``model.generate`` with SDPA and FlexAttention, dynamic and
+static cache; their time per step is the difference of a long and a short generation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from dataset_run import SHAPES, random_engine
+from stamp import environment_stamp
+from transformers import PreTrainedModel
+
+from flexmask.engine import Engine
+from flexmask.layout import TokenizedRequest
+from flexmask.model_runner import bucketed_capacity
+from flexmask.registry import make_strategy
+
+SEGMENTS = 5
+REPEATS = 3
+PEERS = {
+    "sdpa dynamic": ("sdpa", "dynamic"),
+    "flex_attention dynamic": ("flex_attention", "dynamic"),
+    "sdpa static": ("sdpa", "static"),
+    "flex_attention static": ("flex_attention", "static"),
+}
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One way to decode, measured.
+
+    Attributes:
+        way: What ran.
+        batch_size: Rows.
+        context: Slots before the first generated token.
+        first_s: Seconds to the first token of a cold start, compilation included.
+        ms_per_step: Milliseconds per decode step, median.
+        tokens_per_s: Tokens of all rows per second of decoding.
+        floor_share: The floor as a share of `ms_per_step`.
+        peak_gb: Peak device memory in 10⁹ bytes.
+    """
+
+    way: str
+    batch_size: int
+    context: int
+    first_s: float
+    ms_per_step: float
+    tokens_per_s: float
+    floor_share: float
+    peak_gb: float
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time ``run`` on the device."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which a sum reads 8 GB."""
+    values = torch.ones(2 * 10**9, dtype=torch.float32, device="cuda")
+    values.sum()
+    return values.nbytes / statistics.median(seconds(values.sum) for _ in range(10))
+
+
+def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: float) -> float:
+    """Seconds to read the weights and the keys and values of ``context`` slots once."""
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    per_slot = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    return (weights + batch_size * context * per_slot * model.dtype.itemsize) / bandwidth
+
+
+def random_layout(strategy, context: int, vocab_size: int):
+    """A request of five segments that takes ``context`` slots."""
+    tail, prefix = 8, 32
+    copies = SEGMENTS if strategy.name == "ensemble_isolation" else 1
+    length, rest = divmod(context - tail - copies * prefix, SEGMENTS)
+    lengths = [length + (i < rest) for i in range(SEGMENTS)]
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, vocab_size, (count,)).tolist())
+
+    request = TokenizedRequest(tokens(prefix), tuple(map(tokens, lengths)), tokens(tail))
+    return strategy.layout(request)
+
+
+def decode_flexmask(
+    engine: Engine, strategy_name: str, batch_size: int, context: int, steps: int, bandwidth: float
+) -> Decode:
+    """Decode with the engine's runner."""
+    strategy = make_strategy(strategy_name, {})
+    runner, vocab_size = engine.runner, engine.model.config.vocab_size
+    layouts = [random_layout(strategy, context, vocab_size) for _ in range(batch_size)]
+    token_ids = torch.tensor([[x.token_ids[-1]] for x in layouts], device=runner.device)
+    torch.cuda.reset_peak_memory_stats()
+
+    def start() -> None:
+        runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))
+        runner.prefill(layouts)
+        runner.decode(token_ids)
+
+    def run() -> None:
+        current = token_ids
+        for _ in range(steps):
+            current = runner.decode(current).argmax(-1, keepdim=True)
+
+    def timed() -> float:
+        runner.prefill(layouts)
+        return seconds(run)
+
+    first_s = seconds(start)
+    step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
+    return Decode(
+        way=f"flexmask {strategy_name}",
+        batch_size=batch_size,
+        context=context,
+        first_s=first_s,
+        ms_per_step=step_s * 1e3,
+        tokens_per_s=batch_size / step_s,
+        floor_share=floor_s(engine.model, batch_size, context, bandwidth) / step_s,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
+    )
+
+
+def decode_peer(
+    model: PreTrainedModel, way: str, batch_size: int, context: int, steps: int, bandwidth: float
+) -> Decode:
+    """Decode with transformers' generate."""
+    implementation, cache = PEERS[way]
+    model.set_attn_implementation(implementation)
+    prompt = torch.randint(5, model.config.vocab_size, (batch_size, context), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+
+    def generate(count: int) -> None:
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            cache_implementation=cache,
+            pad_token_id=0,
+        )
+
+    first_s = seconds(lambda: generate(2))
+    generate(steps + 2)
+    long_s = statistics.median(seconds(lambda: generate(steps + 2)) for _ in range(REPEATS))
+    short_s = statistics.median(seconds(lambda: generate(2)) for _ in range(REPEATS))
+    step_s = (long_s - short_s) / steps
+    return Decode(
+        way=f"transformers {way}",
+        batch_size=batch_size,
+        context=context,
+        first_s=first_s,
+        ms_per_step=step_s * 1e3,
+        tokens_per_s=batch_size / step_s,
+        floor_share=floor_s(model, batch_size, context, bandwidth) / step_s,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
+    )
+
+
+def print_row(result: Decode) -> None:
+    """Print one result as a line of the table."""
+    print(
+        f"{result.way:32} {result.batch_size:5} {result.context:7} {result.first_s:8.1f} "
+        f"{result.ms_per_step:9.3f} {result.tokens_per_s:9.0f} {result.floor_share:6.1%} "
+        f"{result.peak_gb:7.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print a table, then a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--strategy", default="ensemble_isolation")
+    parser.add_argument("--cases", nargs="*", default=["1x1024", "8x1024", "64x1024", "1x16384"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
+    parser.add_argument("--peer-cases", nargs="*", default=["1x1024"])
+    parser.add_argument("--steps", type=int, default=64)
+    arguments = parser.parse_args()
+
+    bandwidth = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'way':32} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
+          f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
+    engine = random_engine(arguments.shape, "cuda", torch.bfloat16)
+    results = []
+    for case in arguments.cases:
+        batch_size, context = map(int, case.split("x"))
+        results.append(
+            decode_flexmask(
+                engine, arguments.strategy, batch_size, context, arguments.steps, bandwidth
+            )
+        )
+        print_row(results[-1])
+    model = engine.model
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    for way in arguments.peers:
+        for case in arguments.peer_cases:
+            batch_size, context = map(int, case.split("x"))
+            results.append(
+                decode_peer(model, way, batch_size, context, arguments.steps, bandwidth)
+            )
+            print_row(results[-1])
+    record = {
+        "read_bytes_per_s": bandwidth,
+        "results": [asdict(result) for result in results],
+        "environment": environment_stamp(),
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
