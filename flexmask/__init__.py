@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from flexmask.generation import Generation
     from flexmask.hookspecs import hookimpl
     from flexmask.layout import Layout, TokenizedRequest
-    from flexmask.registry import load_registry
+    from flexmask.registry import load_registry, make_strategy
     from flexmask.request import Request, read_requests
+    from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy, parameter
     from flexmask.strategy_context import use_strategy
+    from flexmask.tokenization import RequestTokenizer
 
 _MODULE_OF = {
     "Engine": "engine",
@@ -34,7 +36,10 @@ _MODULE_OF = {
     "create_block_mask": "block_mask",
     "explain_mask": "block_mask",
     "hookimpl": "hookspecs",
+    "RequestTokenizer": "tokenization",
+    "Sampling": "sampling",
     "load_registry": "registry",
+    "make_strategy": "registry",
     "parameter": "strategy",
     "read_requests": "request",
     "register_attention": "attention",
@@ -47,12 +52,15 @@ __all__ = [
     "Generation",
     "Layout",
     "Request",
+    "RequestTokenizer",
+    "Sampling",
     "Strategy",
     "TokenizedRequest",
     "create_block_mask",
     "explain_mask",
     "hookimpl",
     "load_registry",
+    "make_strategy",
     "parameter",
     "read_requests",
     "register_attention",

@@ -16,6 +16,7 @@ from flexmask.generation import FinishReason, Generation
 from flexmask.layout import Layout
 from flexmask.loading import load_model, resolve_device, resolve_dtype
 from flexmask.model_runner import ModelRunner, bucketed_capacity, compilations
+from flexmask.registry import make_strategy
 from flexmask.request import Request
 from flexmask.sampling import Sampler, Sampling
 from flexmask.strategy import Strategy
@@ -122,7 +123,7 @@ class Engine:
     def generate(
         self,
         requests: Iterable[Request],
-        strategy: Strategy,
+        strategy: Strategy | str,
         *,
         max_new_tokens: int = 20,
         batch_size: int | None = None,
@@ -136,7 +137,7 @@ class Engine:
 
         Args:
             requests: What to generate for.
-            strategy: Who sees whom.
+            strategy: Who sees whom: a strategy, or the name of one for its default parameters.
             max_new_tokens: Most tokens per request.
             batch_size: Rows that run together; None chooses by memory.
             sampling: How tokens are chosen; None takes the most likely.
@@ -146,7 +147,10 @@ class Engine:
         Raises:
             RequestError: If a request cannot be tokenized or exceeds the model's context.
             OptionError: If an option has an impossible value.
+            StrategyError: If there is no strategy of that name.
         """
+        if isinstance(strategy, str):
+            strategy = make_strategy(strategy, {})
         if max_new_tokens < 1:
             raise OptionError(f"max_new_tokens must be positive, got {max_new_tokens}")
         if batch_size is not None and batch_size < 1:

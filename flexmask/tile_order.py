@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+ALIGNMENT = 64
+"""Numbers between the starts of a pair's tensors: 256 bytes, as torch allocates on CUDA."""
+
+
+def empty_pair(*shape: int, device: torch.device) -> Tensor:
+    """Allocate for partial and full tiles at once: ``(2, *shape)`` int32.
+
+    Either half starts at a multiple of 256 bytes: compiled kernels copy inputs that are not
+    aligned to 16 bytes.
+    """
+    count = math.prod(shape)
+    padded = -(-count // ALIGNMENT) * ALIGNMENT
+    both = torch.empty(2, padded, dtype=torch.int32, device=device)
+    return both[:, :count].view(2, *shape)
 
 
 def order_tiles(is_listed: Tensor, counts: Tensor, indices: Tensor) -> None:

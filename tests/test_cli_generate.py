@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pyarrow.feather
 import pytest
 
 from flexmask.demo import model_path, questions_path
-from flexmask.results import read_run_config
+from flexmask.errors import OutputError
+from flexmask.results import read_finished_rows, read_run_config
 from flexmask_cli.app import main
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]
@@ -180,3 +183,26 @@ def test_an_error_ends_with_status_one_and_one_line_on_stderr(small):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: unknown strategy 'nothing'")
     assert result.stderr.count("\n") == 1
+
+
+def test_an_interrupt_keeps_the_finished_rows_and_says_so(small, tmp_path):
+    output = tmp_path / "long.feather"
+    command = [*COMMAND, "--batch-size", "2", "--max-new-tokens", "6", "--output", output]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        journal = tmp_path / "long.feather.partial"
+        while process.poll() is None and not (journal.exists() and read_rows(journal)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == b""
+    assert b"rows are kept, --resume does the rest" in stderr
+    assert read_rows(journal) >= 2
+    assert not output.exists()
+
+
+def read_rows(journal):
+    try:
+        return read_finished_rows(journal).num_rows
+    except OutputError:  # opened, and nothing in it yet
+        return 0

@@ -11,6 +11,7 @@ from flexmask import __version__
 from flexmask.errors import FlexMaskError
 from flexmask_cli.commands.generate import generate
 from flexmask_cli.commands.plugins import plugins
+from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
 
 
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     app.command()(generate)
+    app.command()(show)
     app.command()(strategies)
     app.command()(plugins)
     return app

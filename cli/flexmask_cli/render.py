@@ -60,6 +60,14 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
+def print_figures(figures: Mapping[str, int | float]) -> None:
+    """Print named numbers, one a line."""
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        print(f"{name.replace('_', ' '):{width}}  {text:>14}", flush=True)
+
+
 def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
     """Say on stderr what is about to run, and how."""
     model, kinds = engine.model, engine.runner.layer_windows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from flexmask.registry import load_registry, make_strategy
 from flexmask.request import read_requests
 from flexmask.run_config import RunConfig
 from flexmask_cli import render
+from flexmask_cli.options import Parameters, StrategyName, parse_parameters
 from flexmask_cli.progress import track
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 
-StrategyName = Annotated[
-    str, typer.Option("--strategy", "-s", help="Mask strategy; see 'flexmask strategies'.")
-]
-Parameters = Annotated[
-    list[str] | None,
-    typer.Option("--param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy."),
-]
 Model = Annotated[
     str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
 ]
@@ -117,7 +111,7 @@ def generate(
     """Generate for each request under a mask strategy."""
     registry = load_registry()
     render.print_warnings(registry.problems())
-    chosen = make_strategy(strategy, _parse_parameters(param or []))
+    chosen = make_strategy(strategy, parse_parameters(param or []))
     mode = _parse_mode(resume, overwrite)
     requests = read_requests(input or str(questions_path()), num_segments=num_segments)[:limit]
 
@@ -166,10 +160,15 @@ def _run(
     if verbose:
         render.print_notes(engine, strategy, generations.stats)
     first = []
-    for generation in track(generations, len(writer.remaining)):
-        writer.write([generation])
-        first.append(generation)
-        del first[render.SHOWN_ANSWERS :]
+    try:
+        for generation in track(generations, len(writer.remaining)):
+            writer.write([generation])
+            first.append(generation)
+            del first[render.SHOWN_ANSWERS :]
+    except KeyboardInterrupt:
+        kept = writer.summary.rows
+        render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
+        raise
     render.print_answers(first)
     render.print_summary(generations.stats, writer.summary)
 
@@ -190,18 +189,6 @@ def _load_engine(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-
-
-def _parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
-    parameters: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name:
-            raise OptionError(f"--param takes KEY=VALUE, got {pair!r}")
-        if name in parameters:
-            raise OptionError(f"--param {name} is given twice")
-        parameters[name] = value
-    return parameters
 
 
 def _parse_batch_size(text: str) -> int | None:

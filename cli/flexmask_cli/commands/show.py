@@ -1,0 +1,108 @@
+"""``flexmask show``: who sees whom in a layout, and what its BlockMask costs."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexmask.errors import OptionError
+from flexmask.layout import TokenizedRequest
+from flexmask.registry import load_registry, make_strategy
+from flexmask_cli import render
+from flexmask_cli.options import Parameters, StrategyName, parse_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexmask.block_mask import MaskReport
+    from flexmask.layout import Layout
+    from flexmask.strategy import Strategy
+
+TOKEN = 5
+"""Stands for every token: a mask does not depend on them."""
+
+
+FIGURES = (
+    "tiles_empty",
+    "tiles_partial",
+    "tiles_full",
+    "allowed_pairs",
+    "density",
+    "block_mask_bytes",
+    "decided_by_intervals",
+    "decided_by_evaluation",
+    "build_ms",
+)
+"""What ``--stats`` prints of a `MaskReport`."""
+
+
+def show(
+    strategy: StrategyName = "ensemble_isolation",
+    param: Parameters = None,
+    prefix: Annotated[int, typer.Option(min=0, help="Tokens of the prefix.")] = 6,
+    segments: Annotated[str, typer.Option(help="Tokens of each segment.")] = "8,6,7",
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens of the suffix.")] = 3,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print figures of the BlockMask, not a picture.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Draw the mask of a strategy for a request of given lengths."""
+    render.print_warnings(load_registry().problems())
+    chosen = make_strategy(strategy, parse_parameters(param or []))
+    lengths = _parse_lengths(segments)
+    request = TokenizedRequest(
+        (TOKEN,) * prefix, tuple((TOKEN,) * length for length in lengths), (TOKEN,) * suffix
+    )
+    layout = chosen.layout(request)
+    if stats or as_json:
+        report = _explain(chosen, layout, tile=128)
+        figures = {"tokens": len(layout)} | {name: getattr(report, name) for name in FIGURES}
+        if as_json:
+            render.print_json(figures)
+        else:
+            render.print_figures(figures)
+        return
+    room = min(shutil.get_terminal_size().columns - 4, 100)
+    tile = -(-len(layout) // room)
+    states = _explain(chosen, layout, tile).states[0, 0]
+    render.print_line(_picture(states, layout, tile))
+
+
+def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
+    import torch
+
+    from flexmask.block_mask import explain_mask
+    from flexmask.layout_batch import LayoutBatch
+
+    batch = LayoutBatch(1, len(layout), torch.device("cpu"))
+    batch.load([layout], [len(layout)], [0])
+    size = len(layout)
+    return explain_mask(strategy.mask_mod(batch), 1, None, size, size, "cpu", tile)
+
+
+def _picture(states: Tensor, layout: Layout, tile: int) -> str:
+    """Draw one character per tile, with the part that each row's first token belongs to."""
+    from flexmask.tile_states import EMPTY, FULL
+
+    names = [_part(layout.segment_ids[slot]) for slot in range(0, len(layout), tile)]
+    lines = ["   " + "".join(name[-1] for name in names)]
+    for name, row in zip(names, states.tolist(), strict=True):
+        cells = ("." if s == EMPTY else "#" if s == FULL else "+" for s in row)
+        lines.append(f"{name:>2} " + "".join(cells))
+    each = "one token" if tile == 1 else f"{tile} tokens"
+    key = "# sees, . does not" if tile == 1 else "# sees all, + some, . none"
+    return "\n".join([*lines, f"a cell is {each} (q down, kv across): {key}"])
+
+
+def _part(segment_id: int) -> str:
+    return {0: "P", -1: "T"}.get(segment_id, str(segment_id))
+
+
+def _parse_lengths(text: str) -> list[int]:
+    lengths: list[Any] = text.split(",")
+    if not all(length.strip().isdecimal() and int(length) for length in lengths):
+        raise OptionError(f"--segments must be positive numbers as in 40,35,38, got {text!r}")
+    return [int(length) for length in lengths]
