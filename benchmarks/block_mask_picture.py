@@ -51,9 +51,11 @@ def picture(report: MaskReport) -> str:
     states, decided = report.states[0, 0].tolist(), report.decided[0, 0].tolist()
     size = len(states) * SIDE
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 330} {size + 30}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-24 0 {size + 390} {size + 30}" '
         'font-family="sans-serif" font-size="13">',
         f'<text x="{size / 2}" y="14" text-anchor="middle">keys →</text>',
+        f'<text transform="rotate(-90)" x="{-22 - size / 2}" y="-8" text-anchor="middle">'
+        "← queries</text>",
     ]
     for row, line in enumerate(states):
         for column, state in enumerate(line):
