@@ -99,6 +99,22 @@ def random_layout(strategy, context: int, vocab_size: int):
     return strategy.layout(request)
 
 
+def measured(
+    way: str, batch_size: int, context: int, first_s: float, step_s: float, floor: float
+) -> Decode:
+    """Put what was measured, and the peak memory since it was reset, into a record."""
+    return Decode(
+        way=way,
+        batch_size=batch_size,
+        context=context,
+        first_s=first_s,
+        ms_per_step=step_s * 1e3,
+        tokens_per_s=batch_size / step_s,
+        floor_share=floor / step_s,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
+    )
+
+
 def decode_flexmask(
     engine: Engine, strategy_name: str, batch_size: int, context: int, steps: int, bandwidth: float
 ) -> Decode:
@@ -125,16 +141,8 @@ def decode_flexmask(
 
     first_s = seconds(start)
     step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
-    return Decode(
-        way=f"flexmask {strategy_name}",
-        batch_size=batch_size,
-        context=context,
-        first_s=first_s,
-        ms_per_step=step_s * 1e3,
-        tokens_per_s=batch_size / step_s,
-        floor_share=floor_s(engine.model, batch_size, context, bandwidth) / step_s,
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
-    )
+    floor = floor_s(engine.model, batch_size, context, bandwidth)
+    return measured(f"flexmask {strategy_name}", batch_size, context, first_s, step_s, floor)
 
 
 def decode_peer(
@@ -162,16 +170,8 @@ def decode_peer(
     long_s = statistics.median(seconds(lambda: generate(steps + 2)) for _ in range(REPEATS))
     short_s = statistics.median(seconds(lambda: generate(2)) for _ in range(REPEATS))
     step_s = (long_s - short_s) / steps
-    return Decode(
-        way=f"transformers {way}",
-        batch_size=batch_size,
-        context=context,
-        first_s=first_s,
-        ms_per_step=step_s * 1e3,
-        tokens_per_s=batch_size / step_s,
-        floor_share=floor_s(model, batch_size, context, bandwidth) / step_s,
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
-    )
+    floor = floor_s(model, batch_size, context, bandwidth)
+    return measured(f"transformers {way}", batch_size, context, first_s, step_s, floor)
 
 
 def print_row(result: Decode) -> None:

@@ -107,8 +107,6 @@ def test_any_mask_gets_the_tiles_that_torch_gives_it(
 def test_any_mask_gets_the_tiles_that_torch_gives_it_on_cuda(
     random_mask: RandomMask, variants: list[Any]
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     check_random(random_mask, variants, "cuda")
 
 
@@ -537,8 +535,6 @@ def test_a_type_error_in_a_mask_is_raised_as_it_is() -> None:
 
 @pytest.mark.gpu
 def test_a_captured_tensor_on_another_device_is_named() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     ids = segments("cpu", 300)
     with pytest.raises(
         MaskError, match="captures tensor 'ids' of shape .* on cpu.*built on cuda:0"
@@ -668,8 +664,6 @@ def test_decode_rows_refuse_illegal_masks() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiles", [False, True])
 def test_decode_rows_update_inside_a_cuda_graph(compiles: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     mask_mod = packed_by_offsets("cuda")
     rows = DecodeRowMask(mask_mod, 3, S, "cuda", 64, compiles=compiles)
     q_idx = torch.zeros(3, dtype=torch.int64, device="cuda")

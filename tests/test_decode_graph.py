@@ -25,7 +25,6 @@ def decode(runner, steps=12):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device")
 def test_the_graph_gives_what_steps_without_it_give(models):
     runner = ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
     with_graph = decode(runner)
@@ -35,7 +34,6 @@ def test_the_graph_gives_what_steps_without_it_give(models):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device")
 def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_so(models, monkeypatch):
     runner = ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
     expected = decode(runner)
