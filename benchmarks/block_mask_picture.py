@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmask.block_mask import MaskReport, explain_mask
-from flexmask.tile_states import EMPTY, FULL, PARTIAL, Decided
+from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL, Decided
 
 LENGTH, TILE, SIDE = 3072, 128, 15
 COLOURS = {EMPTY: "#f2f2ef", PARTIAL: "#f3b35c", FULL: "#3f6fa8"}

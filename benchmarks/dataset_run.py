@@ -16,13 +16,13 @@ import torch
 from stamp import environment_stamp
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from flexmask.attention import register_attention
+from flexmask.attention.backend import register_attention
+from flexmask.dataset.results import ResultWriter
+from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.registry import make_strategy
 from flexmask.request import read_requests
-from flexmask.results import ResultWriter
-from flexmask.run_config import RunConfig
 
 LLAMA_3_2_3B = {
     "vocab_size": 128256,

@@ -22,8 +22,8 @@ from stamp import environment_stamp
 from transformers import PreTrainedModel
 
 from flexmask.engine import Engine
+from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.layout import TokenizedRequest
-from flexmask.model_runner import bucketed_capacity
 from flexmask.registry import make_strategy
 
 SEGMENTS = 5

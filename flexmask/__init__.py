@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flexmask.attention import register_attention
+    from flexmask.attention.backend import register_attention
+    from flexmask.attention.strategy_context import use_strategy
     from flexmask.block_mask import create_block_mask, explain_mask
     from flexmask.engine import Engine
+    from flexmask.engine.sampling import Sampling
     from flexmask.errors import FlexMaskError
     from flexmask.generation import Generation
     from flexmask.hookspecs import hookimpl
     from flexmask.layout import Layout, TokenizedRequest
     from flexmask.registry import load_registry, make_strategy
     from flexmask.request import Request, read_requests
-    from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy, parameter
-    from flexmask.strategy_context import use_strategy
     from flexmask.tokenization import RequestTokenizer
 
 _MODULE_OF = {
@@ -37,13 +37,13 @@ _MODULE_OF = {
     "explain_mask": "block_mask",
     "hookimpl": "hookspecs",
     "RequestTokenizer": "tokenization",
-    "Sampling": "sampling",
+    "Sampling": "engine.sampling",
     "load_registry": "registry",
     "make_strategy": "registry",
     "parameter": "strategy",
     "read_requests": "request",
-    "register_attention": "attention",
-    "use_strategy": "strategy_context",
+    "register_attention": "attention.backend",
+    "use_strategy": "attention.strategy_context",
 }
 
 __all__ = [

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from flexmask.attention import register_attention
+from flexmask.attention.backend import register_attention
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.strategy import Strategy
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 
-from flexmask import tile_states
-from flexmask.block_mask import DecodeRowMask, create_block_mask, explain_mask
+from flexmask.block_mask import DecodeRowMask, create_block_mask, explain_mask, tile_states
 from flexmask.errors import MaskError
 from mask_grammar import CallableMask, RandomMask, random_masks
 

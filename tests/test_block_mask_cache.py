@@ -4,7 +4,7 @@ from dataclasses import replace
 import torch
 
 from flexmask.block_mask import create_block_mask
-from flexmask.block_mask_cache import BlockMaskCache, BlockMaskKey
+from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.mask_mods import causal
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.prefix_segment import PrefixSegment

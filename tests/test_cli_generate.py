@@ -10,9 +10,9 @@ import time
 import pyarrow.feather
 import pytest
 
+from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import OutputError
-from flexmask.results import read_finished_rows, read_run_config
 from flexmask_cli.app import main
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flexmask.attention import _padded_groups, _without_padding
-from flexmask.block_mask_cache import BlockMaskCache
+from flexmask.attention.backend import _padded_groups, _without_padding
+from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.model_runner import ModelRunner
 from flexmask.errors import FlexMaskWarning
-from flexmask.model_runner import ModelRunner
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 

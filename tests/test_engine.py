@@ -6,9 +6,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flexmask.engine import Engine
+from flexmask.engine.sampling import Sampler, Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.request import Request
-from flexmask.sampling import Sampler, Sampling
 from flexmask.tokenization import RequestTokenizer
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
+from flexmask.block_mask.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals import Interval, NoIntervalRule, Span, exact_index
 from flexmask.errors import MaskError
-from flexmask.intervals import Interval, NoIntervalRule, Span, exact_index
-from flexmask.mask_evaluator import MaskEvaluator
 from mask_grammar import RandomMask, random_masks
 
 CPU = torch.device("cpu")

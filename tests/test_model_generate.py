@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flexmask.attention import compile_settings, flexmask_attention
+from flexmask.attention.backend import compile_settings, flexmask_attention
+from flexmask.attention.strategy_context import use_strategy
 from flexmask.errors import AttentionError
-from flexmask.strategy_context import use_strategy
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import CONFIGS, make_model, oracle_tokens, random_request

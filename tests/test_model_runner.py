@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from flexmask.block_mask_cache import BlockMaskCache
+from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.model_runner import (
+    ModelRunner,
+    bucketed_capacity,
+    layer_windows,
+    prefill_length,
+)
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
-from flexmask.model_runner import ModelRunner, bucketed_capacity, layer_windows, prefill_length
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment

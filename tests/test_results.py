@@ -22,10 +22,7 @@ import pyarrow.feather
 import pytest
 
 import flexmask
-from flexmask.errors import OutputError, RequestError
-from flexmask.generation import Generation
-from flexmask.request import Request
-from flexmask.results import (
+from flexmask.dataset.results import (
     SCHEMA,
     OutputMode,
     ResultSummary,
@@ -35,7 +32,10 @@ from flexmask.results import (
     read_finished_rows,
     read_run_config,
 )
-from flexmask.run_config import RunConfig
+from flexmask.dataset.run_config import RunConfig
+from flexmask.errors import OutputError, RequestError
+from flexmask.generation import Generation
+from flexmask.request import Request
 
 CONFIG = RunConfig(
     run={"strategy": "causal", "parameters": {"window": 8}, "max_new_tokens": 10, "top_p": None},

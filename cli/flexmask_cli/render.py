@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexmask.dataset.results import ResultSummary
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
-    from flexmask.results import ResultSummary
     from flexmask.strategy import Strategy
 
 UNLIMITED = 1_000_000
@@ -85,7 +85,7 @@ def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
 
 def print_answers(generations: Sequence[Generation]) -> None:
     """Print what was answered, beside what is accepted."""
-    from flexmask.judge import is_exact_match
+    from flexmask.dataset.judge import is_exact_match
 
     rows = []
     for generation in generations:

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import FlexMaskWarning, OptionError
 from flexmask.registry import load_registry, make_strategy
 from flexmask.request import read_requests
-from flexmask.run_config import RunConfig
 from flexmask_cli import render
 from flexmask_cli.options import Parameters, StrategyName, parse_parameters
 from flexmask_cli.progress import track
 
 if TYPE_CHECKING:
+    from flexmask.dataset.results import OutputMode, ResultWriter
     from flexmask.engine import Engine
-    from flexmask.results import OutputMode, ResultWriter
     from flexmask.strategy import Strategy
 
 DEMO = "demo"
@@ -116,9 +116,9 @@ def generate(
     requests = read_requests(input or str(questions_path()), num_segments=num_segments)[:limit]
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.loading import resolve_device, resolve_dtype
-    from flexmask.results import ResultWriter, default_output_path
-    from flexmask.sampling import Sampling
+    from flexmask.dataset.results import ResultWriter, default_output_path
+    from flexmask.engine.loading import resolve_device, resolve_dtype
+    from flexmask.engine.sampling import Sampling
 
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -85,7 +85,7 @@ def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
 
 def _picture(states: Tensor, layout: Layout, tile: int) -> str:
     """Draw one character per tile, with the part that each row's first token belongs to."""
-    from flexmask.tile_states import EMPTY, FULL
+    from flexmask.block_mask.tile_states import EMPTY, FULL
 
     names = [_part(layout.segment_ids[slot]) for slot in range(0, len(layout), tile)]
     lines = ["   " + "".join(name[-1] for name in names)]

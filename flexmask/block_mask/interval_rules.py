@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexmask.intervals import Bounds, Ends, Interval, NoIntervalRule, Span
+from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule, Span
 
 ANY_INTEGER: Bounds = (-(2**200), 2**200)
 """Bounds of a result too large to work out: it fits no dtype."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flexmask.mask_rules import MaskMod, check_pointwise, check_result
+from flexmask.block_mask.rules import MaskMod, check_pointwise, check_result
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexmask.intervals import Ends, Interval, NoIntervalRule, Span, exact_index
-from flexmask.mask_evaluator import MaskEvaluator
-from flexmask.mask_rules import MaskMod
+from flexmask.block_mask.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals import Ends, Interval, NoIntervalRule, Span, exact_index
+from flexmask.block_mask.rules import MaskMod
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """States of a tile. Until it is decided, a tile counts as partial."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmask.decode_row_mask import DecodeRowMask
-from flexmask.errors import MaskError
-from flexmask.mask_rules import MaskMod
-from flexmask.tile_order import empty_pair, order_tiles
-from flexmask.tile_states import (
+from flexmask.block_mask.decode_row import DecodeRowMask
+from flexmask.block_mask.rules import MaskMod
+from flexmask.block_mask.tile_order import empty_pair, order_tiles
+from flexmask.block_mask.tile_states import (
     EMPTY,
     FULL,
     PARTIAL,
@@ -25,6 +24,7 @@ from flexmask.tile_states import (
     MaskShape,
     TileClassifier,
 )
+from flexmask.errors import MaskError
 
 __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 

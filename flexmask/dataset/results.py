@@ -33,12 +33,12 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 
+from flexmask.dataset.journal import Journal, read_rows, write_rows
+from flexmask.dataset.judge import is_exact_match
+from flexmask.dataset.run_config import RunConfig
 from flexmask.errors import OutputError, RequestError
 from flexmask.generation import Generation
-from flexmask.journal import Journal, read_rows, write_rows
-from flexmask.judge import is_exact_match
 from flexmask.request import Request
-from flexmask.run_config import RunConfig
 
 OutputMode = Literal["new", "overwrite", "resume"]
 """``new``: nothing may stand there. ``overwrite``: replace it once the new file is complete.

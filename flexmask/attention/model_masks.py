@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._dynamo import mark_static
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask.attention.strategy_context import ActiveStrategy, active_strategy
 from flexmask.block_mask import create_block_mask
-from flexmask.block_mask_cache import plain_indices
+from flexmask.block_mask.cache import plain_indices
 from flexmask.errors import AttentionError
 from flexmask.mask_mods import and_masks, within_window
-from flexmask.strategy_context import ActiveStrategy, active_strategy
 
 if TYPE_CHECKING:
     from flexmask.strategy import MaskMod

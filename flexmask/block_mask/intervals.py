@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flexmask.mask_evaluator import MaskEvaluator
+    from flexmask.block_mask.evaluator import MaskEvaluator
 
 Ends = tuple[Tensor, Tensor]
 Bounds = tuple[int, int]

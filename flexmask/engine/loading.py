@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexmask.attention import BACKEND, register_attention
+from flexmask.attention.backend import BACKEND, register_attention
 from flexmask.errors import AttentionError, ModelError, OptionError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

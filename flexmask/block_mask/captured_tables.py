@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from flexmask.intervals import Ends, Interval, NoIntervalRule
+from flexmask.block_mask.intervals import Ends, Interval, NoIntervalRule
 
 if TYPE_CHECKING:
-    from flexmask.mask_evaluator import MaskEvaluator
+    from flexmask.block_mask.evaluator import MaskEvaluator
 
 POOLED_ENTRIES = 2**18
 """A table looked up at free ranges is first pooled to about this many entries."""

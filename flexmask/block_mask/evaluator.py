@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flexmask.captured_tables import CapturedTables, Selection
-from flexmask.errors import MaskError
-from flexmask.interval_rules import (
+from flexmask.block_mask.captured_tables import CapturedTables, Selection
+from flexmask.block_mask.interval_rules import (
     INTEGERS,
     RULES,
     Rule,
@@ -21,8 +20,9 @@ from flexmask.interval_rules import (
     fits,
     full_ends,
 )
-from flexmask.intervals import Bounds, Ends, Interval, NoIntervalRule
-from flexmask.mask_rules import (
+from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule
+from flexmask.block_mask.pairs_by_vmap import pairs_by_vmap
+from flexmask.block_mask.rules import (
     EXTREMA,
     MaskMod,
     captured_name,
@@ -33,7 +33,7 @@ from flexmask.mask_rules import (
     host_read_error,
     mask_name,
 )
-from flexmask.pairs_by_vmap import pairs_by_vmap
+from flexmask.errors import MaskError
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A function of torch, its arguments and its keywords."""

@@ -41,7 +41,7 @@ def register_attention() -> None:
 
     Call it before loading a model with ``attn_implementation="flexmask"``.
     """
-    from flexmask.model_masks import model_block_mask, model_dense_mask
+    from flexmask.attention.model_masks import model_block_mask, model_dense_mask
 
     AttentionInterface.register(BACKEND, flexmask_attention)
     AttentionMaskInterface.register(BACKEND, model_block_mask)

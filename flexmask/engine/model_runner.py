@@ -19,10 +19,10 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexmask.attention import bound_cache, compile_settings, find_attention_modules
+from flexmask.attention.backend import bound_cache, compile_settings, find_attention_modules
 from flexmask.block_mask import DecodeRowMask, create_block_mask
-from flexmask.block_mask_cache import BlockMaskCache, BlockMaskKey
-from flexmask.decode_graph import DecodeGraph
+from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
+from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.errors import AttentionError, FlexMaskWarning, LayoutError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch

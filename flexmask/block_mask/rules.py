@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmask.captured_tables import Selection
+from flexmask.block_mask.captured_tables import Selection
+from flexmask.block_mask.intervals import Interval
 from flexmask.errors import MaskError
-from flexmask.intervals import Interval
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(b, h, q_idx, kv_idx) -> bool``, pointwise on 0-d tensors, as FlexAttention takes it."""

@@ -10,15 +10,15 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexmask.block_mask_cache import BlockMaskCache
+from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
+from flexmask.engine.model_runner import ModelRunner, bucketed_capacity, compilations
+from flexmask.engine.sampling import Sampler, Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.generation import FinishReason, Generation
 from flexmask.layout import Layout
-from flexmask.loading import load_model, resolve_device, resolve_dtype
-from flexmask.model_runner import ModelRunner, bucketed_capacity, compilations
 from flexmask.registry import make_strategy
 from flexmask.request import Request
-from flexmask.sampling import Sampler, Sampling
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask.block_mask.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals import NoIntervalRule, exact_index
+from flexmask.block_mask.rules import MaskMod, mask_name
+from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.errors import MaskError
-from flexmask.intervals import NoIntervalRule, exact_index
-from flexmask.mask_evaluator import MaskEvaluator
-from flexmask.mask_rules import MaskMod, mask_name
-from flexmask.tile_order import empty_pair, order_tiles
 
 RECOMPILE_LIMIT = 64
 """Each mask_mod, batch size and length compiles once; torch's own limit is 8."""

@@ -1,0 +1,1 @@
+"""Attention under a mask: the backend registered with transformers, and its masks."""

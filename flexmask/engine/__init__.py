@@ -1,0 +1,5 @@
+"""Generation: batches of requests through a model, under a mask strategy."""
+
+from flexmask.engine.engine import Engine, GenerationRun, RunStats
+
+__all__ = ["Engine", "GenerationRun", "RunStats"]
