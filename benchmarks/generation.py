@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -22,7 +23,9 @@ from stamp import environment_stamp
 from transformers import PreTrainedModel
 
 from flexmask.engine import Engine
+from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
+from flexmask.engine.sampling import Sampling
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
 
@@ -122,24 +125,25 @@ def decode_flexmask(
     strategy = make_strategy(strategy_name, {})
     runner, vocab_size = engine.runner, engine.model.config.vocab_size
     layouts = [random_layout(strategy, context, vocab_size) for _ in range(batch_size)]
-    token_ids = torch.tensor([[x.token_ids[-1]] for x in layouts], device=runner.device)
     torch.cuda.reset_peak_memory_stats()
+    last = [layout.token_ids[-1] for layout in layouts]
+    uuids = [str(row) for row in range(batch_size)]
 
-    def start() -> None:
+    def start() -> DecodeLoop:
         runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))
         runner.prefill(layouts)
-        runner.decode(token_ids)
-
-    def run() -> None:
-        current = token_ids
-        for _ in range(steps):
-            current = runner.decode(current).argmax(-1, keepdim=True)
+        loop = DecodeLoop(runner, Sampling(), steps, ())
+        next(loop.run(last, uuids))
+        return loop
 
     def timed() -> float:
         runner.prefill(layouts)
-        return seconds(run)
+        return seconds(lambda: deque(loop.run(last, uuids), maxlen=0))
 
-    first_s = seconds(start)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    loop = start()
+    first_s = time.perf_counter() - started
     step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
     floor = floor_s(engine.model, batch_size, context, bandwidth)
     return measured(f"flexmask {strategy_name}", batch_size, context, first_s, step_s, floor)

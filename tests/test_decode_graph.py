@@ -5,47 +5,79 @@ import torch
 
 from flexmask.attention.backend import _padded_groups, _without_padding
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 
 LAYOUTS = [PrefixSegment().layout(random_request(seed, 9, [20, 30], 2)) for seed in (1, 2)]
+UUIDS = ["a", "b"]
+STEPS = 12
 
 
-def decode(runner, steps=12):
-    runner.prepare(PrefixSegment(), len(LAYOUTS), 640)
+@pytest.fixture(scope="module")
+def runner(models):
+    return ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
+
+
+def decode(runner, loop):
     runner.prefill(LAYOUTS)
-    token_ids = torch.tensor([[x.token_ids[-1]] for x in LAYOUTS], device=runner.device)
-    logits = []
-    for _ in range(steps):
-        logits.append(runner.decode(token_ids))
-        token_ids = logits[-1].argmax(-1, keepdim=True)
-    return torch.stack(logits)
+    return list(loop.run([layout.token_ids[-1] for layout in LAYOUTS], UUIDS))
+
+
+def new_loop(runner, sampling=Sampling(), eos=()):  # noqa: B008
+    runner.prepare(PrefixSegment(), len(LAYOUTS), 640)
+    return DecodeLoop(runner, sampling, STEPS, eos)
+
+
+def without_graph(loop):
+    loop.no_graph_reason = "asked for by this test"
+    return loop
 
 
 @pytest.mark.gpu
-def test_the_graph_gives_what_steps_without_it_give(models):
-    runner = ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
-    with_graph = decode(runner)
-    assert runner.no_graph_reason == ""
-    runner.no_graph_reason = "asked for by this test"
-    assert torch.equal(decode(runner), with_graph)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=40, top_p=0.9, seed=3)])
+def test_the_graph_gives_what_steps_without_it_give(runner, sampling):
+    expected = decode(runner, without_graph(new_loop(runner, sampling)))
+    loop = new_loop(runner, sampling)
+    assert decode(runner, loop) == expected
+    assert decode(runner, loop) == expected  # replayed from the start
+    assert loop.no_graph_reason == ""
+    assert len(expected) == STEPS
 
 
 @pytest.mark.gpu
-def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_so(models, monkeypatch):
-    runner = ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
-    expected = decode(runner)
-    step = runner._step
+def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_so(runner, monkeypatch):
+    expected = decode(runner, new_loop(runner))
+    step = runner.decode
 
     def waiting_step(token_ids):
         token_ids.sum().item()  # waits for the device, which a capture forbids
         return step(token_ids)
 
-    monkeypatch.setattr(runner, "_step", waiting_step)
+    monkeypatch.setattr(runner, "decode", waiting_step)
     with pytest.warns(FlexMaskWarning, match="without a CUDA graph"):
-        assert torch.equal(decode(runner), expected)
+        assert decode(runner, new_loop(runner)) == expected
+
+
+@pytest.mark.gpu
+def test_a_row_that_has_ended_repeats_its_last_token(runner):
+    expected = decode(runner, new_loop(runner))
+    ending = expected[2][0]
+    ended = decode(runner, new_loop(runner, eos=[ending]))
+    first = [tokens[0] for tokens in expected].index(ending)
+    assert [tokens[0] for tokens in ended[first:]] == [ending] * (STEPS - first)
+
+
+@pytest.mark.gpu
+def test_rows_that_see_all_before_take_the_kernel_made_for_them(runner, models):
+    decode(runner, new_loop(runner))
+    assert set(runner.decode_kernels.values()) == {"decode_attention"}
+    windowed = ModelRunner(models("mistral", "flexmask", "cuda"), BlockMaskCache())
+    decode(windowed, new_loop(windowed))
+    assert set(windowed.decode_kernels.values()) == {"flex_attention"}
 
 
 def test_padding_of_head_groups_is_taken_off_again():

@@ -132,8 +132,9 @@ def test_sampling_depends_on_seed_and_request_alone(engine):
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
     uuids = [str(i) for i in range(2000)]
-    sampler = Sampler(Sampling(temperature=1.0, seed=3), uuids, 1, torch.device("cpu"))
-    shares = torch.bincount(sampler(logits, 0)[:, 0], minlength=3) / 2000
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), 2000, 1, torch.device("cpu"))
+    sampler.load(uuids)
+    shares = torch.bincount(sampler(logits, torch.tensor([0]))[:, 0], minlength=3) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
 
 

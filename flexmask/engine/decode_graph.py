@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,38 +12,36 @@ WARM_UP_STEPS = 2
 
 
 class DecodeGraph:
-    """Replays ``step``, which turns token ids ``(B, 1)`` into logits ``(B, V)``.
+    """Replays a step.
 
-    Everything that a step reads or writes must stay where it is: weights, caches, index tensors.
+    Everything that a step reads or writes must stay where it is: weights, caches, buffers.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], slots: Tensor, token_ids: Tensor) -> None:
-        """Capture ``step`` at the slots and tokens that the next step has.
+    def __init__(self, step: Callable[[], None], state: Sequence[Tensor]) -> None:
+        """Capture ``step``.
 
         Args:
-            step: One decode step; adds one to ``slots``.
-            slots: ``(B,)``; as before when this returns. Keys and values that warming up writes
-                there are those that the next step writes.
-            token_ids: ``(B, 1)`` tokens of the next step.
+            step: One decode step, which reads and writes ``state``.
+            state: What a step moves on, on one device; as before when this returns. Keys and
+                values that warming up writes are those that the next step writes.
 
         Raises:
             RuntimeError: If the step does something that cannot be captured.
         """
-        first_slots = slots.clone()
-        self._token_ids = token_ids.clone()
-        stream = torch.cuda.Stream(slots.device)
-        stream.wait_stream(torch.cuda.current_stream(slots.device))
+        before = [tensor.clone() for tensor in state]
+        device = state[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                step(self._token_ids)
-                slots.copy_(first_slots)
-        torch.cuda.current_stream(slots.device).wait_stream(stream)
+                step()
+                for tensor, content in zip(state, before, strict=True):
+                    tensor.copy_(content)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = step(self._token_ids)
+            step()
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """Run the next step."""
-        self._token_ids.copy_(token_ids)
+    def replay(self) -> None:
+        """Run the step again."""
         self._graph.replay()
-        return self._logits.clone()

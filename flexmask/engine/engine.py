@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity, compilations
-from flexmask.engine.sampling import Sampler, Sampling
+from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.generation import FinishReason, Generation
 from flexmask.layout import Layout
@@ -89,6 +90,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.mask_cache = BlockMaskCache()
         self.runner = ModelRunner(model, self.mask_cache)
+        self._loop_key: object = None
 
     @classmethod
     def from_pretrained(
@@ -197,6 +199,17 @@ class Engine:
                 )
         return max(1, min(1 << (largest.bit_length() - 1), num_requests))
 
+    def prepare(
+        self, strategy: Strategy, batch_size: int, capacity: int, options: _Options
+    ) -> DecodeLoop:
+        """Make ready for batches of one size; what is there already is used again."""
+        is_new = self.runner.prepare(strategy, batch_size, capacity)
+        key = (options.sampling, options.max_new_tokens, self.eos_token_ids())
+        if is_new or key != self._loop_key:
+            self._loop_key = key
+            self._loop = DecodeLoop(self.runner, *key)
+        return self._loop
+
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a row: those of the generation config, else the tokenizer's."""
         config = self.model.generation_config
@@ -242,7 +255,7 @@ class GenerationRun(Iterator[Generation]):
             return
         cache = self._engine.mask_cache
         hits, misses, compiled = cache.stats.hits, cache.stats.misses, compilations()
-        self._engine.runner.prepare(self._strategy, size, capacity)
+        self._loop = self._engine.prepare(self._strategy, size, capacity, self._options)
         compiled_warm = None
         for start in range(0, len(self._prompts), size):
             generations = self._run_batch(self._prompts[start : start + size])
@@ -278,15 +291,12 @@ class GenerationRun(Iterator[Generation]):
         return [row.generation(self._tokenizer) for row in rows]
 
     def _decode(self, prompts: Sequence[_Prompt]) -> list[_Row]:
-        options, device = self._options, self._engine.model.device
+        options = self._options
         rows = [_Row(prompt, options, self._engine.eos_token_ids()) for prompt in prompts]
         uuids = [prompt.request.uuid for prompt in prompts]
-        sample = Sampler(options.sampling, uuids, options.max_new_tokens, device)
-        last = [[prompt.layout.token_ids[-1]] for prompt in prompts]
-        token_ids = torch.tensor(last, device=device)
-        for step in range(options.max_new_tokens):
-            token_ids = sample(self._engine.runner.decode(token_ids), step)
-            for row, token_id in zip(rows, token_ids[:, 0].tolist(), strict=True):
+        last = [prompt.layout.token_ids[-1] for prompt in prompts]
+        for token_ids in self._loop.run(last, uuids):
+            for row, token_id in zip(rows, token_ids, strict=True):
                 row.append(token_id, self._tokenizer)
             if all(row.finish_reason for row in rows):
                 break

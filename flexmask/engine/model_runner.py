@@ -9,9 +9,8 @@ decode for the shapes of the run.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,17 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexmask.attention.backend import bound_cache, compile_settings, find_attention_modules
+from flexmask.attention.backend import (
+    CausalRows,
+    bound_cache,
+    compile_settings,
+    find_attention_modules,
+)
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
-from flexmask.engine.decode_graph import DecodeGraph
-from flexmask.errors import AttentionError, FlexMaskWarning, LayoutError
+from flexmask.block_mask.causal_rows import rows_are_causal
+from flexmask.engine.fused_projections import fused_projections_backend
+from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens, within_window
@@ -43,6 +48,8 @@ MIN_CAPACITY = 512
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
 # there are. The first searches tile sizes, the second joins independent kernels in one launch.
 DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True}
+
+DecodeKernel = Literal["flex_attention", "decode_attention"]
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -107,18 +114,26 @@ class ModelRunner:
         shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
         self._shapes = shapes
         self._prefill_model = _compiled_view(model, list(shapes), dynamic=True)
-        tuned = DECODE_OPTIONS if self.device.type == "cuda" else None
-        self._decode_model = _compiled_view(model, list(shapes), dynamic=False, options=tuned)
-        self._graph: DecodeGraph | None = None
-        self.no_graph_reason = ""
+        on_gpu = self.device.type == "cuda"
+        backend = fused_projections_backend(DECODE_OPTIONS) if on_gpu else "inductor"
+        self._decode_model = _compiled_view(model, list(shapes), dynamic=False, backend=backend)
+        self._prepared: tuple[Strategy, int, int] | None = None
+        self.decode_kernels: dict[str, DecodeKernel] = {}
 
-    def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> None:
-        """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots."""
-        self._graph = None
+    def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
+        """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
+
+        Returns:
+            False if they were there already.
+        """
+        if self._prepared == (strategy, batch_size, capacity):
+            return False
+        self._prepared = None
         self._strategy = strategy
         self._capacity = capacity
+        self.batch_size = batch_size
         self._batch = LayoutBatch(batch_size, capacity, self.device)
-        self._slots = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        self.slots = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self._bind_cache(batch_size, capacity)
         strategy_mask = and_masks(strategy.mask_mod(self._batch), holds_tokens(self._batch))
         self._mask_mods: dict[str, MaskMod] = {
@@ -131,6 +146,12 @@ class ModelRunner:
             kind: DecodeRowMask(mask_mod, batch_size, capacity, self.device)
             for kind, mask_mod in self._mask_mods.items()
         }
+        none = torch.zeros(batch_size, 1, 1, 1, dtype=torch.int32, device=self.device)
+        self._causal_rows = CausalRows.from_kv_blocks(
+            none[..., 0], none, seq_lengths=(1, capacity), compute_q_blocks=False
+        )
+        self._prepared = (strategy, batch_size, capacity)
+        return True
 
     def bytes_per_row(self, capacity: int) -> int:
         """Bytes of keys and values that one row of ``capacity`` slots takes."""
@@ -166,14 +187,19 @@ class ModelRunner:
                 position_ids=self._batch.position_ids[:, :length].long(),
                 attention_mask=self._for_model(masks),
                 use_cache=False,
-                cache_slots=self._slots,
+                cache_slots=self.slots,
             )
         self._batch.open_tail(counts)
-        self._slots.copy_(torch.tensor(counts))
+        self.slots.copy_(torch.tensor(counts))
+        self.decode_kernels = {
+            kind: self._decode_kernel(mask_mod) for kind, mask_mod in self._mask_mods.items()
+        }
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:
-        """Run the next token of each row.
+        """Run the next token of each row, and move on by a slot.
+
+        Nothing in it waits for the host: it can be captured as a CUDA graph.
 
         Args:
             token_ids: ``(B, 1)``.
@@ -181,36 +207,32 @@ class ModelRunner:
         Returns:
             Logits ``(B, V)`` of the token after it.
         """
-        if self.device.type != "cuda" or self.no_graph_reason:
-            return self._step(token_ids)
-        if self._graph is None:
-            try:
-                self._graph = DecodeGraph(self._step, self._slots, token_ids)
-            except RuntimeError as error:
-                self.no_graph_reason = " ".join(str(error).split())
-                warnings.warn(
-                    f"decoding runs without a CUDA graph: {self.no_graph_reason}",
-                    FlexMaskWarning,
-                    stacklevel=2,
-                )
-                return self._step(token_ids)
-        return self._graph(token_ids)
-
-    def _step(self, token_ids: Tensor) -> Tensor:
-        for mask in self._decode_masks.values():
-            mask.update(self._slots)
-        masks = {kind: mask.block_mask for kind, mask in self._decode_masks.items()}
+        masks = {
+            kind: self._decode_mask(kind, kernel) for kind, kernel in self.decode_kernels.items()
+        }
         with compile_settings():
             output = self._decode_model(
                 input_ids=token_ids,
-                position_ids=self._batch.positions_at(self._slots),
+                position_ids=self._batch.positions_at(self.slots),
                 attention_mask=self._for_model(masks),
                 use_cache=False,
-                cache_slots=self._slots,
+                cache_slots=self.slots,
             )
-        self._slots += 1
+        self.slots += 1
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
+        """Which kernel attends: the one for causal rows where they are, on a GPU."""
+        if self.device.type != "cuda" or not rows_are_causal(mask_mod, self.slots, self._capacity):
+            return "flex_attention"
+        return "decode_attention"
+
+    def _decode_mask(self, kind: str, kernel: DecodeKernel) -> BlockMask:
+        if kernel == "decode_attention":
+            return self._causal_rows
+        self._decode_masks[kind].update(self.slots)
+        return self._decode_masks[kind].block_mask
 
     def cached(self, row: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a row, per layer: ``(H_kv, num_slots, D)`` each."""
@@ -255,12 +277,12 @@ def _compiled_view(
     attention_names: Sequence[str],
     *,
     dynamic: bool,
-    options: dict[str, bool] | None = None,
+    backend: Any = "inductor",
 ) -> PreTrainedModel:
     """Copy the module tree, sharing all tensors, and compile the layers that attend."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name in attention_names:
         layer: nn.Module = view.get_submodule(name.rpartition(".")[0])
-        layer.compile(fullgraph=True, dynamic=dynamic, options=options)
+        layer.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     return view

@@ -43,17 +43,22 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise OptionError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0.0
+
 
 class Sampler:
-    """Chooses tokens for the rows of one batch."""
+    """Chooses tokens for the rows of a batch, from buffers that stay in place."""
 
     def __init__(
-        self, sampling: Sampling, uuids: Sequence[str], max_new_tokens: int, device: torch.device
+        self, sampling: Sampling, batch_size: int, max_new_tokens: int, device: torch.device
     ) -> None:
-        """Draw the random numbers of all steps: one uniform per row and token."""
-        self._greedy = sampling.temperature == 0.0
+        """Prepare for batches of ``batch_size`` rows."""
+        self._sampling = sampling
         self._warpers = LogitsProcessorList()
-        if self._greedy:
+        if sampling.is_greedy:
             return
         if sampling.temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
@@ -61,17 +66,34 @@ class Sampler:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        rows = [_uniforms(sampling.seed, uuid, max_new_tokens) for uuid in uuids]
-        self._uniforms = torch.stack(rows).to(device)
+        self._uniforms = torch.zeros(
+            batch_size, max_new_tokens, dtype=torch.float64, device=device
+        )
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """Choose one token per row: logits ``(B, V)`` to token ids ``(B, 1)``."""
-        if self._greedy:
+    def load(self, uuids: Sequence[str]) -> None:
+        """Draw the random numbers of a batch: one uniform per row and token."""
+        if self._sampling.is_greedy:
+            return
+        count = self._uniforms.shape[1]
+        rows = [_uniforms(self._sampling.seed, uuid, count) for uuid in uuids]
+        self._uniforms.copy_(torch.stack(rows))
+
+    def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Choose one token per row.
+
+        Args:
+            logits: ``(B, V)``.
+            step: ``(1,)`` number of the token within the generation.
+
+        Returns:
+            Token ids ``(B, 1)``.
+        """
+        if self._sampling.is_greedy:
             return logits.argmax(-1, keepdim=True)
         no_tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)  # warpers look at scores
         scores = self._warpers(cast(torch.LongTensor, no_tokens), logits.float())
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        targets = self._uniforms[:, step, None] * cumulative[:, -1:]
+        targets = self._uniforms.index_select(1, step) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, targets, right=True)
         return chosen.clamp(max=logits.shape[-1] - 1)
 

@@ -1,0 +1,115 @@
+"""Decoding a batch: steps that never wait for the host, which reads tokens a little later."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flexmask.engine.decode_graph import DecodeGraph
+from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.sampling import Sampler, Sampling
+from flexmask.errors import FlexMaskWarning
+
+LAG = 2
+"""Steps that the device runs ahead of the host, which looks whether rows have ended."""
+
+
+class DecodeLoop:
+    """Decodes batches of one size; a step samples, notes ended rows, and feeds the next.
+
+    On CUDA a step is captured as a graph once and replayed. Where that cannot be done,
+    ``no_graph_reason`` says why, a warning too, and steps run without it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        """Allocate what a step reads and writes, for the batch that ``runner`` is prepared for."""
+        self._runner = runner
+        rows, device = runner.batch_size, runner.device
+        self._sampler = Sampler(sampling, rows, max_new_tokens, device)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self._max_new_tokens = max_new_tokens
+        self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._has_ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self._step_number = torch.zeros(1, dtype=torch.long, device=device)
+        self._graphs: dict[tuple[str, ...], DecodeGraph] = {}
+        self.no_graph_reason = ""
+
+    def run(self, last_token_ids: Sequence[int], uuids: Sequence[str]) -> Iterator[list[int]]:
+        """Decode the batch that the runner has prefilled.
+
+        Args:
+            last_token_ids: The last token of each prompt.
+            uuids: One per row; with the seed they determine what is sampled.
+
+        Yields:
+            The next token of each row, step by step. Tokens after a row's end mean nothing.
+        """
+        self._sampler.load(uuids)
+        self._token_ids.copy_(torch.tensor(last_token_ids)[:, None])
+        self._has_ended.zero_()
+        self._step_number.zero_()
+        on_their_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        for _ in range(self._max_new_tokens):
+            self._advance()
+            on_their_way.append(self._fetch())
+            if len(on_their_way) > (LAG if self._token_ids.is_cuda else 0):
+                yield _arrived(*on_their_way.popleft())
+        while on_their_way:
+            yield _arrived(*on_their_way.popleft())
+
+    def _advance(self) -> None:
+        if not self._token_ids.is_cuda or self.no_graph_reason:
+            return self._step()
+        kernels = tuple(self._runner.decode_kernels.values())
+        if kernels not in self._graphs:
+            state = (self._runner.slots, self._token_ids, self._has_ended, self._step_number)
+            try:
+                self._graphs[kernels] = DecodeGraph(self._step, state)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.no_graph_reason = " ".join(str(error).split())
+                warnings.warn(
+                    f"decoding runs without a CUDA graph: {self.no_graph_reason}",
+                    FlexMaskWarning,
+                    stacklevel=2,
+                )
+                return self._step()
+        return self._graphs[kernels].replay()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        logits = self._runner.decode(self._token_ids)
+        chosen = self._sampler(logits, self._step_number)
+        # A row that has ended repeats its last token.
+        chosen = torch.where(self._has_ended, self._token_ids, chosen)
+        if len(self._eos):
+            self._has_ended |= torch.isin(chosen, self._eos)
+        self._token_ids.copy_(chosen)
+        self._step_number += 1
+
+    def _fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        if not self._token_ids.is_cuda:
+            return self._token_ids.clone(), None
+        tokens = torch.empty(self._token_ids.shape, dtype=torch.long, pin_memory=True)
+        tokens.copy_(self._token_ids, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return tokens, event
+
+
+def _arrived(tokens: Tensor, event: torch.cuda.Event | None) -> list[int]:
+    if event is not None:
+        event.synchronize()
+    ids: list[int] = tokens[:, 0].tolist()
+    return ids

@@ -1,0 +1,266 @@
+"""Joins the projections of a traced decoder layer into few launches.
+
+The graph that torch.compile traces shows every projection of a layer, whatever the model's code
+calls it. Projections of one input become one `flexmask::project`; a root-mean-square norm that
+feeds only them, the gate of a pair, and the residual sum after one go into it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+import flexmask.kernels.projection  # noqa: F401  (registers the operator)
+from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
+
+_MOST_WEIGHTS = 3
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A root-mean-square norm: its input, its weight, and what it adds to the mean square."""
+
+    x: fx.Node
+    weight: fx.Node
+    eps: float
+
+
+@dataclass(frozen=True)
+class _GatedPair:
+    """Two projections, the activation of the first, and the product of it with the second."""
+
+    gate: fx.Node
+    up: fx.Node
+    activation: str
+    product: fx.Node
+
+
+def fused_projections_backend(
+    options: dict[str, Any],
+) -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]:
+    """Make a backend for torch.compile: inductor, after `fuse_projections`.
+
+    Args:
+        options: Inductor's settings.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    def compile_fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        fuse_projections(module.graph)
+        module.recompile()
+        return cast(Callable[..., Any], compile_fx(module, list(inputs), config_patches=options))
+
+    return compile_fused
+
+
+def fuse_projections(graph: fx.Graph) -> int:
+    """Replace the projections in a traced layer by `flexmask::project`.
+
+    Returns:
+        How many launches of it there are now.
+    """
+    by_input: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _is_projection(node):
+            by_input.setdefault(node.args[0], []).append(node)
+    launches = 0
+    for projections in by_input.values():
+        norm = _norm_before(projections)
+        if pair := _gated_pair(projections):
+            _replace(graph, pair.product, [pair.gate, pair.up], norm, activation=pair.activation)
+            projections = [p for p in projections if p not in (pair.gate, pair.up)]
+            launches += 1
+        for has_bias in (False, True):
+            alike = [p for p in projections if (_bias(p) is not None) == has_bias]
+            for first in range(0, len(alike), _MOST_WEIGHTS):
+                _replace_side_by_side(graph, alike[first : first + _MOST_WEIGHTS], norm)
+                launches += 1
+    graph.lint()
+    return launches
+
+
+def _is_projection(node: fx.Node) -> bool:
+    if node.target is not torch._C._nn.linear:
+        return False
+    x, weight = (_value(argument) for argument in node.args[:2])
+    return x.dtype == weight.dtype and weight.is_contiguous() and _num_rows(x) <= MAX_ROWS
+
+
+def _num_rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _replace_side_by_side(
+    graph: fx.Graph, projections: Sequence[fx.Node], norm: _Norm | None
+) -> None:
+    if len(projections) == 1 and (total := _residual_sum(projections[0])):
+        residual = next(term for term in total.all_input_nodes if term is not projections[0])
+        _replace(graph, total, projections, norm, residual=residual)
+        return
+    if len(projections) == 1:
+        _replace(graph, projections[0], projections, norm)
+        return
+    with graph.inserting_before(projections[0]):
+        joined = _project(graph, projections, norm, "", None)
+        start = 0
+        for projection in projections:
+            stop = start + _value(projection.args[1]).shape[0]
+            own = graph.call_function(torch.narrow, (joined, -1, start, stop - start))
+            projection.replace_all_uses_with(own, propagate_meta=True)
+            start = stop
+    for projection in projections:
+        _erase_unused(graph, projection)
+
+
+def _replace(
+    graph: fx.Graph,
+    node: fx.Node,
+    projections: Sequence[fx.Node],
+    norm: _Norm | None,
+    *,
+    activation: str = "",
+    residual: fx.Node | None = None,
+) -> None:
+    """Put one launch in the place of ``node``, the last of what it computes."""
+    with graph.inserting_before(node):
+        launch = _project(graph, projections, norm, activation, residual)
+    node.replace_all_uses_with(launch, propagate_meta=True)
+    _erase_unused(graph, node)
+
+
+def _project(
+    graph: fx.Graph,
+    projections: Sequence[fx.Node],
+    norm: _Norm | None,
+    activation: str,
+    residual: fx.Node | None,
+) -> fx.Node:
+    biases = [bias for p in projections if (bias := _bias(p)) is not None]
+    arguments = (
+        projections[0].args[0] if norm is None else norm.x,
+        [p.args[1] for p in projections],
+        biases,
+        None if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
+        activation,
+        residual,
+    )
+    return graph.call_function(torch.ops.flexmask.project.default, arguments)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out a node that nothing uses, and what only it used."""
+    if node.users or node.op not in ("call_function", "call_method"):
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for used in inputs:
+        _erase_unused(graph, used)
+
+
+def _value(node: Any) -> Tensor:
+    """The tensor, without data, that a node stands for."""
+    value: Tensor = node.meta["example_value"]
+    return value
+
+
+def _bias(projection: fx.Node) -> fx.Node | None:
+    bias = projection.args[2] if len(projection.args) > 2 else projection.kwargs.get("bias")
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _residual_sum(projection: fx.Node) -> fx.Node | None:
+    """The sum of a projection and a tensor of the same kind, if that is all it is used for."""
+    total = _only_user(projection)
+    if total is None or total.target is not operator.add:
+        return None
+    kinds = {
+        (_value(term).shape, _value(term).dtype) if isinstance(term, fx.Node) else None
+        for term in total.args
+    }
+    return total if len(kinds) == 1 and total.args[0] is not total.args[1] else None
+
+
+def _gated_pair(projections: Sequence[fx.Node]) -> _GatedPair | None:
+    for gate in projections:
+        activated = _only_user(gate)
+        activation = "" if activated is None else _activation(activated)
+        product = _only_user(activated) if activated is not None and activation else None
+        if product is None or product.target is not operator.mul:
+            continue
+        for up in projections:
+            is_other = up is not gate and up in product.args and _only_user(up) is product
+            if is_other and (_bias(up) is None) == (_bias(gate) is None):
+                return _GatedPair(gate, up, activation, product)
+    return None
+
+
+def _activation(node: fx.Node) -> str:
+    if node.target is nn.functional.silu:
+        return "silu"
+    is_gelu = node.target in (nn.functional.gelu, torch._C._nn.gelu)
+    return "gelu_tanh" if is_gelu and node.kwargs.get("approximate") == "tanh" else ""
+
+
+def _norm_before(projections: Sequence[fx.Node]) -> _Norm | None:
+    """The norm whose result goes to these projections and nowhere else."""
+    result = projections[0].args[0]
+    assert isinstance(result, fx.Node)
+    if _num_rows(_value(result)) > MAX_ROWS_WITH_NORM or set(result.users) != set(projections):
+        return None
+    for weight, normalized in _factors(result):
+        if _value(weight).dim() != 1:
+            continue
+        for wide, rsqrt in _factors(_before_cast(normalized)):
+            eps = _eps_of_mean_square(rsqrt, wide)
+            x = _before_cast(wide)
+            if eps is not None and _value(x).dtype == _value(result).dtype:
+                return _Norm(x, weight, eps)
+    return None
+
+
+def _factors(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The two factors of a product, both ways round."""
+    if node.target is not operator.mul or not all(isinstance(a, fx.Node) for a in node.args):
+        return []
+    first, second = node.args
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return [(first, second), (second, first)]
+
+
+def _before_cast(node: fx.Node) -> fx.Node:
+    is_cast = node.op == "call_method" and node.target in ("to", "float", "type_as")
+    source = node.args[0] if is_cast else node
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _eps_of_mean_square(rsqrt: fx.Node, wide: fx.Node) -> float | None:
+    """``eps``, if a node is ``rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)``."""
+    total = _argument(rsqrt, torch.rsqrt, "rsqrt")
+    mean = None if total is None else _argument(total, operator.add)
+    square = None if mean is None else _argument(mean, torch.mean, "mean")
+    source = None if square is None else _argument(square, torch.pow, "pow")
+    if source is not wide or total is None or mean is None or square is None:
+        return None
+    is_mean_square = (
+        mean.args[1:] == (-1,) and mean.kwargs.get("keepdim") is True and square.args[1:] == (2,)
+    )
+    eps = total.args[1]
+    return eps if is_mean_square and isinstance(eps, float) else None
+
+
+def _argument(node: fx.Node, function: Callable[..., Any], method: str = "") -> fx.Node | None:
+    """The first argument of a call of ``function``, or of the method of that name."""
+    is_call = node.target is function or (node.op == "call_method" and node.target == method)
+    first = node.args[0] if is_call and node.args else None
+    return first if isinstance(first, fx.Node) else None

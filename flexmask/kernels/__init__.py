@@ -1,0 +1,1 @@
+"""Triton kernels of the decode step; their modules import triton, so import them on CUDA only."""

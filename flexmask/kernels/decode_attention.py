@@ -1,0 +1,131 @@
+"""The operator ``flexmask::decode_attention``: one query per row over a prefix of its cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexmask.kernels.launch import (
+    SHARED_MEMORY_BYTES,
+    arrival_counters,
+    power_of_two,
+    starts_early,
+)
+
+NUM_PROGRAMS = 128
+"""Programs that keep the memory of a large GPU busy; more only have more to join."""
+
+MIN_SHARE = 128
+"""Keys below which a share of its own does not pay."""
+
+STAGES = 3
+
+
+@torch.library.custom_op("flexmask::decode_attention", mutates_args=(), device_types="cpu")
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attend from one query per row to the slots up to its own, the plain way.
+
+    Args:
+        query: ``(B, H, D)``.
+        key_cache: ``(B, H_kv, capacity, D)``.
+        value_cache: ``(B, H_kv, capacity, D_v)``.
+        slots: ``(B,)`` slot of each row's query.
+        scale: Factor on the scores.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
+
+    Returns:
+        ``(B, H, D_v)``.
+    """
+    groups = query.shape[1] // key_cache.shape[1]
+    keys = key_cache.repeat_interleave(groups, 1).float()
+    values = value_cache.repeat_interleave(groups, 1).float()
+    scores = (keys @ query.float()[..., None])[..., 0] * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    is_later = torch.arange(keys.shape[2], device=query.device) > slots[:, None, None]
+    weights = scores.masked_fill(is_later, float("-inf")).softmax(-1)
+    return (weights[:, :, None] @ values)[:, :, 0].to(query.dtype)
+
+
+@decode_attention.register_fake
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty(*query.shape[:2], value_cache.shape[-1])
+
+
+@decode_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    from flexmask.kernels.decode_attention_kernel import decode_attention_kernel
+
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch_size, heads, key_dim = query.shape
+    _, kv_heads, capacity, value_dim = value_cache.shape
+    group = heads // kv_heads
+    splits = num_splits(batch_size * kv_heads, capacity)
+    block_k, block_v = (max(16, power_of_two(dim)) for dim in (key_dim, value_dim))
+    block_n = 128
+    while STAGES * block_n * (block_k + block_v) * query.element_size() > SHARED_MEMORY_BYTES:
+        block_n //= 2
+    parts = (batch_size * heads * splits,) if splits > 1 else (1,)
+    out = query.new_empty(batch_size, heads, value_dim)
+    partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=query.device)
+    biggest, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    has_pdl = starts_early(query.device)
+    decode_attention_kernel[(batch_size * kv_heads, splits)](
+        query,
+        key_cache,
+        value_cache,
+        slots,
+        out,
+        partial,
+        biggest,
+        total,
+        arrival_counters(query.device, batch_size * kv_heads),
+        scale,
+        softcap or 1.0,
+        capacity,
+        query.stride(0),
+        query.stride(1),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        K_DIM=key_dim,
+        V_DIM=value_dim,
+        HAS_SOFTCAP=softcap != 0.0,
+        SPLITS=splits,
+        BLOCK_G=max(16, power_of_two(group)),
+        JOIN_G=power_of_two(group),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        STAGES=STAGES,
+        PDL=has_pdl,
+        num_warps=4,
+        launch_pdl=has_pdl,
+    )
+    return out
+
+
+def num_splits(pairs: int, capacity: int) -> int:
+    """Shares that the keys of each of ``pairs`` rows and key heads are divided into."""
+    wanted = min(NUM_PROGRAMS // pairs, capacity // MIN_SHARE)
+    return 1 << (max(1, wanted).bit_length() - 1)

@@ -1,0 +1,177 @@
+"""The operator ``flexmask::project``: a norm, products of few rows with weights, and what follows.
+
+A decode step reads every weight once, and each kernel that reads them slower than memory allows,
+or that starts late, shows. One launch here takes the place of the norm before a projection, of all
+projections of the same input, and of the gate or the residual sum after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early
+
+MAX_ROWS = 64
+"""More rows than this are a matrix product like any other."""
+
+MAX_ROWS_WITH_NORM = 16
+"""With more rows the norm is cheaper on its own: in here it keeps inputs from the tensor cores'
+own path through shared memory."""
+
+ACTIVATIONS = ("", "silu", "gelu_tanh")
+
+
+@torch.library.custom_op("flexmask::project", mutates_args=(), device_types="cpu")
+def project(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """Multiply rows with one to three weights, the plain way.
+
+    Args:
+        x: ``(..., K)``.
+        weights: ``(N_i, K)`` each.
+        biases: ``(N_i,)`` each, or none at all.
+        norm_weight: ``(K,)``; given, ``x`` is divided by its root mean square and multiplied
+            with this first.
+        eps: Added to the mean square.
+        activation: ``silu`` or ``gelu_tanh`` of the first product times the second; empty for
+            the products side by side.
+        residual: ``(..., N)``, added to the result.
+
+    Returns:
+        ``(..., N)``: the products side by side, or the gated product of two.
+    """
+    if norm_weight is not None:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        x = norm_weight * wide.to(x.dtype)
+    products = [
+        nn.functional.linear(x, weight, biases[i] if biases else None)
+        for i, weight in enumerate(weights)
+    ]
+    if activation == "silu":
+        result = nn.functional.silu(products[0]) * products[1]
+    elif activation == "gelu_tanh":
+        result = nn.functional.gelu(products[0], approximate="tanh") * products[1]
+    else:
+        result = torch.cat(products, -1)
+    return result if residual is None else residual + result
+
+
+@project.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    sizes = [weight.shape[0] for weight in weights]
+    return x.new_empty(*x.shape[:-1], sizes[0] if activation else sum(sizes))
+
+
+@project.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    from flexmask.kernels.projection_kernel import projection_kernel
+
+    x = x.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    sizes = [weight.shape[0] for weight in weights]
+    num_outputs = sizes[0] if activation else sum(sizes)
+    out = x.new_empty(*x.shape[:-1], num_outputs)
+    has_norm = norm_weight is not None
+    blocks = launch_blocks(rows, width, num_outputs, activation != "", has_norm)
+    if x.element_size() == 4 and rows > 1:  # twice the bytes in shared memory
+        blocks["BLOCK_K"] = max(16, blocks["BLOCK_K"] // 2)
+    splits = blocks["SPLITS"]
+    outputs = sizes[:1] if activation else sizes
+    grid = (sum(-(-size // blocks["BLOCK_N"]) for size in outputs), splits)
+    shares = splits * (rows * num_outputs + grid[0] * blocks["BLOCK_M"]) if splits > 1 else 1
+    partial = torch.empty(shares, dtype=torch.float32, device=x.device)
+    has_pdl = starts_early(x.device)
+    projection_kernel[grid](
+        x,
+        x if norm_weight is None else norm_weight,
+        *_three(weights),
+        *_three(biases or weights),
+        x if residual is None else residual.contiguous(),
+        out,
+        partial,
+        arrival_counters(x.device, grid[0]),
+        rows,
+        *(sizes + [0, 0])[:3],
+        eps,
+        K=width,
+        HAS_NORM=has_norm,
+        HAS_BIAS=bool(biases),
+        HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation,
+        PDL=has_pdl,
+        launch_pdl=has_pdl,
+        **blocks,
+    )
+    return out
+
+
+def launch_blocks(
+    rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
+) -> dict[str, Any]:
+    """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B layer in bfloat16."""
+    if rows == 1:
+        block_k = _dividing_block(width, 2048 if width >= 8192 else 1024)
+        block_n = max(2, 2048 // block_k)
+        warps = 2 if is_gated else block_n * block_k // 512
+        return _blocks(1, block_n, block_k, 1, 1, min(8, warps))
+    block_m = max(16, power_of_two(rows))
+    if block_m == 16:
+        if is_gated:
+            return _blocks(16, 64, _dividing_block(width, 128), 1, 4, 8)
+        if has_norm:
+            splits = _splits(num_outputs, 64, programs=240)
+            return _blocks(16, 64, _dividing_block(width, 256), splits, 4, 4)
+        splits = _splits(num_outputs, 32, programs=384)
+        return _blocks(16, 32, _dividing_block(width, 256), splits, 4, 4)
+    splits = 1 if is_gated or has_norm else _splits(num_outputs, 64, programs=96)
+    return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
+
+
+def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+    return sizes | {"SPLITS": splits, "STAGES": stages, "num_warps": warps}
+
+
+def _dividing_block(width: int, wanted: int) -> int:
+    """A power of two up to ``wanted`` that divides ``width``, unless that would be small."""
+    divisor = min(wanted, width & -width)
+    return divisor if divisor >= 128 else max(16, min(wanted, power_of_two(width)))
+
+
+def _splits(num_outputs: int, block_n: int, programs: int) -> int:
+    """Shares of the columns, one to four, so that there are about so many programs."""
+    return min(4, max(1, programs // -(-num_outputs // block_n)))
+
+
+def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Fill up to three with the first, which the kernel then does not read."""
+    return [*tensors, *[tensors[0]] * (3 - len(tensors))]
