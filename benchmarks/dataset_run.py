@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from stamp import environment_stamp
@@ -82,39 +83,38 @@ def main() -> None:
     requests = read_requests(str(arguments.requests))[: arguments.rows]
     engine = random_engine(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
     strategy = make_strategy(arguments.strategy, {})
-    run = engine.generate(
-        requests,
-        strategy,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-    )
     config = RunConfig(settings, environment_stamp())
-    started, first_batch_s = time.perf_counter(), None
-    with ResultWriter.open(
-        arguments.output, config=config, requests=requests, mode="overwrite"
-    ) as writer:
-        for generation in run:
-            if first_batch_s is None:
-                first_batch_s = time.perf_counter() - started
-                warm = (time.perf_counter(), run.stats)
-            writer.write([generation])
-    total_s = time.perf_counter() - started
-    warm_s = time.perf_counter() - warm[0]
-    warm_tokens = run.stats.generated_tokens - warm[1].generated_tokens
-    result = {
-        "stats": asdict(run.stats),
-        "first_batch_s": first_batch_s,
-        "total_s": total_s,
-        "warm_rows_per_s": (run.stats.rows - warm[1].rows) / warm_s,
-        "warm_tokens_per_s": warm_tokens / warm_s,
-        "settings": settings,
-        "environment": environment_stamp(),
-    }
-    for name in ("first_batch_s", "total_s", "warm_rows_per_s", "warm_tokens_per_s"):
-        print(f"{name:20} {result[name]:10.2f}")
-    for name, value in result["stats"].items():
-        print(f"{name:20} {value:10.2f}" if isinstance(value, float) else f"{name:20} {value:10}")
-    print(json.dumps(result))
+
+    def timed_run() -> dict[str, Any]:
+        """The whole data set, from requests to the result file."""
+        started = time.perf_counter()
+        run = engine.generate(
+            requests,
+            strategy,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+        )
+        with ResultWriter.open(
+            arguments.output, config=config, requests=requests, mode="overwrite"
+        ) as writer:
+            for generation in run:
+                writer.write([generation])
+        total_s = time.perf_counter() - started
+        stats = asdict(run.stats)
+        model_s = stats["prefill_s"] + stats["decode_s"]
+        return {
+            "total_s": total_s,
+            "rows_per_s": stats["rows"] / total_s,
+            "tokens_per_s": stats["generated_tokens"] / total_s,
+            "prefill_share": stats["prefill_s"] / total_s,
+            "decode_share": stats["decode_s"] / total_s,
+            "host_share": 1 - model_s / total_s,
+        } | stats
+
+    runs = {"cold": timed_run(), "warm": timed_run()}
+    for name in runs["cold"]:
+        print(f"{name:20} {runs['cold'][name]:16.2f} {runs['warm'][name]:16.2f}")
+    print(json.dumps({"runs": runs, "settings": settings, "environment": environment_stamp()}))
 
 
 if __name__ == "__main__":

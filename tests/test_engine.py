@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flexmask.request import Request
 from flexmask.tokenization import RequestTokenizer
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import SHAPE, make_model
 
 
@@ -89,6 +91,31 @@ def test_fifty_lengths_compile_nothing_after_the_first_batch(engine):
     assert results.stats.rows == 50
     assert results.stats.generated_tokens == sum(rows)
     assert results.stats.warm_compilations == 0
+
+
+@pytest.mark.parametrize("strategy", [Causal(), PrefixSegment(), EnsembleIsolation()], ids=str)
+def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monkeypatch):
+    prefix = words(77, 30)
+    requests = [dataclasses.replace(one, prefix=prefix) for one in REQUESTS]
+    shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
+    with_sharing = list(shared)
+    monkeypatch.setattr("flexmask.engine.engine.shared_beginning", lambda layouts: 0)
+    plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
+    assert list(plain) == with_sharing
+    assert plain.stats.computed_tokens > plain.stats.prompt_tokens  # the last batch is padded
+    copies = sum(len(one.segments) for one in requests) if strategy == EnsembleIsolation() else 7
+    saved = plain.stats.computed_tokens - shared.stats.computed_tokens
+    assert saved >= 31 * (copies - 1)
+
+
+def test_copies_at_other_positions_are_not_shared(engine):
+    requests = [dataclasses.replace(one, prefix=words(77, 30)) for one in REQUESTS[:3]]
+    strategy = EnsembleIsolation(positions="sequential")
+    results = engine.generate(requests, strategy, max_new_tokens=2, batch_size=1)
+    assert len(list(results)) == 3
+    layouts = [strategy.layout(RequestTokenizer(engine.tokenizer)(one)) for one in requests]
+    prompt_tokens = sum(map(len, layouts)) - 3
+    assert results.stats.computed_tokens == prompt_tokens - 2 * 31
 
 
 def test_an_end_of_sequence_token_ends_its_row_only(engine, monkeypatch):

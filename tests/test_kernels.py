@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from flexmask.block_mask.equality import rows_are_causal
 from torch.utils._pytree import tree_map_only
 
-from flexmask.block_mask.causal_rows import rows_are_causal
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.launch import power_of_two
@@ -41,13 +41,13 @@ PROJECTIONS = [
         *itertools.product([(64, 64), (96, 32, 32), (200,)], [""]),
         *itertools.product([(64, 64), (200, 200)], ACTIVATIONS[1:]),
     )
-    for extras in itertools.product((False, True), repeat=3)
+    for extras in ((False, False, False), (True, True, True), (False, True, False))
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize("width", [48, 1024])
 def test_projections_equal_plain_products(rows, width, dtype):
     for sizes, activation, has_bias, has_norm, has_residual in PROJECTIONS:

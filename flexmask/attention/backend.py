@@ -7,15 +7,17 @@ reference: the same masks as dense tensors and plain matrix products, chosen by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -29,8 +31,14 @@ BACKEND = "flexmask"
 DENSE_BACKEND = "flexmask_dense"
 
 
-PREFILL_TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-"""Of sixteen settings the fastest at 16k and 64k tokens on an H200 (24 heads of 128, bf16)."""
+PrefillKernel = Literal["triton", "flash"]
+
+TRITON_OPTIONS = {
+    64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    128: {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True},
+}
+"""By tile side, the fastest of about thirty settings on an H200 (24 heads of 128, bf16): at 1k to
+16k tokens, and at 64k."""
 
 
 class CausalRows(BlockMask):
@@ -41,15 +49,20 @@ class CausalRows(BlockMask):
     """
 
 
-def compile_settings() -> AbstractContextManager[None]:
-    """Dynamo's settings for compiled attention, for the duration of a call.
+@contextmanager
+def compile_settings() -> Iterator[None]:
+    """Torch's settings for compiled attention, for the duration of a call.
 
     Every model shape and mask compiles once, and dynamo's limit of 8 is for code that should
     not have compiled again. Numbers that a mask_mod or score_mod captures are constants: flex
-    refuses symbolic floats.
+    refuses symbolic floats. Lengths of queries and keys that happen to be equal at first are
+    not equal for ever.
     """
-    settings = {"recompile_limit": 256, "specialize_float": True, "specialize_int": True}
-    return cast(AbstractContextManager[None], dynamo_config.patch(settings))
+    with (
+        dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
+        cast(Any, shape_config).patch(use_duck_shape=False),
+    ):
+        yield
 
 
 def register_attention() -> None:
@@ -74,6 +87,7 @@ def flexmask_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     cache_slots: Tensor | None = None,
+    prefill_kernel: PrefillKernel | None = None,
     attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -84,12 +98,13 @@ def flexmask_attention(
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``, with ``H`` a multiple of ``H_kv``.
         value: ``(B, H_kv, K, D_v)``.
-        attention_mask: Who sees whom, for ``Q`` queries and ``K`` keys; where a cache is bound
-            and ``Q`` is 1, for the cache's slots as keys.
+        attention_mask: Who sees whom, for ``Q`` queries and ``K`` keys; where a cache is bound,
+            its first slots are the keys.
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
-        cache_slots: ``(B,)`` slot that a decoded token's key and value go to. Given, the keys
-            and values are kept in ``module.key_cache`` and ``module.value_cache``.
+        cache_slots: Slots that keys and values go to in ``module.key_cache`` and
+            ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
+        prefill_kernel: What computes a prefill whose lengths are whole tiles.
         attention_probe: Given, notes the module and nothing is computed.
         kwargs: What else transformers passes; refused where it changes attention.
 
@@ -101,7 +116,7 @@ def flexmask_attention(
     """
     _refuse_unsupported(module, kwargs)
     if attention_probe is not None:
-        return attention_probe.record(module, query, key, value), None
+        return attention_probe.record(module, query, key, value, softcap), None
     if not isinstance(attention_mask, BlockMask):
         got = type(attention_mask).__name__
         raise AttentionError(
@@ -109,7 +124,7 @@ def flexmask_attention(
             "padding mask or not at all, or choose attn_implementation='sdpa'"
         )
     if cache_slots is not None:
-        key, value = _update_cache(module, key, value, cache_slots)
+        key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     if isinstance(attention_mask, CausalRows):
         assert cache_slots is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -118,8 +133,7 @@ def flexmask_attention(
         )
         return rows[:, None], None
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
-    is_aligned = cache_slots is not None and query.shape[2] > 1
-    output = attend(query, key, value, attention_mask, scaling, softcap, is_aligned)
+    output = attend(query, key, value, attention_mask, scaling, softcap, prefill_kernel)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -175,18 +189,19 @@ def bound_cache(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _update_cache(
-    module: nn.Module, key: Tensor, value: Tensor, slots: Tensor
+    module: nn.Module, key: Tensor, value: Tensor, slots: Tensor, mask: BlockMask
 ) -> tuple[Tensor, Tensor]:
+    """Write keys and values to the cache; return the first slots of it that the mask covers."""
     key_cache, value_cache = bound_cache(module)
-    length = key.shape[2]
-    if length > 1:
-        key_cache[:, :, :length] = key
-        value_cache[:, :, :length] = value
-        return key, value
     rows = torch.arange(key.shape[0], device=key.device)
-    key_cache[rows, :, slots] = key[:, :, 0]
-    value_cache[rows, :, slots] = value[:, :, 0]
-    return key_cache, value_cache
+    if slots.dim() == 1:
+        key_cache[rows, :, slots] = key[:, :, 0]
+        value_cache[rows, :, slots] = value[:, :, 0]
+        return key_cache, value_cache
+    key_cache.transpose(1, 2)[rows[:, None], slots] = key.transpose(1, 2)
+    value_cache.transpose(1, 2)[rows[:, None], slots] = value.transpose(1, 2)
+    length = mask.kv_indices.shape[-1] * mask.BLOCK_SIZE[1]
+    return key_cache[:, :, :length], value_cache[:, :, :length]
 
 
 def _softcap_mod(softcap: float | None) -> Callable[..., Tensor] | None:
@@ -206,7 +221,7 @@ def _attend(
     mask: BlockMask,
     scaling: float | None,
     softcap: float | None,
-    is_aligned: bool,
+    prefill_kernel: PrefillKernel | None,
 ) -> Tensor:
     block_mask = BlockMask.from_kv_blocks(
         mask.kv_num_blocks,
@@ -230,21 +245,38 @@ def _attend(
         block_mask=block_mask,
         enable_gqa=heads != key.shape[1],
         scale=scaling,
-        kernel_options=_kernel_options(query, value) if is_aligned else None,
+        kernel_options=_kernel_options(query, value, mask, prefill_kernel),
     )
     assert isinstance(output, Tensor)
     return _without_padding(output, heads, key.shape[1])
 
 
-def _kernel_options(query: Tensor, value: Tensor) -> FlexKernelOptions | None:
-    """Options of FlexAttention's kernel for a prefill whose lengths are whole tiles, on CUDA."""
-    if query.device.type != "cuda":
+def _kernel_options(
+    query: Tensor, value: Tensor, mask: BlockMask, prefill_kernel: PrefillKernel | None
+) -> FlexKernelOptions | None:
+    """Options of FlexAttention for a prefill whose lengths are whole tiles."""
+    if prefill_kernel is None:
         return None
+    if prefill_kernel == "flash":
+        return {"BACKEND": "FLASH"}
     # Under symbolic lengths inductor cannot know it, and checks every load against the end.
     options: dict[str, Any] = {"IS_DIVISIBLE": True}
     if query.element_size() == 2 and max(query.shape[-1], value.shape[-1]) <= 128:
-        options |= PREFILL_TILES
+        options |= TRITON_OPTIONS[mask.BLOCK_SIZE[0]]
     return cast("FlexKernelOptions", options)
+
+
+def flash_can_attend(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FlexAttention's FLASH backend is installed, and serves heads of this shape."""
+    return (
+        find_spec("flash_attn") is not None
+        and find_spec("flash_attn.cute") is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+        and shape.key_dim == shape.value_dim
+        and shape.key_dim in (64, 128)
+        and not shape.has_softcap
+    )
 
 
 def _padded_groups(query: Tensor, kv_heads: int) -> Tensor:
@@ -287,6 +319,7 @@ class AttentionShape:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    has_softcap: bool
 
 
 class AttentionProbe:
@@ -296,9 +329,18 @@ class AttentionProbe:
         """Start with nothing seen."""
         self.shapes: dict[nn.Module, AttentionShape] = {}
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def record(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
         """Note ``module``'s shapes; return zeros in place of attention's result."""
-        self.shapes[module] = AttentionShape(key.shape[1], key.shape[3], value.shape[3])
+        has_softcap = softcap is not None
+        shape = AttentionShape(key.shape[1], key.shape[3], value.shape[3], has_softcap)
+        self.shapes[module] = shape
         batch_size, heads, length, _ = query.shape
         return value.new_zeros(batch_size, length, heads, value.shape[3])
 

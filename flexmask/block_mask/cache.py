@@ -36,6 +36,7 @@ class BlockMaskKey:
         window: Sliding window of the model's layer, in positions; None for full attention.
         q_length: Queries.
         kv_length: Keys.
+        reused: Which slots of the rows are no queries, because keys and values are there.
         block_size: Tile side.
         device: Where the index tensors are.
     """
@@ -45,6 +46,7 @@ class BlockMaskKey:
     window: int | None
     q_length: int
     kv_length: int
+    reused: Hashable
     block_size: int
     device: str
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,6 +15,7 @@ from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity, compilations
+from flexmask.engine.prefix_reuse import pays_off, shared_beginning
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.generation import FinishReason, Generation
@@ -23,7 +25,7 @@ from flexmask.request import Request
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 
-MAX_AUTO_BATCH_SIZE = 64
+MAX_AUTO_BATCH_SIZE = 128
 CPU_AUTO_BATCH_SIZE = 8
 
 
@@ -34,6 +36,8 @@ class RunStats:
     Attributes:
         rows: Requests finished.
         prompt_tokens: Slots of their prompts, copies of the prefix counted.
+        computed_tokens: Those that prefill computed; the others begin as all prompts do, and
+            were copied.
         generated_tokens: Tokens generated for them.
         prefill_s: Seconds in prefill, compilation included.
         decode_s: Seconds in decode, compilation included.
@@ -41,6 +45,8 @@ class RunStats:
         warm_compilations: Those of them compiled after the first batch.
         mask_hits: BlockMasks found in the cache.
         mask_misses: BlockMasks built.
+        prefill_peak_bytes: Most device memory in use during prefill; 0 on CPU.
+        decode_peak_bytes: The same during decode.
         batch_size: Rows that run together.
         capacity: Slots of the key-value cache per row.
     """
@@ -49,6 +55,7 @@ class RunStats:
     capacity: int
     rows: int = 0
     prompt_tokens: int = 0
+    computed_tokens: int = 0
     generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -56,6 +63,8 @@ class RunStats:
     warm_compilations: int = 0
     mask_hits: int = 0
     mask_misses: int = 0
+    prefill_peak_bytes: int = 0
+    decode_peak_bytes: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -256,6 +265,7 @@ class GenerationRun(Iterator[Generation]):
         cache = self._engine.mask_cache
         hits, misses, compiled = cache.stats.hits, cache.stats.misses, compilations()
         self._loop = self._engine.prepare(self._strategy, size, capacity, self._options)
+        self._share_prefix()
         compiled_warm = None
         for start in range(0, len(self._prompts), size):
             generations = self._run_batch(self._prompts[start : start + size])
@@ -274,17 +284,30 @@ class GenerationRun(Iterator[Generation]):
             )
             yield from generations
 
+    def _share_prefix(self) -> None:
+        """Compute what all prompts begin with once, if it stands in enough places to pay."""
+        runner, started = self._engine.runner, time.perf_counter()
+        runner.shared_prefix = None
+        layouts = [prompt.layout for prompt in self._prompts]
+        length = shared_beginning(layouts)
+        if length and pays_off(layouts, length, self.stats.batch_size):
+            runner.share_prefix(layouts[0], length)
+            self.stats = replace(self.stats, computed_tokens=runner.computed_tokens)
+        self._synchronize()
+        self.stats = replace(self.stats, prefill_s=time.perf_counter() - started)
+
     def _run_batch(self, prompts: Sequence[_Prompt]) -> list[Generation]:
         spare = self.stats.batch_size - len(prompts)
         padded = [*prompts, *[prompts[-1]] * spare]  # a constant number of rows compiles once
-        started = time.perf_counter()
-        self._engine.runner.prefill([prompt.layout for prompt in padded])
-        self._synchronize()
+        runner, started = self._engine.runner, time.perf_counter()
+        with self._peak_bytes("prefill_peak_bytes"):
+            runner.prefill([prompt.layout for prompt in padded])
         prefilled = time.perf_counter()
-        rows = self._decode(padded)[: len(prompts)]
-        self._synchronize()
+        with self._peak_bytes("decode_peak_bytes"):
+            rows = self._decode(padded)[: len(prompts)]
         self.stats = replace(
             self.stats,
+            computed_tokens=self.stats.computed_tokens + runner.computed_tokens,
             prefill_s=self.stats.prefill_s + prefilled - started,
             decode_s=self.stats.decode_s + time.perf_counter() - prefilled,
         )
@@ -301,6 +324,18 @@ class GenerationRun(Iterator[Generation]):
             if all(row.finish_reason for row in rows):
                 break
         return rows
+
+    @contextmanager
+    def _peak_bytes(self, name: str) -> Iterator[None]:
+        """Note the most memory in use during a phase, and wait for its end."""
+        device = self._engine.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        self._synchronize()
+        if device.type == "cuda":
+            peak = max(getattr(self.stats, name), torch.cuda.max_memory_allocated(device))
+            self.stats = replace(self.stats, **{name: peak})
 
     def _synchronize(self) -> None:
         if self._engine.model.device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 from flexmask.errors import OptionError
+
+NUM_CHUNKS = 128
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,22 @@ class Sampler:
             Token ids ``(B, 1)``.
         """
         if self._sampling.is_greedy:
-            return logits.argmax(-1, keepdim=True)
+            return _most_likely(logits)
         no_tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)  # warpers look at scores
         scores = self._warpers(cast(torch.LongTensor, no_tokens), logits.float())
         cumulative = scores.double().softmax(-1).cumsum(-1)
         targets = self._uniforms.index_select(1, step) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, targets, right=True)
         return chosen.clamp(max=logits.shape[-1] - 1)
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """Argmax in two steps, because torch gives a row of logits to few programs on CUDA."""
+    batch_size, vocab_size = logits.shape
+    chunks = math.gcd(vocab_size, NUM_CHUNKS)
+    largest, index = logits.view(batch_size, chunks, -1).max(-1)
+    chunk = largest.argmax(-1, keepdim=True)
+    return chunk * (vocab_size // chunks) + index.gather(1, chunk)
 
 
 def _uniforms(seed: int, uuid: str, count: int) -> Tensor:
