@@ -94,11 +94,12 @@ def test_resuming_gives_what_an_undisturbed_run_gives(small, tmp_path, error_of)
     assert run(*small, "--limit", 1).returncode == 0
     result = run(*small, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "rows: 2 generated, 3 in all" in result.stdout
+    assert "rows: 2 generated" in result.stdout
     resumed = pyarrow.feather.read_table(small[-1])
     assert resumed.equals(pyarrow.feather.read_table(whole))
     again = run(*small, "--resume")
-    assert again.stdout == f"3 rows in {small[-1]}\n"
+    assert again.stdout.startswith("accuracy: ")
+    assert again.stdout.endswith(f"3 rows in {small[-1]}\n")
     assert "made by a different run" in error_of(*small, "--resume", "--max-new-tokens", 7)
     assert "pass --resume" in error_of(*small)
 

@@ -23,7 +23,7 @@ def test_the_readme_lists_every_strategy_and_command():
         if registered.owner.distribution == "flexmask":
             assert f"| `{registered.cls.name}` |" in README
     for command in build_app().registered_commands:
-        assert f"flexmask {command.callback.__name__}" in README
+        assert f"flexmask {command.name or command.callback.__name__}" in README
 
 
 def test_the_tree_of_the_readme_names_every_module_of_the_core():
