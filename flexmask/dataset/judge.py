@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,8 +64,8 @@ def token_f1(prediction: str, answers: Iterable[str]) -> float:
     return max((_f1(prediction, answer) for answer in answers), default=0.0)
 
 
-def is_lemma_match(prediction: str, answers: Iterable[str], language: str = "en") -> bool:
-    """Whether a prediction equals one of the answers once every word is its lemma.
+def is_lemma_match(prediction: str, answers: Collection[str], language: str = "en") -> bool:
+    """Whether a prediction equals one of the answers, as it is or once every word is its lemma.
 
     Lemmas come from the tables of ``simplemma`` (``pip install 'flexmask[lemma]'``).
 
@@ -78,7 +78,9 @@ def is_lemma_match(prediction: str, answers: Iterable[str], language: str = "en"
     """
     lemmatize = _lemmatizer(language)
     found = lemmatize(prediction)
-    return bool(found) and any(found == lemmatize(answer) for answer in answers)
+    return is_exact_match(prediction, answers) or (
+        bool(found) and any(found == lemmatize(answer) for answer in answers)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Judge:
         text = text.strip()
         return text if self.cut == "all" else text.partition("\n")[0].strip()
 
-    def score(self, prediction: str, answers: Iterable[str]) -> float:
+    def score(self, prediction: str, answers: Collection[str]) -> float:
         """How right a prediction is, from 0 to 1."""
         if self.metric == "f1":
             return token_f1(prediction, answers)
@@ -130,9 +132,9 @@ def _f1(prediction: str, answer: str) -> float:
 
 
 @lru_cache
-def _lemmatizer(language: str) -> Callable[[str], tuple[str, ...]]:
+def _lemmatizer(language: str) -> Callable[[str], str]:
     try:
-        from simplemma import lemmatize
+        from simplemma import lemmatize, simple_tokenizer
     except ImportError:
         raise OptionError("lemmas need one more package: pip install 'flexmask[lemma]'") from None
     try:
@@ -141,9 +143,10 @@ def _lemmatizer(language: str) -> Callable[[str], tuple[str, ...]]:
         raise OptionError(f"simplemma has no lemmas of the language {language!r}") from None
 
     @lru_cache(maxsize=65536)  # accepted answers recur from row to row
-    def lemmas(text: str) -> tuple[str, ...]:
-        words = normalize_answer(text).split()
-        return tuple(lemmatize(word, lang=language).casefold() for word in words)
+    def lemmas(text: str) -> str:
+        # Before the case is folded: German nouns are not found without their capitals.
+        words = (lemmatize(word, lang=language) for word in simple_tokenizer(text))
+        return normalize_answer(" ".join(words))
 
     return lemmas
 

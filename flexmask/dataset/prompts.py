@@ -105,7 +105,13 @@ class TaskPrompts:
         try:
             if row.error:
                 raise RequestError(row.error)
-            values = renamed(row.values, self._task.columns)
+            # What an example lacks and its template wants is an error of the template.
+            there = {
+                name: columns
+                for name, columns in self._task.columns.items()
+                if row.values.keys() >= set(columns)
+            }
+            values = renamed(row.values, there)
             columns = [column for group in self._task.groups.values() for column in group]
             paraphrases = [text for column in columns for text in texts_of(values, column)]
             content = dict(values)
