@@ -133,7 +133,10 @@ def _read_parquet(path: Path) -> pa.Table:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
-        return file.read()
+        table = file.read()
+    if table.column_names != SCHEMA.names:
+        return table
+    return table.cast(SCHEMA.with_metadata(table.schema.metadata))  # Parquet renames list items
 
 
 def _read_json_lines(path: Path) -> pa.Table:

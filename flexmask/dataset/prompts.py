@@ -20,7 +20,11 @@ from flexmask.request import Request
 
 
 class TaskPrompts:
-    """Turns rows into requests as a task says."""
+    """Turns rows into requests as a task says.
+
+    Attributes:
+        columns: Those of the task.
+    """
 
     def __init__(self, task: Task, data: Input, *, prefix: str | None = None) -> None:
         """Compile the templates of ``task``; examples are read when first needed.
@@ -33,6 +37,7 @@ class TaskPrompts:
         Raises:
             TaskError: If a template is not one.
         """
+        self.columns = task.columns
         self._task = task
         self._data = data
         self._fixed_prefix = prefix
@@ -52,6 +57,9 @@ class TaskPrompts:
         uuid = uuid_of(values, str(row.number))
         shared = {**values, "instruction": self._task.instruction}
         paraphrases = self._task.select.choose(self._groups(values), uuid)
+        for number, text in enumerate(paraphrases, start=1):
+            if not text.strip():
+                raise RequestError(f"paraphrase {number} of those selected is empty")
         return Request(
             uuid=uuid,
             prefix=self._prefix_of(shared),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, Protocol
 
 from flexmask.dataset.columns import renamed, text_of, texts_of, uuid_of
 from flexmask.dataset.inputs import open_input
@@ -33,6 +33,17 @@ class BadRow:
     uuid: str
     error: str
     request: Request | None = None
+
+
+class RequestMaker(Protocol):
+    """Makes the request of a row, or raises `RequestError`."""
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, ...]]:
+        """Other columns to read a column from, such as ``uuid``."""
+
+    def __call__(self, row: Row) -> Request:
+        """Make it."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,14 @@ class RequestSource:
 
     Attributes:
         rows: The input.
-        make: Makes the request of a row, or raises `RequestError`.
+        make: Makes the request of a row.
         limit: Read this many rows only.
         num_segments: Keep this many segments of each request.
         on_error: What a bad row does.
     """
 
     rows: Input
-    make: Callable[[Row], Request] = PlainRequests()
+    make: RequestMaker = PlainRequests()
     limit: int | None = None
     num_segments: int | None = None
     on_error: OnError = "stop"
@@ -116,7 +127,7 @@ class RequestSource:
             except RequestError as error:
                 if self.on_error == "stop":
                     raise RequestError(f"{row.where}: {error}") from None
-                bad = BadRow(_free_uuid(row, row_of), f"{row.where}: {error}")
+                bad = BadRow(self._free_uuid(row, row_of), f"{row.where}: {error}")
                 first_bad = first_bad or bad
                 row_of[bad.uuid] = row.number
                 yield bad
@@ -137,6 +148,15 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         return replace(request, source=row.where)
+
+    def _free_uuid(self, row: Row, taken: Container[str]) -> str:
+        column, *_ = self.make.columns.get("uuid", ("uuid",))
+        try:
+            uuid = uuid_of({"uuid": row.values.get(column)}, row.where)
+            uuid.encode()
+        except (RequestError, UnicodeEncodeError):
+            return row.where
+        return row.where if uuid in taken else uuid
 
 
 def read_requests(
@@ -159,12 +179,3 @@ def read_requests(
     """
     requests = RequestSource(open_input(source), limit=limit, num_segments=num_segments)
     return [request for request in requests if isinstance(request, Request)]
-
-
-def _free_uuid(row: Row, taken: Container[str]) -> str:
-    try:
-        uuid = uuid_of(row.values, row.where)
-        uuid.encode()
-    except (RequestError, UnicodeEncodeError):
-        return row.where
-    return row.where if uuid in taken else uuid

@@ -82,16 +82,14 @@ class Task:
         return self.path.stem
 
     def record(self) -> dict[str, Any]:
-        """What of it changes the rows of a run, as JSON values."""
-        record = asdict(self) | {"select": str(self.select)}
-        for name in (
-            "summary",
-            "sample",
-            "chat_template",
-            "judge",
-        ):  # the run records the last two
-            del record[name]
-        return record
+        """What of it changes requests, as JSON values."""
+        fields = asdict(self)
+        recorded = ("instruction", "columns", "groups", "prefix", "segment", "suffix", "examples")
+        return {
+            "name": self.name,
+            "select": str(self.select),
+            **{name: fields[name] for name in recorded},
+        }
 
 
 def load_task(name: str) -> Task:

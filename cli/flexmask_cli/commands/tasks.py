@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,13 +27,12 @@ def tasks(
 
 def _fields(task: Task) -> dict[str, Any]:
     return {
-        "name": task.name,
+        **task.record(),
         "summary": task.summary,
         "path": str(task.path),
-        "columns": _columns(task),
+        "reads": _columns(task),
         "chat_template": task.chat_template,
-        "judge": task.judge.metric,
-        **task.record(),
+        "judge": asdict(task.judge),
     }
 
 
