@@ -22,17 +22,17 @@ import pyarrow.feather
 import pytest
 
 import flexmask
+from flexmask.dataset.place import default_output_path
 from flexmask.dataset.results import (
-    SCHEMA,
-    OutputMode,
     ResultSummary,
     ResultWriter,
     check_output,
-    default_output_path,
     read_finished_rows,
     read_run_config,
 )
+from flexmask.dataset.resume import OutputMode
 from flexmask.dataset.run_config import RunConfig
+from flexmask.dataset.schema import SCHEMA
 from flexmask.errors import OutputError, RequestError
 from flexmask.generation import Generation
 from flexmask.request import Request
@@ -461,7 +461,7 @@ def write_start_of_a_result(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_text("uuid,answers\n"), "not a result file; move it away"),
+        (lambda path: path.write_text("uuid,answers\n"), "not a result file"),
         (lambda path: path.write_text(""), "not a result file, no flexmask run is recorded"),
         (
             lambda path: pyarrow.feather.write_feather(pa.table({"uuid": ["q0"]}), path),
@@ -491,7 +491,10 @@ def test_a_file_that_is_not_ours_in_the_journals_place_is_refused(
 ) -> None:
     output.parent.mkdir()
     journal_of(output).write_text("half a download")
-    with pytest.raises(OutputError, match=r"out.feather.partial: not a result file; move it"):
+    with pytest.raises(
+        OutputError,
+        match=r"out.feather.partial: not a result file; pass --overwrite to start again",
+    ):
         run(output, make_requests(2), mode=mode)
     assert journal_of(output).read_text() == "half a download"
 

@@ -112,7 +112,7 @@ def print_prompt(
     from flexmask.dataset.requests import BadRow
 
     if isinstance(request, BadRow):
-        print(f"== {request.uuid}: {request.error}\n", flush=True)
+        print(f"== {request.uuid}\nfailed: {request.error}\n", flush=True)
         return
     print(f"== {request.uuid} ({request.source})")
     written = in_chat(request) if in_chat else request

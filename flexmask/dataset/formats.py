@@ -23,7 +23,6 @@ from flexmask.errors import OutputError
 _FEATHER = b"ARROW1"
 _PARQUET = b"PAR1"
 _STREAM = b"\xff\xff\xff\xff"
-_NOT_OURS = "not a result file; move it away or choose another --output"
 
 
 def read_rows(path: Path) -> pa.Table:
@@ -47,7 +46,7 @@ def read_rows(path: Path) -> pa.Table:
     if start.startswith(_FEATHER):
         return _whole(lambda _: pa.ipc.open_file(content).read_all(), path)
     if start[:4] != _STREAM[: len(start)]:
-        raise OutputError(f"{path}: {_NOT_OURS}")
+        raise OutputError(f"{path}: not a result file")
     return _read_stream(content)
 
 
@@ -122,10 +121,7 @@ def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
         table = read(path)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, TypeError):
-        raise OutputError(
-            f"{path}: damaged, not readable as {path.suffix or 'Arrow'}; pass --overwrite to "
-            "start again"
-        ) from None
+        raise OutputError(f"{path}: damaged, not readable as {path.suffix}") from None
     return table
 
 

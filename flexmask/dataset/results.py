@@ -25,9 +25,6 @@ Example::
 
 from __future__ import annotations
 
-import os
-import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -37,9 +34,10 @@ from typing import Self
 
 import pyarrow as pa
 
-from flexmask.dataset.formats import EXTENSIONS, read_rows, write_rows
+from flexmask.dataset.formats import read_rows, write_rows
 from flexmask.dataset.journal import Journal
 from flexmask.dataset.judge import Judge
+from flexmask.dataset.place import check_place
 from flexmask.dataset.requests import BadRow
 from flexmask.dataset.resume import Earlier, OutputMode, Plan, find_earlier, make_plan, values
 from flexmask.dataset.run_config import RunConfig
@@ -163,7 +161,7 @@ class ResultWriter:
         """Lock the output, find what is left to do, and write the rows that are bad.
 
         Args:
-            path: The file to make, of a format that its extension names (`EXTENSIONS`); missing
+            path: The file to make, of the format that its extension names; missing
                 folders are created.
             config: Recorded in the file; a resumed run must have the same ``run``.
             requests: All requests of the run, finished or not, in the order of the file. They
@@ -177,7 +175,7 @@ class ResultWriter:
             RequestError: If two requests have the same uuid.
         """
         output = Path(path)
-        _check_place(output)
+        check_place(output)
         journal = Journal.acquire(output)
         try:
             earlier = find_earlier(output, journal, mode)
@@ -262,7 +260,7 @@ def check_output(path: str | Path, mode: OutputMode) -> None:
             the way of ``mode``; the message says what to do.
     """
     output = Path(path)
-    _check_place(output)
+    check_place(output)
     journal = Journal.acquire(output)
     try:
         find_earlier(output, journal, mode)
@@ -293,46 +291,6 @@ def read_run_config(path: str | Path) -> RunConfig:
     """
     path = Path(path)
     return Earlier.of(path, read_rows(path)).config
-
-
-def default_output_path(stem: str, model: str, strategy: str, num_segments: int | None) -> Path:
-    """Where a result goes when no place is given, relative to the working folder.
-
-    Args:
-        stem: Short name of the input.
-        model: Hub id or folder.
-        strategy: Its name.
-        num_segments: Segments kept of each request; None for all.
-
-    Example:
-        >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
-        'outputs/webqa/Model-3B/causal-5.feather'
-    """
-    count = "all" if num_segments is None else num_segments
-    name = f"{_path_safe(strategy)}-{count}.feather"
-    return Path("outputs", _path_safe(stem), _path_safe(Path(model).name), name)
-
-
-def _path_safe(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text).lstrip(".") or "_"
-
-
-def _check_place(output: Path) -> None:
-    if os.path.isdir(output):  # unlike Path.is_dir, quiet about folders that may not be read
-        raise OutputError(f"{output}: a folder; name a file in it: {output / 'results.feather'}")
-    if output.suffix.lower() not in EXTENSIONS:
-        raise OutputError(
-            f"{output}: unknown extension {output.suffix!r}; name it {', '.join(EXTENSIONS)}"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent, buffering=0) as trial:
-            trial.write(b"flexmask")
-    except OSError as error:
-        raise OutputError(
-            f"{output.parent}: nothing can be written there ({error.strerror}); choose another "
-            "place with --output"
-        ) from None
 
 
 def _in_order(rows: pa.Table, uuids: Iterable[str]) -> Iterator[pa.Table]:

@@ -44,12 +44,10 @@ class Earlier:
             config = RunConfig.from_json((rows.schema.metadata or {})[RUN])
         except (KeyError, ValueError):
             raise OutputError(
-                f"{path}: not a result file, no flexmask run is recorded in it; {START_AGAIN}"
+                f"{path}: not a result file, no flexmask run is recorded in it"
             ) from None
         if not rows.schema.equals(SCHEMA):
-            raise OutputError(
-                f"{path}: its columns are not those that this version writes; {START_AGAIN}"
-            )
+            raise OutputError(f"{path}: its columns are not those that this version writes")
         return cls(path, rows, config)
 
     def check_same_run(self, config: RunConfig) -> None:
@@ -72,23 +70,25 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
     """
     if mode == "overwrite":
         return None
-    unfinished = read_rows(journal.path)
-    if unfinished.num_rows:
-        earlier = Earlier.of(journal.path, unfinished)
+    try:
+        unfinished = read_rows(journal.path)
+        if mode == "resume" and unfinished.num_rows:
+            return Earlier.of(journal.path, unfinished)
         if mode == "resume":
-            return earlier
+            return Earlier.of(output, read_rows(output)) if output.exists() else None
+    except OutputError as error:
+        raise OutputError(f"{error}; {START_AGAIN}") from None
+    if unfinished.num_rows:
         raise OutputError(
             f"{journal.path}: holds {unfinished.num_rows} finished rows of an interrupted run; "
             "pass --resume to go on, --overwrite to start again, or another --output"
         )
-    if not output.exists():
-        return None
-    if mode == "resume":
-        return Earlier.of(output, read_rows(output))
-    raise OutputError(
-        f"{output}: exists; pass --resume to add missing rows, --overwrite to replace it, or "
-        "another --output"
-    )
+    if output.exists():
+        raise OutputError(
+            f"{output}: exists; pass --resume to add missing rows, --overwrite to replace it, or "
+            "another --output"
+        )
+    return None
 
 
 @dataclass(frozen=True)

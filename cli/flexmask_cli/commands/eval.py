@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flexmask.dataset.evaluate import Comparison, Evaluation
 
 Files = Annotated[
-    list[Path], typer.Argument(metavar="FILE…", help="Result files of the same questions.")
+    list[Path], typer.Argument(metavar="FILE", help="Result files of the same questions.")
 ]
 
 

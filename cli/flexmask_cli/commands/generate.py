@@ -170,7 +170,8 @@ def generate(
 
     # Only now torch and what needs it: mistakes in the options above show at once.
     from flexmask.dataset.judge import Judge
-    from flexmask.dataset.results import ResultWriter, default_output_path
+    from flexmask.dataset.place import default_output_path
+    from flexmask.dataset.results import ResultWriter
     from flexmask.engine.loading import resolve_device, resolve_dtype
     from flexmask.engine.sampling import Sampling
 
