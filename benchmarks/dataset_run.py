@@ -18,12 +18,12 @@ from stamp import environment_stamp
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flexmask.attention.backend import register_attention
+from flexmask.dataset.requests import read_requests
 from flexmask.dataset.results import ResultWriter
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.registry import make_strategy
-from flexmask.request import read_requests
 
 LLAMA_3_2_3B = {
     "vocab_size": 128256,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexmask.attention.backend import register_attention
     from flexmask.attention.strategy_context import use_strategy
     from flexmask.block_mask import create_block_mask, explain_mask
+    from flexmask.dataset.requests import read_requests
     from flexmask.engine import Engine
     from flexmask.engine.sampling import Sampling
     from flexmask.errors import FlexMaskError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from flexmask.hookspecs import hookimpl
     from flexmask.layout import Layout, TokenizedRequest
     from flexmask.registry import load_registry, make_strategy
-    from flexmask.request import Request, read_requests
+    from flexmask.request import Request
     from flexmask.strategy import Strategy, parameter
     from flexmask.tokenization import RequestTokenizer
 
@@ -41,7 +42,7 @@ _MODULE_OF = {
     "load_registry": "registry",
     "make_strategy": "registry",
     "parameter": "strategy",
-    "read_requests": "request",
+    "read_requests": "dataset.requests",
     "register_attention": "attention.backend",
     "use_strategy": "attention.strategy_context",
 }

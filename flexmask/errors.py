@@ -13,6 +13,10 @@ class RequestError(FlexMaskError):
     """A request, or the file it came from, cannot be used."""
 
 
+class TaskError(FlexMaskError):
+    """A task file cannot be found, read or used."""
+
+
 class LayoutError(FlexMaskError):
     """A layout contradicts itself or its request."""
 

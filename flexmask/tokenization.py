@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexmask.errors import ModelError, RequestError
 from flexmask.layout import TokenizedRequest
 from flexmask.request import Request
 
 _SEGMENT_MARK = "<<flexmask segment>>"
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, by hub id or folder, and not the model.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load the tokenizer of {model!r}: {reason}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 class RequestTokenizer:
@@ -38,6 +54,7 @@ class RequestTokenizer:
         self._chat_template = chat_template
         # Few-shot prefixes and suffixes repeat from row to row.
         self._encode_shared = lru_cache(maxsize=256)(self._encode)
+        self._in_user_turn = lru_cache(maxsize=256)(self._apply_chat_template)
 
     def __call__(self, request: Request) -> TokenizedRequest:
         """Tokenize ``request``.
@@ -45,14 +62,23 @@ class RequestTokenizer:
         Raises:
             RequestError: If it leaves a segment or the fusion tail without tokens.
         """
-        prefix, suffix = request.prefix, request.suffix
-        if self._chat_template:
-            prefix, suffix = self._in_user_turn(prefix, suffix)
+        request = self.in_chat(request)
         return TokenizedRequest.from_token_ids(
-            prefix=self._begin() + self._encode_shared(prefix),
+            prefix=self._begin() + self._encode_shared(request.prefix),
             segments=[self._encode(segment) for segment in request.segments],
-            suffix=self._encode_shared(suffix),
+            suffix=self._encode_shared(request.suffix),
         )
+
+    def in_chat(self, request: Request) -> Request:
+        """The request with what the chat template writes around it, where there is one.
+
+        Raises:
+            RequestError: If the template does not write the user turn once.
+        """
+        if not self._chat_template:
+            return request
+        prefix, suffix = self._in_user_turn(request.prefix, request.suffix)
+        return replace(request, prefix=prefix, suffix=suffix)
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of generated tokens, special tokens left out."""
@@ -74,7 +100,7 @@ class RequestTokenizer:
             return ()
         return (bos,)
 
-    def _in_user_turn(self, prefix: str, suffix: str) -> tuple[str, str]:
+    def _apply_chat_template(self, prefix: str, suffix: str) -> tuple[str, str]:
         turn = {"role": "user", "content": prefix + _SEGMENT_MARK + suffix}
         text = self._tokenizer.apply_chat_template(
             [turn], tokenize=False, add_generation_prompt=True

@@ -88,17 +88,18 @@ def test_standard_input_and_a_model_folder_are_read(small, tmp_path):
     assert table["correct"].to_pylist() == [None, None]
 
 
-def test_resuming_gives_what_an_undisturbed_run_gives(small, tmp_path, error_of):
-    whole = tmp_path / "whole.feather"
-    assert run(*small[:-1], whole).returncode == 0
+def test_resuming_adds_the_rows_that_are_missing(small, error_of):
     assert run(*small, "--limit", 1).returncode == 0
+    first = pyarrow.feather.read_table(small[-1])
     result = run(*small, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "rows: 2 generated, 3 in all" in result.stdout
+    assert "rows: 2 generated" in result.stdout
     resumed = pyarrow.feather.read_table(small[-1])
-    assert resumed.equals(pyarrow.feather.read_table(whole))
+    assert resumed.num_rows == 3
+    assert resumed.slice(0, 1).equals(first)
     again = run(*small, "--resume")
-    assert again.stdout == f"3 rows in {small[-1]}\n"
+    assert again.stdout.startswith("accuracy: ")
+    assert again.stdout.endswith(f"3 rows in {small[-1]}\n")
     assert "made by a different run" in error_of(*small, "--resume", "--max-new-tokens", 7)
     assert "pass --resume" in error_of(*small)
 

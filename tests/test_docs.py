@@ -1,11 +1,15 @@
 """What the documents say is true."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
+
+import pytest
 
 import flexmask
 from flexmask.registry import load_registry
-from flexmask_cli.app import build_app
+from flexmask_cli.app import build_app, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +27,7 @@ def test_the_readme_lists_every_strategy_and_command():
         if registered.owner.distribution == "flexmask":
             assert f"| `{registered.cls.name}` |" in README
     for command in build_app().registered_commands:
-        assert f"flexmask {command.callback.__name__}" in README
+        assert f"flexmask {command.name or command.callback.__name__}" in README
 
 
 def test_the_tree_of_the_readme_names_every_module_of_the_core():
@@ -35,3 +39,26 @@ def test_the_tree_of_the_readme_names_every_module_of_the_core():
 
 def test_every_public_name_exists():
     assert all(hasattr(flexmask, name) for name in flexmask.__all__)
+
+
+def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("simplemma")
+    page = (ROOT / "docs" / "datasets.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name, kind in (("questions.csv", "csv"), ("trivia.toml", "toml")):
+        (content,) = re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)
+        Path(name).write_text(content)
+    commands = 0
+    for block in re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL):
+        for command, shown in re.findall(r"\$ flexmask (.*)\n((?:[^$].*\n|\n)*)", block):
+            monkeypatch.setattr(sys, "argv", ["flexmask", *shlex.split(command)])
+            with pytest.raises(SystemExit) as exit_:
+                main()
+            assert exit_.value.code == 0, command
+            assert shown in capsys.readouterr().out
+            commands += 1
+    assert commands == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("answers.parquet", "concatenated.jsonl", "concatenated.run.json"),
+        *("questions.csv", "trivia.toml"),
+    ]

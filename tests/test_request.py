@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flexmask import request as request_module
+from flexmask.dataset import text_rows
+from flexmask.dataset.requests import read_requests
 from flexmask.errors import RequestError
-from flexmask.request import Request, read_requests
+from flexmask.request import Request
 
 
 @pytest.fixture
@@ -65,6 +66,11 @@ def test_a_missing_uuid_is_the_line_number_blank_lines_counted(path: Path) -> No
     assert [request.uuid for request in read_requests(str(path))] == ["2", "4"]
 
 
+def test_a_text_counts_as_a_list_of_one(path: Path) -> None:
+    (request,) = read_requests(write_rows(path, {"segments": "x", "answers": "y"}))
+    assert (request.segments, request.answers) == (("x",), ("y",))
+
+
 def test_an_integer_uuid_becomes_text(path: Path) -> None:
     (request,) = read_requests(write_rows(path, {"segments": ["x"], "uuid": 7}))
     assert request.uuid == "7"
@@ -109,17 +115,20 @@ def test_the_number_of_segments_to_keep_must_be_positive(count: int) -> None:
         ("null", "expected a JSON object, got null"),
         ('{"a":' * 100_000, "JSON that Python does not read ("),
         ('{"uuid": ' + "9" * 5_000 + "}", "JSON that Python does not read ("),
-        ('{"text": "x", "id": 1}', "the object has no 'segments', a list of strings; its keys: "),
-        ("{}", "the object has no 'segments', a list of strings; its keys: none"),
+        ('{"text": "x", "id": 1}', "the row has no 'segments', a list of strings; its columns: "),
+        ("{}", "the row has no 'segments', a list of strings; its columns: none"),
         ('{"segments": []}', "segments must hold at least one text, got none"),
-        ('{"segments": "x"}', "segments must be a list of strings, got a string"),
+        ('{"segments": 3}', "segments must be a list of strings, got a number"),
         ('{"segments": ["x", 2]}', "segments must be a list of strings, got a number as item 2"),
         ('{"segments": ["x", " "]}', "segment 2 is empty"),
         ('{"segments": ["x"], "prefix": ["y"]}', "prefix must be a string, got an array"),
-        ('{"segments": ["x"], "answers": "y"}', "answers must be a list of strings, got a string"),
+        ('{"segments": ["x"], "answers": {}}', "answers must be a list of strings, got an object"),
         ('{"segments": ["x"], "uuid": true}', "uuid must be a string or an integer, got a bool"),
         ('{"segments": ["x"], "uuid": 1.5}', "uuid must be a string or an integer, got a number"),
-        ('{"segments": ["x"], "uuid": ""}', "uuid is empty; leave it out to take the line number"),
+        (
+            '{"segments": ["x"], "uuid": ""}',
+            "uuid is empty; leave it out to take the number of the row",
+        ),
         (
             '{"segments": ["\\ud83d"]}',
             "segment 1 holds '\\ud83d', half of a surrogate pair; write",
@@ -142,48 +151,38 @@ def test_a_line_that_cannot_be_used_is_named(path: Path, line: str, message: str
 def test_two_lines_with_one_uuid_are_refused(path: Path) -> None:
     source = write_rows(path, {"segments": ["x"]}, {"segments": ["y"], "uuid": 1})
     assert message_of(source) == (
-        "questions.jsonl:2: uuid '1' already stands on line 1; give each row its own"
+        "questions.jsonl:2: uuid '1' already stands in row 1; give each its own"
     )
 
 
 def test_a_missing_file_a_folder_and_an_empty_file_are_refused(path: Path) -> None:
     assert message_of(str(path)) == (
-        "questions.jsonl: No such file or directory; --input takes a JSON Lines file"
+        "questions.jsonl: No such file or directory; --input takes JSON Lines, CSV, Parquet, "
+        "Feather or Arrow, a folder saved by datasets, or a hub id"
     )
     path.write_text("\n \n")
-    assert message_of(str(path)) == (
-        "questions.jsonl: no requests in it; expected one JSON object a line"
-    )
-    with pytest.raises(RequestError, match="Is a directory; --input takes"):
+    assert message_of(str(path)) == ("questions.jsonl: no rows in it")
+    with pytest.raises(RequestError, match="not a folder that the datasets library saved"):
         read_requests(str(path.parent))
 
 
 def test_a_file_that_is_not_text_is_refused(path: Path) -> None:
-    path.write_bytes(b"ARROW1\0\0\xff\xff\xff\xff")
+    path.write_bytes(b"\0\xff\xff\xff\xff")
     assert message_of(str(path)).startswith("questions.jsonl: not UTF-8 text (")
     path.write_text('{"segments": ["x"]}\n', encoding="utf-16")
     assert message_of(str(path)).startswith("questions.jsonl: not UTF-8 text (")
 
 
-def test_a_very_long_file_is_refused_before_it_is_read(path: Path) -> None:
-    path.touch()
-    with path.open("r+b") as file:
-        file.truncate(2**40)  # sparse: takes no space
-    assert message_of(str(path)) == (
-        "questions.jsonl: longer than 4,294,967,296 characters; split it into several inputs"
-    )
-
-
 def test_a_very_long_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_module, "_MAX_INPUT_CHARACTERS", 50)
+    monkeypatch.setattr(text_rows, "_MAX_INPUT_CHARACTERS", 50)
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"segments": ["x"]}\n' * 3))
     assert message_of("-") == (
-        "standard input: longer than 50 characters; split it into several inputs"
+        "standard input: longer than 50 characters; write it to a file and name that"
     )
 
 
 def test_a_very_long_line_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_module, "_MAX_LINE_CHARACTERS", 30)
+    monkeypatch.setattr(text_rows, "_MAX_LINE_CHARACTERS", 30)
     write_rows(path, {"segments": ["x"]}, {"segments": ["x" * 30]})
     assert message_of(str(path)) == (
         "questions.jsonl:2: the line is longer than 30 characters; expected JSON Lines, one "

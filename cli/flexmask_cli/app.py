@@ -10,10 +10,12 @@ import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
+from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
 from flexmask_cli.commands.plugins import plugins
 from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
+from flexmask_cli.commands.tasks import tasks
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -43,6 +45,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     app.command()(generate)
+    app.command("eval")(evaluate)
+    app.command()(tasks)
     app.command()(show)
     app.command()(strategies)
     app.command()(plugins)

@@ -18,18 +18,28 @@ Parameters = Annotated[
 ]
 
 
-def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
-    """Turn ``KEY=VALUE`` texts into a mapping.
+def split_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """Turn texts with a ``=`` into a mapping.
+
+    Args:
+        pairs: The texts.
+        option: What they were given to, such as ``--param``.
+        form: What they should look like, such as ``KEY=VALUE``.
 
     Raises:
         OptionError: If a text has no ``=``, or a key stands twice.
     """
-    parameters: dict[str, str] = {}
+    found: dict[str, str] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name:
-            raise OptionError(f"--param takes KEY=VALUE, got {pair!r}")
-        if name in parameters:
-            raise OptionError(f"--param {name} is given twice")
-        parameters[name] = value
-    return parameters
+            raise OptionError(f"{option} takes {form}, got {pair!r}")
+        if name in found:
+            raise OptionError(f"{option} {name} is given twice")
+        found[name] = value
+    return found
+
+
+def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
+    """The parameters of a strategy by name."""
+    return split_pairs(pairs, "--param", "KEY=VALUE")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexmask.dataset.evaluate import Estimate
+    from flexmask.dataset.judge import Judge
+    from flexmask.dataset.requests import BadRow
     from flexmask.dataset.results import ResultSummary
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
+    from flexmask.request import Request
     from flexmask.strategy import Strategy
 
 UNLIMITED = 1_000_000
@@ -100,10 +105,31 @@ def print_answers(generations: Sequence[Generation]) -> None:
     print_table(rows, wrapped=["question", "prediction", "accepted"])
 
 
-def print_summary(stats: RunStats, results: ResultSummary) -> None:
+def print_prompt(
+    request: Request | BadRow, in_chat: Callable[[Request], Request] | None = None
+) -> None:
+    """Print the texts of a request as they are, each between tags."""
+    from flexmask.dataset.requests import BadRow
+
+    if isinstance(request, BadRow):
+        print(f"== {request.uuid}\nfailed: {request.error}\n", flush=True)
+        return
+    print(f"== {request.uuid} ({request.source})")
+    written = in_chat(request) if in_chat else request
+    parts = [("prefix", written.prefix), ("suffix", written.suffix)]
+    segments = enumerate(written.segments, start=1)
+    parts[1:1] = [(f"segment {number}", text) for number, text in segments]
+    for name, text in parts:
+        print(f"<{name}>{text}</{name}>")
+    if request.answers:
+        print(f"accepted: {' | '.join(request.answers)}")
+    print(flush=True)
+
+
+def print_stats(stats: RunStats) -> None:
     """Print what the run did and how fast."""
     lines = [
-        f"rows: {stats.rows} generated, {results.rows} in all",
+        f"rows: {stats.rows} generated",
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts, "
         f"{stats.tokens_per_s:.1f} tokens/s",
         f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
@@ -111,8 +137,27 @@ def print_summary(stats: RunStats, results: ResultSummary) -> None:
         "first batch",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
-    if results.accuracy is not None:
-        lines.append(
-            f"accuracy: {results.accuracy:.1%} ({results.correct} of {results.judged} exact)"
-        )
     print("\n".join(["", *lines]), flush=True)
+
+
+def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
+    """Print what the result file holds, and how right it is."""
+    from flexmask.dataset.evaluate import estimate_mean
+    from flexmask.dataset.results import read_finished_rows
+
+    if results.judged:
+        wrong = results.judged - results.correct
+        exact = estimate_mean([1.0] * results.correct + [0.0] * wrong)
+        print(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact)")
+        if judge.metric != "exact":
+            scores = read_finished_rows(path)["score"].drop_null().to_numpy()
+            print(f"{judge.metric}: {percent(estimate_mean(scores))}")
+    if results.failed:
+        print(f"failed: {results.failed} rows; the column 'error' says why, --resume tries again")
+    print(f"{results.rows} rows in {path}", flush=True)
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """A mean and its 95% interval, as ``81.0% [75.5, 86.5]``; ``sign`` may be ``+``."""
+    low, high = (f"{100 * end:{sign}.1f}" for end in (estimate.low, estimate.high))
+    return f"{100 * estimate.mean:{sign}.1f}% [{low}, {high}]"

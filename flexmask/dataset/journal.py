@@ -1,10 +1,10 @@
-"""Crash-safe storage of Arrow rows: an append-only journal, and files that appear whole."""
+"""Crash-safe storage of Arrow rows: an append-only journal."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,10 +12,8 @@ import pyarrow as pa
 
 from flexmask.errors import OutputError
 
-_FILE_START = b"ARROW1"
-_STREAM_START = b"\xff\xff\xff\xff"
-_READING = "cannot be read ({})"
-_WRITING = "cannot be written ({}); finished rows are kept, --resume goes on from them"
+WRITING = "cannot be written ({}); finished rows are kept, --resume goes on from them"
+"""What `os_errors` says of a write."""
 
 
 class Journal:
@@ -61,12 +59,12 @@ class Journal:
 
     def restart(self, schema: pa.Schema, rows: pa.Table) -> None:
         """Replace what it holds, atomically; the lock passes to the new file."""
-        temporary = _temporary_path(self._output)
-        with _os_errors(self.path, _WRITING):
+        temporary = temporary_path(self._output)
+        with os_errors(self.path, WRITING):
             fd = _open_locked(temporary, os.O_TRUNC)
             try:
                 _write_all(fd, schema.serialize())
-                for batch in rows.combine_chunks().to_batches():
+                for batch in rows.to_batches():
                     _write_all(fd, batch.serialize())
                 os.fsync(fd)
                 os.replace(temporary, self.path)
@@ -76,11 +74,11 @@ class Journal:
                 raise
             os.close(self._fd)
             self._fd = fd
-            _sync_folder(self.path)
+            sync_folder(self.path)
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Write rows and sync them; on failure the journal ends where it ended before."""
-        with _os_errors(self.path, _WRITING):
+        with os_errors(self.path, WRITING):
             end = os.fstat(self._fd).st_size
             try:
                 _write_all(self._fd, batch.serialize())
@@ -94,7 +92,7 @@ class Journal:
         fd, self._fd = self._fd, -1
         try:
             if not keep or os.fstat(fd).st_size == 0:
-                with _os_errors(self.path, "cannot be removed ({})"):
+                with os_errors(self.path, "cannot be removed ({})"):
                     self.path.unlink(missing_ok=True)
         finally:
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not, if a forked child lives
@@ -106,80 +104,17 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def read_rows(path: Path) -> pa.Table:
-    """Read an Arrow file, or a journal up to its last whole write.
-
-    A journal that ends before its schema does is read as a table of no columns and no rows.
-
-    Raises:
-        OutputError: If it is no Arrow file, or is damaged.
-    """
-    with _os_errors(path, _READING):
-        content = path.read_bytes()
-    if content.startswith(_FILE_START):
-        return _read_file(content, path)
-    if content[:4] != _STREAM_START[: len(content)]:
-        raise OutputError(f"{path}: not an Arrow file; move it away or choose another --output")
-    return _read_stream(content)
-
-
-def write_rows(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write an Arrow file (Feather V2); it replaces what stands there once it is whole.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    temporary = _temporary_path(path)
-    with _os_errors(path, _WRITING):
-        try:
-            with temporary.open("wb") as file:
-                options = pa.ipc.IpcWriteOptions(compression="lz4")
-                with pa.ipc.new_file(file, schema, options=options) as writer:
-                    for table in tables:
-                        writer.write_table(table)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path)
-
-
 @contextmanager
-def _os_errors(path: Path, message: str) -> Iterator[None]:
+def os_errors(path: Path, message: str) -> Iterator[None]:
+    """Turn an `OSError` about ``path`` into an `OutputError`; its reason goes into ``message``."""
     try:
         yield
     except OSError as error:
         raise OutputError(f"{path}: {message.format(error.strerror or error)}") from error
 
 
-def _read_file(content: bytes, path: Path) -> pa.Table:
-    try:
-        table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError):
-        raise OutputError(
-            f"{path}: damaged, not readable as an Arrow file; pass --overwrite to start again"
-        ) from None
-    return table
-
-
-def _read_stream(content: bytes) -> pa.Table:
-    try:
-        reader = pa.ipc.open_stream(pa.py_buffer(content))
-    except pa.ArrowInvalid:
-        return pa.table({})
-    batches = []
-    with suppress(StopIteration, pa.ArrowException, OSError):  # the last two: it ends in a write
-        while True:
-            batch = reader.read_next_batch()
-            batch.validate(full=True)
-            batches.append(batch)
-    return pa.Table.from_batches(batches, reader.schema)
-
-
-def _temporary_path(output: Path) -> Path:
+def temporary_path(output: Path) -> Path:
+    """Where a file is written before it replaces ``output``."""
     return output.with_name(output.name + ".tmp")
 
 
@@ -206,7 +141,8 @@ def _write_all(fd: int, data: pa.Buffer) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make a rename to ``path`` survive a crash of the machine."""
     fd = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems do not sync folders

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
@@ -141,6 +141,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         chat_template: bool = False,
+        on_refused: Callable[[Request, RequestError], None] | None = None,
     ) -> GenerationRun:
         """Generate for each request; results come in the order of the requests.
 
@@ -154,9 +155,11 @@ class Engine:
             sampling: How tokens are chosen; None takes the most likely.
             stop: Strings that end a row; they are left out of its text.
             chat_template: Put requests into the tokenizer's chat template.
+            on_refused: Called with each request that cannot be tokenized or exceeds the model's
+                context, which is then left out; None raises.
 
         Raises:
-            RequestError: If a request cannot be tokenized or exceeds the model's context.
+            RequestError: If a request is refused and there is no ``on_refused``.
             OptionError: If an option has an impossible value.
             StrategyError: If there is no strategy of that name.
         """
@@ -169,9 +172,14 @@ class Engine:
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
         tokenizer = RequestTokenizer(self.tokenizer, chat_template=chat_template)
-        prompts = [
-            self._plan(request, strategy, tokenizer, max_new_tokens) for request in requests
-        ]
+        prompts = []
+        for request in requests:
+            try:
+                prompts.append(self._plan(request, strategy, tokenizer, max_new_tokens))
+            except RequestError as error:
+                if on_refused is None:
+                    raise
+                on_refused(request, error)
         options = _Options(max_new_tokens, sampling or Sampling(), tuple(stop))
         return GenerationRun(self, strategy, tokenizer, prompts, options, batch_size)
 

@@ -1,4 +1,4 @@
-"""``flexmask generate``: requests in, a Feather file of generations out."""
+"""``flexmask generate``: rows of a data set in, a file of generations out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,44 +14,63 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexmask.dataset.run_config import RunConfig
-from flexmask.demo import model_path, questions_path
+from flexmask.demo import model_path
 from flexmask.errors import FlexMaskWarning, OptionError
 from flexmask.registry import load_registry, make_strategy
-from flexmask.request import read_requests
 from flexmask_cli import render
+from flexmask_cli.dataset_options import (
+    Columns,
+    DatasetOptions,
+    ExamplesSource,
+    InputSource,
+    Limit,
+    NumExamples,
+    NumSegments,
+    Paraphrases,
+    PrefixFile,
+    TaskName,
+)
+from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.options import Parameters, StrategyName, parse_parameters
 from flexmask_cli.progress import track
 
 if TYPE_CHECKING:
-    from flexmask.dataset.results import OutputMode, ResultWriter
+    from flexmask.dataset.requests import RequestSource
+    from flexmask.dataset.results import ResultWriter
+    from flexmask.dataset.resume import OutputMode
     from flexmask.engine import Engine
+    from flexmask.generation import Generation
     from flexmask.strategy import Strategy
 
 DEMO = "demo"
 
+
+class BadRows(StrEnum):
+    """What ``--on-error`` takes."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
 Model = Annotated[
     str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
-]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        "-i",
-        help="JSON Lines with segments and, as wanted, uuid, prefix, suffix, answers; "
-        "- for standard input. Default: the bundled questions.",
-    ),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
         "--output",
         "-o",
-        help="Feather file. Default: outputs/<input>/<model>/<strategy>-<segments>.feather.",
+        help="A .feather, .parquet or .jsonl file. "
+        "Default: outputs/<input>/<model>/<strategy>-<segments>.feather.",
     ),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first requests.")]
-NumSegments = Annotated[
-    int | None, typer.Option(min=1, help="Only the first segments of each request.")
+OnBadRow = Annotated[
+    BadRows,
+    typer.Option(
+        "--on-error",
+        help="What a row does that cannot be used: stop the run, or stand in the output with "
+        "its reason.",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
 BatchSize = Annotated[str, typer.Option(help="Requests that run together: a number or auto.")]
@@ -73,8 +93,14 @@ Stop = Annotated[
     typer.Option(help="Text that ends a generation; \\n is a newline. Repeatable."),
 ]
 ChatTemplate = Annotated[
-    bool, typer.Option("--chat-template/--no-chat-template", help="Use the model's chat template.")
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Use the model's chat template. Default: as the task says, else no.",
+    ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the prompts and end.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
 ]
@@ -89,37 +115,68 @@ def generate(
     strategy: StrategyName = "ensemble_isolation",
     param: Parameters = None,
     model: Model = None,
-    input: Input = None,
+    task: TaskName = None,
+    input: InputSource = None,
     output: Output = None,
     limit: Limit = None,
+    dry_run: DryRun = False,
+    column: Columns = None,
+    paraphrases: Paraphrases = None,
     num_segments: NumSegments = None,
+    examples: ExamplesSource = None,
+    num_examples: NumExamples = None,
+    prefix_file: PrefixFile = None,
+    chat_template: ChatTemplate = None,
+    on_error: OnBadRow = BadRows.STOP,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     max_new_tokens: MaxNewTokens = 20,
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
+    stop: Stop = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
-    stop: Stop = None,
-    chat_template: ChatTemplate = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate for each request under a mask strategy."""
+    """Generate for each row of a data set under a mask strategy."""
     registry = load_registry()
     render.print_warnings(registry.problems())
     chosen = make_strategy(strategy, parse_parameters(param or []))
     mode = _parse_mode(resume, overwrite)
-    requests = read_requests(input or str(questions_path()), num_segments=num_segments)[:limit]
+    dataset = DatasetOptions(
+        task=task,
+        input=input,
+        columns=column or [],
+        examples=examples,
+        num_examples=num_examples,
+        paraphrases=paraphrases,
+        prefix_file=prefix_file,
+        limit=limit,
+        num_segments=num_segments,
+        on_error=on_error.value,
+    )
+    loaded_task = dataset.load_task()
+    rows, requests = dataset.open(loaded_task)
+    if chat_template is None:
+        chat_template = loaded_task is not None and loaded_task.chat_template
+    if dry_run:
+        _print_prompts(requests, model, chat_template, trust_remote_code)
+        return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.dataset.results import ResultWriter, default_output_path
+    from flexmask.dataset.judge import Judge
+    from flexmask.dataset.place import default_output_path
+    from flexmask.dataset.results import ResultWriter
     from flexmask.engine.loading import resolve_device, resolve_dtype
     from flexmask.engine.sampling import Sampling
 
+    judge = loaded_task.judge if loaded_task else Judge()
+    judge.check()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampling": Sampling(temperature, top_k, top_p, seed),
@@ -134,19 +191,25 @@ def generate(
             "parameters": chosen.parameter_values(),
             "model": model or DEMO,
             "dtype": dtype,
+            "task": loaded_task and loaded_task.record(),
+            "judge": asdict(judge),
             **options,
             "sampling": asdict(options["sampling"]),
         },
-        environment=_environment(device=str(target), batch_size=batch_size),
+        environment=_environment(device=str(target), batch_size=batch_size, input=rows.name),
     )
-    options["batch_size"] = _parse_batch_size(batch_size)
-    path = output or default_output_path(input or DEMO, model or DEMO, strategy, num_segments)
-    with ResultWriter.open(path, config=config, requests=requests, mode=mode) as writer:
+    options |= {"batch_size": _parse_batch_size(batch_size), "on_error": on_error.value}
+    stem = rows.stem if input or task else DEMO
+    path = output or default_output_path(stem, model or DEMO, strategy, num_segments)
+    with ResultWriter.open(
+        path, config=config, requests=requests, mode=mode, judge=judge
+    ) as writer:
         if writer.remaining:
             with _warnings_as_lines():
                 engine = _load_engine(model, device, dtype, trust_remote_code, verbose)
-                _run(engine, chosen, options, writer, verbose)
-    render.print_line(f"{writer.summary.rows} rows in {path}")
+                _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
+    if not quiet:
+        render.print_outcome(path, writer.summary, judge)
 
 
 def _run(
@@ -154,23 +217,43 @@ def _run(
     strategy: Strategy,
     options: dict[str, Any],
     writer: ResultWriter,
-    verbose: bool,
+    *,
+    is_quiet: bool,
+    is_verbose: bool,
 ) -> None:
-    generations = engine.generate(writer.remaining, strategy, **options)
-    if verbose:
-        render.print_notes(engine, strategy, generations.stats)
-    first = []
+    from flexmask.dataset.run import DatasetRun
+
+    run = DatasetRun(engine, strategy, writer, **options)
+    if is_verbose:
+        render.print_notes(engine, strategy, run.generations.stats)
+    first: list[Generation] = []
+    interrupt = Interrupt()
     try:
-        for generation in track(generations, len(writer.remaining)):
-            writer.write([generation])
-            first.append(generation)
-            del first[render.SHOWN_ANSWERS :]
+        with interrupt:
+            for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
+                first += batch[: render.SHOWN_ANSWERS - len(first)]
+        if interrupt.is_requested and not writer.is_complete:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         kept = writer.summary.rows
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
-    render.print_answers(first)
-    render.print_summary(generations.stats, writer.summary)
+    if not is_quiet:
+        render.print_answers(first)
+        render.print_stats(run.generations.stats)
+
+
+def _print_prompts(
+    requests: RequestSource, model: str | None, chat_template: bool, trust_remote_code: bool
+) -> None:
+    in_chat = None
+    if chat_template:
+        from flexmask.tokenization import RequestTokenizer, load_tokenizer
+
+        tokenizer = load_tokenizer(model or str(model_path()), trust_remote_code=trust_remote_code)
+        in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
+    for request in requests:
+        render.print_prompt(request, in_chat)
 
 
 def _load_engine(

@@ -1,0 +1,83 @@
+"""``flexmask eval``: how right result files are, and which is better."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexmask_cli import render
+
+if TYPE_CHECKING:
+    from flexmask.dataset.evaluate import Comparison, Evaluation
+
+Files = Annotated[
+    list[Path], typer.Argument(metavar="FILE", help="Result files of the same questions.")
+]
+
+
+def evaluate(
+    files: Files,
+    lemma: Annotated[
+        bool, typer.Option("--lemma", help="Also match lemmas (flexmask[lemma]).")
+    ] = False,
+    language: Annotated[str, typer.Option(help="Of lemmas, as ISO 639 has it.")] = "en",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Judge result files; compare every two of them, question by question."""
+    from flexmask.dataset.evaluate import compare
+    from flexmask.dataset.evaluate import evaluate as evaluate_file
+
+    metrics = ["exact", "f1", *(["lemma"] if lemma else [])]
+    evaluations = [evaluate_file(path, metrics, language=language) for path in files]
+    comparisons = compare(evaluations)
+    if as_json:
+        render.print_json(
+            {
+                "files": [_fields(evaluation) for evaluation in evaluations],
+                "comparisons": [_comparison_fields(item) for item in comparisons],
+            }
+        )
+        return
+    render.print_table([_row(evaluation) for evaluation in evaluations], wrapped=["file"])
+    if comparisons:
+        render.print_line("")
+        rows = [_comparison_row(item) for item in comparisons]
+        render.print_table(rows, wrapped=["first", "second"])
+
+
+def _fields(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "file": str(evaluation.path),
+        "rows": evaluation.rows,
+        "failed": evaluation.failed,
+        "judged": len(evaluation.answers),
+        "metrics": {name: asdict(value) for name, value in evaluation.estimates.items()},
+    }
+
+
+def _row(evaluation: Evaluation) -> dict[str, str]:
+    return {
+        "file": str(evaluation.path),
+        "rows": str(evaluation.rows),
+        "failed": str(evaluation.failed),
+        "judged": str(len(evaluation.answers)),
+        **{name: render.percent(value) for name, value in evaluation.estimates.items()},
+    }
+
+
+def _comparison_fields(item: Comparison) -> dict[str, Any]:
+    return asdict(item) | {"first": str(item.first), "second": str(item.second)}
+
+
+def _comparison_row(item: Comparison) -> dict[str, str]:
+    return {
+        "first": str(item.first),
+        "second": str(item.second),
+        "metric": item.metric,
+        "second - first": render.percent(item.difference, sign="+"),
+        "first better": str(item.first_better),
+        "second better": str(item.second_better),
+    }

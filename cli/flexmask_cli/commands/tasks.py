@@ -1,0 +1,52 @@
+"""``flexmask tasks``: what ``--task`` knows by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexmask_cli import render
+
+if TYPE_CHECKING:
+    from flexmask.dataset.task import Task
+
+
+def tasks(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the tasks that come with flexmask."""
+    from flexmask.dataset.task import shipped_tasks
+
+    if as_json:
+        render.print_json([_fields(task) for task in shipped_tasks()])
+    else:
+        render.print_table([_row(task) for task in shipped_tasks()], wrapped=["what", "columns"])
+
+
+def _fields(task: Task) -> dict[str, Any]:
+    return {
+        **task.record(),
+        "summary": task.summary,
+        "path": str(task.path),
+        "reads": _columns(task),
+        "chat_template": task.chat_template,
+        "judge": asdict(task.judge),
+    }
+
+
+def _row(task: Task) -> dict[str, str]:
+    return {
+        "task": task.name,
+        "what": task.summary,
+        "columns": ", ".join(_columns(task)),
+        "paraphrases": str(task.select),
+        "examples": str(task.examples.count),
+        "judge": task.judge.metric,
+    }
+
+
+def _columns(task: Task) -> list[str]:
+    paraphrases = [column for columns in task.groups.values() for column in columns]
+    return ["uuid", *paraphrases, "answers"]

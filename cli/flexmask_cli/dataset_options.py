@@ -1,0 +1,154 @@
+"""Options that say what to generate for, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexmask.dataset.paraphrases import SYNTAX, Selection
+from flexmask.demo import questions_path
+from flexmask.errors import OptionError
+from flexmask_cli.options import split_pairs
+
+if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
+    from flexmask.dataset.requests import OnError, RequestSource
+    from flexmask.dataset.rows import Input
+    from flexmask.dataset.task import Examples, Task
+
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        "-t",
+        help="How a row becomes a request: a name of 'flexmask tasks' or a TOML file.",
+    ),
+]
+InputSource = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        "-i",
+        help="JSON Lines, CSV, Parquet, Feather or Arrow; a folder saved by datasets, or a hub "
+        "id, either with :split; - for JSON Lines on standard input. Without a task it has "
+        "segments and, as wanted, uuid, prefix, suffix, answers. "
+        "Default: the task's sample, else the bundled questions.",
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", metavar="NAME=COLUMN", help="Read NAME from another column, or A,B,C of them."
+    ),
+]
+ExamplesSource = Annotated[
+    str | None,
+    typer.Option("--examples", help="Input to draw the task's few-shot examples from."),
+]
+NumExamples = Annotated[int | None, typer.Option(min=0, help="How many few-shot examples.")]
+Paraphrases = Annotated[
+    str | None, typer.Option(metavar="SELECTION", help=f"Which paraphrases: {SYNTAX}.")
+]
+PrefixFile = Annotated[
+    Path | None, typer.Option(help="Its text, as it is, takes the place of every prefix.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first rows.")]
+NumSegments = Annotated[
+    int | None, typer.Option(min=1, help="Only the first segments of each request.")
+]
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """What was asked for."""
+
+    task: str | None
+    input: str | None
+    columns: Sequence[str]
+    examples: str | None
+    num_examples: int | None
+    paraphrases: str | None
+    prefix_file: Path | None
+    limit: int | None
+    num_segments: int | None
+    on_error: OnError
+
+    def load_task(self) -> Task | None:
+        """The task, with what other options change in it.
+
+        Raises:
+            OptionError: If an option needs a task and there is none, or has a wrong value.
+            TaskError: If the task cannot be used.
+        """
+        from flexmask.dataset.task import load_task
+
+        if self.task is None:
+            for name in ("examples", "num_examples", "paraphrases"):
+                if getattr(self, name) is not None:
+                    raise OptionError(f"--{name.replace('_', '-')} needs a --task")
+            return None
+        task = load_task(self.task)
+        select = task.select if self.paraphrases is None else Selection.parse(self.paraphrases)
+        return replace(
+            task,
+            columns={**task.columns, **self._column_map()},
+            select=select,
+            examples=self._change_examples(task.examples),
+        )
+
+    def open(self, task: Task | None) -> tuple[Input, RequestSource]:
+        """The input, and the requests of it.
+
+        Raises:
+            RequestError: If the input cannot be opened.
+            OptionError: If the prefix cannot be read.
+        """
+        from flexmask.dataset.prompts import TaskPrompts
+        from flexmask.dataset.requests import PlainRequests, RequestSource
+
+        rows = self._rows(task)
+        prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
+        make = (
+            PlainRequests(self._column_map(), prefix)
+            if task is None
+            else TaskPrompts(task, rows, prefix=prefix)
+        )
+        return rows, RequestSource(rows, make, self.limit, self.num_segments, self.on_error)
+
+    def _column_map(self) -> dict[str, tuple[str, ...]]:
+        pairs = split_pairs(self.columns, "--column", "NAME=COLUMN")
+        return {name: tuple(columns.split(",")) for name, columns in pairs.items()}
+
+    def _change_examples(self, examples: Examples) -> Examples:
+        if self.prefix_file is not None and (self.examples, self.num_examples) != (None, None):
+            raise OptionError("--prefix-file leaves no place for --examples or --num-examples")
+        if self.examples is not None:
+            examples = replace(examples, file=self.examples, rows=(), split="")
+        if self.num_examples is not None:
+            examples = replace(examples, count=self.num_examples)
+        if self.examples is not None and not examples.count:
+            raise OptionError("--examples are drawn, but how many? say --num-examples")
+        return examples
+
+    def _rows(self, task: Task | None) -> Input:
+        from flexmask.dataset.inputs import open_input
+        from flexmask.dataset.rows import rows_in_memory
+
+        if self.input is not None:
+            return open_input(self.input)
+        if task is None:
+            return open_input(str(questions_path()))
+        if not task.sample:
+            raise OptionError(f"task {task.name!r} has no sample rows; name an --input")
+        return rows_in_memory(task.sample, f"{task.name}-sample")
+
+
+def _read_prefix(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--prefix-file {path}: {error}") from None

@@ -1,0 +1,90 @@
+"""Which paraphrases of a row become the segments of its request."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexmask.errors import OptionError, RequestError
+
+SYNTAX = "'all', 'first N', 'indices I J …' or 'sample N GROUP + M GROUP'"
+
+Groups = Mapping[str, Sequence[str]]
+"""Paraphrases by the name of their group, such as ``manual`` and ``auto``."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of paraphrases, as ``sample 3 manual + 2 auto``.
+
+    ``all``, ``first N`` and ``indices I J …`` (from 0) count through the groups in their order.
+    ``sample`` draws without replacement, from one group after the other, with a generator that
+    the row's uuid seeds: a row has the same paraphrases wherever it stands and whatever else is
+    in the file.
+
+    Attributes:
+        indices: What to take; None takes all, or samples.
+        samples: How many to draw from which group.
+    """
+
+    indices: tuple[int, ...] | None = None
+    samples: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Selection:
+        """Read what ``str`` gives.
+
+        Raises:
+            OptionError: If it is something else.
+        """
+        word, _, rest = text.strip().partition(" ")
+        if text.strip() == "all":
+            return cls()
+        if word == "first" and re.fullmatch(r"[1-9]\d*", rest):
+            return cls(tuple(range(int(rest))))
+        if word == "indices" and re.fullmatch(r"\d+([\s,]+\d+)*", rest):
+            return cls(tuple(map(int, re.findall(r"\d+", rest))))
+        parts = [re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", part) for part in rest.split("+")]
+        if word == "sample" and all(parts):
+            return cls(samples=tuple((int(part[1]), part[2]) for part in parts if part))
+        raise OptionError(f"paraphrases are selected by {SYNTAX}, got {text!r}")
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        if self.samples:
+            return "sample " + " + ".join(f"{number} {group}" for number, group in self.samples)
+        if self.indices is None:
+            return "all"
+        if self.indices == tuple(range(len(self.indices))):
+            return f"first {len(self.indices)}"
+        return "indices " + " ".join(map(str, self.indices))
+
+    def choose(self, groups: Groups, uuid: str) -> list[str]:
+        """Take paraphrases of the row ``uuid``.
+
+        Raises:
+            RequestError: If there are too few.
+        """
+        if self.samples:
+            return self._sample(groups, random.Random(uuid))
+        every = [text for texts in groups.values() for text in texts]
+        if self.indices is None:
+            return every
+        if max(self.indices) >= len(every):
+            raise RequestError(f"{self} of the paraphrases asked for, but it has {len(every)}")
+        return [every[index] for index in self.indices]
+
+    def _sample(self, groups: Groups, generator: random.Random) -> list[str]:
+        chosen = []
+        for number, group in self.samples:
+            texts = groups.get(group)
+            if texts is None:
+                raise RequestError(
+                    f"{self}: no group {group!r} of paraphrases; groups: {', '.join(groups)}"
+                )
+            if number > len(texts):
+                raise RequestError(f"{self}: it has {len(texts)} {group} paraphrases")
+            chosen += generator.sample(list(texts), number)
+        return chosen

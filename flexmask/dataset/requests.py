@@ -1,0 +1,181 @@
+"""From the rows of an input to requests; rows that make none are named, or stop the reading."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal, Protocol
+
+from flexmask.dataset.columns import renamed, text_of, texts_of, uuid_of
+from flexmask.dataset.inputs import open_input
+from flexmask.dataset.rows import Input, Row
+from flexmask.errors import OptionError, RequestError
+from flexmask.request import Request
+
+OnError = Literal["stop", "skip"]
+"""What a bad row does: end the run with an error, or give a `BadRow`."""
+
+FIELDS = ("uuid", "prefix", "segments", "suffix", "answers")
+"""Columns that make a request where there is no task."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that nothing can be generated for.
+
+    Attributes:
+        uuid: Its own where it has one that no other row has taken, else where it stands.
+        error: Where it stands, and what is wrong with it.
+        request: Its request, where only the model cannot take it.
+    """
+
+    uuid: str
+    error: str
+    request: Request | None = None
+
+
+class RequestMaker(Protocol):
+    """Makes the request of a row, or raises `RequestError`."""
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, ...]]:
+        """Other columns to read a column from, such as ``uuid``."""
+
+    def __call__(self, row: Row) -> Request:
+        """Make it."""
+
+
+@dataclass(frozen=True)
+class PlainRequests:
+    """Makes requests of rows with the columns `FIELDS`, of which only ``segments`` is required.
+
+    Attributes:
+        columns: Other columns to read them from.
+        prefix: Takes the place of the rows' own.
+    """
+
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.columns:
+            if name not in FIELDS:
+                raise OptionError(
+                    f"no column {name!r} to be read from another; without a task there are "
+                    f"{', '.join(FIELDS)}"
+                )
+
+    def __call__(self, row: Row) -> Request:
+        """Make the request of a row.
+
+        Raises:
+            RequestError: If the row cannot be used.
+        """
+        values = renamed(row.values, self.columns)
+        if values.get("segments") is None:
+            keys = ", ".join(repr(key) for key in values) or "none"
+            raise RequestError(
+                f"the row has no 'segments', a list of strings; its columns: {keys}"
+            )
+        return Request(
+            segments=texts_of(values, "segments"),
+            prefix=text_of(values, "prefix") if self.prefix is None else self.prefix,
+            suffix=text_of(values, "suffix"),
+            answers=texts_of(values, "answers"),
+            uuid=uuid_of(values, str(row.number)),
+        )
+
+
+@dataclass(frozen=True)
+class RequestSource:
+    """The requests of an input, in its order; every iteration reads it again.
+
+    Attributes:
+        rows: The input.
+        make: Makes the request of a row.
+        limit: Read this many rows only.
+        num_segments: Keep this many segments of each request.
+        on_error: What a bad row does.
+    """
+
+    rows: Input
+    make: RequestMaker = PlainRequests()
+    limit: int | None = None
+    num_segments: int | None = None
+    on_error: OnError = "stop"
+
+    def __iter__(self) -> Iterator[Request | BadRow]:
+        """Read from the beginning.
+
+        Raises:
+            RequestError: If there are no rows, or all are bad; at a bad row unless those are
+                skipped; if the input cannot be read.
+        """
+        row_of: dict[str, int] = {}
+        first_bad = None
+        has_good = False
+        for row in islice(self.rows, self.limit):
+            try:
+                request = self._request(row)
+                if request.uuid in row_of:
+                    raise RequestError(
+                        f"uuid {request.uuid!r} already stands in row {row_of[request.uuid]}; "
+                        "give each its own"
+                    )
+                has_good = True
+            except RequestError as error:
+                if self.on_error == "stop":
+                    raise RequestError(f"{row.where}: {error}") from None
+                bad = BadRow(self._free_uuid(row, row_of), f"{row.where}: {error}")
+                first_bad = first_bad or bad
+                row_of[bad.uuid] = row.number
+                yield bad
+            else:
+                row_of[request.uuid] = row.number
+                yield request
+        if not has_good:
+            raise RequestError(
+                f"no row can be used; the first: {first_bad.error}"
+                if first_bad
+                else f"{self.rows.name}: no rows in it"
+            )
+
+    def _request(self, row: Row) -> Request:
+        if row.error:
+            raise RequestError(row.error)
+        request = self.make(row)
+        if self.num_segments is not None:
+            request = request.with_segments(self.num_segments)
+        return replace(request, source=row.where)
+
+    def _free_uuid(self, row: Row, taken: Container[str]) -> str:
+        column, *_ = self.make.columns.get("uuid", ("uuid",))
+        try:
+            uuid = uuid_of({"uuid": row.values.get(column)}, row.where)
+            uuid.encode()
+        except (RequestError, UnicodeEncodeError):
+            return row.where
+        return row.where if uuid in taken else uuid
+
+
+def read_requests(
+    source: str, *, num_segments: int | None = None, limit: int | None = None
+) -> list[Request]:
+    """Read all requests of an input with a column ``segments``, a list of strings.
+
+    There may be columns ``uuid``, ``prefix``, ``suffix`` and ``answers``; others are left alone,
+    and null is as good as absent. A missing ``uuid`` becomes the number of the row.
+
+    Args:
+        source: A file, folder or hub id (`flexmask.dataset.inputs.open_input`), or ``-`` for
+            JSON Lines on standard input.
+        num_segments: Keep this many segments of each request.
+        limit: Read this many rows only.
+
+    Raises:
+        RequestError: If the input is missing, or a row cannot be used; the message names the
+            file, the line and what to do.
+    """
+    requests = RequestSource(open_input(source), limit=limit, num_segments=num_segments)
+    return [request for request in requests if isinstance(request, Request)]

@@ -1,0 +1,211 @@
+"""What an earlier run left, and what is left to do for a run that goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from flexmask.dataset.formats import read_rows
+from flexmask.dataset.journal import Journal
+from flexmask.dataset.judge import Judge
+from flexmask.dataset.requests import BadRow
+from flexmask.dataset.run_config import RunConfig
+from flexmask.dataset.schema import FAILED, RUN, SCHEMA, verdict
+from flexmask.errors import OutputError, RequestError
+from flexmask.request import Request
+
+OutputMode = Literal["new", "overwrite", "resume"]
+"""``new``: nothing may stand there. ``overwrite``: replace it once the new file is complete.
+``resume``: keep the finished rows and add the others."""
+
+START_AGAIN = "pass --overwrite to start again, or another --output"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left, in its result or its journal."""
+
+    path: Path
+    rows: pa.Table
+    config: RunConfig
+
+    @classmethod
+    def of(cls, path: Path, rows: pa.Table) -> Earlier:
+        """Check what was read from ``path``.
+
+        Raises:
+            OutputError: If flexmask did not write it.
+        """
+        try:
+            config = RunConfig.from_json((rows.schema.metadata or {})[RUN])
+        except (KeyError, ValueError):
+            raise OutputError(
+                f"{path}: not a result file, no flexmask run is recorded in it"
+            ) from None
+        if not rows.schema.equals(SCHEMA):
+            raise OutputError(f"{path}: its columns are not those that this version writes")
+        return cls(path, rows, config)
+
+    def check_same_run(self, config: RunConfig) -> None:
+        """Refuse what another run made.
+
+        Raises:
+            OutputError: With the differences.
+        """
+        if differences := config.differences(self.config):
+            raise OutputError(
+                f"{self.path}: made by a different run ({'; '.join(differences)}); {START_AGAIN}"
+            )
+
+
+def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | None:
+    """What to resume; a journal comes first, for it was started after the result beside it.
+
+    Raises:
+        OutputError: If what is there stands in the way of ``mode``, or is not ours.
+    """
+    if mode == "overwrite":
+        return None
+    try:
+        unfinished = read_rows(journal.path)
+        if mode == "resume" and unfinished.num_rows:
+            return Earlier.of(journal.path, unfinished)
+        if mode == "resume":
+            return Earlier.of(output, read_rows(output)) if output.exists() else None
+    except OutputError as error:
+        raise OutputError(f"{error}; {START_AGAIN}") from None
+    if unfinished.num_rows:
+        raise OutputError(
+            f"{journal.path}: holds {unfinished.num_rows} finished rows of an interrupted run; "
+            "pass --resume to go on, --overwrite to start again, or another --output"
+        )
+    if output.exists():
+        raise OutputError(
+            f"{output}: exists; pass --resume to add missing rows, --overwrite to replace it, or "
+            "another --output"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will write.
+
+    Attributes:
+        has_row: By uuid, in the order of the file: whether the row stands already.
+        rows: Those that do, with the answers of now.
+        bad: Rows that nothing can be generated for.
+        is_complete: Whether the result that stands there is what the run would make.
+    """
+
+    has_row: Mapping[str, bool]
+    rows: pa.Table
+    bad: Sequence[BadRow] = field(default=())
+    is_complete: bool = False
+
+
+def make_plan(
+    requests: Iterable[Request | BadRow], earlier: Earlier | None, output: Path, judge: Judge
+) -> Plan:
+    """Compare all requests of a run with the rows of an earlier one.
+
+    Rows that failed are left out of the earlier ones, to be tried again.
+
+    Raises:
+        OutputError: If the earlier rows are those of other requests.
+        RequestError: If two requests have the same uuid.
+    """
+    rows = SCHEMA.empty_table() if earlier is None else _without_failures(earlier.rows)
+    hashes = dict(_hashes(rows))
+    has_row: dict[str, bool] = {}
+    bad, changed, corrected = [], [], {}
+    for request in requests:
+        if request.uuid in has_row:
+            raise RequestError(
+                f"uuid {request.uuid!r} is given to two requests; a row needs one of its own"
+            )
+        found = hashes.pop(request.uuid, None)
+        has_row[request.uuid] = found is not None
+        if isinstance(request, BadRow):
+            bad.append(request)
+        elif found is not None:
+            if found[0] != _content_hash(request.prefix, request.segments, request.suffix):
+                changed.append(request.uuid)
+            if found[1] != hash(request.answers):
+                corrected[request.uuid] = request.answers
+    if earlier is not None:
+        changed += [row.uuid for row in bad if has_row[row.uuid]]
+        _check_same_requests(earlier.path, unknown=list(hashes), changed=changed)
+    is_complete = (
+        earlier is not None
+        and earlier.path == output
+        and not corrected
+        and values(earlier.rows, "uuid") == list(has_row)
+        and all(has_row.values())
+    )
+    return Plan(has_row, _judged_again(rows, corrected, judge), bad, is_complete)
+
+
+def values(rows: pa.Table, column: str) -> list[Any]:
+    """A column as Python values."""
+    return rows[column].to_pylist()
+
+
+def _without_failures(rows: pa.Table) -> pa.Table:
+    batches = []
+    for batch in rows.to_batches():
+        is_wanted = [reason != FAILED for reason in batch["finish_reason"].to_pylist()]
+        batches.append(batch.filter(pa.array(is_wanted)) if not all(is_wanted) else batch)
+    return pa.Table.from_batches(batches, rows.schema)
+
+
+def _hashes(rows: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
+    """For each uuid a hash of what was asked, and one of its answers."""
+    for batch in rows.select(["uuid", "prefix", "paraphrases", "suffix", "answers"]).to_batches():
+        for uuid, prefix, segments, suffix, answers in zip(
+            *batch.to_pydict().values(), strict=True
+        ):
+            yield uuid, (_content_hash(prefix, tuple(segments), suffix), hash(tuple(answers)))
+
+
+def _content_hash(prefix: str, segments: tuple[str, ...], suffix: str) -> int:
+    return hash((prefix, segments, suffix))
+
+
+def _check_same_requests(path: Path, unknown: Sequence[str], changed: Sequence[str]) -> None:
+    if unknown:
+        raise OutputError(
+            f"{path}: it has rows that the input has no request for "
+            f"({_named(unknown)}); {START_AGAIN}"
+        )
+    if changed:
+        raise OutputError(
+            f"{path}: requests have another prefix, suffix or segments since "
+            f"({_named(changed)}); {START_AGAIN}"
+        )
+
+
+def _judged_again(
+    rows: pa.Table, corrected: Mapping[str, tuple[str, ...]], judge: Judge
+) -> pa.Table:
+    """The rows with the answers of now, which may have changed since they were written."""
+    if not corrected:
+        return rows
+    batches = []
+    for batch in rows.to_batches():
+        content = batch.to_pylist()
+        for row in content:
+            if (answers := corrected.get(row["uuid"])) is not None:
+                row["answers"] = answers
+                row |= verdict(row["prediction"], answers, judge)
+        batches.append(pa.RecordBatch.from_pylist(content, schema=SCHEMA))
+    return pa.Table.from_batches(batches, SCHEMA)
+
+
+def _named(uuids: Sequence[str]) -> str:
+    first = ", ".join(map(repr, uuids[:3]))
+    return f"uuid {first}" + (f" and {len(uuids) - 3} more" if len(uuids) > 3 else "")

@@ -1,0 +1,87 @@
+"""A run over a data set: generations into a result file, a record batch at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexmask.dataset.requests import BadRow, OnError
+from flexmask.dataset.results import ResultWriter
+from flexmask.errors import RequestError
+from flexmask.generation import Generation
+from flexmask.request import Request
+from flexmask.strategy import Strategy
+
+if TYPE_CHECKING:
+    from flexmask.engine import Engine, GenerationRun
+
+LONGEST_WAIT_S = 1.0
+"""A finished row waits no longer for others to be written with it."""
+
+
+class DatasetRun:
+    """Generates for what a writer has left to do, and writes it.
+
+    Attributes:
+        generations: What the engine makes of it, with its counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        writer: ResultWriter,
+        *,
+        on_error: OnError = "stop",
+        **options: Any,
+    ) -> None:
+        """Plan the run; iterating over `batches` starts it.
+
+        Args:
+            engine: Holds the model.
+            strategy: Who sees whom.
+            writer: Where rows go.
+            on_error: What a request does that the model cannot take: raise, or become a row
+                that says why.
+            **options: Those of `flexmask.Engine.generate`.
+
+        Raises:
+            RequestError: If a request cannot be taken and rows are not skipped.
+        """
+        self._writer = writer
+        self._refused: list[BadRow] = []
+        on_refused = self._refuse if on_error == "skip" else None
+        self.generations: GenerationRun = engine.generate(
+            writer.remaining, strategy, on_refused=on_refused, **options
+        )
+
+    def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Generation]]:
+        """Write generations as they finish, and pass them on.
+
+        Args:
+            should_stop: Asked after each write; the run then ends early.
+        """
+        waiting: list[Generation] = []
+        received = 0
+        for generation in self.generations:
+            if not waiting:
+                waiting_since = time.monotonic()
+            waiting.append(generation)
+            received += 1
+            is_batch_whole = received == self.generations.stats.rows
+            if is_batch_whole or time.monotonic() - waiting_since > LONGEST_WAIT_S:
+                self._write(waiting)
+                yield waiting
+                waiting = []
+                if should_stop():
+                    return
+        self._write(waiting)
+        yield waiting
+
+    def _write(self, generations: Sequence[Generation]) -> None:
+        self._writer.write([*self._refused, *generations])
+        self._refused.clear()
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        self._refused.append(BadRow(request.uuid, str(error), request))

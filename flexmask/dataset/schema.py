@@ -1,0 +1,73 @@
+"""The columns of a result file, and how a row fills them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from flexmask.dataset.judge import Judge, is_exact_match
+from flexmask.dataset.requests import BadRow
+from flexmask.generation import Generation
+
+RUN = b"flexmask"
+"""Key of the schema metadata that holds the run, as JSON."""
+
+FAILED = "error"
+"""The finish reason of a row that was not generated."""
+
+SCHEMA = pa.schema(
+    [
+        ("uuid", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("paraphrases", pa.list_(pa.string())),
+        ("prediction", pa.string()),
+        ("generation", pa.string()),
+        ("prefix", pa.string()),
+        ("suffix", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("generated_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("correct", pa.bool_()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a result file: ``paraphrases`` holds the segments; ``correct`` is exact match and
+``score`` what the judge gives, both null where there are no answers; ``error`` says why a row
+failed, and is null where it did not."""
+
+
+def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
+    """The row of a generation, or of what failed; that has no text, and is wrong."""
+    request = result.request
+    row: dict[str, Any] = {
+        "uuid": result.uuid if isinstance(result, BadRow) else result.request.uuid,
+        "answers": request.answers if request else (),
+        "paraphrases": request.segments if request else (),
+        "prefix": request.prefix if request else "",
+        "suffix": request.suffix if request else "",
+    }
+    if isinstance(result, BadRow):
+        row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}
+        row |= {"finish_reason": FAILED, "error": result.error}
+    else:
+        row |= {
+            "prediction": judge.prediction(result.text),
+            "generation": result.text,
+            "prompt_tokens": result.prompt_tokens,
+            "generated_tokens": len(result.token_ids),
+            "finish_reason": result.finish_reason,
+            "error": None,
+        }
+    return row | verdict(row["prediction"], row["answers"], judge)
+
+
+def verdict(prediction: str, answers: tuple[str, ...], judge: Judge) -> dict[str, Any]:
+    """The columns that depend on accepted answers."""
+    if not answers:
+        return {"correct": None, "score": None}
+    return {
+        "correct": is_exact_match(prediction, answers),
+        "score": judge.score(prediction, answers),
+    }

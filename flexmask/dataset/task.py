@@ -1,0 +1,184 @@
+"""Tasks: how a row of a data set becomes a request, and how its answer is judged.
+
+A task is a TOML file; docs/datasets.md explains every key. Those in ``tasks/`` come with
+flexmask and are known by name.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexmask.dataset.judge import CUTS, METRICS, Judge
+from flexmask.dataset.paraphrases import Selection
+from flexmask.dataset.toml_section import Section
+from flexmask.errors import FlexMaskError, TaskError
+
+SHIPPED = Path(__file__).parent / "tasks"
+EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Few-shot examples, from one of three places.
+
+    Attributes:
+        count: How many; 0 for none.
+        template: Jinja template of one, with ``paraphrase`` and ``answer``, each the row's first.
+        seed: Seeds the draw, where there are more rows than wanted.
+        rows: They stand in the task file.
+        file: An input of its own, as `flexmask.dataset.inputs.open_input` takes it.
+        split: A split of the input.
+    """
+
+    count: int = 0
+    template: str = EXAMPLE
+    seed: int = 42
+    rows: tuple[Mapping[str, Any], ...] = ()
+    file: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a row becomes a request.
+
+    Attributes:
+        path: Its file.
+        summary: What it is, in one line.
+        instruction: For the templates to use.
+        columns: What the task calls a column, and the columns of the data it is read from.
+        groups: Columns of each group of paraphrases; a column holds a text or a list of texts.
+        select: Which paraphrases become segments.
+        examples: Few-shot examples.
+        prefix: Jinja template of the prefix, with ``instruction``, ``examples`` and the row.
+        segment: Template of a segment, with ``paraphrase``, ``instruction`` and the row.
+        suffix: Template of the suffix, with ``instruction`` and the row.
+        chat_template: Whether the request goes into the tokenizer's chat template.
+        judge: How an answer is cut from a generation, and judged.
+        sample: Rows to try the task with.
+    """
+
+    path: Path
+    groups: Mapping[str, tuple[str, ...]]
+    segment: str
+    summary: str = ""
+    instruction: str = ""
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    select: Selection = Selection()
+    examples: Examples = Examples()
+    prefix: str = ""
+    suffix: str = ""
+    chat_template: bool = False
+    judge: Judge = Judge()
+    sample: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return self.path.stem
+
+    def record(self) -> dict[str, Any]:
+        """What of it changes requests, as JSON values."""
+        fields = asdict(self)
+        recorded = ("instruction", "columns", "groups", "prefix", "segment", "suffix", "examples")
+        return {
+            "name": self.name,
+            "select": str(self.select),
+            **{name: fields[name] for name in recorded},
+        }
+
+
+def load_task(name: str) -> Task:
+    """Load a task that comes with flexmask by name, another by the path of its file.
+
+    Raises:
+        TaskError: If there is none, or it cannot be used; the message names file and key.
+    """
+    path = SHIPPED / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+        if path.suffix != ".toml":
+            known = ", ".join(task.name for task in shipped_tasks())
+            raise TaskError(f"unknown task {name!r}; known: {known}, or the path of a .toml file")
+    return _read_task(path)
+
+
+def shipped_tasks() -> list[Task]:
+    """The tasks that come with flexmask, sorted by name."""
+    return [_read_task(path) for path in sorted(SHIPPED.glob("*.toml"))]
+
+
+def _read_task(path: Path) -> Task:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TaskError(f"{path}: {error.strerror}; --task takes a name or a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: not TOML: {error}") from None
+    root = Section(str(path), "", table)
+    prompt, paraphrases, answer = map(root.section, ("prompt", "paraphrases", "answer"))
+    groups = paraphrases.section("groups").texts_by_name()
+    if not groups:
+        raise paraphrases.error("groups", "must name at least one column of paraphrases")
+    task = Task(
+        path=path,
+        summary=root.text("summary", ""),
+        instruction=root.text("instruction", ""),
+        columns=root.section("columns").texts_by_name(),
+        groups=groups,
+        select=_selection(paraphrases),
+        examples=_examples(root.section("examples"), path.parent),
+        prefix=prompt.text("prefix", ""),
+        segment=prompt.text("segment"),
+        suffix=prompt.text("suffix", ""),
+        chat_template=prompt.flag("chat_template", False),
+        judge=Judge(
+            cut=answer.choice("cut", CUTS, CUTS[0]),
+            metric=answer.choice("judge", METRICS, METRICS[0]),
+            language=answer.text("language", "en"),
+        ),
+        sample=root.rows("sample"),
+    )
+    for section in (root, prompt, paraphrases, answer):
+        section.check_all_asked()
+    return task
+
+
+def _selection(paraphrases: Section) -> Selection:
+    try:
+        selection = Selection.parse(paraphrases.text("select", "all"))
+    except FlexMaskError as error:
+        raise paraphrases.error("select", f"cannot be used: {error}") from None
+    groups = paraphrases.section("groups").texts_by_name()
+    for _, group in selection.samples:
+        if group not in groups:
+            raise paraphrases.error(
+                "select", f"names the group {group!r}; groups: {', '.join(groups)}"
+            )
+    return selection
+
+
+def _examples(section: Section, folder: Path) -> Examples:
+    places = [key for key in ("rows", "file", "split") if section.has(key)]
+    examples = Examples(
+        count=section.count("count", 0),
+        template=section.text("template", EXAMPLE),
+        seed=section.count("seed", 42),
+        rows=section.rows("rows"),
+        file=section.text("file", ""),
+        split=section.text("split", ""),
+    )
+    section.check_all_asked()
+    if examples.count and len(places) != 1:
+        raise section.error(
+            "count",
+            f"is {examples.count}, so one of rows, file and split must say whence; "
+            f"got {' and '.join(places) or 'none'}",
+        )
+    if examples.file and (folder / examples.file).exists():
+        return Examples(**{**vars(examples), "file": str(folder / examples.file)})
+    return examples

@@ -1,0 +1,302 @@
+"""Tasks, inputs, bad rows and judging, as a user meets them on the command line."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+from flexmask.dataset.results import ResultWriter, read_run_config
+from flexmask.dataset.run_config import RunConfig
+from flexmask.demo import model_path
+from flexmask.generation import Generation
+from flexmask.request import Request
+from flexmask_cli import progress
+from flexmask_cli.app import main
+from flexmask_cli.interrupt import Interrupt
+
+COMMAND = [sys.executable, "-m", "flexmask_cli"]
+
+
+@pytest.fixture
+def flexmask(monkeypatch, capsys):
+    """Runs a command in this process; gives what it prints to stdout."""
+
+    def get(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flexmask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code in (0, None), exit_.value.code
+        return capsys.readouterr().out
+
+    return get
+
+
+@pytest.fixture
+def error_of(monkeypatch):
+    def get(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flexmask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert isinstance(exit_.value.code, str)
+        return exit_.value.code
+
+    return get
+
+
+def test_the_tasks_are_listed(flexmask):
+    listed = flexmask("tasks")
+    assert "myriadlama" in listed and "webqa" in listed
+    myriadlama, webqa = json.loads(flexmask("tasks", "--json"))
+    assert (myriadlama["name"], webqa["name"]) == ("myriadlama", "webqa")
+    assert myriadlama["reads"] == ["uuid", "manual_paraphrases", "auto_paraphrases", "answers"]
+    assert webqa["groups"] == {"question": [f"paraphrase{n}" for n in range(6)]}
+    assert myriadlama["select"] == "first 5"
+
+
+MARKED = """\
+== 1 ({path}:2)
+<prefix>Be brief.
+</prefix>
+<segment 1>Q: Who?</segment 1>
+<segment 2>Q: Whoever?</segment 2>
+<suffix>
+A:</suffix>
+accepted: I | me
+
+"""
+
+
+def test_a_dry_run_prints_the_exact_prompts(flexmask, tmp_path):
+    path, prefix = tmp_path / "rows.csv", tmp_path / "prefix.txt"
+    path.write_text('p0,p1,label\nWho?,Whoever?,"[""I"", ""me""]"\nWhat?,Which?,it\n')
+    prefix.write_text("Be brief.\n")
+    printed = flexmask(
+        "generate", "--task", "webqa", "--input", path, "--prefix-file", prefix, "--dry-run",
+        "-n", 1, "--column", "paraphrase0=p0,p1", "--column", "answers=label",
+        "--paraphrases", "all",
+    )  # fmt: skip
+    assert printed == MARKED.format(path=path)
+
+
+def test_a_dry_run_loads_neither_torch_nor_the_model(tmp_path):
+    program = (
+        "import sys; from flexmask_cli.app import build_app\n"
+        "build_app()(['generate', '--task', 'myriadlama', '--dry-run', '-n', '2',"
+        " '--model', './nowhere'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.count("<segment 5>") == 2
+    assert result.stdout.endswith("[]\n")
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path):
+    """A folder with a tokenizer that has a chat template, and no model."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_a_dry_run_shows_what_the_chat_template_writes(flexmask, chat_tokenizer, tmp_path):
+    task = tmp_path / "chat.toml"
+    task.write_text(
+        "[paraphrases.groups]\nq = 'q'\n[prompt]\nchat_template = true\n"
+        "prefix = 'Answer.'\nsegment = ' {{ paraphrase }}'\nsuffix = ' A:'\n"
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": ["Who?", "Whoever?"]}\n')
+    options = ["generate", "--task", task, "--input", rows, "--model", chat_tokenizer, "--dry-run"]
+    printed = flexmask(*options)
+    assert "<prefix><user>Answer.</prefix>" in printed
+    assert "<segment 2> Whoever?</segment 2>" in printed
+    assert "<suffix> A:</user>\n<assistant></suffix>" in printed
+    assert "<prefix>Answer.</prefix>" in flexmask(*options, "--no-chat-template")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "webq"], "unknown task 'webq'; known: myriadlama, webqa"),
+        (["--examples", "x.jsonl"], "--examples needs a --task"),
+        (["--num-examples", "3"], "--num-examples needs a --task"),
+        (["--paraphrases", "all"], "--paraphrases needs a --task"),
+        (
+            ["--task", "webqa", "--paraphrases", "best"],
+            "paraphrases are selected by 'all', 'first",
+        ),
+        (["--task", "webqa", "--prefix-file", "nowhere"], "--prefix-file nowhere: "),
+        (
+            ["--task", "webqa", "--prefix-file", "x", "--examples", "y"],
+            "--prefix-file leaves no p",
+        ),
+        (["--task", "webqa", "--examples", "nowhere.csv"], "nowhere.csv: No such file"),
+        (["--task", "webqa", "--num-examples", "6"], "6 examples wanted, it has 5 rows"),
+        (["--column", "answers"], "--column takes NAME=COLUMN, got 'answers'"),
+        (["--column", "question=q"], "no column 'question' to be read from another"),
+        (["--column", "answers=label"], "no column 'label' for answers; its columns: 'uuid'"),
+        (["--output", "out.csv"], "out.csv: unknown extension '.csv'; name it .feather, .arrow"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    error_of, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    line = error_of("generate", *arguments)
+    assert message in line
+    assert "\n" not in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+ROWS = [
+    {"id": "good", "q": "Where was Rispo Dror born?", "answers": ["Fumholm"]},
+    {"id": "empty", "q": " "},
+    {"id": "long", "q": "Q " * 3000, "answers": ["x"]},
+    {"id": "good", "q": "twice"},
+    {"id": "last", "q": "Tell me, where was Rispo Dror born?", "answers": ["Fumholm"]},
+]
+TASK = """
+[columns]
+uuid = "id"
+[paraphrases.groups]
+q = "q"
+[prompt]
+segment = "Q: {{ paraphrase }}"
+suffix = "\\nA:"
+[answer]
+judge = "f1"
+"""
+
+
+def test_rows_that_cannot_be_used_stand_in_the_output_with_their_reason(tmp_path, error_of):
+    path, task, output = (tmp_path / name for name in ("r.jsonl", "t.toml", "out.parquet"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task.write_text(TASK)
+    options = ["--task", task, "--input", path, "--device", "cpu", "--batch-size", "2"]
+    options += ["--max-new-tokens", "6", "--output", output]
+    assert f"{path}:2: paraphrase 1 of those selected is empty" in error_of("generate", *options)
+    assert not output.exists()
+
+    command = [*COMMAND, "generate", *map(str, options), "--on-error", "skip"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "failed: 3 rows; the column 'error' says why" in result.stdout
+    assert "f1: " in result.stdout
+    rows = pyarrow.parquet.read_table(output).to_pylist()
+    assert [row["uuid"] for row in rows] == ["good", "empty", "long", f"{path}:4", "last"]
+    assert [row["finish_reason"] == "error" for row in rows] == [False, True, True, True, False]
+    assert f"{path}:3: needs positions up to" in rows[2]["error"]
+    assert rows[2]["correct"] is False
+    assert rows[3]["error"].endswith(":4: uuid 'good' already stands in row 1; give each its own")
+    assert rows[0]["generation"] and rows[4]["error"] is None
+    run = read_run_config(output).run
+    assert (run["task"]["name"], run["judge"]["metric"]) == ("t", "f1")
+
+    task.write_text(TASK.replace("Q: ", "Question: "))
+    assert "(task.segment: 'Q: {{ paraphrase }}' → 'Question: {{" in error_of(
+        "generate", *options, "--resume"
+    )
+
+
+def write_result(path, right):
+    requests = [Request(uuid=str(n), segments=("?",), answers=("yes",)) for n in range(20)]
+    with ResultWriter.open(path, config=RunConfig({}), requests=requests) as writer:
+        for number, request in enumerate(requests):
+            text = "yes" if number < right else "yes but no"
+            writer.write([Generation(request, text, (1,), "eos", 1)])
+
+
+def test_result_files_are_judged_and_compared(flexmask, error_of, tmp_path):
+    pytest.importorskip("simplemma")
+    first, second = tmp_path / "a.feather", tmp_path / "b.jsonl"
+    write_result(first, 5)
+    write_result(second, 10)
+    printed = flexmask("eval", first, second)
+    assert "25.0% [10.0, 45.0]" in printed
+    assert "+25.0% [+10.0, +45.0]" in printed
+    found = json.loads(flexmask("eval", first, second, "--lemma", "--json"))
+    assert [file["judged"] for file in found["files"]] == [20, 20]
+    assert found["files"][1]["metrics"]["exact"]["mean"] == 0.5
+    assert set(found["files"][0]["metrics"]) == {"exact", "f1", "lemma"}
+    exact, *_ = found["comparisons"]
+    assert (exact["metric"], exact["first_better"], exact["second_better"]) == ("exact", 0, 5)
+    assert json.loads(flexmask("eval", first, "--json"))["comparisons"] == []
+    assert "nowhere.feather: cannot be read (No such file" in error_of("eval", "nowhere.feather")
+
+
+class FakeRun:
+    """A run of four batches that takes as long as a clock says."""
+
+    def __init__(self, clock, batch_s):
+        self.generations = SimpleNamespace(stats=SimpleNamespace(generated_tokens=0, batch_size=2))
+        self._clock, self._batch_s = clock, batch_s
+
+    def batches(self, should_stop):
+        for _ in range(4):
+            self._clock.now += self._batch_s
+            self.generations.stats.generated_tokens += 20
+            yield ["row"] * 2
+            if should_stop():
+                return
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_away_from_a_terminal_progress_is_a_plain_line_every_few_seconds(clock, capsys):
+    interrupt = Interrupt()
+    rows = [*progress.track(FakeRun(clock, 4), 8, interrupt, is_quiet=False)]
+    assert len(rows) == 4
+    assert capsys.readouterr().err.splitlines() == [
+        "4 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:08 left",
+        "8 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:00 left",
+    ]
+
+
+def test_quiet_shows_no_progress(clock, capsys):
+    assert len([*progress.track(FakeRun(clock, 9), 8, Interrupt(), is_quiet=True)]) == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(clock, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for _ in progress.track(FakeRun(clock, 4), 8, Interrupt(), is_quiet=False):
+        pass
+    assert "compiling, then the first batch" in terminal.getvalue()
+    assert "8 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:00 left" in terminal.getvalue()
+
+
+def test_the_first_ctrl_c_lets_the_batch_end_and_the_second_ends_at_once(clock, capsys):
+    interrupt = Interrupt()
+    batches = 0
+    with interrupt:
+        for _ in progress.track(FakeRun(clock, 1), 8, interrupt, is_quiet=False):
+            batches += 1
+            signal.raise_signal(signal.SIGINT)
+        assert batches == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "the current batch ends first; Ctrl-C again ends at once" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
