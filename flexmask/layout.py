@@ -19,13 +19,17 @@ Example:
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = 0
 """Segment id of prefix tokens; segments count from 1."""
@@ -160,8 +164,23 @@ class Layout:
 
         Token ids do not enter: a mask does not depend on them.
         """
-        content = repr((self.segment_ids, self.position_ids)).encode()
+        content = array("q", (len(self), *self.segment_ids, *self.position_ids))
         return blake2b(content, digest_size=16).digest()
+
+    @cached_property
+    def token_tensor(self) -> Tensor:
+        """`token_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.token_ids)
+
+    @cached_property
+    def segment_tensor(self) -> Tensor:
+        """`segment_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.segment_ids)
+
+    @cached_property
+    def position_tensor(self) -> Tensor:
+        """`position_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.position_ids)
 
     def extended(self, num_tokens: int) -> Layout:
         """The layout after ``num_tokens`` generated tokens, whose ids are 0."""
@@ -171,6 +190,13 @@ class Layout:
             (*self.segment_ids, *(TAIL,) * num_tokens),
             (*self.position_ids, *generated),
         )
+
+
+def _tensor(values: tuple[int, ...]) -> Tensor:
+    import torch
+
+    # Through an array: torch.tensor looks at every element of a tuple.
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:

@@ -38,12 +38,14 @@ class LayoutBatch:
     ) -> None:
         """Place the first ``num_tokens[b]`` tokens of each layout from slot ``starts[b]`` on.
 
+        Rows without a layout are all padding.
+
         Raises:
-            LayoutError: If there are not ``B`` layouts, or one does not fit.
+            LayoutError: If there are more than ``B`` layouts, or one does not fit.
         """
         batch_size, capacity = self.segment_ids.shape
-        if len(layouts) != batch_size:
-            raise LayoutError(f"expected {batch_size} layouts, got {len(layouts)}")
+        if len(layouts) > batch_size:
+            raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
         segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
         position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
         for row, (layout, count, start) in enumerate(
@@ -52,8 +54,8 @@ class LayoutBatch:
             stop = start + len(layout)
             if stop > capacity:
                 raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
-            segment_ids[row, start : start + count] = torch.tensor(layout.segment_ids[:count])
-            position_ids[row, start:stop] = torch.tensor(layout.position_ids)
+            segment_ids[row, start : start + count] = layout.segment_tensor[:count]
+            position_ids[row, start:stop] = layout.position_tensor
             generated = torch.arange(capacity - stop, dtype=torch.int32)
             position_ids[row, stop:] = layout.next_position + generated
         self.segment_ids.copy_(segment_ids)

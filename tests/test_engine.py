@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flexmask.engine import Engine
 from flexmask.engine.sampling import Sampler, Sampling
-from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
 from flexmask.tokenization import RequestTokenizer
 from flexmask_strategies.causal import Causal
@@ -99,7 +99,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     requests = [dataclasses.replace(one, prefix=prefix) for one in REQUESTS]
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
-    monkeypatch.setattr("flexmask.engine.engine.shared_beginning", lambda layouts: 0)
+    monkeypatch.setattr("flexmask.engine.run.shared_beginning", lambda layouts: 0)
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens > plain.stats.prompt_tokens  # the last batch is padded
@@ -232,3 +232,60 @@ def test_a_chat_template_wraps_prefix_and_suffix(tokenizer):
 def test_the_prefix_begins_with_the_beginning_of_sequence_token(tokenizer):
     tokenized = RequestTokenizer(tokenizer)(Request(("t7 t8",), uuid="a"))
     assert tokenized.prefix == (1,)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
+    expected = run(engine)
+    prefill, sizes = engine.runner.prefill, []
+
+    def prefill_with_little_memory(layouts):
+        sizes.append(len(layouts))
+        if len(layouts) > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        prefill(layouts)
+
+    monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
+    results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=4)
+    with pytest.warns(FlexMaskWarning, match="out of GPU memory: 4 rows at a time become 2"):
+        assert list(results) == expected
+    assert sizes == [4, 2, 2, 2, 2]
+    assert (results.stats.batch_size, results.stats.halvings) == (2, 1)
+
+
+def test_a_row_too_large_for_the_memory_says_so(engine, monkeypatch):
+    def prefill_without_memory(layouts):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine.runner, "prefill", prefill_without_memory)
+    with pytest.raises(ModelError, match="not enough GPU memory for one row of 640 slots"):
+        run(engine, batch_size=1)
+
+
+def test_the_longest_prompts_run_first_and_rows_finish_by_batch(engine):
+    results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=2, batch_size=3)
+    batches = [[g.prompt_tokens for g in batch] for batch in results.batches()]
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert min(batches[0]) >= max(batches[1]) and min(batches[1]) >= batches[2][0]
+
+
+def test_a_longer_prompt_later_on_gets_a_larger_cache(engine, monkeypatch):
+    monkeypatch.setattr("flexmask.engine.engine.BATCHES_PER_WINDOW", 1)
+    long = Request(tuple(words(i, 110) for i in range(5)), suffix="t9", uuid="long")
+    results = engine.generate([REQUESTS[0], long], EnsembleIsolation(), batch_size=1)
+    assert results.stats.capacity == 640
+    assert [g.request.uuid for g in results] == ["row0", "long"]
+    assert results.stats.capacity == 1152
+
+
+def test_requests_are_read_some_batches_ahead_and_no_further(engine, monkeypatch):
+    monkeypatch.setattr("flexmask.engine.engine.BATCHES_PER_WINDOW", 1)
+    read = []
+
+    def requests():
+        for number in range(1000):
+            read.append(number)
+            yield dataclasses.replace(REQUESTS[1], uuid=str(number))
+
+    results = engine.generate(requests(), "causal", max_new_tokens=1, batch_size=2)
+    assert next(results).request.uuid == "0"
+    assert len(read) <= 4

@@ -201,7 +201,8 @@ def _update_cache(
     key_cache.transpose(1, 2)[rows[:, None], slots] = key.transpose(1, 2)
     value_cache.transpose(1, 2)[rows[:, None], slots] = value.transpose(1, 2)
     length = mask.kv_indices.shape[-1] * mask.BLOCK_SIZE[1]
-    return key_cache[:, :, :length], value_cache[:, :, :length]
+    count = key.shape[0]
+    return key_cache[:count, :, :length], value_cache[:count, :, :length]
 
 
 def _softcap_mod(softcap: float | None) -> Callable[..., Tensor] | None:

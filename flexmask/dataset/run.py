@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,6 @@ from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine, GenerationRun
-
-LONGEST_WAIT_S = 1.0
-"""A finished row waits no longer for others to be written with it."""
 
 
 class DatasetRun:
@@ -62,22 +58,12 @@ class DatasetRun:
         Args:
             should_stop: Asked after each write; the run then ends early.
         """
-        waiting: list[Generation] = []
-        received = 0
-        for generation in self.generations:
-            if not waiting:
-                waiting_since = time.monotonic()
-            waiting.append(generation)
-            received += 1
-            is_batch_whole = received == self.generations.stats.rows
-            if is_batch_whole or time.monotonic() - waiting_since > LONGEST_WAIT_S:
-                self._write(waiting)
-                yield waiting
-                waiting = []
-                if should_stop():
-                    return
-        self._write(waiting)
-        yield waiting
+        for generations in self.generations.batches():
+            self._write(generations)
+            yield generations
+            if should_stop():
+                return
+        self._write([])
 
     def _write(self, generations: Sequence[Generation]) -> None:
         self._writer.write([*self._refused, *generations])

@@ -104,7 +104,7 @@ def _(
     blocks = launch_blocks(rows, width, num_outputs, activation != "", has_norm)
     if x.element_size() == 4 and rows > 1:  # twice the bytes in shared memory
         blocks["BLOCK_K"] = max(16, blocks["BLOCK_K"] // 2)
-    splits = blocks["SPLITS"]
+    splits = blocks["SPLITS"] = _none_empty(blocks["SPLITS"], -(-width // blocks["BLOCK_K"]))
     outputs = sizes[:1] if activation else sizes
     grid = (sum(-(-size // blocks["BLOCK_N"]) for size in outputs), splits)
     shares = splits * (rows * num_outputs + grid[0] * blocks["BLOCK_M"]) if splits > 1 else 1
@@ -139,10 +139,7 @@ def launch_blocks(
 ) -> dict[str, Any]:
     """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B layer in bfloat16."""
     if rows == 1:
-        block_k = _dividing_block(width, 2048 if width >= 8192 else 1024)
-        block_n = max(2, 2048 // block_k)
-        warps = 2 if is_gated else block_n * block_k // 512
-        return _blocks(1, block_n, block_k, 1, 1, min(8, warps))
+        return _blocks(1, 2, _dividing_block(width, 1024), 1, 0, 2)
     block_m = max(16, power_of_two(rows))
     if block_m == 16:
         if is_gated:
@@ -158,7 +155,9 @@ def launch_blocks(
 
 def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-    return sizes | {"SPLITS": splits, "STAGES": stages, "num_warps": warps}
+    # Without stages the loop over columns is unrolled, and its loads are under way together.
+    loop = {"SPLITS": splits, "STAGES": stages, "UNROLLED": stages == 0}
+    return sizes | loop | {"num_warps": warps}
 
 
 def _dividing_block(width: int, wanted: int) -> int:
@@ -170,6 +169,12 @@ def _dividing_block(width: int, wanted: int) -> int:
 def _splits(num_outputs: int, block_n: int, programs: int) -> int:
     """Shares of the columns, one to four, so that there are about so many programs."""
     return min(4, max(1, programs // -(-num_outputs // block_n)))
+
+
+def _none_empty(splits: int, num_blocks: int) -> int:
+    """At most so many shares of blocks, each as large as the first, that none is empty."""
+    share = -(-num_blocks // splits)
+    return -(-num_blocks // share)
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:

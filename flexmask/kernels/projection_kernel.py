@@ -35,12 +35,13 @@ def projection_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLLED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program computes ``BLOCK_N`` outputs of every row, from one share of the columns.
 
     ``BLOCK_M`` 1 multiplies and sums in registers; from 16 on, the tensor cores do. Of several
-    shares (``SPLITS``), the last to arrive joins them, always in the same order. With ``PDL``
+    shares (``SPLITS``; none may be empty), the last to arrive joins them, always in the same order. With ``PDL``
     the program may start while the kernel before it still runs: it reads its first weights,
     which no kernel writes, before it waits for that kernel.
     """
@@ -91,15 +92,20 @@ def projection_kernel(
     acc = _multiplied(acc, w, x, BLOCK_M)
     if GATED:
         acc_up = _multiplied(acc_up, w_up, x, BLOCK_M)
-    for offset in tl.range(first + BLOCK_K, stop, BLOCK_K, num_stages=STAGES):
-        k = offset + tl.arange(0, BLOCK_K)
-        w = _weights(w_ptr + tile, k, K, BLOCK_K)
-        if GATED:
-            w_up = _weights(w1_ptr + tile, k, K, BLOCK_K)
-        x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
-        acc = _multiplied(acc, w, x, BLOCK_M)
-        if GATED:
-            acc_up = _multiplied(acc_up, w_up, x, BLOCK_M)
+    if UNROLLED:
+        for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
+            k = offset + tl.arange(0, BLOCK_K)
+            x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
+            acc = _multiplied(acc, _weights(w_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
+            if GATED:
+                acc_up = _multiplied(acc_up, _weights(w1_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
+    else:
+        for offset in tl.range(first + BLOCK_K, stop, BLOCK_K, num_stages=STAGES):
+            k = offset + tl.arange(0, BLOCK_K)
+            x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
+            acc = _multiplied(acc, _weights(w_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
+            if GATED:
+                acc_up = _multiplied(acc_up, _weights(w1_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
     if BLOCK_M == 1:
         acc = tl.sum(acc, 1)[:, None]
         if GATED:
