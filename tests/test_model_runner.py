@@ -1,9 +1,14 @@
 """Compiled prefill and decode against a dense pass over everything, token by token."""
 
+import copy
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from flexmask.attention.backend import register_attention
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine import model_runner
 from flexmask.engine.model_runner import (
     ModelRunner,
     bucketed_capacity,
@@ -178,3 +183,60 @@ def test_a_bucketed_capacity_holds_the_slots_and_more_than_their_prefill(slots):
 @pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])
 def test_prefill_lengths_are_whole_tiles(tokens, length):
     assert prefill_length(tokens) == length
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_bfloat16_stays_near_dense_attention_in_float32(models, strategy):
+    reference = models("llama", "sdpa", "cuda")
+    model = copy.deepcopy(models("llama", "flexmask", "cuda")).bfloat16()
+    layouts = [strategy.layout(request) for request in REQUESTS]
+    runner = ModelRunner(model, BlockMaskCache())
+    _, logits = decode(runner, strategy, layouts, steps=1)
+    for row, layout in enumerate(layouts):
+        _, want = oracle_tokens(reference, strategy, layout, 1)
+        assert (logits[row].float() - want).norm() / want.norm() < 0.05
+
+
+@pytest.mark.gpu
+def test_a_row_depends_on_its_batch_by_rounding_only(runners):
+    strategy = EnsembleIsolation()
+    runner = runners("llama", "cuda")
+    layouts = [strategy.layout(request) for request in REQUESTS]
+    _, together = decode(runner, strategy, layouts, steps=4)
+    for row, layout in enumerate(layouts):
+        _, alone = decode(runner, strategy, [layout], steps=4)
+        assert (alone[0] - together[row]).norm() / alone[0].norm() < 1e-5
+
+
+@pytest.mark.gpu
+def test_flash_computes_what_tritons_kernel_computes(monkeypatch):
+    pytest.importorskip("flash_attn.cute")
+    register_attention()
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.head_dim, config.max_position_embeddings = 64, 8192
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    model.set_attn_implementation("flexmask")
+    strategy = PrefixSegment()
+    layouts = [
+        strategy.layout(random_request(seed, 100, [900, 800 + seed, 1000, 700, 600], 5))
+        for seed in (1, 2)
+    ]
+    runner = ModelRunner(model, BlockMaskCache())
+    computed = {}
+    for kernel in ("flash", "triton"):
+        if kernel == "triton":
+            monkeypatch.setattr(model_runner, "flash_can_attend", lambda *_: False)
+        runner.release()
+        runner.prepare(strategy, 2, bucketed_capacity(4200))
+        assert runner.prefill_kernel == kernel
+        runner.prefill(layouts)
+        computed[kernel] = [
+            values.clone()
+            for row in (0, 1)
+            for pair in runner.cached(row, 4000)
+            for values in pair
+        ]
+    for flash, triton in zip(*computed.values(), strict=True):
+        assert (flash - triton).norm() / triton.norm() < 1e-2

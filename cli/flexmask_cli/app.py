@@ -16,6 +16,7 @@ from flexmask_cli.commands.plugins import plugins
 from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
 from flexmask_cli.commands.tasks import tasks
+from flexmask_cli.commands.warmup import warmup
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -47,6 +48,7 @@ def build_app() -> typer.Typer:
     app.command()(generate)
     app.command("eval")(evaluate)
     app.command()(tasks)
+    app.command()(warmup)
     app.command()(show)
     app.command()(strategies)
     app.command()(plugins)

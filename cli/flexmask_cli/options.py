@@ -17,6 +17,23 @@ Parameters = Annotated[
     typer.Option("--param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy."),
 ]
 
+Model = Annotated[
+    str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
+BatchSize = Annotated[str, typer.Option(help="Requests that run together: a number or auto.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto is float32 on a CPU and "
+        "the model's own on a GPU."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
 
 def split_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, str]:
     """Turn texts with a ``=`` into a mapping.
@@ -43,3 +60,12 @@ def split_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, str]:
 def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
     """The parameters of a strategy by name."""
     return split_pairs(pairs, "--param", "KEY=VALUE")
+
+
+def parse_batch_size(text: str) -> int | None:
+    """A number of rows; None for ``auto``."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise OptionError(f"--batch-size must be a positive number or auto, got {text!r}")
+    return int(text)

@@ -3,7 +3,7 @@
 1. *Cells* of 1, 8, 64, … tiles, as many as are bounded at once, are bounded by intervals.
 2. Undecided cells are split, 8 × 8, down to tiles.
 3. Of each tile still undecided, 4 × 4 pairs are evaluated: a true and a false one prove it
-   partial.
+   partial. (Are there only few, all of their pairs are evaluated at once.)
 4. The few that are left are split into sub-tiles, bounded by intervals again, and all pairs of
    undecided sub-tiles are evaluated.
 """
@@ -30,8 +30,8 @@ MIN_SUB_TILE = 8
 SAMPLES = 4
 CELLS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
 """How many cells are bounded at once before going coarser."""
-PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
-"""Up to how many pairs are evaluated rather than split into sub-tiles."""
+PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
+"""Up to how many pairs are evaluated rather than sampled and split into sub-tiles."""
 BYTES_PER_PAIR = 64
 """What evaluating one pair may take: a few int64 intermediates."""
 
@@ -261,6 +261,13 @@ class TileClassifier:
 
     def _settle(self, tiles: Tensor, states: Tensor, decided: Tensor | None) -> None:
         """Decide tiles, and write their states and how they were decided."""
+        if self._are_few(len(tiles)):
+            for chunk in self._chunks(tiles, self._shape.q.tile * self._shape.kv.tile):
+                settled = self._settled_by_pairs(_coordinates(chunk, states.shape))
+                states.view(-1)[chunk] = settled
+            if decided is not None:
+                decided.view(-1)[tiles] = int(Decided.BY_PAIRS)
+            return
         coordinates = _coordinates(tiles, states.shape)
         mask = self._sampled(coordinates)
         sampled = _states(_all(mask), _any(mask))
@@ -273,7 +280,7 @@ class TileClassifier:
             is_open = _numbers(sampled != PARTIAL)
         for chunk in self._chunks(is_open, SPLIT * SPLIT):
             b, h, row, column = (x[chunk] for x in coordinates)
-            settled, how = self._settled((b, h, row, column), sampled[chunk])
+            settled, how = self._settled_in_parts((b, h, row, column), sampled[chunk])
             states.view(-1)[tiles[chunk]] = settled
             if decided is not None:
                 decided.view(-1)[tiles[chunk]] = how
@@ -287,8 +294,22 @@ class TileClassifier:
         kv_offset = column * kv_tile + place * (kv_tile - 1) // (SAMPLES - 1)
         return self._pairs((b, h, q_offset, kv_offset))
 
-    def _settled(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide tiles by all of their pairs if they are few, else by sub-tiles first.
+    def _are_few(self, tiles: int) -> bool:
+        """Whether evaluating all pairs of so many tiles costs less than first ruling some out."""
+        few = PAIRS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
+        return tiles * self._shape.q.tile * self._shape.kv.tile <= few
+
+    def _settled_by_pairs(self, tiles: Coordinates) -> Tensor:
+        """Decide tiles by all of their pairs."""
+        b, h, row, column = tiles
+        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
+        q_offset = row * q_tile + torch.arange(q_tile, device=row.device)[:, None]
+        kv_offset = column * kv_tile + torch.arange(kv_tile, device=row.device)
+        mask = self._pairs((b, h, q_offset, kv_offset))
+        return _states(_all(mask), _any(mask))
+
+    def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open.
 
         Args:
             tiles: Where the tiles are, ``(N, 1, 1)`` each.
@@ -297,20 +318,6 @@ class TileClassifier:
         Returns:
             The states, and how each was decided, ``(N,)`` uint8 each.
         """
-        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
-        few = PAIRS_AT_ONCE["cpu" if sampled.device.type == "cpu" else "cuda"]
-        few = min(few, self._shape.memory_bytes // BYTES_PER_PAIR)
-        if len(sampled) * q_tile * kv_tile > few:
-            return self._settled_in_parts(tiles, sampled)
-        b, h, row, column = tiles
-        q_offset = row * q_tile + torch.arange(q_tile, device=row.device)[:, None]
-        kv_offset = column * kv_tile + torch.arange(kv_tile, device=row.device)
-        mask = self._pairs((b, h, q_offset, kv_offset))
-        settled = _states(_all(mask), _any(mask))
-        return settled, torch.full_like(settled, int(Decided.BY_PAIRS))
-
-    def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open: as `_settled`."""
         lo, hi = self._sub_tiles(tiles)
         has_true = _any(lo) | (sampled > EMPTY)
         has_false = ~_all(hi) | (sampled < FULL)

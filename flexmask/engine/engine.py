@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
-from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.prompts import PromptPlanner
-from flexmask.engine.run import GenerationRun, RunOptions
+from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
+from flexmask.engine.prompts import Prompt, PromptPlanner
+from flexmask.engine.run import GenerationRun, RunOptions, RunStats
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request
 from flexmask.strategy import Strategy
@@ -118,11 +119,52 @@ class Engine:
         tokenizer = RequestTokenizer(self.tokenizer, chat_template=chat_template)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         planner = PromptPlanner(strategy, tokenizer, max_new_tokens, context, on_refused)
-        is_cpu = self.model.device.type == "cpu"
-        largest = CPU_AUTO_BATCH_SIZE if is_cpu else MAX_AUTO_BATCH_SIZE
-        windows = planner.windows(requests, BATCHES_PER_WINDOW * (batch_size or largest))
+        size = BATCHES_PER_WINDOW * (batch_size or self._largest_batch())
+        windows = planner.windows(requests, size)
         options = RunOptions(max_new_tokens, sampling or Sampling(), tuple(stop))
         return GenerationRun(self, strategy, tokenizer, windows, options, batch_size)
+
+    def warm_up(
+        self,
+        strategy: Strategy,
+        *,
+        prompt_tokens: int,
+        num_segments: int = 5,
+        max_new_tokens: int = 20,
+        batch_size: int | None = None,
+    ) -> RunStats:
+        """Compile what a run of this size needs, by running one batch of made-up tokens.
+
+        Args:
+            strategy: Who sees whom.
+            prompt_tokens: Tokens of the longest prompt.
+            num_segments: Segments of each.
+            max_new_tokens: Most tokens per request.
+            batch_size: Rows that run together; None chooses by memory.
+
+        Raises:
+            OptionError: If the segments do not fit into the prompt.
+        """
+        length = (prompt_tokens - 1) // max(1, num_segments)
+        if num_segments < 1 or length < 2:
+            raise OptionError(
+                f"{num_segments} segments do not fit into a prompt of {prompt_tokens} tokens"
+            )
+        segments = ((0,) * length,) * num_segments
+        layout = strategy.layout(TokenizedRequest((), segments, (0,)))
+        capacity = bucketed_capacity(len(layout) + max_new_tokens)
+        rows = batch_size or self.auto_batch_size(self._largest_batch(), capacity)
+        window = [Prompt(number, Request(("-",)), layout) for number in range(rows)]
+        options = RunOptions(max_new_tokens, Sampling(), ())
+        tokenizer = RequestTokenizer(self.tokenizer)
+        run = GenerationRun(self, strategy, tokenizer, iter([window]), options, rows)
+        for _ in run.batches():
+            pass
+        return run.stats
+
+    def _largest_batch(self) -> int:
+        is_cpu = self.model.device.type == "cpu"
+        return CPU_AUTO_BATCH_SIZE if is_cpu else MAX_AUTO_BATCH_SIZE
 
     def auto_batch_size(self, num_requests: int, capacity: int) -> int:
         """Choose a batch size: by free memory on a GPU, 8 on a CPU, no more than there are."""

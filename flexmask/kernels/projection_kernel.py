@@ -41,9 +41,9 @@ def projection_kernel(
     """One program computes ``BLOCK_N`` outputs of every row, from one share of the columns.
 
     ``BLOCK_M`` 1 multiplies and sums in registers; from 16 on, the tensor cores do. Of several
-    shares (``SPLITS``; none may be empty), the last to arrive joins them, always in the same order. With ``PDL``
-    the program may start while the kernel before it still runs: it reads its first weights,
-    which no kernel writes, before it waits for that kernel.
+    shares (``SPLITS``; none may be empty), the last to arrive joins them, always in the same
+    order. With ``PDL`` the program may start while the kernel before it still runs: it reads its
+    first weights, which no kernel writes, before it waits for that kernel.
     """
     GATED: tl.constexpr = ACTIVATION != ""
     block = tl.program_id(0)

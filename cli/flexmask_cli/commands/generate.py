@@ -31,7 +31,19 @@ from flexmask_cli.dataset_options import (
     TaskName,
 )
 from flexmask_cli.interrupt import Interrupt
-from flexmask_cli.options import Parameters, StrategyName, parse_parameters
+from flexmask_cli.loading import load_engine
+from flexmask_cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Parameters,
+    StrategyName,
+    TrustRemoteCode,
+    parse_batch_size,
+    parse_parameters,
+)
 from flexmask_cli.progress import track
 
 if TYPE_CHECKING:
@@ -52,9 +64,6 @@ class BadRows(StrEnum):
     SKIP = "skip"
 
 
-Model = Annotated[
-    str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
-]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -70,16 +79,6 @@ OnBadRow = Annotated[
         "--on-error",
         help="What a row does that cannot be used: stop the run, or stand in the output with "
         "its reason.",
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
-BatchSize = Annotated[str, typer.Option(help="Requests that run together: a number or auto.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, float32, bfloat16 or float16; auto is float32 on a CPU and "
-        "the model's own on a GPU."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
@@ -105,9 +104,6 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, and how.")]
 
 
@@ -198,7 +194,7 @@ def generate(
         },
         environment=_environment(device=str(target), batch_size=batch_size, input=rows.name),
     )
-    options |= {"batch_size": _parse_batch_size(batch_size), "on_error": on_error.value}
+    options |= {"batch_size": parse_batch_size(batch_size), "on_error": on_error.value}
     stem = rows.stem if input or task else DEMO
     path = output or default_output_path(stem, model or DEMO, strategy, num_segments)
     with ResultWriter.open(
@@ -206,7 +202,7 @@ def generate(
     ) as writer:
         if writer.remaining:
             with _warnings_as_lines():
-                engine = _load_engine(model, device, dtype, trust_remote_code, verbose)
+                engine = load_engine(model, device, dtype, trust_remote_code, verbose)
                 _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
     if not quiet:
         render.print_outcome(path, writer.summary, judge)
@@ -254,32 +250,6 @@ def _print_prompts(
         in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
     for request in requests:
         render.print_prompt(request, in_chat)
-
-
-def _load_engine(
-    model: str | None, device: str, dtype: str, trust_remote_code: bool, verbose: bool
-) -> Engine:
-    from transformers.utils import logging
-
-    from flexmask.engine import Engine
-
-    if not verbose:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    return Engine.from_pretrained(
-        model or str(model_path()),
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _parse_batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) == 0:
-        raise OptionError(f"--batch-size must be a positive number or auto, got {text!r}")
-    return int(text)
 
 
 def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:

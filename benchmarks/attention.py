@@ -1,0 +1,241 @@
+"""Attention alone: prefill under a mask of five isolated segments, and one decoded token.
+
+Every way computes the same layer (24 query heads over 8 key heads of 128, bf16) in one run,
+captured as a CUDA graph so that launching from the host does not count. TFLOP/s count the pairs
+that the mask allows, or for causal peers the pairs before each query, not the tiles computed. The
+floor of decode is the time to read keys and values once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from generation import read_bandwidth
+from stamp import environment_stamp
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flexmask import create_block_mask, explain_mask
+from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape, flash_can_attend
+from flexmask.kernels.decode_attention import decode_attention
+
+HEADS, KV_HEADS, DIM = 24, 8, 128
+SEGMENTS, TAIL = 5, 128
+SHORT_TILE, LONG_TILE = 64, 128
+LONGEST_DENSE = 16_384
+CALLS_PER_GRAPH = 4
+PREFILL_CASES = ["64x1280", "1x4096", "1x16384", "1x65536"]
+DECODE_CASES = ["1x1024", "1x16384", "8x1024", "64x1024"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way, measured.
+
+    Attributes:
+        case: Rows and tokens.
+        way: What ran.
+        ms: Milliseconds a call, median.
+        tflops: Of the pairs that count, 10¹² a second; None for decode.
+        relative_error: Against attention in float32 with the dense mask; None where that is too
+            large to make.
+    """
+
+    case: str
+    way: str
+    ms: float
+    tflops: float | None
+    relative_error: float | None
+
+
+def graph_ms(call: Callable[[], object], repeats: int = 10) -> float:
+    """Milliseconds of ``call`` on the device, launches left out."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / CALLS_PER_GRAPH)
+    return statistics.median(times)
+
+
+def segments_mask(length: int) -> Callable[..., Tensor]:
+    """A prefix that all see, isolated segments, and a tail that sees everything."""
+    prefix = length // 16
+    segment = torch.full((length,), SEGMENTS + 1, dtype=torch.int32)
+    body = torch.arange(length - TAIL - prefix) * SEGMENTS // (length - TAIL - prefix) + 1
+    segment[: length - TAIL] = torch.cat((torch.zeros(prefix, dtype=torch.int64), body)).int()
+    segment = segment.cuda()
+
+    def five_segments(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        seen = (segment[kv_idx] == 0) | (segment[q_idx] == segment[kv_idx])
+        return (q_idx >= kv_idx) & (seen | (segment[q_idx] > SEGMENTS))
+
+    return five_segments
+
+
+def compiled_flex(options: dict[str, Any] | None, dynamic: bool) -> Callable[..., Tensor]:
+    """FlexAttention with kernel options, compiled anew."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        return flex_attention(
+            query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options
+        )
+
+    return torch.compile(attend, dynamic=dynamic, fullgraph=True)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((got.float() - want).norm() / want.norm())
+
+
+def prefill_timings(rows: int, length: int) -> list[Timing]:
+    """All ways for ``rows`` prompts of ``length`` tokens."""
+    torch.manual_seed(0)
+    shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    mask_mod = segments_mask(length)
+    masks = {
+        tile: create_block_mask(mask_mod, None, None, length, length, "cuda", tile)
+        for tile in (SHORT_TILE, LONG_TILE)
+    }
+    report = explain_mask(mask_mod, None, None, length, length, "cuda")
+    pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
+    inputs = (query, key, value)
+
+    def causal() -> Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+    def cudnn() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return causal()
+
+    def flex(options: dict[str, Any] | None, tile: int, dynamic: bool) -> Callable[[], Tensor]:
+        attend = compiled_flex(options, dynamic)
+        return lambda: attend(*inputs, masks[tile])
+
+    ways: dict[str, tuple[str, Callable[[], Tensor]]] = {
+        "SDPA causal": ("causal", causal),
+        "SDPA causal, cuDNN": ("causal", cudnn),
+        "flex_attention": ("mask", flex(None, LONG_TILE, False)),
+    }
+    for tile, options in TRITON_OPTIONS.items():
+        chosen = {"IS_DIVISIBLE": True, **options}
+        ways[f"flexmask Triton, tile {tile}"] = ("mask", flex(chosen, tile, True))
+    shape = AttentionShape(KV_HEADS, DIM, DIM, has_softcap=False)
+    if flash_can_attend(shape, query.dtype, query.device):
+        ways["flexmask FLASH"] = ("mask", flex({"BACKEND": "FLASH"}, LONG_TILE, True))
+    want = None
+    if length <= LONGEST_DENSE and rows == 1:
+        index = torch.arange(length, device="cuda")
+        dense = mask_mod(None, None, index[:, None], index[None])
+        expanded = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value)]
+        want = F.scaled_dot_product_attention(
+            query.float(), *[x.float() for x in expanded], attn_mask=dense
+        )
+        ways["SDPA, dense mask"] = (
+            "mask",
+            lambda: F.scaled_dot_product_attention(query, *expanded, attn_mask=dense),
+        )
+    timings = []
+    for way, (kind, call) in ways.items():
+        torch._dynamo.reset()
+        output, ms = call(), graph_ms(call)
+        flops = 4 * pairs[kind] * DIM * HEADS * rows
+        error = relative_error(output, want) if want is not None and kind == "mask" else None
+        timings.append(Timing(f"prefill {rows}x{length}", way, ms, flops / ms / 1e9, error))
+        print_row(timings[-1])
+    return timings
+
+
+def decode_timings(rows: int, length: int, bandwidth: float) -> list[Timing]:
+    """All ways to attend from one token to ``length`` keys, and the floor."""
+    torch.manual_seed(0)
+    query = torch.randn(rows, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, rows, KV_HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)
+    slots = torch.full((rows,), length - 1, device="cuda")
+    every = create_block_mask(lambda b, h, q, kv: kv >= 0, None, None, 1, length, "cuda")
+    attend = compiled_flex(None, dynamic=False)
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    def own() -> Tensor:
+        return decode_attention(query[:, :, 0], key, value, slots, DIM**-0.5, 0.0)[:, :, None]
+
+    ways = {
+        "SDPA": sdpa,
+        "flex_attention": lambda: attend(query, key, value, every),
+        "flexmask decode_attention": own,
+    }
+    want = F.scaled_dot_product_attention(
+        query.float(), *[x.repeat_interleave(HEADS // KV_HEADS, 1).float() for x in (key, value)]
+    )
+    case = f"decode {rows}x{length}"
+    floor_ms = (key.nbytes + value.nbytes) / bandwidth * 1e3
+    timings = [Timing(case, "floor", floor_ms, None, None)]
+    for way, call in ways.items():
+        error = relative_error(call(), want)
+        timings.append(Timing(case, way, graph_ms(call), None, error))
+    for timing in timings:
+        print_row(timing)
+    return timings
+
+
+def print_row(timing: Timing) -> None:
+    """Print one result as a line of the table."""
+    tflops = "" if timing.tflops is None else f"{timing.tflops:9.0f}"
+    error = "" if timing.relative_error is None else f"{timing.relative_error:10.1e}"
+    print(f"{timing.case:18} {timing.way:26} {timing.ms:9.4f} {tflops:>9} {error:>10}", flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a table, then a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--prefill", nargs="*", default=["64x1280", "1x4096", "1x16384", "1x65536"]
+    )
+    parser.add_argument("--decode", nargs="*", default=["1x1024", "1x16384", "8x1024", "64x1024"])
+    arguments = parser.parse_args()
+    bandwidth = read_bandwidth()
+    torch.cuda.empty_cache()
+    print(f"{'case':18} {'way':26} {'ms':>9} {'TFLOP/s':>9} {'rel. error':>10}")
+    timings = []
+    for case in arguments.prefill:
+        timings += prefill_timings(*map(int, case.split("x")))
+        torch.cuda.empty_cache()
+    for case in arguments.decode:
+        timings += decode_timings(*map(int, case.split("x")), bandwidth)
+    record = {
+        "read_bytes_per_s": bandwidth,
+        "results": [asdict(timing) for timing in timings],
+        "environment": environment_stamp(),
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

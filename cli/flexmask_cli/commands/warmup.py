@@ -1,0 +1,60 @@
+"""``flexmask warmup``: compile what later runs need, before they need it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from flexmask.registry import load_registry, make_strategy
+from flexmask_cli import render
+from flexmask_cli.loading import load_engine
+from flexmask_cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Parameters,
+    StrategyName,
+    TrustRemoteCode,
+    parse_batch_size,
+    parse_parameters,
+)
+
+PromptTokens = Annotated[int, typer.Option(help="Tokens of the longest prompt to expect.")]
+NumSegments = Annotated[int, typer.Option(help="Segments of a prompt.")]
+
+
+def warmup(
+    strategy: StrategyName = "ensemble_isolation",
+    param: Parameters = None,
+    model: Model = None,
+    prompt_tokens: PromptTokens = 1024,
+    num_segments: NumSegments = 5,
+    max_new_tokens: MaxNewTokens = 20,
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compile for a model, a strategy and sizes; a later run finds it on disk."""
+    render.print_warnings(load_registry().problems())
+    chosen = make_strategy(strategy, parse_parameters(param or []))
+    rows = parse_batch_size(batch_size)
+    engine = load_engine(model, device, dtype, trust_remote_code, verbose=False)
+    for name in ("cold", "warm"):
+        started = time.perf_counter()
+        stats = engine.warm_up(
+            chosen,
+            prompt_tokens=prompt_tokens,
+            num_segments=num_segments,
+            max_new_tokens=max_new_tokens,
+            batch_size=rows,
+        )
+        seconds = time.perf_counter() - started
+        typer.echo(
+            f"{name}: a batch of {stats.batch_size} rows in {seconds:.1f} s, "
+            f"{stats.compilations} graphs compiled or read from disk"
+        )
