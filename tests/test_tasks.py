@@ -231,6 +231,7 @@ def test_a_wrong_task_file_is_named_with_the_key_and_what_is_allowed(
     [
         ("{{ paraphras }}", "'paraphras' is undefined; at hand: q, instruction, paraphrase"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ paraphrase | batch }}", "missing 1 required positional argument"),
         ("{{ paraphrase.__class__ }}", "unsafe"),
     ],
 )

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexmask.dataset.columns import renamed, texts_of, uuid_of
@@ -134,7 +134,7 @@ class TaskPrompts:
     def _render(self, template: Template, key: str, values: Mapping[str, Any]) -> str:
         try:
             return template.render(values)
-        except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
                 f"task {self._task.name!r}, {key}: {error}; at hand: {', '.join(values)}"
             ) from None
