@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,5 +180,5 @@ def _examples(section: Section, folder: Path) -> Examples:
             f"got {' and '.join(places) or 'none'}",
         )
     if examples.file and (folder / examples.file).exists():
-        return Examples(**{**vars(examples), "file": str(folder / examples.file)})
+        return replace(examples, file=str(folder / examples.file))
     return examples
