@@ -203,7 +203,7 @@ def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
         ("", "paraphrases.groups must name at least one column of paraphrases"),
         (MINIMAL + "sufix = ''", "prompt.sufix is not known; known here: prefix, segment, suffix, "
          "chat_template; did you mean 'suffix'?"),
-        ("promt = {}\n" + MINIMAL, "promt is not known; .* did you mean 'prompt'?"),
+        (MINIMAL.replace("[prompt]", "[promt]"), "promt is not known; .* did you mean 'prompt'?"),
         ("[paraphrases.groups]\nq = 'q'", "prompt.segment is missing; it must be a string"),
         (MINIMAL + "suffix = 3", "prompt.suffix must be a string, got 3"),
         (MINIMAL + "chat_template = 1", "prompt.chat_template must be true or false, got 1"),
