@@ -35,7 +35,6 @@ from flexmask_cli.options import Parameters, StrategyName, parse_parameters
 from flexmask_cli.progress import track
 
 if TYPE_CHECKING:
-    from flexmask.dataset.judge import Judge
     from flexmask.dataset.requests import RequestSource
     from flexmask.dataset.results import ResultWriter
     from flexmask.dataset.resume import OutputMode
@@ -208,7 +207,7 @@ def generate(
         if writer.remaining:
             with _warnings_as_lines():
                 engine = _load_engine(model, device, dtype, trust_remote_code, verbose)
-                _run(engine, chosen, options, writer, judge, is_quiet=quiet, is_verbose=verbose)
+                _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
     if not quiet:
         render.print_outcome(path, writer.summary, judge)
 
@@ -218,7 +217,6 @@ def _run(
     strategy: Strategy,
     options: dict[str, Any],
     writer: ResultWriter,
-    judge: Judge,
     *,
     is_quiet: bool,
     is_verbose: bool,
@@ -241,7 +239,7 @@ def _run(
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
     if not is_quiet:
-        render.print_answers(first, judge)
+        render.print_answers(first, writer.judge)
         render.print_stats(run.generations.stats)
 
 
