@@ -46,6 +46,13 @@ def finished_rows(output: Path, whole: pa.Table) -> pa.Table:
     return read_finished_rows(journal) if is_there else whole.slice(0, 0)
 
 
+def check_rows(found: pa.Table, whole: pa.Table) -> None:
+    """Batches are written as they finish: in any order, but with the values of the whole."""
+    row_of = {row["uuid"]: row for row in whole.to_pylist()}
+    for row in found.to_pylist():
+        assert row == row_of.pop(row["uuid"])
+
+
 def test_a_run_killed_between_its_rows_equals_an_undisturbed_one(tmp_path: Path) -> None:
     limit = 12
     run_whole(tmp_path / "whole.feather", limit)
@@ -59,7 +66,7 @@ def test_a_run_killed_between_its_rows_equals_an_undisturbed_one(tmp_path: Path)
         assert run_and_kill(output, limit, has_rows)
         found = finished_rows(output, whole)
         assert rows <= found.num_rows < limit
-        assert found.equals(whole.slice(0, found.num_rows))
+        check_rows(found, whole)
     run_whole(output, limit)
     assert pyarrow.feather.read_table(output).equals(whole)
 
@@ -82,7 +89,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(tmp_pat
         if run_and_kill(output, limit, lambda age_s, life_s=life_s: age_s >= life_s):
             rows = finished_rows(output, whole)
             found.append(rows.num_rows)
-            assert rows.equals(whole.slice(0, rows.num_rows))
+            check_rows(rows, whole)
         if output.exists():
             assert pyarrow.feather.read_table(output).equals(whole)
             rounds += 1

@@ -69,9 +69,9 @@ def test_the_metric_makes_the_score(judge: Judge, prediction: str, score: float)
 
 
 def test_an_answer_is_the_first_line_or_all() -> None:
-    text = "\n  One. \nQ: two\n"
-    assert Judge().prediction(text) == Generation(Request(("q",)), text, (), "eos", 1).prediction
-    assert Judge(cut="all").prediction(text) == "One. \nQ: two"
+    generation = Generation(Request(("q",)), "\n  One. \nQ: two\n", (), "eos", 1)
+    assert Judge().prediction(generation) == "One."
+    assert Judge(cut="all").prediction(generation) == "One. \nQ: two"
     with pytest.raises(OptionError, match="cut must be one of first line, all, got 'word'"):
         Judge(cut="word")
 

@@ -162,6 +162,7 @@ def test_a_hub_id_without_the_extra_says_what_to_install(monkeypatch: pytest.Mon
         ("x.jsonl", b"\xfe\xff", "not UTF-8 text"),
         ("x.csv", b"segments\n\xfe\xff", "not UTF-8 text"),
         ("x.csv", b"", "no rows in it"),
+        ("x.csv", b"a,b,a\n1,2,3\n", ":1: a column stands twice: a, b, a"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -176,6 +177,7 @@ CSV = """uuid,segments,answers
 good,Q: one?,x
 short
 long,Q: two?,x,y
+
 "list","[""Q: three?"", ""Q: four?""]","['x', 'y']"
 broken,"['Q: five?'",x
 "many

@@ -203,7 +203,7 @@ def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
         ("", "paraphrases.groups must name at least one column of paraphrases"),
         (MINIMAL + "sufix = ''", "prompt.sufix is not known; known here: prefix, segment, suffix, "
          "chat_template; did you mean 'suffix'?"),
-        ("promt = {}\n" + MINIMAL, "promt is not known; .* did you mean 'prompt'?"),
+        (MINIMAL.replace("[prompt]", "[promt]"), "promt is not known; .* did you mean 'prompt'?"),
         ("[paraphrases.groups]\nq = 'q'", "prompt.segment is missing; it must be a string"),
         (MINIMAL + "suffix = 3", "prompt.suffix must be a string, got 3"),
         (MINIMAL + "chat_template = 1", "prompt.chat_template must be true or false, got 1"),
@@ -231,6 +231,7 @@ def test_a_wrong_task_file_is_named_with_the_key_and_what_is_allowed(
     [
         ("{{ paraphras }}", "'paraphras' is undefined; at hand: q, instruction, paraphrase"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ paraphrase | batch }}", "missing 1 required positional argument"),
         ("{{ paraphrase.__class__ }}", "unsafe"),
     ],
 )

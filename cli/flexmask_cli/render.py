@@ -88,16 +88,17 @@ def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
         print(line, file=sys.stderr)
 
 
-def print_answers(generations: Sequence[Generation]) -> None:
+def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print what was answered, beside what is accepted."""
     from flexmask.dataset.judge import is_exact_match
 
     rows = []
     for generation in generations:
         request = generation.request
-        row = {"question": request.segments[0], "prediction": generation.prediction}
+        prediction = judge.prediction(generation)
+        row = {"question": request.segments[0], "prediction": prediction}
         if request.answers:
-            is_right = is_exact_match(generation.prediction, request.answers)
+            is_right = is_exact_match(prediction, request.answers)
             row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
         rows.append({name: " ".join(text.split()) for name, text in row.items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))

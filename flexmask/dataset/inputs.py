@@ -73,11 +73,12 @@ def _open_file(path: Path) -> Input:
 def _open_hub(name: str, split: str | None) -> Input:
     dataset_id, _, config = name.partition(":")
     rows = open_hub_dataset(dataset_id, config or None, split)
-    name = f"{name}:{split}" if split else name
+    without_split = f"{dataset_id}:{config}" if config else dataset_id
+    name = f"{without_split}:{split}" if split else without_split
 
     def read() -> Iterator[Row]:
         for number, values in enumerate(rows(), start=1):
             yield Row(f"{name}:{number}", number, values)
 
     stem = dataset_id.rpartition("/")[2]
-    return Input(name, stem, read, lambda other: open_input(f"{dataset_id}:{config}:{other}"))
+    return Input(name, stem, read, lambda other: _open_hub(without_split, other))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexmask.errors import OptionError
+from flexmask.generation import Generation
 
 CUTS = ("first line", "all")
 """What of a generation is its answer: the first line that is not blank, or all of it."""
@@ -111,10 +112,9 @@ class Judge:
         if self.metric == "lemma":
             _lemmatizer(self.language)
 
-    def prediction(self, text: str) -> str:
+    def prediction(self, generation: Generation) -> str:
         """The answer in a generation."""
-        text = text.strip()
-        return text if self.cut == "all" else text.partition("\n")[0].strip()
+        return generation.text.strip() if self.cut == "all" else generation.prediction
 
     def score(self, prediction: str, answers: Collection[str]) -> float:
         """How right a prediction is, from 0 to 1."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flexmask.dataset.columns import renamed, texts_of, uuid_of
@@ -27,7 +26,7 @@ class TaskPrompts:
     """
 
     def __init__(self, task: Task, data: Input, *, prefix: str | None = None) -> None:
-        """Compile the templates of ``task``; examples are read when first needed.
+        """Compile the templates of ``task``, and draw its examples.
 
         Args:
             task: What to do with a row.
@@ -35,7 +34,8 @@ class TaskPrompts:
             prefix: Takes the place of what the task's prefix template would give.
 
         Raises:
-            TaskError: If a template is not one.
+            TaskError: If a template is not one, or an example cannot be used.
+            RequestError: If the input of the examples cannot be read.
         """
         self.columns = task.columns
         self._task = task
@@ -45,13 +45,13 @@ class TaskPrompts:
         self._segment = _template(task, "prompt.segment", task.segment)
         self._suffix = _template(task, "prompt.suffix", task.suffix)
         self._example = _template(task, "examples.template", task.examples.template)
+        self._examples = self._draw_examples() if prefix is None else ""
 
     def __call__(self, row: Row) -> Request:
         """Make the request of a row.
 
         Raises:
             RequestError: If the row cannot be used.
-            TaskError: If there are no examples.
         """
         values = renamed(row.values, self._task.columns)
         uuid = uuid_of(values, str(row.number))
@@ -87,8 +87,7 @@ class TaskPrompts:
             groups[group] = [text for column in columns for text in texts_of(values, column)]
         return groups
 
-    @cached_property
-    def _examples(self) -> str:
+    def _draw_examples(self) -> str:
         examples = self._task.examples
         if not examples.count:
             return ""
@@ -134,7 +133,7 @@ class TaskPrompts:
     def _render(self, template: Template, key: str, values: Mapping[str, Any]) -> str:
         try:
             return template.render(values)
-        except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
                 f"task {self._task.name!r}, {key}: {error}; at hand: {', '.join(values)}"
             ) from None

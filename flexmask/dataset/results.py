@@ -125,6 +125,7 @@ class ResultWriter:
     Attributes:
         remaining: The requests to generate for. Where there are none, the file will be complete.
         summary: Counts over the rows so far.
+        judge: Cuts and judges answers.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class ResultWriter:
         self._output = output
         self._journal = journal
         self._schema = schema
-        self._judge = judge
+        self.judge = judge
         self._order: Collection[str] = plan.has_row.keys()
         self._pending = {uuid for uuid, has_row in plan.has_row.items() if not has_row}
         self._is_untouched = plan.is_complete
@@ -200,7 +201,7 @@ class ResultWriter:
             OutputError: If the disk is full or fails; the rows of earlier calls are safe.
             ValueError: If a row was not asked for, or is already there.
         """
-        rows = [row_of(result, self._judge) for result in results]
+        rows = [row_of(result, self.judge) for result in results]
         uuids = [row["uuid"] for row in rows]
         if len(set(uuids)) < len(uuids) or not self._pending.issuperset(uuids):
             raise ValueError(f"every remaining request takes one row, got uuids {uuids}")

@@ -50,10 +50,11 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
     }
     if isinstance(result, BadRow):
         row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}
-        row |= {"finish_reason": FAILED, "error": result.error}
+        error = result.error.encode(errors="backslashreplace").decode()  # it may quote half a pair
+        row |= {"finish_reason": FAILED, "error": error}
     else:
         row |= {
-            "prediction": judge.prediction(result.text),
+            "prediction": judge.prediction(result),
             "generation": result.text,
             "prompt_tokens": result.prompt_tokens,
             "generated_tokens": len(result.token_ids),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,22 @@ def _read_task(path: Path) -> Task:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: not TOML: {error}") from None
     root = Section(str(path), "", table)
-    prompt, paraphrases, answer = map(root.section, ("prompt", "paraphrases", "answer"))
+    sections = ("prompt", "paraphrases", "answer", "columns", "examples")
+    prompt, paraphrases, answer, columns, examples = map(root.section, sections)
+    summary, instruction = root.text("summary", ""), root.text("instruction", "")
+    sample = root.rows("sample")
+    root.check_all_asked()
     groups = paraphrases.section("groups").texts_by_name()
     if not groups:
         raise paraphrases.error("groups", "must name at least one column of paraphrases")
     task = Task(
         path=path,
-        summary=root.text("summary", ""),
-        instruction=root.text("instruction", ""),
-        columns=root.section("columns").texts_by_name(),
+        summary=summary,
+        instruction=instruction,
+        columns=columns.texts_by_name(),
         groups=groups,
         select=_selection(paraphrases),
-        examples=_examples(root.section("examples"), path.parent),
+        examples=_examples(examples, path.parent),
         prefix=prompt.text("prefix", ""),
         segment=prompt.text("segment"),
         suffix=prompt.text("suffix", ""),
@@ -141,9 +145,9 @@ def _read_task(path: Path) -> Task:
             metric=answer.choice("judge", METRICS, METRICS[0]),
             language=answer.text("language", "en"),
         ),
-        sample=root.rows("sample"),
+        sample=sample,
     )
-    for section in (root, prompt, paraphrases, answer):
+    for section in (prompt, paraphrases, answer):
         section.check_all_asked()
     return task
 
@@ -180,5 +184,5 @@ def _examples(section: Section, folder: Path) -> Examples:
             f"got {' and '.join(places) or 'none'}",
         )
     if examples.file and (folder / examples.file).exists():
-        return Examples(**{**vars(examples), "file": str(folder / examples.file)})
+        return replace(examples, file=str(folder / examples.file))
     return examples

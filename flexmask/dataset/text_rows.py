@@ -118,17 +118,22 @@ def csv_rows(path: Path) -> Iterator[Row]:
     ):
         reader = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
         columns = next(reader, [])
-        for number in count(1):
-            line = reader.line_num + 1
+        if len(set(columns)) < len(columns):
+            raise RequestError(f"{path}:1: a column stands twice: {', '.join(columns)}")
+        number = 1
+        while True:
+            where = f"{path}:{reader.line_num + 1}"
             try:
                 cells = next(reader, None)
                 if cells is None:
                     return
-                values = _csv_values(columns, cells)
+                if not cells:  # a blank line
+                    continue
+                row = Row(where, number, _csv_values(columns, cells))
             except (csv.Error, RequestError) as error:
-                yield Row(f"{path}:{line}", number, error=f"not CSV ({error})")
-            else:
-                yield Row(f"{path}:{line}", number, values)
+                row = Row(where, number, error=f"not CSV ({error})")
+            yield row
+            number += 1
 
 
 def _csv_values(columns: list[str], cells: list[str]) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def _run(
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
     if not is_quiet:
-        render.print_answers(first)
+        render.print_answers(first, writer.judge)
         render.print_stats(run.generations.stats)
 
 
