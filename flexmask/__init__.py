@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexmask.registry import load_registry, make_strategy
     from flexmask.request import Request, read_requests
     from flexmask.strategy import Strategy, parameter
+    from flexmask.strategy_function import mask_strategy
     from flexmask.tokenization import RequestTokenizer
 
 _MODULE_OF = {
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "Sampling": "engine.sampling",
     "load_registry": "registry",
     "make_strategy": "registry",
+    "mask_strategy": "strategy_function",
     "parameter": "strategy",
     "read_requests": "request",
     "register_attention": "attention.backend",
@@ -61,6 +63,7 @@ __all__ = [
     "hookimpl",
     "load_registry",
     "make_strategy",
+    "mask_strategy",
     "parameter",
     "read_requests",
     "register_attention",

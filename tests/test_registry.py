@@ -171,9 +171,9 @@ def test_a_broken_plugin_is_recorded_and_stops_no_other(site, source, error):
     assert broken.error.startswith(error)
     assert "\n" not in broken.error
     assert broken.strategies == ()
-    problem = f"plugin 'flexmask-broken 1.0 (broken)' failed: {broken.error}"
+    problem = f"plugin 'flexmask-broken 1.0 (broken)' failed: {broken.error_with_place}"
     assert load_registry().problems() == (problem,)
-    assert load_registry().error_of(broken) == broken.error
+    assert load_registry().error_of(broken) == broken.error_with_place
     assert {*BUILT_IN, "works"} <= set(names())
     assert load_registry().strategy("causal").__module__ == "flexmask_strategies.causal"
 

@@ -15,11 +15,12 @@ import typer
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import FlexMaskWarning, OptionError
-from flexmask.registry import load_registry, make_strategy
 from flexmask.request import read_requests
+from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
-from flexmask_cli.options import Parameters, StrategyName, parse_parameters
+from flexmask_cli.options import Parameters, StrategyName
 from flexmask_cli.progress import track
+from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
     from flexmask.dataset.results import OutputMode, ResultWriter
@@ -109,9 +110,7 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Generate for each request under a mask strategy."""
-    registry = load_registry()
-    render.print_warnings(registry.problems())
-    chosen = make_strategy(strategy, parse_parameters(param or []))
+    chosen = choose_strategy(strategy, param)
     mode = _parse_mode(resume, overwrite)
     requests = read_requests(input or str(questions_path()), num_segments=num_segments)[:limit]
 
@@ -130,7 +129,7 @@ def generate(
     resolve_dtype(dtype, target)
     config = RunConfig(
         run={
-            "strategy": strategy,
+            "strategy": recorded_name(strategy),
             "parameters": chosen.parameter_values(),
             "model": model or DEMO,
             "dtype": dtype,
@@ -140,7 +139,7 @@ def generate(
         environment=_environment(device=str(target), batch_size=batch_size),
     )
     options["batch_size"] = _parse_batch_size(batch_size)
-    path = output or default_output_path(input or DEMO, model or DEMO, strategy, num_segments)
+    path = output or default_output_path(input or DEMO, model or DEMO, chosen.name, num_segments)
     with ResultWriter.open(path, config=config, requests=requests, mode=mode) as writer:
         if writer.remaining:
             with _warnings_as_lines():
