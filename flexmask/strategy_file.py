@@ -36,7 +36,8 @@ def strategy_of_file(reference: str) -> type[Strategy]:
         return next(iter(found.values()))
     if name not in found:
         asked = f"has no strategy {name!r}" if name else "has several strategies"
-        raise StrategyError(f"{path} {asked}; ask for one as {path}:{', '.join(found)}")
+        listed = " or ".join(f"{path}:{known}" for known in found)
+        raise StrategyError(f"{path} {asked}; ask for one as {listed}")
     return found[name]
 
 

@@ -65,7 +65,8 @@ def _picture(strategy: Strategy) -> str:
         layout = strategy.layout(request)
         return picture(strategy, layout, room=len(layout))
     except Exception as error:  # the plugin's own; what else is known of it is shown all the same
-        return f"no picture: {error}; 'flexmask check {strategy.name}' says more"
+        described = str(error) or type(error).__name__
+        return f"no picture: {described}; 'flexmask check {strategy.name}' says more"
 
 
 def _fields(item: RegisteredStrategy) -> dict[str, Any]:
