@@ -1,11 +1,17 @@
 """What the documents say is true."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 import flexmask
 from flexmask.registry import load_registry
-from flexmask_cli.app import build_app
+from flexmask.strategy_file import names_in_file, strategy_of_file
+from flexmask.testing import run_rules
+from flexmask_cli.app import build_app, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,3 +41,54 @@ def test_the_tree_of_the_readme_names_every_module_of_the_core():
 
 def test_every_public_name_exists():
     assert all(hasattr(flexmask, name) for name in flexmask.__all__)
+
+
+GUIDE = (ROOT / "docs" / "writing-a-strategy.md").read_text()
+
+
+@pytest.fixture
+def guide_file(tmp_path, monkeypatch):
+    """The code of the guide as ``masks.py`` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    Path("masks.py").write_text("\n\n".join(blocks))
+    return "masks.py"
+
+
+def test_the_guide_to_strategies_has_at_most_150_lines():
+    assert len(GUIDE.splitlines()) <= 150
+
+
+def test_each_strategy_of_the_guide_keeps_the_rules_that_need_no_compiler(guide_file):
+    names = names_in_file(guide_file)
+    assert [name.partition(":")[2] for name in names] == [
+        "sliding", "recent", "thread", "branches"
+    ]  # fmt: skip
+    for name in names:
+        outcomes = run_rules(strategy_of_file(name)())
+        kept = {item.rule.name: item.status for item in outcomes if item.rule.name != "attention"}
+        assert set(kept.values()) == {"ok"}
+
+
+def test_the_commands_of_the_guide_run(guide_file, monkeypatch, capsys):
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("flexmask ") and "check my_strategy" not in line
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0, capsys.readouterr()
+    assert "8 rows in outputs/demo/demo/sliding-1.feather" in capsys.readouterr().out
+    assert Path("my-strategy/my_strategy.py").exists()
+
+
+def test_the_page_of_the_plugin_api_is_current():
+    spec = importlib.util.spec_from_file_location("plugin_api", ROOT / "docs" / "plugin_api.py")
+    plugin_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin_api)
+    assert plugin_api.TARGET.read_text() == plugin_api.page(), "run: make docs"
