@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
-from flexmask.block_mask import explain_mask
+from flexmask.block_mask import MaskReport, explain_mask
 from flexmask.block_mask.rules import MaskMod
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.layout_batch import LayoutBatch
@@ -48,8 +50,8 @@ class Measured:
         tiles_computed: Tiles that are partial or full, as a share of all.
         tiles_partial: Tiles in which the mask is evaluated, as a share of all.
         build_ms: Building the BlockMask, the second time.
-        attention_ms: One call of compiled attention, median.
-        spread_ms: Slowest less fastest call.
+        attention_ms: One call of compiled attention, the fastest.
+        median_ms: The median call.
         recompiled_s: What the first call under the next layout took to compile; 0 if nothing.
     """
 
@@ -59,7 +61,7 @@ class Measured:
     tiles_partial: float
     build_ms: float
     attention_ms: float
-    spread_ms: float
+    median_ms: float
     recompiled_s: float
 
 
@@ -145,34 +147,55 @@ MASKS: dict[str, tuple[Factory, bool]] = {
 }
 
 
-def measure(name: str, length: int, repeats: int, device: torch.device) -> Measured:
-    """Measure one mask for two layouts."""
-    factory, interleaved = MASKS[name]
-    batch = LayoutBatch(1, length, device)
-    inputs = random_inputs(length, device)
-    layout = layout_of(length, boundary=0, interleaved=interleaved)
-    batch.load([layout], [length], [0])
-    report = explain_mask(factory(batch), 1, None, length, length, device)
-    report = explain_mask(factory(batch), 1, None, length, length, device)
-    times_ms = [attend_ms(inputs, report.block_mask) for _ in range(repeats + 2)][2:]
+class MaskRun:
+    """One mask over a batch of its own."""
 
-    other = layout_of(length, boundary=40, interleaved=interleaved)
-    batch.load([other], [length], [0])
-    block_mask = explain_mask(factory(batch), 1, None, length, length, device).block_mask
-    graphs = counters["stats"]["unique_graphs"]
-    next_ms = attend_ms(inputs, block_mask)
-    has_compiled = counters["stats"]["unique_graphs"] > graphs
-    tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
-    return Measured(
-        mask=name,
-        density=report.density,
-        tiles_computed=(report.tiles_partial + report.tiles_full) / tiles,
-        tiles_partial=report.tiles_partial / tiles,
-        build_ms=report.build_ms,
-        attention_ms=statistics.median(times_ms),
-        spread_ms=max(times_ms) - min(times_ms),
-        recompiled_s=next_ms / 1e3 if has_compiled else 0.0,
-    )
+    def __init__(self, name: str, length: int, device: torch.device) -> None:
+        """Build the BlockMask, and compile attention under it."""
+        self.name, self.length = name, length
+        self.factory, self.interleaved = MASKS[name]
+        self.batch = LayoutBatch(1, length, device)
+        self.inputs = random_inputs(length, device)
+        self.explain(boundary=0)  # the first build of a process loads what later ones find
+        self.report = self.explain(boundary=0)
+        self.times_ms: list[float] = []
+        self.attend_ms(self.report)
+
+    def explain(self, boundary: int) -> MaskReport:
+        """Load a layout and build its BlockMask."""
+        layout = layout_of(self.length, boundary, self.interleaved)
+        self.batch.load([layout], [self.length], [0])
+        device, length = self.batch.device, self.length
+        return explain_mask(self.factory(self.batch), 1, None, length, length, device)
+
+    @torch.no_grad()
+    def attend_ms(self, report: MaskReport) -> float:
+        """One call of compiled attention, in milliseconds."""
+        query, key, value = self.inputs
+        synchronize(query.device)
+        started = time.perf_counter()
+        flexmask_attention(torch.nn.Module(), query, key, value, report.block_mask)
+        synchronize(query.device)
+        return (time.perf_counter() - started) * 1e3
+
+    def measured(self) -> Measured:
+        """What was measured, and what another layout compiles."""
+        report = self.report
+        other = self.explain(boundary=40)
+        graphs = counters["stats"]["unique_graphs"]
+        next_ms = self.attend_ms(other)
+        has_compiled = counters["stats"]["unique_graphs"] > graphs
+        tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
+        return Measured(
+            mask=self.name,
+            density=report.density,
+            tiles_computed=(report.tiles_partial + report.tiles_full) / tiles,
+            tiles_partial=report.tiles_partial / tiles,
+            build_ms=report.build_ms,
+            attention_ms=min(self.times_ms),
+            median_ms=statistics.median(self.times_ms),
+            recompiled_s=next_ms / 1e3 if has_compiled else 0.0,
+        )
 
 
 def random_inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,17 +206,6 @@ def random_inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Te
         return torch.randn(1, heads, length, HEAD_DIM, device=device, dtype=dtype)
 
     return random(HEADS), random(KV_HEADS), random(KV_HEADS)
-
-
-@torch.no_grad()
-def attend_ms(inputs: tuple[Tensor, Tensor, Tensor], block_mask: object) -> float:
-    """One call of compiled attention, in milliseconds."""
-    query, key, value = inputs
-    synchronize(query.device)
-    started = time.perf_counter()
-    flexmask_attention(torch.nn.Module(), query, key, value, block_mask)  # type: ignore[arg-type]
-    synchronize(query.device)
-    return (time.perf_counter() - started) * 1e3
 
 
 def synchronize(device: torch.device) -> None:
@@ -209,22 +221,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:  # so that what compiles is compiled here
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        report(arguments.length, arguments.repeats, torch.device(arguments.device))
+
+
+def report(length: int, repeats: int, device: torch.device) -> None:
+    """Measure and print."""
     torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    results = []
-    print(
-        "mask                        pairs  tiles  partial  build ms  attention ms  recompiled s"
-    )
-    for name in MASKS:
-        result = measure(name, arguments.length, arguments.repeats, device)
-        results.append(result)
+    runs = [MaskRun(name, length, device) for name in MASKS]
+    for _ in range(repeats):  # in turns, so that a busy moment of the machine falls on all
+        for run in runs:
+            run.times_ms.append(run.attend_ms(run.report))
+    print(f"{'mask':26}  pairs  tiles  partial  build ms  attention ms (median)  recompiled s")
+    results = [run.measured() for run in runs]
+    for result in results:
         print(
-            f"{name:26} {result.density:6.1%} {result.tiles_computed:6.1%} "
+            f"{result.mask:26} {result.density:6.1%} {result.tiles_computed:6.1%} "
             f"{result.tiles_partial:8.1%} {result.build_ms:9.2f} {result.attention_ms:13.3f} "
-            f"{result.recompiled_s:13.1f}",
-            flush=True,
+            f"({result.median_ms:7.3f}) {result.recompiled_s:13.1f}"
         )
-    shape = {"length": arguments.length, "heads": HEADS, "kv_heads": KV_HEADS, "dim": HEAD_DIM}
+    shape = {"length": length, "heads": HEADS, "kv_heads": KV_HEADS, "dim": HEAD_DIM}
     record = {"shape": shape, "masks": [asdict(result) for result in results]}
     print(json.dumps(record | {"environment": environment_stamp()}))
 

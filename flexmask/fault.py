@@ -1,4 +1,4 @@
-"""Finds the line of somebody's code that an error comes from."""
+"""Says what an error is, and which line of somebody's code it comes from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
+
+from flexmask.errors import FlexMaskError
+
+
+def described(error: BaseException) -> str:
+    """An error's message in one line, after its type where it is not one of flexmask's."""
+    message = " ".join(str(error).split())
+    if isinstance(error, FlexMaskError):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
 def place_of_fault(error: BaseException, module: str) -> str | None:
@@ -46,11 +56,15 @@ def place_of_code(function: Callable[..., Any]) -> str | None:
 
 
 def _belongs(filename: str, module: str) -> bool:
-    if module.endswith(".py"):
-        return Path(filename) == Path(module)
-    top = module.partition(":")[0].partition(".")[0]
     path = Path(filename)
-    return path.stem == top or top in path.parent.parts
+    if module.endswith(".py"):
+        return path.resolve() == Path(module).resolve()
+    top = module.partition(":")[0].partition(".")[0]
+    _, found, inner = path.as_posix().rpartition(f"/{top}")
+    # A project folder may be called like its package and hold an environment with everything.
+    return (
+        bool(found) and (inner == ".py" or inner.startswith("/")) and "site-packages" not in inner
+    )
 
 
 def _place(filename: str, line: int, text: str) -> str:

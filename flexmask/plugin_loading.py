@@ -10,7 +10,7 @@ import pluggy
 
 from flexmask import __version__, hookspecs
 from flexmask.errors import FlexMaskError, StrategyError
-from flexmask.fault import place_of_code, place_of_fault
+from flexmask.fault import described, place_of_code, place_of_fault
 from flexmask.guarded_call import call_guarded
 from flexmask.hookspecs import ENTRY_POINT_GROUP
 from flexmask.strategy import Strategy, check_strategy_class
@@ -73,7 +73,7 @@ def load_distribution(
     except FlexMaskError as error:
         return (replace(whole, error=str(error)),)
     except Exception as error:
-        return (replace(whole, error=f"it cannot be read: {_describe(error)}"),)
+        return (replace(whole, error=f"it cannot be read: {described(error)}"),)
     return tuple(_load_all(whole, entry_points, reserved))
 
 
@@ -138,7 +138,7 @@ def _load_plugin(
     place = place_of_fault(result.error, entry_point.module)
     if place is None and loaded:
         place = _place_of_hook(loaded[0])
-    return replace(record, error=_describe(result.error), place=place)
+    return replace(record, error=described(result.error), place=place)
 
 
 def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
@@ -172,11 +172,3 @@ def _place_of_hook(plugin: object) -> str | None:
     marker = f"{hookspecs.hookspec.project_name}_impl"
     hooks = (value for value in vars(plugin).values() if hasattr(value, marker))
     return next(map(place_of_code, hooks), None)
-
-
-def _describe(error: BaseException) -> str:
-    """The message in one line, after the type where it is not an error of flexmask's."""
-    message = " ".join(str(error).split())
-    if isinstance(error, FlexMaskError):
-        return message
-    return f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -121,7 +121,9 @@ class Strategy(ABC):
     @classmethod
     def source(cls) -> str:
         """Where its mask_mod is written, as ``path:line``."""
-        code = inspect.unwrap(cls.mask_mod).__code__
+        code = getattr(inspect.unwrap(cls.mask_mod), "__code__", None)
+        if code is None:  # an object that is called, not a function
+            return f"{inspect.getsourcefile(cls)}:1"
         return f"{code.co_filename}:{code.co_firstlineno}"
 
     @classmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flexmask.errors import FlexMaskWarning, StrategyError
-from flexmask.fault import place_of_fault
+from flexmask.fault import described, place_of_fault
 from flexmask.guarded_call import call_guarded
 from flexmask.strategy import Strategy, check_strategy_class
 
@@ -60,16 +60,15 @@ def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
     """
     if not path.is_file():
         raise StrategyError(f"{path}: no such file; a strategy is a name or path/to/file.py:name")
-    name = f"flexmask_file_{path.stem}"
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    name = f"flexmask_file_{path.stem}_{place[:8]}"  # two folders may have a masks.py each
     result = call_guarded(lambda: _run(path, name), name)
     for note in result.notes:
         warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
     if result.error is not None:
-        place = place_of_fault(result.error, str(path))
-        where = f" at {place}" if place else ""
-        raise StrategyError(
-            f"{path} failed: {type(result.error).__name__}: {result.error}{where}"
-        ) from result.error
+        line = place_of_fault(result.error, str(path))
+        where = f" at {line}" if line else ""
+        raise StrategyError(f"{path} failed: {described(result.error)}{where}") from result.error
     assert result.value is not None
     values = vars(result.value).values()
     own = [cls for cls in values if isinstance(cls, type) and cls.__module__ == name]

@@ -58,7 +58,7 @@ def test_a_check_lists_each_rule_and_its_findings_and_exits_with_1(flexmask, wro
     assert lines[4].split()[:2] == ["skipped", "pointwise"]
     assert "  mend: return a comparison of tensors" in out
     assert lines[-1] == "1 of 17 rules broken"
-    assert f"strategy 'never' runs straight from {wrong}; 'flexmask new'" in err
+    assert f"strategy 'never' runs straight from a file, {wrong}:5; 'flexmask new'" in err
 
 
 def test_a_check_as_json_is_nothing_but_json(flexmask, wrong):
@@ -71,6 +71,16 @@ def test_a_check_as_json_is_nothing_but_json(flexmask, wrong):
     (finding,) = checked["findings"]
     assert finding["rule"] == "bool tensor"
     assert f"warning: {wrong} printed to stdout, which results may go to: 'noise'" in err
+
+
+def test_what_a_mask_prints_stays_out_of_json(flexmask, tmp_path):
+    path = tmp_path / "loud.py"
+    path.write_text(WRONG.replace("    return", "    print('noise')\n    return"))
+    for command in (["check", path], ["show", "-s", path]):
+        status, out, err = flexmask(*command, "--json")
+        assert status == 1
+        assert "noise" not in out
+        assert not out or json.loads(out)
 
 
 def test_a_check_of_what_is_not_there_is_an_error(flexmask):

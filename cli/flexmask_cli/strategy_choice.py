@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from flexmask.errors import FlexMaskWarning
 from flexmask.registry import Registry, load_registry, make_strategy
@@ -18,7 +18,7 @@ from flexmask_cli.options import parse_parameters
 
 def load_plugins() -> Registry:
     """Load all plugins, and print what the user should know about them."""
-    with _stdout_to_stderr():
+    with stdout_to_stderr():
         registry = load_registry()
     render.print_warnings(registry.problems())
     return registry
@@ -47,8 +47,8 @@ def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
     with _file_warnings():
         strategy = make_strategy(name, parameters)
     render.print_note(
-        f"strategy {strategy.name!r} runs straight from {name.rpartition(':')[0] or name}; "
-        "'flexmask new' makes a plugin for it"
+        f"strategy {strategy.name!r} runs straight from a file, {strategy.source()}; "
+        "'flexmask new' starts a plugin"
     )
     return strategy
 
@@ -56,7 +56,7 @@ def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
 @contextmanager
 def _file_warnings() -> Iterator[None]:
     """Print what flexmask warns of while a file runs, a line each."""
-    with warnings.catch_warnings(record=True) as caught, _stdout_to_stderr():
+    with warnings.catch_warnings(record=True) as caught, stdout_to_stderr():
         warnings.simplefilter("always", FlexMaskWarning)
         try:
             yield
@@ -65,8 +65,8 @@ def _file_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what C code and child processes of a plugin write to stdout."""
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what a plugin's code, C code and child processes write to stdout."""
     if sys.stdout is None:
         yield
         return
@@ -74,7 +74,8 @@ def _stdout_to_stderr() -> Iterator[None]:
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)

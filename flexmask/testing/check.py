@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexmask.errors import FlexMaskError
-from flexmask.fault import innermost_place, place_of_fault
+from flexmask.fault import described, innermost_place, place_of_fault
 from flexmask.strategy import Strategy, check_strategy_class
 from flexmask.testing import capture_rules, mask_rules
 from flexmask.testing.finding import Fault, Finding
@@ -192,9 +192,8 @@ def _first_finding(rule: Rule, subject: Subject) -> Finding | None:
         fault = Fault(str(error), subject.case)
     except Exception as error:
         place = place_of_fault(error, subject.source_file) or innermost_place(error)
-        message = " ".join(str(error).split())
         fault = Fault(
-            f"it raises {type(error).__name__}: {message} at {place}",
+            f"it raises {described(error)} at {place}",
             subject.case,
             mend="make that line work for this layout",
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from functools import cached_property
-from types import CodeType
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,8 +87,7 @@ class Subject:
     @cached_property
     def source_file(self) -> str:
         """File of the strategy's mask_mod."""
-        code: CodeType = inspect.unwrap(type(self.strategy).mask_mod).__code__
-        return code.co_filename
+        return self.strategy.source().rpartition(":")[0]
 
     @cached_property
     def compiled_run(self) -> CompiledRun:

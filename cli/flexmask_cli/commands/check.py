@@ -9,7 +9,7 @@ import typer
 
 from flexmask_cli import render
 from flexmask_cli.options import Parameters
-from flexmask_cli.strategy_choice import choose_strategies
+from flexmask_cli.strategy_choice import choose_strategies, stdout_to_stderr
 
 if TYPE_CHECKING:
     from flexmask.strategy import Strategy
@@ -35,7 +35,8 @@ def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
     from flexmask.testing import RULES, run_rules
 
     if is_silent:
-        return list(run_rules(strategy))
+        with stdout_to_stderr():
+            return list(run_rules(strategy))
     render.print_line(str(strategy))
     outcomes: list[Outcome] = []
     width = max(len(rule.name) for rule in RULES)

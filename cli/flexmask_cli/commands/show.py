@@ -12,7 +12,7 @@ from flexmask.layout import TokenizedRequest
 from flexmask.picture import SEES, SEES_NOT, SEES_SOME, draw
 from flexmask_cli import render
 from flexmask_cli.options import Parameters, StrategyName
-from flexmask_cli.strategy_choice import choose_strategy
+from flexmask_cli.strategy_choice import choose_strategy, stdout_to_stderr
 
 if TYPE_CHECKING:
     from flexmask.block_mask import MaskReport
@@ -54,7 +54,8 @@ def show(
     request = TokenizedRequest(
         (TOKEN,) * prefix, tuple((TOKEN,) * length for length in lengths), (TOKEN,) * suffix
     )
-    layout = chosen.layout(request)
+    with stdout_to_stderr():
+        layout = chosen.layout(request)
     if stats or as_json:
         report = _explain(chosen, layout, tile=128)
         figures = {"tokens": len(layout)} | {name: getattr(report, name) for name in FIGURES}
@@ -67,6 +68,7 @@ def show(
     render.print_line(picture(chosen, layout, room))
 
 
+@stdout_to_stderr()
 def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
     import torch
 

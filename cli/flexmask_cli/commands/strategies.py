@@ -10,7 +10,7 @@ import typer
 from flexmask.registry import RegisteredStrategy
 from flexmask.strategy import Parameter, Strategy
 from flexmask_cli import render
-from flexmask_cli.strategy_choice import load_plugins
+from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
 
 SHOWN_LENGTHS = 3, (4, 3, 5), 2
 """Tokens of prefix, segments and tail of the layout whose mask is drawn."""
@@ -33,7 +33,8 @@ def strategies(
 
 
 def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
-    picture = _picture(item.cls())
+    with stdout_to_stderr():
+        picture = _picture(item.cls())
     if as_json:
         source = {"source": item.cls.source(), "picture": picture.splitlines()}
         render.print_json(_fields(item) | source)
