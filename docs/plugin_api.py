@@ -67,7 +67,7 @@ def page() -> str:
         _function(flexmask.testing.check_strategy, "flexmask.testing."),
         _class(flexmask.testing.Finding, "flexmask.testing.", []),
         "| rule | asserts |\n|---|---|",
-        *(f"| {rule.name} | {_inline(rule.summary)} |" for rule in flexmask.testing.RULES),
+        *(f"| {rule.name} | {rule.summary} |" for rule in flexmask.testing.RULES),
         "\n## Environment variables\n",
         f"- `{registry.LOAD_PLUGINS}`: names of the distributions whose plugins load, separated "
         "by commas. Unset means all; empty, or `flexmask --no-plugins`, the built-in ones alone.",

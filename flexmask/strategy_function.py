@@ -77,6 +77,11 @@ def _fields(factory: MaskModFactory) -> list[tuple[str, Any, Any]]:
     if not arguments or arguments[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise StrategyError(f"{owner} does not take the batch as its first argument")
     batch, *parameters = arguments
+    if len(arguments) == 4 and not any(item.kind is item.KEYWORD_ONLY for item in arguments):
+        raise StrategyError(
+            f"{owner} is a mask_mod itself; write a function of the batch that returns it: "
+            f"def {factory.__name__}(batch): … return mask_mod"
+        )
     for item in parameters:
         if item.kind is not item.KEYWORD_ONLY:
             raise StrategyError(

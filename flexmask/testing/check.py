@@ -34,7 +34,7 @@ class Rule:
     @property
     def summary(self) -> str:
         """What it asserts, in a sentence."""
-        return (self.faults.__doc__ or "").partition("\n")[0]
+        return (self.faults.__doc__ or "").partition("\n")[0].replace("``", "`")
 
 
 RULES = (

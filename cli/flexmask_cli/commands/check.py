@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,16 +43,26 @@ def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
     width = max(len(rule.name) for rule in RULES)
     running, results = iter(RULES), run_rules(strategy)
     while len(outcomes) < len(RULES):
-        render.print_passing(f"  {'…':7}  {next(running).name}")
+        render.print_passing(f"  {'…':6}  {next(running).name}")
         outcomes.append(next(results))
         rule, status = outcomes[-1].rule, outcomes[-1].status
-        render.print_line(f"  {status:7}  {rule.name:{width}}  {rule.summary}")
+        if status != "skipped":
+            render.print_line(f"  {status:6}  {rule.name:{width}}  {rule.summary}")
     findings = [outcome.finding for outcome in outcomes if outcome.finding]
     for finding in findings:
         render.print_line(f"\n{finding}")
-    broken = f"\n{len(findings)} of {len(RULES)} rules broken"
-    render.print_line(broken if findings else f"all {len(RULES)} rules kept")
+    render.print_line(_summary(outcomes))
     return outcomes
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    counts = Counter(outcome.status for outcome in outcomes)
+    if not counts["broken"]:
+        return f"all {len(outcomes)} rules kept"
+    skipped = f"; {counts['skipped']} were not checked, since they build on it"
+    return f"\n{counts['broken']} of {len(outcomes)} rules broken" + skipped * (
+        "skipped" in counts
+    )
 
 
 def _fields(strategy: Strategy, outcomes: list[Outcome]) -> dict[str, Any]:

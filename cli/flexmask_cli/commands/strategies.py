@@ -46,7 +46,8 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
         "source": item.cls.source(),
     }
     for parameter in item.cls.parameters():
-        rows[f"--param {parameter.name}"] = f"{_parameter(parameter)}  {parameter.help}"
+        declared = _parameter(parameter).removeprefix(f"{parameter.name}: ")
+        rows[f"--param {parameter.name}"] = f"{declared}  {parameter.help}"
     width = max(map(len, rows))
     for name, text in rows.items():
         render.print_line(f"{name:{width}}  {text}")
