@@ -46,7 +46,9 @@ class GuardedResult(Generic[T]):
     notes: tuple[str, ...]
 
 
-def call_guarded(function: Callable[[], T], module: str) -> GuardedResult[T]:
+def call_guarded(
+    function: Callable[[], T], module: str, timeout_s: float | None
+) -> GuardedResult[T]:
     """Call ``function`` in a thread, for a limited time.
 
     Printed text and changed settings of torch are taken back and noted.
@@ -55,11 +57,11 @@ def call_guarded(function: Callable[[], T], module: str) -> GuardedResult[T]:
         function: What to call.
         module: Name of the module whose code it runs; that alone is stopped when it takes too
             long, and not a library that it is importing.
+        timeout_s: How long it may take; None for as long as it likes.
 
     Raises:
         KeyboardInterrupt: If the user, or the function, raises it.
     """
-    timeout_s = plugin_timeout_s()
     outcome: list[GuardedResult[T]] = []
 
     def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, EntryPoint
@@ -11,7 +12,7 @@ import pluggy
 from flexmask import __version__, hookspecs
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.fault import described, place_of_code, place_of_fault
-from flexmask.guarded_call import call_guarded
+from flexmask.guarded_call import call_guarded, plugin_timeout_s
 from flexmask.hookspecs import ENTRY_POINT_GROUP
 from flexmask.strategy import Strategy, check_strategy_class
 
@@ -99,13 +100,14 @@ def _check_requirement(distribution: Distribution) -> None:
     """
     if not distribution.name or not distribution.version:
         raise StrategyError("it is not installed whole: its metadata names no version; reinstall")
-    from packaging.requirements import Requirement  # here: built-in strategies need none
-
-    if distribution.name == "flexmask":
+    if not distribution.requires:
         return
-    for requirement in map(Requirement, distribution.requires or ()):
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    for requirement in map(Requirement, distribution.requires):
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name != "flexmask" or not applies:
+        if canonicalize_name(requirement.name) != "flexmask" or not applies:
             continue
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise StrategyError(
@@ -125,7 +127,7 @@ def _load_plugin(
         _check_names(strategies, reserved)
         return strategies
 
-    result = call_guarded(load, entry_point.module)
+    result = call_guarded(load, entry_point.module, plugin_timeout_s())
     record = replace(record, strategies=result.value or (), notes=result.notes)
     if result.error is None:
         return record
@@ -170,5 +172,6 @@ def _check_names(strategies: tuple[type[Strategy], ...], reserved: Set[str]) -> 
 def _place_of_hook(plugin: object) -> str | None:
     """Where a plugin's hook, or what it decorates as one, is defined."""
     marker = f"{hookspecs.hookspec.project_name}_impl"
-    hooks = (value for value in vars(plugin).values() if hasattr(value, marker))
+    values = getattr(plugin, "__dict__", {}).values()
+    hooks = (value for value in values if inspect.isroutine(value) and hasattr(value, marker))
     return next(map(place_of_code, hooks), None)

@@ -73,7 +73,7 @@ class Registry:
         """Why a plugin failed, or which of its strategies others registered too."""
         conflicts = self.conflicts()
         names = [cls.name for cls in plugin.strategies if cls.name in conflicts]
-        return plugin.error_with_place or "; ".join(conflicts[name] for name in names) or None
+        return plugin.error or "; ".join(conflicts[name] for name in names) or None
 
     def problems(self) -> tuple[str, ...]:
         """What the user should know: a line for each failed plugin and each conflict."""

@@ -51,22 +51,23 @@ def names_in_file(reference: str) -> list[str]:
     return [reference] if name else [f"{path}:{cls.name}" for cls in strategies_of_file(path)]
 
 
-@cache
 def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
-    """Run a file, once per process, and take the strategies that it defines.
+    """Run a file, once for each state of it, and take the strategies that it defines.
 
     Raises:
         StrategyError: If it cannot be run, or defines none or one that is not usable.
     """
-    if not path.is_file():
-        raise StrategyError(f"{path}: no such file; a strategy is a name or path/to/file.py:name")
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    name = f"flexmask_file_{path.stem}_{place[:8]}"  # two folders may have a masks.py each
-    result = call_guarded(lambda: _run(path, name), name)
+    return _strategies(path.absolute(), path, _digest(path))
+
+
+@cache
+def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
+    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may have a masks.py each
+    result = call_guarded(lambda: _run(location, name), name, timeout_s=None)
     for note in result.notes:
         warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
     if result.error is not None:
-        line = place_of_fault(result.error, str(path))
+        line = place_of_fault(result.error, str(location))
         where = f" at {line}" if line else ""
         raise StrategyError(f"{path} failed: {described(result.error)}{where}") from result.error
     assert result.value is not None
@@ -85,8 +86,17 @@ def recorded_name(reference: str) -> str:
     """What a run's configuration records: a name; a file with a digest of what it holds."""
     if not is_strategy_file(reference):
         return reference
-    digest = hashlib.sha256(_parts(reference)[0].read_bytes()).hexdigest()
-    return f"{reference} (sha256 {digest[:12]})"
+    return f"{reference} (sha256 {_digest(_parts(reference)[0])})"
+
+
+def _digest(path: Path) -> str:
+    """Identifies what a file holds."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise StrategyError(
+            f"{path}: {error.strerror}; a strategy is a name or path/to/file.py:name"
+        ) from None
 
 
 def _parts(reference: str) -> tuple[Path, str]:

@@ -6,7 +6,6 @@ import pytest
 
 from flexmask.new_plugin import EXAMPLE_NAMES, PluginNames, write_plugin
 from flexmask.registry import load_registry
-from flexmask.strategy_file import strategies_of_file
 from flexmask_cli.app import main
 from plugin_site import plugin
 
@@ -23,7 +22,6 @@ def never(batch):
 @pytest.fixture
 def flexmask(monkeypatch, capsys):
     """Runs the command line in this process; returns exit status, stdout and stderr."""
-    strategies_of_file.cache_clear()
     load_registry.cache_clear()
     monkeypatch.setenv("FLEXMASK_LOAD_PLUGINS", "")  # so that what --no-plugins sets is undone
     monkeypatch.delenv("FLEXMASK_LOAD_PLUGINS")
@@ -154,6 +152,7 @@ def test_new_writes_a_plugin_under_its_own_names(flexmask, tmp_path):
         ("my strategy", "got 'my strategy'"),
         ("class", "got 'class'"),
         ("torch", "module 'torch' is installed already; choose another name"),
+        ("flexmask-causal", "strategy 'causal' is there already; choose another name"),
     ],
 )
 def test_a_name_that_no_plugin_can_have_is_refused(flexmask, name, message):

@@ -19,6 +19,10 @@ def environment(**variables):
     """The environment without what changes colours, widths and plugins, plus ``variables``."""
     unwanted = {"COLUMNS", "FORCE_COLOR", "NO_COLOR", "FLEXMASK_LOAD_PLUGINS"}
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+    if "PYTHONPATH" in variables and "PYTHONPATH" in inherited:
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(variables["PYTHONPATH"]), inherited["PYTHONPATH"]]
+        )
     return inherited | {name: str(value) for name, value in variables.items()}
 
 

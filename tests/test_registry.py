@@ -116,7 +116,7 @@ def test_a_broken_plugin_is_recorded_and_stops_no_other(site, source, error):
     assert broken.strategies == ()
     problem = f"plugin 'flexmask-broken 1.0 (broken)' failed: {broken.error_with_place}"
     assert load_registry().problems() == (problem,)
-    assert load_registry().error_of(broken) == broken.error_with_place
+    assert load_registry().error_of(broken) == broken.error
     assert {*BUILT_IN, "works"} <= set(names())
     assert load_registry().strategy("causal").__module__ == "flexmask_strategies.causal"
 
@@ -133,6 +133,13 @@ def test_entry_points_that_cannot_be_read_are_recorded(site):
     broken = record("flexmask-broken")
     assert broken.entry_point == "entry_points.txt"
     assert broken.error.startswith("it cannot be read: ")
+
+
+def test_an_entry_point_to_what_is_no_plugin_is_recorded(site):
+    site.install("flexmask-broken", "x = 3", entry_points="broken = flexmask_broken:x")
+    assert record("flexmask-broken").error == (
+        "no hook in it; decorate register_strategies with @flexmask.hookimpl"
+    )
 
 
 def test_an_interrupt_while_plugins_load_passes_through(site):

@@ -13,7 +13,6 @@ from flexmask.strategy_file import (
     is_strategy_file,
     names_in_file,
     recorded_name,
-    strategies_of_file,
 )
 
 
@@ -100,8 +99,7 @@ SECOND = "\n@mask_strategy\ndef two(batch):\n    return causal\n"
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of strategies; none is known from before."""
-    strategies_of_file.cache_clear()
+    """Writes a file of strategies."""
 
     def write(source):
         path = tmp_path / "masks.py"
@@ -123,6 +121,13 @@ def test_a_strategy_is_made_straight_from_its_file(write):
     assert make_strategy(path, {"size": "7"}).parameter_values() == {"size": 7}
     assert make_strategy(f"{path}:one", {}).name == "one"
     assert type(make_strategy(path, {})) is type(make_strategy(path, {}))
+
+
+def test_a_file_that_has_changed_is_run_again(write):
+    path = write(SOURCE)
+    before = make_strategy(path, {})
+    write(SOURCE.replace("= 3", "= 4"))
+    assert (before.size, make_strategy(path, {}).size) == (3, 4)
 
 
 def test_of_several_strategies_in_a_file_one_is_named(write):
@@ -151,7 +156,9 @@ def test_a_file_that_cannot_be_used_is_told_why_and_where(write, source, message
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(StrategyError, match="nowhere.py: no such file; a strategy is a name or"):
+    with pytest.raises(
+        StrategyError, match="nowhere.py: No such file or directory; a strategy is a name"
+    ):
         make_strategy("nowhere.py:one", {})
 
 

@@ -67,7 +67,7 @@ def _file_warnings() -> Iterator[None]:
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Send to stderr what a plugin's code, C code and child processes write to stdout."""
-    if sys.stdout is None:
+    if sys.stdout is None or sys.stderr is None:  # closed by who called
         yield
         return
     sys.stdout.flush()

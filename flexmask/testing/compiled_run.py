@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask.attention.backend import flexmask_attention
 from flexmask.block_mask import create_block_mask
+from flexmask.errors import FlexMaskError
+from flexmask.layout import PADDING
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens
 from flexmask.testing.cases import Case
-
-if TYPE_CHECKING:
-    from flexmask.testing.subject import Subject
+from flexmask.testing.subject import Subject, capacity_for, evaluate
 
 BLOCK_SIZE = 128
 
@@ -29,8 +28,6 @@ CASES = (
     Case(prefix=0, segments=(330, 310, 100), tail=30),
 )
 """Lengths of five tiles and more: no dimension of the first graph equals another by chance."""
-
-CAPACITY = 2048
 
 
 @dataclass
@@ -53,11 +50,14 @@ class CompiledRun:
 def run_compiled(subject: Subject) -> CompiledRun:
     """Attend over each case as the engine does, the mask_mod built anew for each."""
     run = CompiledRun()
-    batch = LayoutBatch(ROWS, CAPACITY, torch.device("cpu"))
+    slots = max(len(subject.layout(case)) for case in CASES)
+    batch = LayoutBatch(ROWS, 2 * capacity_for(slots), torch.device("cpu"))
     for case in CASES:
         graphs = counters["stats"]["unique_graphs"]
         try:
             run.errors.append(_difference(subject, batch, case))
+        except FlexMaskError:
+            raise
         except Exception as error:  # whatever the compiler raises at the author's mask
             lines = str(error).strip().splitlines() or [type(error).__name__]
             run.error = next((line.strip() for line in lines if "rror" in line), lines[0])
@@ -79,7 +79,7 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     output, _ = flexmask_attention(torch.nn.Module(), query, key, value, block_mask)
     dense = _dense_mask(subject, batch, length)
     wanted = scaled_dot_product_attention(query, key, value, dense, enable_gqa=True)
-    is_token = batch.segment_ids[:, :length, None, None] >= -1
+    is_token = batch.segment_ids[:, :length, None, None] != PADDING
     difference = (output - wanted.nan_to_num().transpose(1, 2)).where(is_token, 0.0)
     return float(difference.abs().max())
 
@@ -95,8 +95,6 @@ def _random_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dense_mask(subject: Subject, batch: LayoutBatch, length: int) -> Tensor:
     """``(B, 1, S, S)`` bool."""
-    from flexmask.testing.subject import evaluate
-
     mask_mod = and_masks(subject.strategy.mask_mod(batch), holds_tokens(batch))
     slots = torch.arange(length)
     rows = [evaluate(mask_mod, row, slots, slots) for row in range(ROWS)]

@@ -115,10 +115,10 @@ def equals_the_oracle(subject: Subject) -> Iterator[Fault]:
         for q_idx in size[::step]:
             wanted = torch.tensor([bool(strategy.allowed(layout, q_idx, kv)) for kv in size])
             for kv_idx in (mask[q_idx] != wanted).nonzero().flatten().tolist()[:1]:
-                says = "allows" if wanted[kv_idx] else "forbids"
-                message = f"allowed() {says} slot {q_idx} to see slot {kv_idx}, the mask does not"
-                if not wanted[kv_idx]:
-                    message = message.replace("does not", "allows it")
+                says, other = ("allows", "forbids") if wanted[kv_idx] else ("forbids", "allows")
+                message = (
+                    f"allowed() {says} slot {q_idx} to see slot {kv_idx}, the mask {other} it"
+                )
                 yield Fault(message, case, layout, mask, q_idx, kv_idx)
                 break
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from flexmask.errors import OptionError
 from flexmask.new_plugin import PluginNames, write_plugin
 from flexmask_cli import render
+from flexmask_cli.strategy_choice import load_plugins
 
 
 def new(
@@ -19,6 +21,8 @@ def new(
 ) -> None:
     """Write a plugin with a strategy that works, to be changed into yours."""
     names = PluginNames.of(name)
+    if names.strategy in {item.cls.name for item in load_plugins().strategies()}:
+        raise OptionError(f"strategy {names.strategy!r} is there already; choose another name")
     folder = directory or Path(names.distribution)
     write_plugin(names, folder)
     for line in (

@@ -38,9 +38,10 @@ def _fields(plugin: PluginRecord, registry: Registry) -> dict[str, Any]:
 
 
 def _row(plugin: PluginRecord, registry: Registry) -> dict[str, str]:
+    error = plugin.error_with_place or registry.error_of(plugin)
     return {
         "distribution": plugin.distribution,
         "version": plugin.version,
         "entry point": plugin.entry_point,
-        "status": "; ".join([registry.error_of(plugin) or "ok", *plugin.notes]),
+        "status": "; ".join([error or "ok", *plugin.notes]),
     }
