@@ -16,6 +16,9 @@ from flexmask.guarded_call import call_guarded, plugin_timeout_s
 from flexmask.hookspecs import ENTRY_POINT_GROUP
 from flexmask.strategy import Strategy, check_strategy_class
 
+UNKNOWN = "?"
+"""Version of a distribution whose metadata is gone."""
+
 
 @dataclass(frozen=True)
 class PluginRecord:
@@ -53,9 +56,10 @@ class PluginRecord:
 
 def name_and_version(distribution: Distribution) -> tuple[str, str]:
     """Of a distribution; of one without metadata, the name of its folder and ``?``."""
-    name, version = distribution.name, distribution.version
-    folder = getattr(distribution, "_path", None)  # the metadata that named it is not there
-    return name or getattr(folder, "name", "unnamed"), version or "?"
+    metadata = distribution.metadata
+    if "Name" in metadata and "Version" in metadata:
+        return metadata["Name"], metadata["Version"]
+    return getattr(getattr(distribution, "_path", None), "name", "unnamed"), UNKNOWN
 
 
 def load_distribution(
@@ -98,7 +102,8 @@ def _check_requirement(distribution: Distribution) -> None:
     Raises:
         StrategyError: If not.
     """
-    if not distribution.name or not distribution.version:
+    name, version = name_and_version(distribution)
+    if version == UNKNOWN:
         raise StrategyError("it is not installed whole: its metadata names no version; reinstall")
     if not distribution.requires:
         return
@@ -112,7 +117,7 @@ def _check_requirement(distribution: Distribution) -> None:
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise StrategyError(
                 f"it needs flexmask{requirement.specifier}, and {__version__} is installed; run: "
-                f"pip install --upgrade flexmask {distribution.name}"
+                f"pip install --upgrade flexmask {name}"
             )
 
 

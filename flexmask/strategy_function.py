@@ -58,16 +58,16 @@ def _make_class(factory: MaskModFactory, is_causal: bool) -> type[Strategy]:
 
     namespace = {
         "__doc__": factory.__doc__,
-        "__module__": factory.__module__,
-        "__qualname__": factory.__qualname__,
         "name": factory.__name__,
         "is_causal": is_causal,
         "mask_mod": mask_mod,
     }
-    fields = _fields(factory)
-    return make_dataclass(
-        factory.__name__, fields, bases=(Strategy,), namespace=namespace, frozen=True
+    cls = make_dataclass(
+        factory.__name__, _fields(factory), bases=(Strategy,), namespace=namespace, frozen=True
     )
+    # Python 3.12 would set its own caller's module; 3.11 takes no argument for it.
+    cls.__module__, cls.__qualname__ = factory.__module__, factory.__qualname__
+    return cls
 
 
 def _fields(factory: MaskModFactory) -> list[tuple[str, Any, Any]]:

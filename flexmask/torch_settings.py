@@ -44,10 +44,10 @@ _SETTINGS = {
         lambda torch, value: torch.set_float32_matmul_precision(value),
         fresh="highest",
     ),
-    "deterministic algorithms": _Setting(
-        lambda torch: torch.are_deterministic_algorithms_enabled(),
-        lambda torch, value: torch.use_deterministic_algorithms(value),
-        fresh=False,
+    "deterministic debug mode": _Setting(  # what use_deterministic_algorithms sets
+        lambda torch: torch.get_deterministic_debug_mode(),
+        lambda torch, value: torch.set_deterministic_debug_mode(value),
+        fresh=0,
     ),
     "grad mode": _Setting(
         lambda torch: torch.is_grad_enabled(),

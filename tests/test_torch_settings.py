@@ -12,7 +12,7 @@ CHANGES = {
     "default dtype to torch.float64": lambda: torch.set_default_dtype(torch.float64),
     "default device to meta": lambda: torch.set_default_device("meta"),
     "float32 matmul precision to medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "deterministic algorithms to True": lambda: torch.use_deterministic_algorithms(True),
+    "deterministic debug mode to 2": lambda: torch.use_deterministic_algorithms(True),
     "grad mode to False": lambda: torch.set_grad_enabled(False),
     "cudnn benchmark to True": lambda: setattr(torch.backends.cudnn, "benchmark", True),
     "cudnn deterministic to True": lambda: setattr(torch.backends.cudnn, "deterministic", True),
