@@ -57,8 +57,9 @@ def print_warnings(lines: Iterable[str]) -> None:
 
 def print_passing(text: str) -> None:
     """Show on a terminal what is going on, until the next line is printed over it."""
+    erase_rest = "\x1b[K"
     if sys.stdout.isatty():
-        print(text, end="\r", flush=True)
+        print(text + erase_rest, end="\r", flush=True)
 
 
 def print_note(line: str) -> None:

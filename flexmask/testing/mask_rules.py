@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from flexmask.strategy import Strategy
 from flexmask.testing.cases import CASES, SAME_SHAPE, SMALL, Case
 from flexmask.testing.finding import Fault
 from flexmask.testing.subject import CPU, Subject, capacity_for, evaluate, loaded_batch
+
+if TYPE_CHECKING:
+    from flexmask.strategy import MaskMod
 
 ORACLE_PAIRS = 60_000
 """How many pairs of one layout the plain-Python oracle is asked about, at most."""
@@ -152,24 +156,31 @@ def follows_the_batch(subject: Subject) -> Iterator[Fault]:
 
 
 def decodes_what_it_prefills(subject: Subject) -> Iterator[Fault]:
-    """Token by token, with what comes later not yet there, each row is that of the full mask."""
+    """Decoded one by one, rows are those of the full mask, what comes later there or not."""
     for case in SMALL:
         layout = subject.layout(case)
         full = layout.extended(GENERATED)
         size = len(full)
-        mask = subject.mask_in(loaded_batch([full], [0]), 0, 0, size)
+        whole = loaded_batch([full], [0])
+        mask = subject.mask_in(whole, 0, 0, size)
         first = len(layout) - 1  # prefill leaves the last prompt token to the first step
-        batch = LayoutBatch(1, capacity_for(size), CPU)
-        batch.load([layout], [first], [0])
-        batch.open_tail([first])
-        rows = DecodeRowMask(subject.strategy.mask_mod(batch), 1, size, CPU)
-        keys = torch.arange(size)
-        for slot in range(first, size):
-            rows.update(torch.tensor([slot]))
-            row = evaluate(rows.block_mask.mask_mod, 0, torch.tensor([0]), keys)
-            decoded = mask.clone()
-            decoded[slot, : slot + 1] = row[0, : slot + 1]
+        as_engine = LayoutBatch(1, capacity_for(size), CPU)
+        as_engine.load([layout], [first], [0])
+        as_engine.open_tail([first])
+        for batch, slots in ((whole, range(size)), (as_engine, range(first, size))):
+            decoded = _decoded(subject.strategy.mask_mod(batch), mask, slots)
             yield from _differences(case, full, decoded, mask, "is another when it is decoded")
+
+
+def _decoded(mask_mod: MaskMod, mask: Tensor, slots: range) -> Tensor:
+    """A mask ``(S, S)`` with the rows of ``slots``, up to their own slot, as decode has them."""
+    decoded, keys = mask.clone(), torch.arange(len(mask))
+    rows = DecodeRowMask(mask_mod, 1, len(mask), CPU)
+    for slot in slots:
+        rows.update(torch.tensor([slot]))
+        row = evaluate(rows.block_mask.mask_mod, 0, torch.tensor([0]), keys)
+        decoded[slot, : slot + 1] = row[0, : slot + 1]
+    return decoded
 
 
 def _differences(

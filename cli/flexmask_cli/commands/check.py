@@ -48,6 +48,7 @@ def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
         rule, status = outcomes[-1].rule, outcomes[-1].status
         if status != "skipped":
             render.print_line(f"  {status:6}  {rule.name:{width}}  {rule.summary}")
+    render.print_passing("")
     findings = [outcome.finding for outcome in outcomes if outcome.finding]
     for finding in findings:
         render.print_line(f"\n{finding}")
@@ -59,10 +60,10 @@ def _summary(outcomes: list[Outcome]) -> str:
     counts = Counter(outcome.status for outcome in outcomes)
     if not counts["broken"]:
         return f"all {len(outcomes)} rules kept"
-    skipped = f"; {counts['skipped']} were not checked, since they build on it"
-    return f"\n{counts['broken']} of {len(outcomes)} rules broken" + skipped * (
-        "skipped" in counts
-    )
+    broken = f"\n{counts['broken']} of {len(outcomes)} rules broken"
+    if not counts["skipped"]:
+        return broken
+    return f"{broken}; {counts['skipped']} were not checked, since they build on it"
 
 
 def _fields(strategy: Strategy, outcomes: list[Outcome]) -> dict[str, Any]:
