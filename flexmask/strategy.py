@@ -43,7 +43,8 @@ def parameter(default: Any, *, help: str, minimum: float | None = None) -> Any:
     Args:
         default: Its value where none is given.
         help: What it does, for listings.
-        minimum: The smallest value allowed.
+        minimum: The smallest value allowed. A class with a ``__post_init__`` of its own calls
+            ``super().__post_init__()`` there, which checks it.
     """
     return field(default=default, metadata={"help": help, "minimum": minimum})
 
