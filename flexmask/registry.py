@@ -53,7 +53,11 @@ class Registry:
         return self.registered(name).cls
 
     def registered(self, name: str) -> RegisteredStrategy:
-        """As `strategy`, with the plugin that registered it."""
+        """As `strategy`, with the plugin that registered it.
+
+        Raises:
+            StrategyError: As `strategy`.
+        """
         group = self._by_name.get(name, ())
         if not group:
             raise StrategyError(self._unknown(name))
