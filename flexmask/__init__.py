@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flexmask.registry import load_registry, make_strategy
     from flexmask.request import Request
     from flexmask.strategy import Strategy, parameter
+    from flexmask.strategy_function import mask_strategy
     from flexmask.tokenization import RequestTokenizer
 
 _MODULE_OF = {
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "Sampling": "engine.sampling",
     "load_registry": "registry",
     "make_strategy": "registry",
+    "mask_strategy": "strategy_function",
     "parameter": "strategy",
     "read_requests": "dataset.requests",
     "register_attention": "attention.backend",
@@ -62,6 +64,7 @@ __all__ = [
     "hookimpl",
     "load_registry",
     "make_strategy",
+    "mask_strategy",
     "parameter",
     "read_requests",
     "register_attention",

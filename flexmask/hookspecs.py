@@ -25,7 +25,8 @@ hookimpl = pluggy.HookimplMarker("flexmask")
 def register_strategies() -> Iterable[type[Strategy]]:
     """Return the strategy classes that this plugin offers.
 
-    Called once, when strategies are first looked up. Import torch inside functions only: every
-    command, ``--help`` included, may load plugins.
+    Called once, when strategies are first looked up. Import torch inside functions only: listings
+    load plugins too. What this prints and what it changes in torch's settings is taken back, and
+    it is not waited for longer than ``FLEXMASK_PLUGIN_TIMEOUT`` seconds.
     """
     raise NotImplementedError

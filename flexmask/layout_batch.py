@@ -7,6 +7,7 @@ captured them is never compiled again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,23 @@ class LayoutBatch:
         # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
         mark_static(self.segment_ids)
         mark_static(self.position_ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are, and where tensors that a mask captures belong."""
+        return self.segment_ids.device
+
+    def table(self, values: Sequence[Any] | Tensor) -> Tensor:
+        """Make a constant table for a mask to capture and index.
+
+        Its sizes are constants of the compiled kernel, as those of the buffers are.
+
+        Args:
+            values: Numbers or bools, nested as deep as the table has dimensions.
+        """
+        table = torch.as_tensor(values, device=self.device)
+        mark_static(table)
+        return table
 
     def load(
         self, layouts: Sequence[Layout], num_tokens: Sequence[int], starts: Sequence[int]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
-from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import Distribution, distributions
 
-import pluggy
-
-from flexmask import hookspecs
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.hookspecs import ENTRY_POINT_GROUP
-from flexmask.strategy import ParameterValue, Strategy, check_strategy_class
+from flexmask.plugin_loading import PluginRecord, load_distribution, name_and_version
+from flexmask.strategy import ParameterValue, Strategy
+from flexmask.strategy_file import is_strategy_file, strategy_of_file
 
 LOAD_PLUGINS = "FLEXMASK_LOAD_PLUGINS"
 """Environment variable: names of the distributions whose plugins load, separated by commas.
@@ -25,31 +24,6 @@ Unset means all. flexmask's own strategies load whatever it says.
 
 BUILT_IN = "flexmask"
 """The distribution that holds the built-in strategies."""
-
-
-@dataclass(frozen=True)
-class PluginRecord:
-    """An entry point and what came of loading it.
-
-    Attributes:
-        distribution: Name of the distribution that declares it.
-        version: Version of that distribution.
-        entry_point: Name of the entry point.
-        value: The module or object it points to.
-        strategies: What it registered; empty if it failed.
-        error: Why it failed, in one line; None if it did not.
-    """
-
-    distribution: str
-    version: str
-    entry_point: str
-    value: str
-    strategies: tuple[type[Strategy], ...] = ()
-    error: str | None = None
-
-    def __str__(self) -> str:
-        """As messages name it: ``flexmask 0.1.0 (causal)``."""
-        return f"{self.distribution} {self.version} ({self.entry_point})"
 
 
 @dataclass(frozen=True)
@@ -76,12 +50,20 @@ class Registry:
         Raises:
             StrategyError: If no plugin registered ``name``, or more than one did.
         """
+        return self.registered(name).cls
+
+    def registered(self, name: str) -> RegisteredStrategy:
+        """As `strategy`, with the plugin that registered it.
+
+        Raises:
+            StrategyError: As `strategy`.
+        """
         group = self._by_name.get(name, ())
         if not group:
             raise StrategyError(self._unknown(name))
         if len(group) > 1:
             raise StrategyError(self.conflicts()[name])
-        return group[0].cls
+        return group[0]
 
     def conflicts(self) -> dict[str, str]:
         """For each name that was registered more than once, a line that names the owners."""
@@ -99,8 +81,12 @@ class Registry:
 
     def problems(self) -> tuple[str, ...]:
         """What the user should know: a line for each failed plugin and each conflict."""
-        failed = (f"plugin '{item}' failed: {item.error}" for item in self.plugins if item.error)
-        return (*failed, *self.conflicts().values())
+        lines = []
+        for item in self.plugins:
+            lines += [f"plugin '{item}' {note}" for note in item.notes]
+            if item.error:
+                lines.append(f"plugin '{item}' failed: {item.error_with_place}")
+        return (*lines, *self.conflicts().values())
 
     @cached_property
     def _by_name(self) -> dict[str, tuple[RegisteredStrategy, ...]]:
@@ -142,19 +128,25 @@ def load_registry() -> Registry:
             "in a checkout run: pip install -e ."
         )
     selected = _select(found, os.environ.get(LOAD_PLUGINS))
-    built_in = tuple(_load_distribution(found[BUILT_IN]))
+    built_in = load_distribution(found[BUILT_IN])
     reserved = {cls.name for plugin in built_in for cls in plugin.strategies}
-    others = [plugin for item in selected for plugin in _load_distribution(item, reserved)]
+    others = [plugin for item in selected for plugin in load_distribution(item, reserved)]
     return Registry((*built_in, *others))
 
 
 def make_strategy(name: str, parameters: Mapping[str, ParameterValue]) -> Strategy:
     """Look up a strategy and set its parameters; strings are parsed to the declared type.
 
+    Args:
+        name: Of a registered strategy; or ``path/to/file.py:name``, straight from a file.
+        parameters: By name; those left out have their defaults.
+
     Raises:
         StrategyError: If the strategy or a parameter is unknown, or a value is not allowed.
     """
-    return load_registry().strategy(name).from_parameters(parameters)
+    is_file = is_strategy_file(name)
+    cls = strategy_of_file(name) if is_file else load_registry().strategy(name)
+    return cls.from_parameters(parameters)
 
 
 def _find_distributions() -> dict[str, Distribution]:
@@ -165,7 +157,7 @@ def _find_distributions() -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
     for distribution in distributions():
         if f"[{ENTRY_POINT_GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
-            found.setdefault(_normalized(distribution.name or ""), distribution)
+            found.setdefault(_normalized(name_and_version(distribution)[0]), distribution)
     return dict(sorted(found.items()))
 
 
@@ -186,64 +178,3 @@ def _select(found: Mapping[str, Distribution], wanted: str | None) -> list[Distr
 def _normalized(name: str) -> str:
     """Compare names of distributions as PEP 503 has it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
-
-
-def _load_distribution(
-    distribution: Distribution, reserved: Set[str] = frozenset()
-) -> Iterator[PluginRecord]:
-    blank = PluginRecord(distribution.name, distribution.version, "entry_points.txt", "")
-    try:
-        entry_points = sorted(distribution.entry_points.select(group=ENTRY_POINT_GROUP))
-    except Exception as error:
-        yield replace(blank, error=f"it cannot be read: {_describe(error)}")
-        return
-    for entry_point in entry_points:
-        record = replace(blank, entry_point=entry_point.name, value=entry_point.value)
-        yield _load_plugin(record, entry_point, reserved)
-
-
-def _load_plugin(
-    record: PluginRecord, entry_point: EntryPoint, reserved: Set[str]
-) -> PluginRecord:
-    try:
-        strategies = _call_hook(entry_point.load(), name=entry_point.value)
-        _check_names(strategies, reserved)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too: a plugin must not end the program
-        return replace(record, error=_describe(error))
-    return replace(record, strategies=strategies)
-
-
-def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
-    """Call one plugin by itself, so that the owner of each strategy is known."""
-    manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin, name)
-    manager.check_pending()
-    if not manager.get_hookcallers(plugin):
-        raise StrategyError("no hook in it; decorate register_strategies with @flexmask.hookimpl")
-    results = manager.hook.register_strategies()
-    returned = results[0] if results else None  # pluggy leaves out None
-    if not isinstance(returned, Iterable):
-        raise StrategyError(
-            f"register_strategies must return a list of strategy classes, got {returned!r}"
-        )
-    return tuple(check_strategy_class(cls) for cls in returned)
-
-
-def _check_names(strategies: tuple[type[Strategy], ...], reserved: Set[str]) -> None:
-    names = [cls.name for cls in strategies]
-    for name in names:
-        if name in reserved:
-            raise StrategyError(f"strategy {name!r} is built in; give yours another name")
-        if names.count(name) > 1:
-            raise StrategyError(f"strategy {name!r} is registered twice")
-
-
-def _describe(error: BaseException) -> str:
-    """The message in one line, after the type where it is not an error of flexmask's."""
-    message = " ".join(str(error).split())
-    if isinstance(error, FlexMaskError):
-        return message
-    return f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -32,14 +33,20 @@ if TYPE_CHECKING:
 ParameterValue = bool | int | float | str
 
 
-def parameter(default: Any, *, help: str) -> Any:
+def parameter(default: Any, *, help: str, minimum: float | None = None) -> Any:
     """Declare a parameter of a strategy.
 
     Example::
 
-        window: int = parameter(1024, help="How many tokens back a token sees.")
+        window: int = parameter(1024, help="How many tokens back a token sees.", minimum=1)
+
+    Args:
+        default: Its value where none is given.
+        help: What it does, for listings.
+        minimum: The smallest value allowed. A class with a ``__post_init__`` of its own calls
+            ``super().__post_init__()`` there, which checks it.
     """
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Parameter:
     default: ParameterValue
     help: str
     choices: tuple[str, ...] = ()
+    minimum: float | None = None
 
 
 class Strategy(ABC):
@@ -58,11 +66,28 @@ class Strategy(ABC):
 
     A strategy is a frozen dataclass whose fields are its parameters, so that two strategies
     with equal parameters are equal and a BlockMask can be cached by them. Its docstring's first
-    line is what listings show. Only `name` and `mask_mod` are required.
+    line is what listings show. Only `name` and `mask_mod` are required; `flexmask.mask_strategy`
+    makes the class from a function where no more is needed.
     """
 
     name: ClassVar[str]
     """How users ask for the strategy: lower-case letters, digits and underscores."""
+
+    is_causal: ClassVar[bool] = True
+    """Whether no token sees a later one; if not, earlier ones still do not see the tail."""
+
+    def __post_init__(self) -> None:
+        """Check parameters against their declared minimum.
+
+        Raises:
+            StrategyError: If one is smaller.
+        """
+        for item in _fields(type(self)):
+            minimum, value = item.metadata.get("minimum"), getattr(self, item.name)
+            if minimum is not None and value < minimum:
+                bounds = {0: "not be negative", 1: "be positive"}
+                bound = bounds.get(minimum, f"be at least {minimum}")
+                raise StrategyError(f"{item.name} must {bound}, got {value}")
 
     @abstractmethod
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:
@@ -85,7 +110,7 @@ class Strategy(ABC):
     def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
         """Say in plain Python whether slot ``q_idx`` sees slot ``kv_idx``: the oracle.
 
-        Tests hold `mask_mod` against it; nothing else calls it.
+        `flexmask check` holds `mask_mod` against it; nothing else calls it.
         """
         raise NotImplementedError(f"strategy {self.name!r} has no plain-Python oracle")
 
@@ -93,6 +118,14 @@ class Strategy(ABC):
     def summary(cls) -> str:
         """First line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    @classmethod
+    def source(cls) -> str:
+        """Where its mask_mod is written, as ``path:line``."""
+        code = getattr(inspect.unwrap(cls.mask_mod), "__code__", None)
+        if code is None:  # an object that is called, not a function
+            return f"{inspect.getsourcefile(cls)}:1"
+        return f"{code.co_filename}:{code.co_firstlineno}"
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
@@ -105,6 +138,7 @@ class Strategy(ABC):
                 default=cast(ParameterValue, item.default),
                 help=item.metadata.get("help", ""),
                 choices=get_args(hints[item.name]) if _is_choice(hints[item.name]) else (),
+                minimum=item.metadata.get("minimum"),
             )
             for item in _fields(cls)
         )

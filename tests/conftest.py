@@ -1,11 +1,15 @@
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from flexmask.registry import load_registry
 from oracles import make_model
+from plugin_site import Site
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,3 +45,16 @@ def models() -> Callable[..., PreTrainedModel]:
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site on ``sys.path``, and an empty registry before and after."""
+    monkeypatch.delenv("FLEXMASK_LOAD_PLUGINS", raising=False)
+    site = Site(tmp_path / "site")
+    monkeypatch.syspath_prepend(site.folder)
+    load_registry.cache_clear()
+    yield site
+    load_registry.cache_clear()
+    for module in site.modules:
+        sys.modules.pop(module, None)

@@ -19,6 +19,10 @@ def environment(**variables):
     """The environment without what changes colours, widths and plugins, plus ``variables``."""
     unwanted = {"COLUMNS", "FORCE_COLOR", "NO_COLOR", "FLEXMASK_LOAD_PLUGINS"}
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+    if "PYTHONPATH" in variables and "PYTHONPATH" in inherited:
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(variables["PYTHONPATH"]), inherited["PYTHONPATH"]]
+        )
     return inherited | {name: str(value) for name, value in variables.items()}
 
 
@@ -58,6 +62,7 @@ def test_strategies_are_listed_as_json():
         "type": "restart|sequential",
         "default": "restart",
         "choices": ["restart", "sequential"],
+        "minimum": None,
     }
     assert prefix_segment.pop("version")
     assert prefix_segment == {
@@ -78,6 +83,8 @@ def test_plugins_are_listed_as_json():
         "value": "flexmask_strategies.causal",
         "strategies": ["causal"],
         "error": None,
+        "place": None,
+        "notes": [],
     }
 
 
@@ -126,7 +133,8 @@ def test_a_broken_plugin_is_one_line_on_stderr_and_leaves_stdout_to_the_listing(
     result = run(command, "--json", PYTHONPATH=folder)
     assert result.returncode == 0
     assert result.stderr == (
-        "warning: plugin 'flexmask-mine 1.0 (mine)' failed: RuntimeError: one two\n"
+        "warning: plugin 'flexmask-mine 1.0 (mine)' failed: RuntimeError: one two "
+        "at flexmask_mine.py:1: `raise RuntimeError('one\\ntwo')`\n"
     )
     assert json.loads(result.stdout)
 
@@ -136,7 +144,10 @@ def test_plugins_shows_ok_or_the_error(install):
     _, *lines = result.stdout.splitlines()
     status = {line.split()[2]: line.split(maxsplit=3)[3].strip() for line in lines}
     assert status["causal"] == "ok"
-    assert status["mine"] == "ModuleNotFoundError: No module named 'nowhere_to_be_found'"
+    assert status["mine"] == (
+        "ModuleNotFoundError: No module named 'nowhere_to_be_found' "
+        "at flexmask_mine.py:1: `import nowhere_to_be_found`"
+    )
 
 
 def test_an_error_for_the_user_is_one_line_and_exit_status_1():
@@ -155,7 +166,7 @@ def failing_command(monkeypatch):
         def fail():
             raise error
 
-        monkeypatch.setattr("flexmask_cli.commands.strategies.load_registry", fail)
+        monkeypatch.setattr("flexmask_cli.commands.strategies.load_plugins", fail)
         monkeypatch.setattr(sys, "argv", ["flexmask", "strategies"])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer sets its own
 

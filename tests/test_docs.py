@@ -1,14 +1,19 @@
 """What the documents say is true."""
 
+import importlib.util
+import json
 import re
 import shlex
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 import flexmask
 from flexmask.registry import load_registry
+from flexmask.strategy_file import names_in_file, strategy_of_file
+from flexmask.testing import RULES, run_rules
 from flexmask_cli.app import build_app, main
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +67,68 @@ def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeyp
         *("answers.parquet", "concatenated.jsonl", "concatenated.run.json"),
         *("questions.csv", "trivia.toml"),
     ]
+
+
+GUIDE = (ROOT / "docs" / "writing-a-strategy.md").read_text()
+
+
+@pytest.fixture
+def guide_file(tmp_path, monkeypatch):
+    """The code of the guide as ``masks.py`` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    Path("masks.py").write_text("\n\n".join(blocks))
+    return "masks.py"
+
+
+def test_the_guide_to_strategies_has_at_most_150_lines():
+    assert len(GUIDE.splitlines()) <= 150
+
+
+def test_each_strategy_of_the_guide_keeps_the_rules_that_need_no_compiler(guide_file):
+    names = names_in_file(guide_file)
+    assert [name.partition(":")[2] for name in names] == [
+        "sliding", "recent", "thread", "branches"
+    ]  # fmt: skip
+    before_compiling = [rule.name for rule in RULES].index("attention")
+    for name in names:
+        outcomes = islice(run_rules(strategy_of_file(name)()), before_compiling)
+        assert [item.finding for item in outcomes] == [None] * before_compiling
+
+
+def test_the_commands_of_the_guide_run(guide_file, monkeypatch, capsys):
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("flexmask ") and "check my_strategy" not in line
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0, capsys.readouterr()
+    assert re.search("8 rows in outputs/demo/demo/sliding.*feather", capsys.readouterr().out)
+    assert Path("my-strategy/my_strategy.py").exists()
+
+
+def test_the_figures_of_fast_masks_are_those_of_the_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "results" / "mask-speed-cpu.json").read_text())
+    by_mask = {result["mask"]: result for result in results["masks"]}
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs" / "fast-masks.md").read_text(), re.MULTILINE)
+    rows = [row.split(" | ") for row in rows if row.split(" | ")[0] in by_mask]
+    assert {row[0] for row in rows} == set(by_mask)
+    for name, *figures in rows:
+        result = by_mask[name]
+        shares = [result[key] for key in ("density", "tiles_computed", "tiles_partial")]
+        tiles = [*(f"{share:.0%}" for share in shares), f"{result['attention_ms']:.0f}"]
+        compiled = [f"{result['attention_ms']:.0f}", f"{result['recompiled_s']:.1f}"]
+        assert figures in (tiles, [*tiles, f"{result['build_ms']:.1f}"], compiled)
+
+
+def test_the_page_of_the_plugin_api_is_current():
+    spec = importlib.util.spec_from_file_location("plugin_api", ROOT / "docs" / "plugin_api.py")
+    plugin_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin_api)
+    assert plugin_api.TARGET.read_text() == plugin_api.page(), "run: make docs"

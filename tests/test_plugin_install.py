@@ -1,4 +1,4 @@
-"""Builds and installs flexmask, its example plugin and a renamed copy of it, without network."""
+"""Builds and installs flexmask, its example and what ``flexmask new`` makes, without network."""
 
 import json
 import os
@@ -13,17 +13,12 @@ from pathlib import Path
 import pytest
 from pyarrow import feather
 
+from flexmask.new_plugin import PluginNames, write_plugin
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "plugins/flexmask-example"
 
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
-
-RENAMED = {  # what the example's README says to replace
-    "flexmask-example": "acme-masks",
-    "flexmask_example": "acme_masks",
-    "recent_segments": "near_segments",
-    "RecentSegments": "NearSegments",
-}
 
 
 @dataclass(frozen=True)
@@ -32,14 +27,14 @@ class Installation:
 
     Attributes:
         source: A copy of the checkout.
-        renamed: A copy of the example, renamed.
+        started: A plugin that ``flexmask new acme-masks`` wrote.
         sdist: Source distribution of flexmask.
         wheel: Wheel of flexmask, built from `sdist`.
-        site: The folder with flexmask, the example and the renamed example.
+        site: The folder with flexmask, the example and the new plugin.
     """
 
     source: Path
-    renamed: Path
+    started: Path
     sdist: Path
     wheel: Path
     site: Path
@@ -65,39 +60,26 @@ def run_python(*arguments, **options):
     return result.stdout
 
 
-def copy_renamed(source, target):
-    """Copy a plugin as its README says: names replaced in files and file names."""
-    target.mkdir()
-    for path in source.iterdir():
-        (target / replace_names(path.name)).write_text(replace_names(path.read_text()))
-
-
-def replace_names(text):
-    for old, new in RENAMED.items():
-        text = text.replace(old, new)
-    return text
-
-
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("installation")
-    source, example, renamed, dist, site = (
-        folder / name for name in ("source", "example", "renamed", "dist", "site")
+    source, example, started, dist, site = (
+        folder / name for name in ("source", "example", "started", "dist", "site")
     )
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
     shutil.copytree(source / EXAMPLE, example)
-    copy_renamed(example, renamed)
+    write_plugin(PluginNames.of("acme-masks"), started)
 
     pip = ["-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
     run_python("-m", "build", "--sdist", "--no-isolation", "--outdir", dist, source)
     (sdist,) = dist.iterdir()
     run_python(
-        *pip, "wheel", *offline, "--no-build-isolation", "-w", dist, sdist, example, renamed
+        *pip, "wheel", *offline, "--no-build-isolation", "-w", dist, sdist, example, started
     )
     run_python(*pip, "install", *offline, "--target", site, *dist.glob("*.whl"))
     (wheel,) = dist.glob("flexmask-*.whl")
-    return Installation(source, renamed, sdist, wheel, site)
+    return Installation(source, started, sdist, wheel, site)
 
 
 def test_the_wheel_holds_the_three_packages_and_nothing_else(installation):
@@ -107,6 +89,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(installation):
         installation.files("flexmask")
         | installation.files("cli/flexmask_cli")
         | installation.files("plugins/flexmask_strategies")
+        | {f"flexmask/plugin_template/{path.name}" for path in (ROOT / EXAMPLE).glob("*.*")}
     )
     assert "flexmask/py.typed" in names
 
@@ -131,7 +114,7 @@ def test_each_plugin_of_the_three_distributions_loads_once(installation):
     assert len(loaded) == len(set(loaded))
     assert loaded[0] == ("flexmask", "causal")
     assert loaded[-2:] == [
-        ("acme-masks", "near_segments"),
+        ("acme-masks", "acme_masks"),
         ("flexmask-example", "recent_segments"),
     ]
 
@@ -143,16 +126,34 @@ def test_each_strategy_is_listed_once_with_its_distribution(installation):
     assert {
         ("causal", "flexmask"),
         ("recent_segments", "flexmask-example"),
-        ("near_segments", "acme-masks"),
+        ("acme_masks", "acme-masks"),
     } <= set(owners)
 
 
-def test_a_renamed_copy_of_the_example_passes_its_own_tests(installation):
-    installation.run("-m", "pytest", "-q", "-p", "no:cacheprovider", installation.renamed)
+def test_the_installed_new_writes_what_the_checkout_writes(installation, tmp_path):
+    again = tmp_path / "again"
+    command = "from flexmask_cli.app import main; main()"
+    printed = installation.run("-c", command, "new", "flexmask-again", "--directory", again)
+    assert printed.startswith(f"wrote {again}: strategy 'again' in flexmask_again.py")
+    write_plugin(PluginNames.of("flexmask-again"), tmp_path / "from_checkout")
+    for path in (tmp_path / "from_checkout").iterdir():
+        assert (again / path.name).read_text() == path.read_text()
+
+
+def test_a_new_plugin_passes_its_own_tests(installation):
+    installation.run("-m", "pytest", "-q", "-p", "no:cacheprovider", installation.started)
+
+
+def test_a_new_plugin_passes_the_check(installation):
+    (checked,) = json.loads(
+        installation.run("-m", "flexmask_cli", "check", "acme_masks", "--json")
+    )
+    assert checked["strategy"] == "acme_masks"
+    assert {rule["status"] for rule in checked["rules"]} == {"ok"}
 
 
 def test_an_installed_strategy_generates(installation, tmp_path):
     output = tmp_path / "out.feather"
     limits = ["--limit", "2", "--max-new-tokens", "4", "--output", output]
-    installation.run("-m", "flexmask_cli", "generate", "--strategy", "near_segments", *limits)
+    installation.run("-m", "flexmask_cli", "generate", "--strategy", "acme_masks", *limits)
     assert feather.read_table(output).num_rows == 2

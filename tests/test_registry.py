@@ -1,69 +1,12 @@
-import importlib
 import sys
 
 import pytest
 
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.registry import load_registry, make_strategy
+from plugin_site import Site, plugin
 
 BUILT_IN = ["causal", "ensemble_isolation", "prefix_segment"]
-
-STRATEGY = """
-@dataclass(frozen=True)
-class {cls}(Strategy):
-    name = "{name}"
-
-    def mask_mod(self, batch):
-        raise NotImplementedError
-"""
-
-
-def plugin(*names, hook="def register_strategies(): return [{classes}]"):
-    """Source of a plugin with a strategy for each name, and a hook that gets their classes."""
-    classes = [f"Strategy{number}" for number in range(len(names))]
-    return "\n".join(
-        [
-            "from dataclasses import dataclass",
-            "from flexmask import Strategy, hookimpl",
-            *(STRATEGY.format(cls=c, name=n) for c, n in zip(classes, names, strict=True)),
-            f"@hookimpl\n{hook.format(classes=', '.join(classes))}",
-        ]
-    )
-
-
-class Site:
-    """A folder to install made-up distributions in, each a module and its metadata."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.modules = set()
-        folder.mkdir()
-
-    def install(self, name, source, *, version="1.0", entry_points=None):
-        module = name.replace("-", "_")
-        self.modules.add(module)
-        (self.folder / f"{module}.py").write_text(source)
-        info = self.folder / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        )
-        entry_points = entry_points or f"{name.removeprefix('flexmask-')} = {module}"
-        (info / "entry_points.txt").write_text(f"[flexmask]\n{entry_points}\n")
-        importlib.invalidate_caches()
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A site on ``sys.path``, and an empty registry before and after."""
-    monkeypatch.delenv("FLEXMASK_LOAD_PLUGINS", raising=False)
-    site = Site(tmp_path / "site")
-    monkeypatch.syspath_prepend(site.folder)
-    load_registry.cache_clear()
-    yield site
-    load_registry.cache_clear()
-    for module in site.modules:
-        sys.modules.pop(module, None)
 
 
 def record(distribution):
@@ -171,7 +114,7 @@ def test_a_broken_plugin_is_recorded_and_stops_no_other(site, source, error):
     assert broken.error.startswith(error)
     assert "\n" not in broken.error
     assert broken.strategies == ()
-    problem = f"plugin 'flexmask-broken 1.0 (broken)' failed: {broken.error}"
+    problem = f"plugin 'flexmask-broken 1.0 (broken)' failed: {broken.error_with_place}"
     assert load_registry().problems() == (problem,)
     assert load_registry().error_of(broken) == broken.error
     assert {*BUILT_IN, "works"} <= set(names())
@@ -190,6 +133,13 @@ def test_entry_points_that_cannot_be_read_are_recorded(site):
     broken = record("flexmask-broken")
     assert broken.entry_point == "entry_points.txt"
     assert broken.error.startswith("it cannot be read: ")
+
+
+def test_an_entry_point_to_what_is_no_plugin_is_recorded(site):
+    site.install("flexmask-broken", "x = 3", entry_points="broken = flexmask_broken:x")
+    assert record("flexmask-broken").error == (
+        "no hook in it; decorate register_strategies with @flexmask.hookimpl"
+    )
 
 
 def test_an_interrupt_while_plugins_load_passes_through(site):

@@ -10,8 +10,11 @@ import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
+from flexmask.registry import LOAD_PLUGINS
+from flexmask_cli.commands.check import check
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
+from flexmask_cli.commands.new import new
 from flexmask_cli.commands.plugins import plugins
 from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
@@ -31,8 +34,15 @@ Version = Annotated[
 ]
 
 
-def _options(version: Version = False) -> None:
+NoPlugins = Annotated[
+    bool, typer.Option("--no-plugins", help="Load no strategies but the built-in ones.")
+]
+
+
+def _options(version: Version = False, no_plugins: NoPlugins = False) -> None:
     """Generate with structured attention; mask strategies are plugins."""
+    if no_plugins:
+        os.environ[LOAD_PLUGINS] = ""
 
 
 def build_app() -> typer.Typer:
@@ -50,6 +60,8 @@ def build_app() -> typer.Typer:
     app.command()(tasks)
     app.command()(warmup)
     app.command()(show)
+    app.command()(check)
+    app.command()(new)
     app.command()(strategies)
     app.command()(plugins)
     return app

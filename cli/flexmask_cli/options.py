@@ -10,7 +10,12 @@ import typer
 from flexmask.errors import OptionError
 
 StrategyName = Annotated[
-    str, typer.Option("--strategy", "-s", help="Mask strategy; see 'flexmask strategies'.")
+    str,
+    typer.Option(
+        "--strategy",
+        "-s",
+        help="Mask strategy; see 'flexmask strategies'. Or one in a file: path/to/file.py:name.",
+    ),
 ]
 Parameters = Annotated[
     list[str] | None,

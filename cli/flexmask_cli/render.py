@@ -60,6 +60,18 @@ def print_warnings(lines: Iterable[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def print_passing(text: str) -> None:
+    """Show on a terminal what is going on, until the next line is printed over it."""
+    erase_rest = "\x1b[K"
+    if sys.stdout.isatty():
+        print(text + erase_rest, end="\r", flush=True)
+
+
+def print_note(line: str) -> None:
+    """Print to stderr what is no warning and no result."""
+    print(f"note: {line}", file=sys.stderr)
+
+
 def print_line(line: str) -> None:
     """Print a line."""
     print(line, flush=True)

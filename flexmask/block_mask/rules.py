@@ -125,12 +125,12 @@ def mask_name(mask_mod: Any) -> str:
 
 def captured_name(mask_mod: MaskMod, tensor: Tensor) -> str:
     """Name a captured tensor for a message, if the mask_mod refers to it by name."""
-    names = (name for name, value in _captured_values(mask_mod, depth=4) if value is tensor)
+    names = (name for name, value in captured_values(mask_mod, depth=4) if value is tensor)
     name = next(names, None)
     return "a tensor" if name is None else f"tensor '{name}'"
 
 
-def _captured_values(owner: Any, depth: int) -> Iterator[tuple[str, Any]]:
+def captured_values(owner: Any, depth: int) -> Iterator[tuple[str, Any]]:
     """Yield the names and values that an object refers to, those of inner functions included."""
     if isinstance(owner, functools.partial):
         values = {f"argument {i}": x for i, x in enumerate((owner.func, *owner.args))}
@@ -147,4 +147,4 @@ def _captured_values(owner: Any, depth: int) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         yield name, value
         if depth and not isinstance(value, Tensor | type) and not inspect.ismodule(value):
-            yield from _captured_values(value, depth - 1)
+            yield from captured_values(value, depth - 1)

@@ -16,49 +16,33 @@ Suits segments in order, such as the turns of a conversation or the chunks of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask import Layout, Strategy, hookimpl, parameter
-from flexmask.errors import StrategyError
-from flexmask.layout import PREFIX, TAIL
+from flexmask import Strategy, hookimpl, mask_strategy, parameter
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, is_prefix, or_masks
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch stays out of listings, which load plugins too
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
     from flexmask.strategy import MaskMod
 
 
-@dataclass(frozen=True)
-class RecentSegments(Strategy):
+@mask_strategy
+def recent_segments(
+    batch: LayoutBatch,
+    *,
+    reach: int = parameter(1, help="How many segments before its own a token sees.", minimum=0),
+) -> MaskMod:
     """Each segment sees the prefix, itself and the few before it; the tail sees everything."""
+    segment_ids = batch.segment_ids
 
-    name = "recent_segments"
-    reach: int = parameter(1, help="How many segments before its own a token sees.")
+    def is_within_reach(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return segment_ids[b, q_idx] - segment_ids[b, kv_idx] <= reach
 
-    def __post_init__(self) -> None:
-        """Refuse what the type alone does not."""
-        if self.reach < 0:
-            raise StrategyError(f"reach must not be negative, got {self.reach}")
-
-    def mask_mod(self, batch: LayoutBatch) -> MaskMod:
-        segment_ids, reach = batch.segment_ids, self.reach
-
-        def is_within_reach(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return segment_ids[b, q_idx] - segment_ids[b, kv_idx] <= reach
-
-        visible = or_masks(is_within_reach, is_prefix(batch), is_fusion_tail(batch))
-        return and_masks(causal, visible)
-
-    def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
-        q_segment, kv_segment = layout.segment_ids[q_idx], layout.segment_ids[kv_idx]
-        is_within_reach = q_segment - kv_segment <= self.reach
-        return kv_idx <= q_idx and (is_within_reach or kv_segment == PREFIX or q_segment == TAIL)
+    return and_masks(causal, or_masks(is_within_reach, is_prefix(batch), is_fusion_tail(batch)))
 
 
 @hookimpl
-def register_strategies() -> Iterable[type[Strategy]]:
-    return [RecentSegments]
+def register_strategies() -> list[type[Strategy]]:
+    return [recent_segments]

@@ -1,43 +1,38 @@
-"""Holds the mask against its oracle, and checks the parameter."""
+"""Holds the strategy to flexmask's rules, and its picture and parameter to what they say."""
+
+import inspect
+import re
 
 import pytest
 import torch
-from flexmask_example import RecentSegments
+from flexmask_example import recent_segments
 
 from flexmask import TokenizedRequest
 from flexmask.errors import StrategyError
 from flexmask.layout_batch import LayoutBatch
+from flexmask.testing import check_strategy
 
-REQUEST = TokenizedRequest(prefix=(1, 2), segments=((3, 4), (5,), (6, 7, 8), (9,)), tail=(10, 11))
+
+def test_the_strategy_keeps_every_rule():
+    findings = check_strategy(recent_segments(reach=2))
+    assert not findings, findings[0]
 
 
-@pytest.mark.parametrize("reach", [0, 1, 2, 4])
-def test_the_mask_allows_what_the_oracle_allows(reach):
-    strategy = RecentSegments(reach)
-    layout = strategy.layout(REQUEST)
+def test_the_mask_is_the_picture_in_the_docstring():
+    strategy = recent_segments(reach=1)
+    layout = strategy.layout(TokenizedRequest((1,), ((2, 3), (4, 5), (6, 7)), (8,)))
     batch = LayoutBatch(batch_size=1, capacity=len(layout), device=torch.device("cpu"))
     batch.load([layout], num_tokens=[len(layout)], starts=[0])
+    slots, zero = torch.arange(len(layout)), torch.tensor(0)
+    mask = strategy.mask_mod(batch)(zero, zero, slots[:, None], slots[None, :])
 
-    row = head = torch.tensor(0)
-    slots = torch.arange(len(layout))
-    mask = strategy.mask_mod(batch)(row, head, slots[:, None], slots[None, :])
-
-    oracle = [[strategy.allowed(layout, int(q), int(kv)) for kv in slots] for q in slots]
-    assert mask.tolist() == oracle
-
-
-def test_a_segment_sees_the_one_before_it_but_not_the_one_before_that():
-    strategy = RecentSegments(reach=1)
-    layout = strategy.layout(REQUEST)
-    first, second, third = (layout.segment_ids.index(number) for number in (1, 2, 3))
-    assert strategy.allowed(layout, third, second)
-    assert not strategy.allowed(layout, third, first)
-
-
-def test_reach_is_parsed_from_text():
-    assert RecentSegments.from_parameters({"reach": "2"}) == RecentSegments(reach=2)
+    rows = re.findall(
+        r"^ +[P123T] ((?:#| )+)$", inspect.getmodule(recent_segments).__doc__, flags=re.MULTILINE
+    )
+    drawn = [[cell == "#" for cell in row.ljust(2 * len(slots))[::2]] for row in rows]
+    assert mask.tolist() == drawn
 
 
 def test_a_negative_reach_is_refused():
     with pytest.raises(StrategyError, match="reach must not be negative, got -1"):
-        RecentSegments(reach=-1)
+        recent_segments(reach=-1)

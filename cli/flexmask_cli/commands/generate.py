@@ -16,7 +16,7 @@ import typer
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.errors import FlexMaskWarning, OptionError
-from flexmask.registry import load_registry, make_strategy
+from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -42,9 +42,9 @@ from flexmask_cli.options import (
     StrategyName,
     TrustRemoteCode,
     parse_batch_size,
-    parse_parameters,
 )
 from flexmask_cli.progress import track
+from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
     from flexmask.dataset.requests import RequestSource
@@ -140,9 +140,7 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
-    registry = load_registry()
-    render.print_warnings(registry.problems())
-    chosen = make_strategy(strategy, parse_parameters(param or []))
+    chosen = choose_strategy(strategy, param)
     mode = _parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
@@ -183,7 +181,7 @@ def generate(
     resolve_dtype(dtype, target)
     config = RunConfig(
         run={
-            "strategy": strategy,
+            "strategy": recorded_name(strategy),
             "parameters": chosen.parameter_values(),
             "model": model or DEMO,
             "dtype": dtype,
@@ -196,7 +194,7 @@ def generate(
     )
     options |= {"batch_size": parse_batch_size(batch_size), "on_error": on_error.value}
     stem = rows.stem if input or task else DEMO
-    path = output or default_output_path(stem, model or DEMO, strategy, num_segments)
+    path = output or default_output_path(stem, model or DEMO, chosen.name, num_segments)
     with ResultWriter.open(
         path, config=config, requests=requests, mode=mode, judge=judge
     ) as writer:

@@ -6,16 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmask.registry import PluginRecord, Registry, load_registry
+from flexmask.plugin_loading import PluginRecord
+from flexmask.registry import Registry
 from flexmask_cli import render
+from flexmask_cli.strategy_choice import load_plugins
 
 
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List plugins, and why one failed."""
-    registry = load_registry()
-    render.print_warnings(registry.problems())
+    registry = load_plugins()
     if as_json:
         render.print_json([_fields(plugin, registry) for plugin in registry.plugins])
     else:
@@ -31,13 +32,16 @@ def _fields(plugin: PluginRecord, registry: Registry) -> dict[str, Any]:
         "value": plugin.value,
         "strategies": [cls.name for cls in plugin.strategies],
         "error": registry.error_of(plugin),
+        "place": plugin.place,
+        "notes": list(plugin.notes),
     }
 
 
 def _row(plugin: PluginRecord, registry: Registry) -> dict[str, str]:
+    error = plugin.error_with_place or registry.error_of(plugin)
     return {
         "distribution": plugin.distribution,
         "version": plugin.version,
         "entry point": plugin.entry_point,
-        "status": registry.error_of(plugin) or "ok",
+        "status": "; ".join([error or "ok", *plugin.notes]),
     }

@@ -9,13 +9,12 @@ import typer
 
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
-from flexmask.registry import load_registry, make_strategy
+from flexmask.picture import SEES, SEES_NOT, SEES_SOME, draw
 from flexmask_cli import render
-from flexmask_cli.options import Parameters, StrategyName, parse_parameters
+from flexmask_cli.options import Parameters, StrategyName
+from flexmask_cli.strategy_choice import choose_strategy, stdout_to_stderr
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flexmask.block_mask import MaskReport
     from flexmask.layout import Layout
     from flexmask.strategy import Strategy
@@ -50,13 +49,13 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Draw the mask of a strategy for a request of given lengths."""
-    render.print_warnings(load_registry().problems())
-    chosen = make_strategy(strategy, parse_parameters(param or []))
+    chosen = choose_strategy(strategy, param)
     lengths = _parse_lengths(segments)
     request = TokenizedRequest(
         (TOKEN,) * prefix, tuple((TOKEN,) * length for length in lengths), (TOKEN,) * suffix
     )
-    layout = chosen.layout(request)
+    with stdout_to_stderr():
+        layout = chosen.layout(request)
     if stats or as_json:
         report = _explain(chosen, layout, tile=128)
         figures = {"tokens": len(layout)} | {name: getattr(report, name) for name in FIGURES}
@@ -66,11 +65,10 @@ def show(
             render.print_figures(figures)
         return
     room = min(shutil.get_terminal_size().columns - 4, 100)
-    tile = -(-len(layout) // room)
-    states = _explain(chosen, layout, tile).states[0, 0]
-    render.print_line(_picture(states, layout, tile))
+    render.print_line(picture(chosen, layout, room))
 
 
+@stdout_to_stderr()
 def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
     import torch
 
@@ -83,22 +81,18 @@ def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
     return explain_mask(strategy.mask_mod(batch), 1, None, size, size, "cpu", tile)
 
 
-def _picture(states: Tensor, layout: Layout, tile: int) -> str:
-    """Draw one character per tile, with the part that each row's first token belongs to."""
+def picture(strategy: Strategy, layout: Layout, room: int) -> str:
+    """Draw a mask in at most ``room`` columns: a character per token, or per tile of tokens."""
     from flexmask.block_mask.tile_states import EMPTY, FULL
 
-    names = [_part(layout.segment_ids[slot]) for slot in range(0, len(layout), tile)]
-    lines = ["   " + "".join(name[-1] for name in names)]
-    for name, row in zip(names, states.tolist(), strict=True):
-        cells = ("." if s == EMPTY else "#" if s == FULL else "+" for s in row)
-        lines.append(f"{name:>2} " + "".join(cells))
+    tile = -(-len(layout) // room)
+    states = _explain(strategy, layout, tile).states[0, 0]
+    cell = {EMPTY: SEES_NOT, FULL: SEES}
+    rows = ["".join(cell.get(state, SEES_SOME) for state in row) for row in states.tolist()]
+    segments = layout.segment_ids[::tile]
     each = "one token" if tile == 1 else f"{tile} tokens"
     key = "# sees, . does not" if tile == 1 else "# sees all, + some, . none"
-    return "\n".join([*lines, f"a cell is {each} (q down, kv across): {key}"])
-
-
-def _part(segment_id: int) -> str:
-    return {0: "P", -1: "T"}.get(segment_id, str(segment_id))
+    return f"{draw(rows, segments, segments)}\na cell is {each} (q down, kv across): {key}"
 
 
 def _parse_lengths(text: str) -> list[int]:

@@ -7,22 +7,68 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmask.registry import RegisteredStrategy, load_registry
-from flexmask.strategy import Parameter
+from flexmask.registry import RegisteredStrategy
+from flexmask.strategy import Parameter, Strategy
 from flexmask_cli import render
+from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
+
+SHOWN_LENGTHS = 3, (4, 3, 5), 2
+"""Tokens of prefix, segments and tail of the layout whose mask is drawn."""
 
 
 def strategies(
+    name: Annotated[str | None, typer.Argument(help="Show this one, with its mask.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List mask strategies, their parameters and who provides them."""
-    registry = load_registry()
-    render.print_warnings(registry.problems())
+    """List mask strategies, their parameters and who provides them; or show one."""
+    registry = load_plugins()
+    if name is not None:
+        _show_one(registry.registered(name), as_json)
+        return
     registered = registry.strategies()
     if as_json:
         render.print_json([_fields(item) for item in registered])
     else:
         render.print_table([_row(item) for item in registered], wrapped=["parameters", "rule"])
+
+
+def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
+    with stdout_to_stderr():
+        picture = _picture(item.cls())
+    if as_json:
+        source = {"source": item.cls.source(), "picture": picture.splitlines()}
+        render.print_json(_fields(item) | source)
+        return
+    owner = item.owner
+    rows = {
+        item.cls.name: item.cls.summary(),
+        "from": f"{owner.distribution} {owner.version}, entry point {owner.entry_point}",
+        "source": item.cls.source(),
+    }
+    for parameter in item.cls.parameters():
+        declared = _parameter(parameter).removeprefix(f"{parameter.name}: ")
+        rows[f"--param {parameter.name}"] = f"{declared}  {parameter.help}"
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        render.print_line(f"{name:{width}}  {text}")
+    render.print_line(f"\n{picture}")
+
+
+def _picture(strategy: Strategy) -> str:
+    """The mask of a small layout."""
+    from flexmask.layout import TokenizedRequest
+    from flexmask_cli.commands.show import TOKEN, picture
+
+    prefix, segments, tail = SHOWN_LENGTHS
+    request = TokenizedRequest(
+        (TOKEN,) * prefix, tuple((TOKEN,) * length for length in segments), (TOKEN,) * tail
+    )
+    try:
+        layout = strategy.layout(request)
+        return picture(strategy, layout, room=len(layout))
+    except Exception as error:  # the plugin's own; what else is known of it is shown all the same
+        described = str(error) or type(error).__name__
+        return f"no picture: {described}; 'flexmask check {strategy.name}' says more"
 
 
 def _fields(item: RegisteredStrategy) -> dict[str, Any]:

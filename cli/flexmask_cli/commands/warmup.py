@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from flexmask.registry import load_registry, make_strategy
-from flexmask_cli import render
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
     BatchSize,
@@ -20,8 +18,8 @@ from flexmask_cli.options import (
     StrategyName,
     TrustRemoteCode,
     parse_batch_size,
-    parse_parameters,
 )
+from flexmask_cli.strategy_choice import choose_strategy
 
 PromptTokens = Annotated[int, typer.Option(help="Tokens of the longest prompt to expect.")]
 NumSegments = Annotated[int, typer.Option(help="Segments of a prompt.")]
@@ -40,8 +38,7 @@ def warmup(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compile for a model, a strategy and sizes; a later run finds it on disk."""
-    render.print_warnings(load_registry().problems())
-    chosen = make_strategy(strategy, parse_parameters(param or []))
+    chosen = choose_strategy(strategy, param)
     rows = parse_batch_size(batch_size)
     engine = load_engine(model, device, dtype, trust_remote_code, verbose=False)
     for name in ("cold", "warm"):

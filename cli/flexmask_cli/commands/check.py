@@ -1,0 +1,78 @@
+"""``flexmask check``: holds strategies to the rules that the engine relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexmask_cli import render
+from flexmask_cli.options import Parameters
+from flexmask_cli.strategy_choice import choose_strategies, stdout_to_stderr
+
+if TYPE_CHECKING:
+    from flexmask.strategy import Strategy
+    from flexmask.testing import Outcome
+
+
+def check(
+    strategy: Annotated[str, typer.Argument(help="A strategy's name, or path/to/file.py[:name].")],
+    param: Parameters = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a strategy: its mask, its layouts, and what compiles. Exits with 1 on findings."""
+    chosen = choose_strategies(strategy, param)
+    outcomes = [_run(item, is_silent=as_json) for item in chosen]
+    if as_json:
+        render.print_json([_fields(*pair) for pair in zip(chosen, outcomes, strict=True)])
+    if any(outcome.finding for found in outcomes for outcome in found):
+        raise typer.Exit(1)
+
+
+def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
+    """Check one strategy; print rule by rule, then the findings."""
+    from flexmask.testing import RULES, run_rules
+
+    if is_silent:
+        with stdout_to_stderr():
+            return list(run_rules(strategy))
+    render.print_line(str(strategy))
+    outcomes: list[Outcome] = []
+    width = max(len(rule.name) for rule in RULES)
+    running, results = iter(RULES), run_rules(strategy)
+    while len(outcomes) < len(RULES):
+        render.print_passing(f"  {'…':6}  {next(running).name}")
+        outcomes.append(next(results))
+        rule, status = outcomes[-1].rule, outcomes[-1].status
+        if status != "skipped":
+            render.print_line(f"  {status:6}  {rule.name:{width}}  {rule.summary}")
+    render.print_passing("")
+    findings = [outcome.finding for outcome in outcomes if outcome.finding]
+    for finding in findings:
+        render.print_line(f"\n{finding}")
+    render.print_line(_summary(outcomes))
+    return outcomes
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    counts = Counter(outcome.status for outcome in outcomes)
+    if not counts["broken"]:
+        return f"all {len(outcomes)} rules kept"
+    broken = f"\n{counts['broken']} of {len(outcomes)} rules broken"
+    if not counts["skipped"]:
+        return broken
+    return f"{broken}; {counts['skipped']} were not checked, since they build on it"
+
+
+def _fields(strategy: Strategy, outcomes: list[Outcome]) -> dict[str, Any]:
+    return {
+        "strategy": strategy.name,
+        "parameters": strategy.parameter_values(),
+        "rules": [
+            {"name": item.rule.name, "asserts": item.rule.summary, "status": item.status}
+            for item in outcomes
+        ],
+        "findings": [dataclasses.asdict(item.finding) for item in outcomes if item.finding],
+    }

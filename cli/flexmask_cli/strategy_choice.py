@@ -1,0 +1,81 @@
+"""From what the user asked for to a strategy: loads plugins and says what went wrong with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+from flexmask.errors import FlexMaskWarning
+from flexmask.registry import Registry, load_registry, make_strategy
+from flexmask.strategy import Strategy
+from flexmask.strategy_file import is_strategy_file, names_in_file
+from flexmask_cli import render
+from flexmask_cli.options import parse_parameters
+
+
+def load_plugins() -> Registry:
+    """Load all plugins, and print what the user should know about them."""
+    with stdout_to_stderr():
+        registry = load_registry()
+    render.print_warnings(registry.problems())
+    return registry
+
+
+def choose_strategies(reference: str, pairs: Sequence[str] | None) -> list[Strategy]:
+    """As `choose_strategy`; all strategies of a file where no name follows its path."""
+    if not is_strategy_file(reference):
+        return [choose_strategy(reference, pairs)]
+    with _file_warnings():
+        names = names_in_file(reference)
+    return [choose_strategy(name, pairs) for name in names]
+
+
+def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
+    """Make a strategy by its name or from a file, which is announced.
+
+    Args:
+        name: Of a registered strategy, or ``path/to/file.py:name``.
+        pairs: Its parameters, as ``KEY=VALUE``.
+    """
+    parameters = parse_parameters(pairs or [])
+    if not is_strategy_file(name):
+        load_plugins()
+        return make_strategy(name, parameters)
+    with _file_warnings():
+        strategy = make_strategy(name, parameters)
+    render.print_note(
+        f"strategy {strategy.name!r} runs straight from a file, {strategy.source()}; "
+        "'flexmask new' starts a plugin"
+    )
+    return strategy
+
+
+@contextmanager
+def _file_warnings() -> Iterator[None]:
+    """Print what flexmask warns of while a file runs, a line each."""
+    with warnings.catch_warnings(record=True) as caught, stdout_to_stderr():
+        warnings.simplefilter("always", FlexMaskWarning)
+        try:
+            yield
+        finally:
+            render.print_warnings(str(item.message) for item in caught)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what a plugin's code, C code and child processes write to stdout."""
+    if sys.stdout is None or sys.stderr is None:  # closed by who called
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,71 @@
+"""Says what an error is, and which line of somebody's code it comes from."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from flexmask.errors import FlexMaskError
+
+
+def described(error: BaseException) -> str:
+    """An error's message in one line, after its type where it is not one of flexmask's."""
+    message = " ".join(str(error).split())
+    if isinstance(error, FlexMaskError):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
+def place_of_fault(error: BaseException, module: str) -> str | None:
+    """The innermost line of ``module``, or its package, on the way to ``error``.
+
+    Args:
+        error: What was raised.
+        module: Dotted name of the module, or path of its file.
+
+    Returns:
+        For example ``flexmask_mine.py:3: `import nowhere```; None if no line of it took part.
+    """
+    if isinstance(error, SyntaxError) and error.filename and _belongs(error.filename, module):
+        return _place(error.filename, error.lineno or 1, error.text or "")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _belongs(frame.filename, module)]
+    return _place(own[-1].filename, own[-1].lineno or 1, own[-1].line or "") if own else None
+
+
+def innermost_place(error: BaseException) -> str:
+    """The line that raised ``error``, whoever's it is."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return _place(frame.filename, frame.lineno or 1, frame.line or "")
+
+
+def place_of_code(function: Callable[..., Any]) -> str | None:
+    """Where a function is defined, in the same form; None for one without source."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if not isinstance(code, CodeType):
+        return None
+    line = code.co_firstlineno
+    while linecache.getline(code.co_filename, line).lstrip().startswith("@"):
+        line += 1
+    return _place(code.co_filename, line, linecache.getline(code.co_filename, line))
+
+
+def _belongs(filename: str, module: str) -> bool:
+    path = Path(filename)
+    if module.endswith(".py"):
+        return path.resolve() == Path(module).resolve()
+    top = module.partition(":")[0].partition(".")[0]
+    _, found, inner = path.as_posix().rpartition(f"/{top}")
+    # A project folder may be called like its package and hold an environment with everything.
+    return (
+        bool(found) and (inner == ".py" or inner.startswith("/")) and "site-packages" not in inner
+    )
+
+
+def _place(filename: str, line: int, text: str) -> str:
+    return f"{Path(filename).name}:{line}: `{text.strip()}`"

@@ -1,0 +1,118 @@
+"""Strategies straight from a Python file, for the time before there is a plugin."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from flexmask.errors import FlexMaskWarning, StrategyError
+from flexmask.fault import described, place_of_fault
+from flexmask.guarded_call import call_guarded
+from flexmask.strategy import Strategy, check_strategy_class
+
+_REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
+
+
+def is_strategy_file(reference: str) -> bool:
+    """Whether a strategy is asked for as ``path/to/file.py`` or ``path/to/file.py:name``."""
+    return _REFERENCE.fullmatch(reference) is not None
+
+
+def strategy_of_file(reference: str) -> type[Strategy]:
+    """The strategy that ``path/to/file.py:name`` names; the name may be left out if there is one.
+
+    Raises:
+        StrategyError: If the file cannot be run or has no such strategy.
+    """
+    path, name = _parts(reference)
+    found = {cls.name: cls for cls in strategies_of_file(path)}
+    if not name and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        asked = f"has no strategy {name!r}" if name else "has several strategies"
+        listed = " or ".join(f"{path}:{known}" for known in found)
+        raise StrategyError(f"{path} {asked}; ask for one as {listed}")
+    return found[name]
+
+
+def names_in_file(reference: str) -> list[str]:
+    """``path/to/file.py:name`` for the strategy that is named, or for each in the file.
+
+    Raises:
+        StrategyError: As `strategies_of_file`.
+    """
+    path, name = _parts(reference)
+    return [reference] if name else [f"{path}:{cls.name}" for cls in strategies_of_file(path)]
+
+
+def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
+    """Run a file, once for each state of it, and take the strategies that it defines.
+
+    Raises:
+        StrategyError: If it cannot be run, or defines none or one that is not usable.
+    """
+    return _strategies(path.absolute(), path, _digest(path))
+
+
+@cache
+def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
+    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may have a masks.py each
+    result = call_guarded(lambda: _run(location, name), name, timeout_s=None)
+    for note in result.notes:
+        warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
+    if result.error is not None:
+        line = place_of_fault(result.error, str(location))
+        where = f" at {line}" if line else ""
+        raise StrategyError(f"{path} failed: {described(result.error)}{where}") from result.error
+    assert result.value is not None
+    values = vars(result.value).values()
+    own = [cls for cls in values if isinstance(cls, type) and cls.__module__ == name]
+    found = tuple(check_strategy_class(cls) for cls in own if issubclass(cls, Strategy))
+    if not found:
+        raise StrategyError(
+            f"{path} defines no strategy; decorate a function of the batch with "
+            "@flexmask.mask_strategy"
+        )
+    return found
+
+
+def recorded_name(reference: str) -> str:
+    """What a run's configuration records: a name; a file with a digest of what it holds."""
+    if not is_strategy_file(reference):
+        return reference
+    return f"{reference} (sha256 {_digest(_parts(reference)[0])})"
+
+
+def _digest(path: Path) -> str:
+    """Identifies what a file holds."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise StrategyError(
+            f"{path}: {error.strerror}; a strategy is a name or path/to/file.py:name"
+        ) from None
+
+
+def _parts(reference: str) -> tuple[Path, str]:
+    match = _REFERENCE.fullmatch(reference)
+    assert match is not None
+    return Path(match["path"]), match["name"] or ""
+
+
+def _run(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

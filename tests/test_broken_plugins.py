@@ -1,0 +1,357 @@
+"""Broken plugins: what each is told, and that all others work."""
+
+import threading
+
+import pytest
+import torch
+
+from flexmask.registry import load_registry, make_strategy
+from flexmask.testing import run_rules
+from plugin_site import plugin
+
+TIMEOUT = "FLEXMASK_PLUGIN_TIMEOUT"
+
+BUILT_IN = {"causal", "ensemble_isolation", "prefix_segment"}
+
+
+@pytest.fixture
+def working(site):
+    """Two plugins that load before and after what a test installs."""
+    site.install("flexmask-aaa", plugin("first"))
+    site.install("flexmask-zzz", plugin("last"))
+    return site
+
+
+def assert_others_work():
+    names = {item.cls.name for item in load_registry().strategies()}
+    assert names >= BUILT_IN | {"first", "last"}
+    assert make_strategy("causal", {}).mask_mod.__module__ == "flexmask_strategies.causal"
+
+
+def problems():
+    """What is said of the broken plugin, without the words that name it."""
+    return [line.removeprefix("plugin 'flexmask-mine 1.0 (mine)' ") for line in _lines()]
+
+
+def _lines():
+    return load_registry().problems()
+
+
+LOADING = {
+    "import error": (
+        "import torch_geometry",
+        "failed: ModuleNotFoundError: No module named 'torch_geometry' at flexmask_mine.py:1: "
+        "`import torch_geometry`",
+    ),
+    "import error further in": (
+        "def load():\n    return {}['mask']\n\nload()\n",
+        "failed: KeyError: 'mask' at flexmask_mine.py:2: `return {}['mask']`",
+    ),
+    "syntax error": (
+        "x = 1\ndef mask(\n",
+        "failed: SyntaxError: '(' was never closed (flexmask_mine.py, line 2) at "
+        "flexmask_mine.py:2: `def mask(`",
+    ),
+    "wrong hook name": (
+        plugin("mine", hook="def register_strategy(): return [{classes}]"),
+        "failed: PluginValidationError: unknown hook 'register_strategy' in plugin <module "
+        "'flexmask_mine' from '{folder}/flexmask_mine.py'> at flexmask_mine.py:12: "
+        "`def register_strategy(): return [Strategy0]`",
+    ),
+    "wrong signature": (
+        plugin("mine", hook="def register_strategies(config): return [{classes}]"),
+        "failed: PluginValidationError: Plugin 'flexmask_mine' for hook 'register_strategies' "
+        "hookimpl definition: register_strategies(config) Argument(s) {'config'} are declared "
+        "in the hookimpl but can not be found in the hookspec at flexmask_mine.py:12: "
+        "`def register_strategies(config): return [Strategy0]`",
+    ),
+    "duplicate strategy": (
+        plugin("mine", "mine"),
+        "failed: strategy 'mine' is registered twice at flexmask_mine.py:20: "
+        "`def register_strategies(): return [Strategy0, Strategy1]`",
+    ),
+    "built-in name": (
+        plugin("causal"),
+        "failed: strategy 'causal' is built in; give yours another name at flexmask_mine.py:12: "
+        "`def register_strategies(): return [Strategy0]`",
+    ),
+    "parameter by position": (
+        "from flexmask import mask_strategy\n@mask_strategy\ndef mine(batch, window=3): ...\n",
+        "failed: strategy 'mine' takes 'window' by position; write its parameters after a star: "
+        "def mine(batch, *, window: …) at flexmask_mine.py:2: `@mask_strategy`",
+    ),
+    "exit": (
+        "raise SystemExit(3)",
+        "failed: SystemExit: 3 at flexmask_mine.py:1: `raise SystemExit(3)`",
+    ),
+    "prints at import": (
+        "print('loading', 3, 'masks')\n" + plugin("mine"),
+        "printed to stdout, which results may go to: 'loading 3 masks'",
+    ),
+    "changes torch": (
+        "import torch\ntorch.set_default_dtype(torch.float64)\n" + plugin("mine"),
+        "changed torch's default dtype to torch.float64, which was put back",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), LOADING.values(), ids=LOADING)
+def test_a_plugin_that_does_not_load_as_it_should_is_told_why_and_where(working, source, message):
+    working.install("flexmask-mine", source)
+    assert problems() == [message.replace("{folder}", str(working.folder))]
+    assert_others_work()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import time\ntime.sleep(0.7)\nprint('late')", "while True: pass"],
+    ids=["sleeps", "loops"],
+)
+def test_a_plugin_that_hangs_at_import_is_left_after_a_while(working, monkeypatch, capsys, source):
+    monkeypatch.setenv(TIMEOUT, "0.3")
+    working.install("flexmask-mine", source)
+    assert problems() == [
+        "failed: still loading after 0.3 s; do slow work inside functions, or set "
+        "FLEXMASK_PLUGIN_TIMEOUT to more seconds"
+    ]
+    assert_others_work()
+    wait_for_thread("loading flexmask_mine")
+    assert capsys.readouterr().out == ""
+
+
+def wait_for_thread(name):
+    """Wait until a thread has ended, which it does at its next bytecode."""
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+def test_a_plugin_that_needs_a_newer_flexmask_is_told_in_a_sentence(working):
+    working.install("flexmask-mine", "from flexmask import NotThereYet", requires="flexmask>=9.1")
+    assert _lines() == (
+        "plugin 'flexmask-mine 1.0 (entry_points.txt)' failed: it needs flexmask>=9.1, and 0.1.0 "
+        "is installed; run: pip install --upgrade flexmask flexmask-mine",
+    )
+    assert_others_work()
+
+
+@pytest.mark.parametrize("requires", ["flexmask>=0.1", "flexmask; extra == 'masks'", "torch<1"])
+def test_a_plugin_whose_requirement_is_met_loads(working, requires):
+    working.install("flexmask-mine", plugin("mine"), requires=requires)
+    assert problems() == []
+    assert_others_work()
+
+
+def test_an_entry_point_that_is_declared_twice_loads_once(working):
+    lines = "mine = flexmask_mine\nmine = flexmask_other"
+    working.install("flexmask-mine", plugin("mine"), entry_points=lines)
+    assert problems() == ["failed: entry point 'mine' is declared twice; rename one"]
+    assert load_registry().strategy("mine").__module__ == "flexmask_mine"
+    assert_others_work()
+
+
+def test_a_strategy_of_two_plugins_names_both(working):
+    working.install("flexmask-mine", plugin("last"))
+    assert problems() == [
+        "strategy 'last' is registered by 'flexmask-mine 1.0 (mine)' and 'flexmask-zzz 1.0 (zzz)'"
+        "; uninstall one or set FLEXMASK_LOAD_PLUGINS"
+    ]
+
+
+def test_a_plugin_whose_module_is_gone_is_told_to_install_again(working):
+    working.install("flexmask-mine", "")
+    (working.folder / "flexmask_mine.py").unlink()
+    assert problems() == [
+        "failed: its module 'flexmask_mine' is not there; install it again: "
+        "pip install --force-reinstall flexmask-mine"
+    ]
+    assert_others_work()
+
+
+def test_a_plugin_without_metadata_is_told_to_install_again(working):
+    working.install("flexmask-mine", plugin("mine"))
+    (working.folder / "flexmask_mine-1.0.dist-info" / "METADATA").unlink()
+    assert _lines() == (
+        "plugin 'flexmask_mine-1.0.dist-info ? (entry_points.txt)' failed: it is not installed "
+        "whole: its metadata names no version; reinstall",
+    )
+    assert_others_work()
+
+
+HEAD = """
+import torch
+from flexmask import hookimpl, mask_strategy
+from flexmask.mask_mods import and_masks, causal, or_masks, same_segment
+
+@hookimpl
+def register_strategies():
+    return [mine]
+
+@mask_strategy
+def mine(batch):
+"""
+
+MASKS = {
+    "Python bool": (
+        "    def rule(b, h, q_idx, kv_idx): return True\n    return rule",
+        "bool tensor: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:12) returns the Python bool "
+        "True; return a tensor: `q_idx >= 0`",
+    ),
+    "reduction": (
+        "    ids = batch.segment_ids\n"
+        "    def rule(b, h, q_idx, kv_idx): return (ids[b] == ids[b, q_idx]).any()\n"
+        "    return rule",
+        "pointwise: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:13) calls any(), a reduction",
+    ),
+    ".item()": (
+        "    def rule(b, h, q_idx, kv_idx): return q_idx >= kv_idx.item()\n    return rule",
+        "pointwise: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:12) reads a value on the host"
+        ": item();",
+    ),
+    "if on a tensor": (
+        "    def rule(b, h, q_idx, kv_idx): return q_idx > 0 if q_idx > kv_idx else q_idx >= 0\n"
+        "    return rule",
+        "pointwise: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:12) reads a value on the host"
+        ": __bool__();",
+    ),
+    "wrong device": (
+        "    table, ids = torch.ones(9, dtype=torch.bool), batch.segment_ids\n"
+        "    def rule(b, h, q_idx, kv_idx): return (q_idx >= kv_idx) & table[ids[b, q_idx]]\n"
+        "    return rule",
+        "device: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:13) captures tensor 'table' on "
+        "cpu, while its batch is on another device",
+    ),
+    "values read while building": (
+        "    last = batch.segment_ids.max().item()\n"
+        "    def rule(b, h, q_idx, kv_idx):\n"
+        "        return (q_idx >= kv_idx) & (batch.segment_ids[b, q_idx] <= last)\n"
+        "    return rule",
+        "device: building the mask reads values of the batch, or mixes devices, at "
+        "flexmask_mine.py:12: `last = batch.segment_ids.max().item()` (RuntimeError)",
+    ),
+    "Python-int capture": (
+        "    mine.mask_mod.calls = getattr(mine.mask_mod, 'calls', 1000) + 1\n"
+        "    window = mine.mask_mod.calls\n"
+        "    def rule(b, h, q_idx, kv_idx):\n"
+        "        return (q_idx >= kv_idx) & (q_idx - kv_idx < window)\n"
+        "    return rule",
+        "numbers: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:14) captures the Python number "
+        "'window', which is ",
+    ),
+    "length-sized capture": (
+        "    slots = torch.arange(batch.segment_ids.shape[1], device=batch.device)\n"
+        "    def rule(b, h, q_idx, kv_idx): return slots[q_idx] >= slots[kv_idx]\n"
+        "    return rule",
+        "tables: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:13) captures tensor 'slots', "
+        "whose shape follows the batch: (64,), then (128,)",
+    ),
+    "copy of the batch": (
+        "    ids = batch.segment_ids.clone()\n"
+        "    def rule(b, h, q_idx, kv_idx): return ids[b, q_idx] == ids[b, kv_idx]\n"
+        "    return and_masks(causal, rule)",
+        "next layout: the row of slot 7 is still that of the layout before",
+    ),
+    "non-causal": (
+        "    return or_masks(causal, same_segment(batch))",
+        "causal: the token at slot 1 sees slot 2, which comes later",
+    ),
+    "empty rows": (
+        "    def rule(b, h, q_idx, kv_idx): return q_idx > kv_idx\n    return rule",
+        "no empty row: the token at slot 0 sees no token at all",
+    ),
+    "absolute slots": (
+        "    def rule(b, h, q_idx, kv_idx): return (q_idx - kv_idx < 3) | (kv_idx < 2)\n"
+        "    return and_masks(causal, rule)",
+        "any slot: the row of slot 3 changes when its row is padded on the left",
+    ),
+    "sees what is not there yet": (
+        "    ids = batch.segment_ids\n"
+        "    def rule(b, h, q_idx, kv_idx):\n"
+        "        is_last = ids[b, (q_idx + 1).clamp(max=63)] != ids[b, q_idx]\n"
+        "        return is_last | (q_idx == kv_idx)\n"
+        "    return and_masks(causal, rule)",
+        "decode: the row of slot 6 is another when it is decoded",
+    ),
+    "random": (
+        "    table = batch.table(torch.rand(4, 4)) < 0.5\n"
+        "    def rule(b, h, q_idx, kv_idx): return table[q_idx % 4, kv_idx % 4]\n"
+        "    return and_masks(causal, rule)",
+        "deterministic: the row of slot ",
+    ),
+    "wrong dtype": (
+        "    def rule(b, h, q_idx, kv_idx): return q_idx - kv_idx\n    return rule",
+        "bool tensor: mask_mod 'mine.<locals>.rule' (flexmask_mine.py:12) returns torch.int64; it "
+        "must return torch.bool: compare, `x != 0`",
+    ),
+    "raises at call": (
+        "    raise ValueError('no table for this batch')",
+        "bool tensor: it raises ValueError: no table for this batch at flexmask_mine.py:12: "
+        "`raise ValueError('no table for this batch')`",
+    ),
+    "torch's settings": (
+        "    torch.set_float32_matmul_precision('medium')\n    return causal",
+        "torch settings: it sets torch's float32 matmul precision to medium",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), MASKS.values(), ids=MASKS)
+def test_a_mask_that_breaks_a_rule_is_told_which_and_how_to_mend_it(working, body, message):
+    working.install("flexmask-mine", HEAD + body)
+    torch.manual_seed(0)
+    outcomes = run_rules(make_strategy("mine", {}))
+    finding = next(outcome.finding for outcome in outcomes if outcome.finding)
+    outcomes.close()
+    assert str(finding).startswith(message)
+    assert finding.mend
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert_others_work()
+
+
+LAYOUTS = {
+    "negative positions": (
+        "tuple(p - 1 for p in plan.position_ids)",
+        "layout: positions must not be negative, got -1\n  layout: prefix 1, segments 2, tail 1\n",
+    ),
+    "too few positions": (
+        "plan.position_ids[1:]",
+        "layout: 4 tokens, 4 segment ids and 3 positions: a layout needs one of each per token",
+    ),
+    "positions of tensors": (
+        "tuple(torch.tensor(plan.position_ids).unbind())",
+        "positions: positions must be ints, got Tensor",
+    ),
+    "a tail that stands still": (
+        "(*plan.position_ids[:-2], 9, 9)",
+        "positions: the tail's positions must go up by one, got (9, 9)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("positions", "message"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_that_breaks_a_rule_is_told_which(working, positions, message):
+    source = f"""
+import torch
+from dataclasses import dataclass
+from flexmask import Layout, Strategy, hookimpl
+from flexmask.layout import shared_prefix_layout
+from flexmask.mask_mods import causal
+
+@dataclass(frozen=True)
+class Mine(Strategy):
+    name = "mine"
+    def mask_mod(self, batch): return causal
+    def layout(self, request):
+        plan = shared_prefix_layout(request, "sequential")
+        return Layout(plan.token_ids, plan.segment_ids, {positions})
+
+@hookimpl
+def register_strategies(): return [Mine]
+"""
+    working.install("flexmask-mine", source)
+    outcomes = run_rules(make_strategy("mine", {}))
+    finding = next(outcome.finding for outcome in outcomes if outcome.finding)
+    assert str(finding).startswith(message)
+    assert {outcome.status for outcome in outcomes} == {"skipped"}
+    assert_others_work()
