@@ -23,9 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PREFIX = 0
 """Segment id of prefix tokens; segments count from 1."""
@@ -171,6 +174,17 @@ class Layout:
             (*self.segment_ids, *(TAIL,) * num_tokens),
             (*self.position_ids, *generated),
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the position of every slot, with matplotlib (``flexmask[plot]``)."""
+        from flexmask.pictures.figure import plot_layout
+
+        return plot_layout(self, ax)
+
+    def _repr_html_(self) -> str:
+        from flexmask.pictures.notebook import layout_html
+
+        return layout_html(self)
 
 
 def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:

@@ -1,0 +1,357 @@
+"""Figures for papers and notebooks, with matplotlib: PNG, SVG and PDF."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
+from flexmask.errors import FlexMaskError
+from flexmask.pictures.cells import COLOURS, CellGrid, cell_grid
+from flexmask.pictures.mask_picture import MaskDifference, Picture, cell_side
+from flexmask.pictures.palette import MASKED_COLOUR, SKIPPED_COLOUR, part_colour, rgb
+from flexmask.pictures.tile_pictures import STATE_COLOURS, report_colours
+from flexmask.pictures.tokens import Band, DrawnTokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from flexmask.block_mask import MaskReport
+    from flexmask.layout import Layout
+
+WIDTH_IN = 3.3
+"""One column of a paper."""
+HEIGHT = 1.2
+"""Of a figure, as a multiple of its width."""
+FONT_PT = 7
+DPI = 400
+
+MAX_TOKENS = 1024
+"""Up to how many tokens are drawn one by one: about two dots each in a printed column."""
+MAX_SQUARES = 64
+"""Up to how many cells along an axis are drawn as squares with a gap between them."""
+MAX_CELLS = 512
+GAP = 0.04
+"""Half of the gap between squares, as a share of their side."""
+IMAGE_DOTS = 1024
+"""At least how many dots the picture of a larger mask has along an axis. Viewers blur few."""
+
+TITLE_PAD_PT = 25
+"""Room between axis and title for the bands and their labels."""
+BAND = 0.045
+"""Thickness of the bands of parts, as a share of the axis."""
+MIN_LABEL = 0.035
+"""Parts that are a smaller share of the axis get no label."""
+
+SETTINGS: dict[Any, Any] = {
+    "font.size": FONT_PT,
+    "font.family": "DejaVu Sans",
+    "svg.hashsalt": "flexmask",  # the same picture makes the same file
+    "pdf.fonttype": 42,  # Type 3 fonts, the default, are refused by many venues
+}
+
+
+def save_figure(picture: Picture, path: Path) -> None:
+    """Write a figure; the format follows the file's extension.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed.
+    """
+    figure = mask_figure(picture)
+    without_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with _settings():
+        figure.savefig(path, dpi=DPI, metadata=without_date.get(path.suffix.lower()))
+
+
+def mask_figure(picture: Picture) -> Figure:
+    """Draw a figure of one column's width; no window shows it.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    with _settings():
+        figure = Figure(figsize=(WIDTH_IN, WIDTH_IN * HEIGHT), layout="constrained")
+        plot_mask(picture, figure.add_subplot())
+    return figure
+
+
+def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
+    """Draw a mask, queries down and keys across.
+
+    Args:
+        picture: What to draw.
+        ax: Where; None makes a figure that is one column wide.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed.
+    """
+    check_matplotlib()
+    with _settings():
+        ax = ax or new_axes(WIDTH_IN * HEIGHT)
+        side = cell_side(picture.size, _tile(picture), MAX_TOKENS, MAX_CELLS)
+        grid = cell_grid(picture, side)
+        _draw_cells(ax, picture, grid)
+        _draw_tile_lines(ax, picture, grid)
+        if picture.tokens.segment_ids:
+            _draw_bands(ax, picture)
+        _name_axes(ax, picture)
+        _draw_legend(ax, picture, grid)
+    return ax
+
+
+def plot_layout(layout: Layout, ax: Axes | None = None) -> Axes:
+    """Draw the position of every slot, in the colour of its part.
+
+    Args:
+        layout: What to draw.
+        ax: Where; None makes a figure that is one column wide.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed.
+    """
+    check_matplotlib()
+    with _settings():
+        ax = ax or new_axes(WIDTH_IN * 0.7)
+        for band in DrawnTokens.of_layout(layout).bands:
+            slots = range(band.start, band.stop)
+            positions = layout.position_ids[band.start : band.stop]
+            colour = part_colour(band.segment_id)
+            ax.plot(slots, positions, color=colour, marker=".", markersize=2, linewidth=1)
+            ax.annotate(
+                band.label,
+                (band.stop - 1, positions[-1]),
+                textcoords="offset points",
+                xytext=(0, 3),
+                ha="center",
+                color=colour,
+            )
+        ax.set(xlabel="slot", ylabel="position")
+    return ax
+
+
+def plot_report(report: MaskReport, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
+    """Draw the tiles of an explained mask.
+
+    Args:
+        report: What `explain_mask` found.
+        ax: Where; None makes a figure that is one column wide.
+        b: Batch row.
+        h: Head.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.patches import Patch
+
+    with _settings():
+        ax = ax or new_axes(WIDTH_IN * HEIGHT)
+        colours, step = report_colours(report, MAX_CELLS, b, h)
+        ax.imshow(colours.numpy(), interpolation="none")
+        q_tile, kv_tile = report.block_mask.BLOCK_SIZE
+        ax.set(
+            title=f"{report.density:.1%} of pairs allowed",
+            xlabel=f"key tile, {kv_tile * step} keys each",
+            ylabel=f"query tile, {q_tile * step} queries each",
+        )
+        counts = {
+            FULL: ("full", report.tiles_full),
+            PARTIAL: ("partial", report.tiles_partial),
+            EMPTY: ("empty", report.tiles_empty),
+        }
+        handles = [
+            Patch(facecolor=STATE_COLOURS[state], label=f"{count:,} {name}")
+            for state, (name, count) in counts.items()
+        ]
+        ax.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+            ncols=3,
+            frameon=False,
+            handlelength=1,
+            handleheight=1,
+        )
+    return ax
+
+
+def new_axes(height_in: float) -> Axes:
+    """An axis of one column's width in a figure of its own, which notebooks show."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained", dpi=200)
+    return ax
+
+
+def check_matplotlib() -> None:
+    """Find out whether figures can be drawn.
+
+    Raises:
+        FlexMaskError: If matplotlib is not installed; the message says how to get it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise FlexMaskError(
+            "figures need matplotlib: pip install 'flexmask[plot]'; the terminal picture and "
+            "-o mask.html need nothing"
+        ) from None
+
+
+def _settings() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(SETTINGS)
+
+
+def _tile(picture: Picture) -> int:
+    return (picture.both if isinstance(picture, MaskDifference) else picture.mask).tile
+
+
+def _draw_cells(ax: Axes, picture: Picture, grid: CellGrid) -> None:
+    colours = grid.colours(picture).numpy()
+    if len(colours) <= MAX_SQUARES:
+        _draw_squares(ax, colours, grid.side)
+    else:
+        dots = -(-IMAGE_DOTS // len(colours))
+        image = colours.repeat(dots, 0).repeat(dots, 1)
+        extent = len(colours) * grid.side  # the last cell may stick out past the last token
+        ax.imshow(image, extent=(0, extent, extent, 0), interpolation="none")
+    ax.set(xlim=(0, picture.size), ylim=(picture.size, 0), aspect="equal", anchor="N")
+
+
+def _draw_squares(ax: Axes, colours: NDArray[np.uint8], side: int) -> None:
+    """Draw cells as squares: one path for all of a colour, which keeps vector files small."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    codes = [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
+    for colour in np.unique(colours.reshape(-1, 3), axis=0):
+        shown = (colours == colour).all(-1)
+        if tuple(colour) == rgb(MASKED_COLOUR):
+            continue  # the background
+        if tuple(colour) == rgb(SKIPPED_COLOUR):
+            corners = _runs(shown)
+        else:
+            row, column = np.nonzero(shown)
+            corners = np.stack((column + GAP, row + GAP, column + 1 - GAP, row + 1 - GAP), -1)
+        x0, y0, x1, y1 = (corners * side).T
+        points = np.stack((x0, y0, x1, y0, x1, y1, x0, y1, x0, y0), -1).reshape(-1, 2)
+        outline = Outline(points, codes * len(corners))
+        ax.add_patch(PathPatch(outline, facecolor=colour / 255, linewidth=0))
+
+
+def _runs(shown: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rectangles around the cells of each row that stand together: (left, top, right, bottom)."""
+    steps = np.diff(np.pad(shown, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    row, left = np.nonzero(steps == 1)
+    _, right = np.nonzero(steps == -1)
+    return np.stack((left, row, right, row + 1), -1)
+
+
+def _draw_tile_lines(ax: Axes, picture: Picture, grid: CellGrid) -> None:
+    tile = _tile(picture)
+    if grid.side == 1 and picture.size > tile:
+        for edge in range(tile, picture.size, tile):
+            line: dict[str, Any] = {"color": "#000000", "linewidth": 0.35, "alpha": 0.55}
+            ax.axhline(edge, **line)
+            ax.axvline(edge, **line)
+
+
+def _draw_bands(ax: Axes, picture: Picture) -> None:
+    from matplotlib.patches import Rectangle
+
+    size = picture.size
+    thick = BAND * size
+    labelled = 0.0  # up to where labels stand
+    for band in picture.tokens.bands:
+        colour = part_colour(band.segment_id, band.is_generated)
+        for corner, width, height in (
+            ((band.start, -1.35 * thick), len(band), thick),
+            ((-1.35 * thick, band.start), thick, len(band)),
+        ):
+            ax.add_patch(
+                Rectangle(corner, width, height, facecolor=colour, linewidth=0, clip_on=False)
+            )
+        middle = (band.start + band.stop) / 2
+        if middle - labelled >= MIN_LABEL * size * _label_width(band):
+            ax.text(middle, -1.7 * thick, band.label, ha="center", va="bottom")
+            ax.text(-1.7 * thick, middle, band.label, ha="right", va="center")
+            labelled = middle + MIN_LABEL * size * _label_width(band)
+
+
+def _label_width(band: Band) -> float:
+    return 0.45 + 0.4 * len(band.label)
+
+
+def _name_axes(ax: Axes, picture: Picture) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.tick_params(length=2, width=0.5, pad=1.5, labelsize=FONT_PT - 1)
+    ax.xaxis.set_ticks_position("bottom")
+    ax.yaxis.set_ticks_position("right")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+        if picture.size > 9_999:
+            axis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
+    ax.spines[:].set(linewidth=0.5)
+    ax.set_xlabel("key", labelpad=2)
+    ax.set_ylabel("query", labelpad=4)
+    ax.yaxis.set_label_position("right")
+    ax.set_title(_title(picture), fontsize=FONT_PT + 1, pad=TITLE_PAD_PT)
+
+
+def _title(picture: Picture) -> str:
+    if isinstance(picture, MaskDifference):
+        return f"{picture.first_title}\nagainst {picture.second_title}"
+    return picture.title
+
+
+def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
+    parts = {part_colour(band.segment_id, band.is_generated) for band in picture.tokens.bands}
+    handles, labels = [], []
+    for cell, meaning in grid.legend(picture):
+        colours = [COLOURS[cell]] if cell in COLOURS else sorted(parts)[:3]
+        handles.append(
+            tuple(Patch(facecolor=c, edgecolor="#000000", linewidth=0.4) for c in colours)
+        )
+        labels.append(meaning)
+    ax.legend(
+        handles=handles,
+        labels=labels,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        title=_figures(picture, grid),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        frameon=False,
+        ncols=1 if isinstance(picture, MaskDifference) else 2,
+        borderaxespad=0,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1,
+    )
+
+
+def _figures(picture: Picture, grid: CellGrid) -> str:
+    if isinstance(picture, MaskDifference):
+        return f"{picture.pairs_that_differ:,} of {picture.size**2:,} pairs differ"
+    report = picture.mask.report
+    tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
+    text = f"{report.density:.1%} of pairs allowed"
+    if tiles > 1:
+        tile = picture.mask.tile
+        text += f"; {report.tiles_empty / tiles:.0%} of {tile} × {tile} tiles skipped"
+    if grid.side not in (1, picture.mask.tile):
+        text += f"\na cell is {grid.side} × {grid.side} tokens"
+    return text
