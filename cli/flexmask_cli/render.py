@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexmask.dataset.results import ResultSummary
+    from flexmask.doctor import Check
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
     from flexmask.pictures.mask_picture import Picture
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 UNLIMITED = 1_000_000
 """A width in characters that no table reaches."""
+
+CHECK_COLUMNS = 26
+"""Room for the name of a check."""
 
 ASCII_COLUMNS = 104
 """How wide a picture in plain characters may be: a character is twice as high as wide."""
@@ -73,6 +77,13 @@ def print_figures(figures: Mapping[str, str | int | float]) -> None:
         formats = {int: ",", float: ".4g", str: ""}
         text = format(value, formats[type(value)])
         print(f"{name.replace('_', ' '):{width}}  {text:>14}", flush=True)
+
+
+def print_check(check: Check) -> None:
+    """Print the outcome of a check in a line; what to do stands in it."""
+    state = {"ok": "ok", "absent": "-", "broken": "BROKEN"}[check.state]
+    advice = f"; {check.advice}" if check.advice else ""
+    print_line(f"{state:6}  {check.name:<{CHECK_COLUMNS}}  {check.detail}{advice}")
 
 
 def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: bool) -> None:
