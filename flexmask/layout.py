@@ -177,7 +177,7 @@ class Layout:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the position of every slot, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.pictures.figure import plot_layout
+        from flexmask.pictures.layout_plot import plot_layout
 
         return plot_layout(self, ax)
 

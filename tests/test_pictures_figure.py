@@ -13,9 +13,10 @@ from matplotlib.image import imread
 
 from flexmask.block_mask import explain_mask
 from flexmask.errors import FlexMaskError
-from flexmask.pictures.figure import DPI, WIDTH_IN, mask_figure, save_figure
+from flexmask.pictures.figure import DPI, mask_figure, save_figure
 from flexmask.pictures.mask_picture import draw_difference, draw_mask
 from flexmask.pictures.palette import rgb
+from flexmask.pictures.plotting import WIDTH_IN
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import make_strategy
 from oracles import dense_mask
@@ -119,20 +120,27 @@ def test_a_figure_is_one_column_wide_and_names_what_it_shows(tmp_path):
     assert sorted(set(texts)) == ["G", "P", "S1", "S2", "S3", "T"]
 
 
-def test_no_text_of_a_figure_lies_on_another():
-    for shown in (SHOWN, ShownRequest.of_lengths(60, (14_000, 12_000, 9_000, 15_000), 40)):
-        for name in NAMES:
-            figure = mask_figure(draw_mask(make_strategy(name, {}), shown))
-            figure.set_dpi(DPI)
-            figure.draw_without_rendering()
-            (ax,) = figure.axes
-            legend = ax.get_legend()
-            texts = [ax.title, ax.xaxis.label, *ax.texts, legend.get_title(), *legend.get_texts()]
-            boxes = [text.get_window_extent() for text in texts]
-            whole = figure.bbox
-            for number, box in enumerate(boxes):
-                assert whole.x0 <= box.x0 and box.x1 <= whole.x1, texts[number].get_text()
-                assert not any(box.overlaps(other) for other in boxes[:number])
+LONG = ShownRequest.of_lengths(60, (14_000, 12_000, 9_000, 15_000), 40)
+
+
+@pytest.mark.parametrize("shown", [SHOWN, LONG], ids=["short", "long"])
+def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
+    strategies = [make_strategy(name, {}) for name in NAMES]
+    pictures = [draw_mask(strategy, shown) for strategy in strategies]
+    pictures.append(draw_difference(strategies[2], strategies[0], shown))
+    for picture in pictures:
+        figure = mask_figure(picture)
+        figure.set_dpi(DPI)
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        legend = ax.get_legend()
+        texts = [ax.title, ax.xaxis.label, *ax.texts, legend.get_title(), *legend.get_texts()]
+        boxes = [text.get_window_extent() for text in texts]
+        whole = figure.bbox
+        for number, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1, texts[number].get_text()
+            assert whole.y0 <= box.y0 and box.y1 <= whole.y1, texts[number].get_text()
+            assert not any(box.overlaps(other) for other in boxes[:number])
 
 
 def test_layouts_strategies_and_reports_plot_themselves_into_a_given_axis():

@@ -137,7 +137,7 @@ class MaskReport:
 
     def plot(self, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
         """Draw the tiles of a batch row and head, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.pictures.figure import plot_report
+        from flexmask.pictures.tile_pictures import plot_report
 
         return plot_report(self, ax, b=b, h=h)
 

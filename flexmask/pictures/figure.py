@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
-from flexmask.errors import FlexMaskError
 from flexmask.pictures.cells import COLOURS, CellGrid, cell_grid
-from flexmask.pictures.mask_picture import MaskDifference, Picture, cell_side
+from flexmask.pictures.mask_picture import MaskDifference, MaskPicture, Picture, cell_side
 from flexmask.pictures.palette import MASKED_COLOUR, SKIPPED_COLOUR, part_colour, rgb
-from flexmask.pictures.tile_pictures import STATE_COLOURS, report_colours
-from flexmask.pictures.tokens import Band, DrawnTokens
+from flexmask.pictures.plotting import (
+    FONT_PT,
+    WIDTH_IN,
+    check_matplotlib,
+    figure_settings,
+    new_axes,
+)
+from flexmask.pictures.tile_mask import TileMask
+from flexmask.pictures.tokens import Band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from flexmask.block_mask import MaskReport
-    from flexmask.layout import Layout
-
-WIDTH_IN = 3.3
-"""One column of a paper."""
-HEIGHT = 1.2
-"""Of a figure, as a multiple of its width."""
-FONT_PT = 7
+HEIGHT, DIFFERENCE_HEIGHT = 1.2, 1.42
+"""Of a figure, as a multiple of its width; a difference has a longer legend."""
 DPI = 400
 
 MAX_TOKENS = 1024
@@ -48,13 +46,6 @@ BAND = 0.045
 MIN_LABEL = 0.035
 """Parts that are a smaller share of the axis get no label."""
 
-SETTINGS: dict[Any, Any] = {
-    "font.size": FONT_PT,
-    "font.family": "DejaVu Sans",
-    "svg.hashsalt": "flexmask",  # the same picture makes the same file
-    "pdf.fonttype": 42,  # Type 3 fonts, the default, are refused by many venues
-}
-
 
 def save_figure(picture: Picture, path: Path) -> None:
     """Write a figure; the format follows the file's extension.
@@ -64,7 +55,7 @@ def save_figure(picture: Picture, path: Path) -> None:
     """
     figure = mask_figure(picture)
     without_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    with _settings():
+    with figure_settings():
         figure.savefig(path, dpi=DPI, metadata=without_date.get(path.suffix.lower()))
 
 
@@ -77,8 +68,9 @@ def mask_figure(picture: Picture) -> Figure:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    with _settings():
-        figure = Figure(figsize=(WIDTH_IN, WIDTH_IN * HEIGHT), layout="constrained")
+    with figure_settings():
+        size = (WIDTH_IN, WIDTH_IN * _height(picture))
+        figure = Figure(figsize=size, layout="constrained")
         plot_mask(picture, figure.add_subplot())
     return figure
 
@@ -94,126 +86,26 @@ def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
         FlexMaskError: If matplotlib is not installed.
     """
     check_matplotlib()
-    with _settings():
-        ax = ax or new_axes(WIDTH_IN * HEIGHT)
-        side = cell_side(picture.size, _tile(picture), MAX_TOKENS, MAX_CELLS)
-        grid = cell_grid(picture, side)
+    with figure_settings():
+        ax = ax or new_axes(WIDTH_IN * _height(picture))
+        grid = _grid(picture)
         _draw_cells(ax, picture, grid)
-        _draw_tile_lines(ax, picture, grid)
-        if picture.tokens.segment_ids:
-            _draw_bands(ax, picture)
+        if isinstance(picture, MaskPicture) and grid.side == 1:
+            _draw_tile_lines(ax, picture.mask)
+        _draw_bands(ax, picture)
         _name_axes(ax, picture)
         _draw_legend(ax, picture, grid)
     return ax
 
 
-def plot_layout(layout: Layout, ax: Axes | None = None) -> Axes:
-    """Draw the position of every slot, in the colour of its part.
-
-    Args:
-        layout: What to draw.
-        ax: Where; None makes a figure that is one column wide.
-
-    Raises:
-        FlexMaskError: If matplotlib is not installed.
-    """
-    check_matplotlib()
-    with _settings():
-        ax = ax or new_axes(WIDTH_IN * 0.7)
-        for band in DrawnTokens.of_layout(layout).bands:
-            slots = range(band.start, band.stop)
-            positions = layout.position_ids[band.start : band.stop]
-            colour = part_colour(band.segment_id)
-            ax.plot(slots, positions, color=colour, marker=".", markersize=2, linewidth=1)
-            ax.annotate(
-                band.label,
-                (band.stop - 1, positions[-1]),
-                textcoords="offset points",
-                xytext=(0, 3),
-                ha="center",
-                color=colour,
-            )
-        ax.set(xlabel="slot", ylabel="position")
-    return ax
+def _height(picture: Picture) -> float:
+    return DIFFERENCE_HEIGHT if isinstance(picture, MaskDifference) else HEIGHT
 
 
-def plot_report(report: MaskReport, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
-    """Draw the tiles of an explained mask.
-
-    Args:
-        report: What `explain_mask` found.
-        ax: Where; None makes a figure that is one column wide.
-        b: Batch row.
-        h: Head.
-
-    Raises:
-        FlexMaskError: If matplotlib is not installed.
-    """
-    check_matplotlib()
-    from matplotlib.patches import Patch
-
-    with _settings():
-        ax = ax or new_axes(WIDTH_IN * HEIGHT)
-        colours, step = report_colours(report, MAX_CELLS, b, h)
-        ax.imshow(colours.numpy(), interpolation="none")
-        q_tile, kv_tile = report.block_mask.BLOCK_SIZE
-        ax.set(
-            title=f"{report.density:.1%} of pairs allowed",
-            xlabel=f"key tile, {kv_tile * step} keys each",
-            ylabel=f"query tile, {q_tile * step} queries each",
-        )
-        counts = {
-            FULL: ("full", report.tiles_full),
-            PARTIAL: ("partial", report.tiles_partial),
-            EMPTY: ("empty", report.tiles_empty),
-        }
-        handles = [
-            Patch(facecolor=STATE_COLOURS[state], label=f"{count:,} {name}")
-            for state, (name, count) in counts.items()
-        ]
-        ax.legend(
-            handles=handles,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.15),
-            ncols=3,
-            frameon=False,
-            handlelength=1,
-            handleheight=1,
-        )
-    return ax
-
-
-def new_axes(height_in: float) -> Axes:
-    """An axis of one column's width in a figure of its own, which notebooks show."""
-    import matplotlib.pyplot as plt
-
-    _, ax = plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained", dpi=200)
-    return ax
-
-
-def check_matplotlib() -> None:
-    """Find out whether figures can be drawn.
-
-    Raises:
-        FlexMaskError: If matplotlib is not installed; the message says how to get it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise FlexMaskError(
-            "figures need matplotlib: pip install 'flexmask[plot]'; the terminal picture and "
-            "-o mask.html need nothing"
-        ) from None
-
-
-def _settings() -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(SETTINGS)
-
-
-def _tile(picture: Picture) -> int:
-    return (picture.both if isinstance(picture, MaskDifference) else picture.mask).tile
+def _grid(picture: Picture) -> CellGrid:
+    if isinstance(picture, MaskDifference):  # no kernel computes it, so tiles mean nothing
+        return cell_grid(picture, cell_side(picture.size, 1, MAX_TOKENS, MAX_CELLS))
+    return cell_grid(picture, cell_side(picture.size, picture.mask.tile, MAX_TOKENS, MAX_CELLS))
 
 
 def _draw_cells(ax: Axes, picture: Picture, grid: CellGrid) -> None:
@@ -257,13 +149,10 @@ def _runs(shown: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.stack((left, row, right, row + 1), -1)
 
 
-def _draw_tile_lines(ax: Axes, picture: Picture, grid: CellGrid) -> None:
-    tile = _tile(picture)
-    if grid.side == 1 and picture.size > tile:
-        for edge in range(tile, picture.size, tile):
-            line: dict[str, Any] = {"color": "#000000", "linewidth": 0.35, "alpha": 0.55}
-            ax.axhline(edge, **line)
-            ax.axvline(edge, **line)
+def _draw_tile_lines(ax: Axes, mask: TileMask) -> None:
+    for edge in range(mask.tile, mask.size, mask.tile):
+        for draw in (ax.axhline, ax.axvline):
+            draw(edge, color="#000000", linewidth=0.35, alpha=0.55)
 
 
 def _draw_bands(ax: Axes, picture: Picture) -> None:
@@ -344,14 +233,13 @@ def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
 
 
 def _figures(picture: Picture, grid: CellGrid) -> str:
+    unit = "" if grid.side == 1 else f"\na cell is {grid.side} × {grid.side} tokens"
     if isinstance(picture, MaskDifference):
-        return f"{picture.pairs_that_differ:,} of {picture.size**2:,} pairs differ"
+        return f"{picture.pairs_that_differ:,} of {picture.size**2:,} pairs differ{unit}"
     report = picture.mask.report
     tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
     text = f"{report.density:.1%} of pairs allowed"
     if tiles > 1:
         tile = picture.mask.tile
         text += f"; {report.tiles_empty / tiles:.0%} of {tile} × {tile} tiles skipped"
-    if grid.side not in (1, picture.mask.tile):
-        text += f"\na cell is {grid.side} × {grid.side} tokens"
-    return text
+    return text if grid.side == picture.mask.tile else text + unit

@@ -40,6 +40,6 @@ def check_picture_path(path: Path) -> None:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
     if not is_page(path):
-        from flexmask.pictures.figure import check_matplotlib
+        from flexmask.pictures.plotting import check_matplotlib
 
         check_matplotlib()

@@ -4,6 +4,7 @@ const CHUNK = 256; // tokens that are put into the page together
 class TokenList {
   constructor(element, panel, state, { onPoint, onPick, onMove }) {
     Object.assign(this, { element, panel, state });
+    element.classList.toggle("numbered", !panel.texts.length);
     this.chunks = [];
     this.spans = new Array(panel.size);
     this.marks = new Uint8Array(panel.size);
