@@ -115,6 +115,15 @@ def test_a_result_is_shown_as_it_was_run(show, results):
     assert "causal\n" in second
 
 
+def test_a_result_that_does_not_record_its_run_is_refused(show, tmp_path):
+    path = tmp_path / "bare.feather"
+    request = Request(("Q: one?",), uuid="a")
+    run = RunConfig(run={"strategy": "causal"})
+    with ResultWriter.open(path, config=run, requests=[request]) as writer:
+        writer.write([Generation(request, "x", (7,), "eos", 2)])
+    assert "its run does not record parameters, model, chat_template" in show(path)
+
+
 def test_a_correct_answer_is_marked_as_right(show, results, tmp_path):
     request = Request(("Q: one?",), "", "\nA:", ("London", "Paris"), uuid="a")
     config = RunConfig(

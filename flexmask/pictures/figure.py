@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-HEIGHT, DIFFERENCE_HEIGHT = 1.2, 1.42
-"""Of a figure, as a multiple of its width; a difference has a longer legend."""
+HEIGHT_IN = 3.55
+"""Height of a figure without its title and legend."""
+LINE_IN = 0.14
 DPI = 400
 
 MAX_TOKENS = 1024
@@ -68,10 +69,11 @@ def mask_figure(picture: Picture) -> Figure:
     check_matplotlib()
     from matplotlib.figure import Figure
 
+    grid = _grid(picture)
     with figure_settings():
-        size = (WIDTH_IN, WIDTH_IN * _height(picture))
+        size = (WIDTH_IN, _height_in(picture, grid))
         figure = Figure(figsize=size, layout="constrained")
-        plot_mask(picture, figure.add_subplot())
+        _draw(figure.add_subplot(), picture, grid)
     return figure
 
 
@@ -86,26 +88,37 @@ def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
         FlexMaskError: If matplotlib is not installed.
     """
     check_matplotlib()
+    grid = _grid(picture)
     with figure_settings():
-        ax = ax or new_axes(WIDTH_IN * _height(picture))
-        grid = _grid(picture)
-        _draw_cells(ax, picture, grid)
-        if isinstance(picture, MaskPicture) and grid.side == 1:
-            _draw_tile_lines(ax, picture.mask)
-        _draw_bands(ax, picture)
-        _name_axes(ax, picture)
-        _draw_legend(ax, picture, grid)
+        ax = ax or new_axes(_height_in(picture, grid))
+        _draw(ax, picture, grid)
     return ax
 
 
-def _height(picture: Picture) -> float:
-    return DIFFERENCE_HEIGHT if isinstance(picture, MaskDifference) else HEIGHT
+def _height_in(picture: Picture, grid: CellGrid) -> float:
+    """Height of a figure of one column's width, so that title and legend have their room."""
+    rows = -(-len(grid.legend(picture)) // _legend_columns(picture))
+    lines = (_title(picture) + _figures(picture, grid)).count("\n") + 2 + rows
+    return HEIGHT_IN + LINE_IN * lines
+
+
+def _legend_columns(picture: Picture) -> int:
+    return 1 if isinstance(picture, MaskDifference) else 2
 
 
 def _grid(picture: Picture) -> CellGrid:
     if isinstance(picture, MaskDifference):  # no kernel computes it, so tiles mean nothing
         return cell_grid(picture, cell_side(picture.size, 1, MAX_TOKENS, MAX_CELLS))
     return cell_grid(picture, cell_side(picture.size, picture.mask.tile, MAX_TOKENS, MAX_CELLS))
+
+
+def _draw(ax: Axes, picture: Picture, grid: CellGrid) -> None:
+    _draw_cells(ax, picture, grid)
+    if isinstance(picture, MaskPicture) and grid.side == 1:
+        _draw_tile_lines(ax, picture.mask)
+    _draw_bands(ax, picture)
+    _name_axes(ax, picture)
+    _draw_legend(ax, picture, grid)
 
 
 def _draw_cells(ax: Axes, picture: Picture, grid: CellGrid) -> None:
@@ -216,7 +229,7 @@ def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
             tuple(Patch(facecolor=c, edgecolor="#000000", linewidth=0.4) for c in colours)
         )
         labels.append(meaning)
-    ax.legend(
+    legend = ax.legend(
         handles=handles,
         labels=labels,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
@@ -224,12 +237,13 @@ def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
         loc="upper center",
         bbox_to_anchor=(0.5, -0.12),
         frameon=False,
-        ncols=1 if isinstance(picture, MaskDifference) else 2,
+        ncols=_legend_columns(picture),
         borderaxespad=0,
         handlelength=1,
         handleheight=1,
         columnspacing=1,
     )
+    legend.get_title().set_multialignment("center")
 
 
 def _figures(picture: Picture, grid: CellGrid) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexmask.pictures.cells import cell_grid
 from flexmask.pictures.mask_picture import cell_side, draw_mask
-from flexmask.pictures.palette import part_colour
+from flexmask.pictures.palette import ink_on, part_colour
 from flexmask.pictures.tile_pictures import report_colours
 from flexmask.pictures.tokens import DrawnTokens, ShownRequest
 
@@ -69,12 +69,14 @@ def _figure(caption: str, content: str) -> str:
 
 
 def _bar(tokens: DrawnTokens) -> str:
-    parts = "".join(
-        f'<span title="{band.label}: {len(band):,} tokens" style="flex:{len(band)};'
-        f"background:{part_colour(band.segment_id)};color:#fff;overflow:hidden;"
-        f'text-align:center;font-size:10px">{band.label}</span>'
-        for band in tokens.bands
-    )
+    parts = ""
+    for band in tokens.bands:
+        colour = part_colour(band.segment_id, band.is_generated)
+        parts += (
+            f'<span title="{band.label}: {len(band):,} tokens" style="flex:{len(band)};'
+            f"background:{colour};color:{ink_on(colour)};overflow:hidden;"
+            f'text-align:center;font-size:10px">{band.label}</span>'
+        )
     return f'<div style="display:flex;width:{SIDE_PX}px;margin-bottom:3px">{parts}</div>'
 
 

@@ -81,17 +81,20 @@ def _json(value: Any) -> str:
 
 
 def _colours() -> str:
-    names = {
+    parts = {
         "prefix": palette.PREFIX_COLOUR,
         "tail": palette.TAIL_COLOUR,
         "generated": palette.GENERATED_COLOUR,
+    }
+    parts |= {f"segment-{n}": colour for n, colour in enumerate(palette.SEGMENT_COLOURS)}
+    names = parts | {
         "partial": palette.PARTIAL_COLOUR,
         "full": palette.FULL_COLOUR,
         "same": palette.SAME_COLOUR,
         "first": palette.FIRST_COLOUR,
         "second": palette.SECOND_COLOUR,
     }
-    names |= {f"segment-{n}": colour for n, colour in enumerate(palette.SEGMENT_COLOURS)}
+    names |= {f"on-{name}": palette.ink_on(colour) for name, colour in parts.items()}
     return ":root {" + "".join(f"--{name}: {colour};" for name, colour in names.items()) + "}\n"
 
 

@@ -39,3 +39,13 @@ def part_colour(segment_id: int, is_generated: bool = False) -> str:
 def rgb(colour: str) -> tuple[int, int, int]:
     """Red, green and blue of ``#RRGGBB``, 0 to 255."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever contrasts more with ``#RRGGBB`` (WCAG 2's luminance)."""
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (number / 255 for number in rgb(colour))
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#FFFFFF"

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.demo import model_path
-from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.errors import ModelError, OptionError, OutputError, RequestError
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request, read_requests
 from flexmask.strategy import Strategy
-from flexmask.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from flexmask.tokenization import RequestTokenizer
 
 RESULT_EXTENSIONS = (".feather", ".arrow", ".partial")
-Row = TypeVar("Row")
+RUN_KEYS = ("strategy", "parameters", "model", "chat_template")
 DEMO = "demo"
 """How a run records the bundled model."""
 
@@ -106,15 +105,20 @@ def subject_of_file(
             raise OptionError("--num-segments is for requests; a result is shown as it was run")
         return _subject_of_result(source, row, model)
     requests = read_requests(source, num_segments=num_segments)
-    request = _row_of(source, requests, row)
-    tokenize = RequestTokenizer(_load_tokenizer(model or DEMO))
+    _check_row(source, row, len(requests))
+    request = requests[row - 1]
+    tokenize = _load_tokenizer(model or DEMO)
     shown = ShownRequest(tokenize(request), text_of=tokenize.token_text)
     return Subject(f"{Path(source).name}, row {row}: {request.uuid}", shown)
 
 
 def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     run = read_run_config(source).run
-    values = _row_of(source, read_finished_rows(source).to_pylist(), row)
+    if missing := [name for name in RUN_KEYS if name not in run]:
+        raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
+    rows = read_finished_rows(source)
+    _check_row(source, row, rows.num_rows)
+    (values,) = rows.slice(row - 1, 1).to_pylist()
     request = Request(
         segments=tuple(values["paraphrases"]), prefix=values["prefix"], suffix=values["suffix"]
     )
@@ -127,9 +131,7 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
         model=run["model"],
         strategy=make_strategy(run["strategy"], run["parameters"]),
     )
-    tokenize = RequestTokenizer(
-        _load_tokenizer(model or answer.model), chat_template=run["chat_template"]
-    )
+    tokenize = _load_tokenizer(model or answer.model, chat_template=run["chat_template"])
     shown = ShownRequest(
         tokenize(request),
         new_tokens=values["generated_tokens"],
@@ -151,19 +153,22 @@ def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) ->
     return tuple(texts)
 
 
-def _row_of(source: str, rows: Sequence[Row], row: int) -> Row:
-    if not 1 <= row <= len(rows):
-        raise RequestError(f"{source}: --row must be 1 to {len(rows)}, got {row}")
-    return rows[row - 1]
+def _check_row(source: str, row: int, count: int) -> None:
+    if not 1 <= row <= count:
+        raise RequestError(f"{source}: --row must be 1 to {count}, got {row}")
 
 
-def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(model: str, *, chat_template: bool = False) -> RequestTokenizer:
+    # Here, because a request of given lengths need not wait for transformers.
     from transformers import AutoTokenizer
 
+    from flexmask.tokenization import RequestTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(model_path() if model == DEMO else model)
+        tokenizer = AutoTokenizer.from_pretrained(model_path() if model == DEMO else model)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"cannot load the tokenizer of {model!r}; name another with --model: {reason}"
         ) from error
+    return RequestTokenizer(tokenizer, chat_template=chat_template)

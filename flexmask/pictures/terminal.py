@@ -7,7 +7,7 @@ from rich.text import Text
 
 from flexmask.pictures.cells import COLOURS, Cell, CellGrid, cell_grid
 from flexmask.pictures.mask_picture import Picture
-from flexmask.pictures.palette import part_colour
+from flexmask.pictures.palette import ink_on, part_colour
 from flexmask.pictures.tokens import Band, DrawnTokens
 
 ASCII = {
@@ -57,7 +57,7 @@ def block_picture(picture: Picture, columns: int, lines: int, *, is_coloured: bo
     room = min(columns - MARGIN, 2 * (lines - OTHER_LINES))
     grid = cell_grid(picture, _side(picture, room))
     bands = _first_bands(picture.tokens, grid.side)
-    styles = _cell_styles(picture, grid) if is_coloured else _dark_cells(grid)
+    styles = _cell_styles(picture, grid) if is_coloured else _filled_cells(grid)
     text = Text(" " * MARGIN)
     for column, band in enumerate(bands):
         text.append(_letter(bands, column), _band_style(band))
@@ -69,7 +69,7 @@ def block_picture(picture: Picture, columns: int, lines: int, *, is_coloured: bo
         for upper, lower in zip(styles[row], below, strict=True):
             text.append(*_half_blocks(upper, lower))
     text.append("\n")
-    return text.append_text(_key(picture, grid) if is_coloured else _dark_key(grid))
+    return text.append_text(_key(picture, grid) if is_coloured else _filled_key(grid))
 
 
 def _side(picture: Picture, room: int) -> int:
@@ -89,7 +89,7 @@ def _cell_styles(picture: Picture, grid: CellGrid) -> list[list[str | None]]:
     ]
 
 
-def _dark_cells(grid: CellGrid) -> list[list[str | None]]:
+def _filled_cells(grid: CellGrid) -> list[list[str | None]]:
     """Without colours: the terminal's own for what is seen, or differs."""
     blank = (*BLANK, Cell.SAME)
     return [[None if cell in blank else "default" for cell in row] for row in grid.cells.tolist()]
@@ -130,7 +130,8 @@ def _row_label(bands: list[Band], row: int) -> str:
 
 
 def _band_style(band: Band) -> Style:
-    return Style(color="#FFFFFF", bgcolor=part_colour(band.segment_id, band.is_generated))
+    colour = part_colour(band.segment_id, band.is_generated)
+    return Style(color=ink_on(colour), bgcolor=colour)
 
 
 def _key(picture: Picture, grid: CellGrid) -> Text:
@@ -141,10 +142,10 @@ def _key(picture: Picture, grid: CellGrid) -> Text:
     return text
 
 
-def _dark_key(grid: CellGrid) -> Text:
+def _filled_key(grid: CellGrid) -> Text:
     is_difference = bool((grid.cells == Cell.SAME).any())
-    dark = "the masks differ" if is_difference else "something is seen"
-    return Text(f"{_unit(grid)}; where it is dark, {dark}")
+    filled = "the masks differ" if is_difference else "something is seen"
+    return Text(f"{_unit(grid)}; where it is filled, {filled}")
 
 
 def _unit(grid: CellGrid) -> str:

@@ -316,7 +316,7 @@ class Matrix {
         context.fillStyle = this.#colour(colour);
         context.fillRect(isRow ? 0 : at, isRow ? at : 0, isRow ? thick : length, isRow ? length : thick);
         if (length < (isRow ? 9 : label.length * 7) * ratio) continue;
-        context.fillStyle = this.#colour("on-part");
+        context.fillStyle = this.#colour("on-part") || this.#colour(`on-${colour}`);
         const middle = at + length / 2;
         context.fillText(label, isRow ? thick / 2 : middle, isRow ? middle : thick / 2, thick * 0.95);
       }
