@@ -123,7 +123,10 @@ def test_a_figure_is_one_column_wide_and_names_what_it_shows(tmp_path):
 LONG = ShownRequest.of_lengths(60, (14_000, 12_000, 9_000, 15_000), 40)
 
 
-@pytest.mark.parametrize("shown", [SHOWN, LONG], ids=["short", "long"])
+MANY = ShownRequest.of_lengths(30, (12, 20, 9, 15) * 6, 8, new_tokens=6)
+
+
+@pytest.mark.parametrize("shown", [SHOWN, LONG, MANY], ids=["short", "long", "many"])
 def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
     strategies = [make_strategy(name, {}) for name in NAMES]
     pictures = [draw_mask(strategy, shown) for strategy in strategies]

@@ -1,5 +1,6 @@
 from rich.console import Console
 
+from flexmask.layout import TokenizedRequest
 from flexmask.pictures.answer_text import answer_text, marked_pieces
 from flexmask.pictures.mask_picture import draw_difference, draw_mask
 from flexmask.pictures.palette import part_colour
@@ -65,8 +66,6 @@ def test_differences_show_which_mask_allows_more():
 
 def test_the_prompt_has_positions_under_tokens_and_says_where_the_tail_starts():
     texts = {1: "Q:", 2: " Where", 3: "\n", 4: "A:"}
-    from flexmask.layout import TokenizedRequest
-
     request = TokenizedRequest((), ((1, 2), (2, 2, 3)), (4,))
     shown = ShownRequest(request, 0, texts.__getitem__)
     tokens = draw_mask(make_strategy("ensemble_isolation", {}), shown).tokens
@@ -84,14 +83,22 @@ def test_the_prompt_has_positions_under_tokens_and_says_where_the_tail_starts():
 
 
 def test_long_parts_leave_out_their_middle():
-    from flexmask.layout import TokenizedRequest
-
     shown = ShownRequest(TokenizedRequest((), ((1,) * 500,), (1,)), 0, lambda token: "word")
     lines = prompt_text(draw_mask(STRATEGY, shown).tokens, 60).plain.splitlines()
     assert len(lines) < 12
     (left_out,) = [line for line in lines if "tokens more" in line]
     shown_tokens = sum(line.count("word") for line in lines) - 1  # one is the tail's
     assert int(left_out.split()[1]) == 500 - shown_tokens
+
+
+def test_control_sequences_of_a_text_do_not_reach_the_terminal():
+    attack = "\x1b]0;title\x07\r"
+    shown = ShownRequest(TokenizedRequest((), ((1,),), (1,)), 0, lambda token: attack)
+    answer = Answer(attack, attack, (attack,), True, "eos", "m", STRATEGY)
+    texts = (prompt_text(draw_mask(STRATEGY, shown).tokens, 80), answer_text(answer))
+    for text in texts:
+        assert "\\x1b]0;title\\x07\\r" in text.plain
+        assert all(character.isprintable() or character == "\n" for character in text.plain)
 
 
 def test_accepted_answers_are_marked_in_what_was_generated():

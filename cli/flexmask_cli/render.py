@@ -92,7 +92,7 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
     from rich.text import Text
 
     from flexmask.pictures.answer_text import answer_text
-    from flexmask.pictures.prompt_text import prompt_text
+    from flexmask.pictures.prompt_text import prompt_text, visible
     from flexmask.pictures.terminal import ascii_picture, block_picture
 
     is_ascii = is_ascii or not sys.stdout.isatty() or "utf" not in sys.stdout.encoding.lower()
@@ -105,7 +105,7 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
         emoji=False,
         highlight=False,
     )
-    console.print(Text(subject.heading, "bold"))
+    console.print(Text(visible(subject.heading), "bold"))
     if subject.answer is not None:
         console.print(answer_text(subject.answer))
     for picture in pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-HEIGHT_IN = 3.55
+HEIGHT_IN = 3.35
 """Height of a figure without its title and legend."""
 LINE_IN = 0.14
 DPI = 400
@@ -44,8 +45,6 @@ TITLE_PAD_PT = 25
 """Room between axis and title for the bands and their labels."""
 BAND = 0.045
 """Thickness of the bands of parts, as a share of the axis."""
-MIN_LABEL = 0.035
-"""Parts that are a smaller share of the axis get no label."""
 
 
 def save_figure(picture: Picture, path: Path) -> None:
@@ -171,27 +170,39 @@ def _draw_tile_lines(ax: Axes, mask: TileMask) -> None:
 def _draw_bands(ax: Axes, picture: Picture) -> None:
     from matplotlib.patches import Rectangle
 
-    size = picture.size
-    thick = BAND * size
-    labelled = 0.0  # up to where labels stand
-    for band in picture.tokens.bands:
+    bands = picture.tokens.bands
+    thick = BAND * picture.size
+    start = -1.35 * thick
+    for band in bands:
         colour = part_colour(band.segment_id, band.is_generated)
         for corner, width, height in (
-            ((band.start, -1.35 * thick), len(band), thick),
-            ((-1.35 * thick, band.start), thick, len(band)),
+            ((band.start, start), len(band), thick),
+            ((start, band.start), thick, len(band)),
         ):
             ax.add_patch(
-                Rectangle(corner, width, height, facecolor=colour, linewidth=0, clip_on=False)
+                Rectangle(corner, width, height, color=colour, linewidth=0, clip_on=False)
             )
-        middle = (band.start + band.stop) / 2
-        if middle - labelled >= MIN_LABEL * size * _label_width(band):
-            ax.text(middle, -1.7 * thick, band.label, ha="center", va="bottom")
-            ax.text(-1.7 * thick, middle, band.label, ha="right", va="center")
-            labelled = middle + MIN_LABEL * size * _label_width(band)
+    for middle, label in _labels(bands, lambda label: 0.01 + 0.0125 * len(label)):
+        ax.text(middle, -1.7 * thick, label, ha="center", va="bottom")
+    for middle, label in _labels(bands, lambda label: 0.021):
+        ax.text(-1.7 * thick, middle, label, ha="right", va="center")
 
 
-def _label_width(band: Band) -> float:
-    return 0.45 + 0.4 * len(band.label)
+def _labels(
+    bands: Sequence[Band], half_width: Callable[[str], float]
+) -> Iterator[tuple[float, str]]:
+    """The labels that have room along an axis, and where they go.
+
+    Args:
+        bands: What is labelled.
+        half_width: Of a label, as a share of the axis.
+    """
+    size, labelled = bands[-1].stop, 0.0
+    for band in bands:
+        middle, room = (band.start + band.stop) / 2, half_width(band.label) * size
+        if middle - room >= labelled or not labelled:
+            yield middle, band.label
+            labelled = middle + room
 
 
 def _name_axes(ax: Axes, picture: Picture) -> None:
@@ -203,7 +214,7 @@ def _name_axes(ax: Axes, picture: Picture) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         if picture.size > 9_999:
-            axis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
+            axis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k" if tokens else "0")
     ax.spines[:].set(linewidth=0.5)
     ax.set_xlabel("key", labelpad=2)
     ax.set_ylabel("query", labelpad=4)

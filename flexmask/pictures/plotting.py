@@ -17,6 +17,7 @@ FONT_PT = 7
 SETTINGS: dict[Any, Any] = {
     "font.size": FONT_PT,
     "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a parameter may hold a dollar sign
     "svg.hashsalt": "flexmask",  # the same picture makes the same file
     "pdf.fonttype": 42,  # Type 3 fonts, the default, are refused by many venues
 }

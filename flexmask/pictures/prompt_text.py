@@ -14,7 +14,6 @@ MAX_LINES = 3
 """How many lines of tokens a part may take; what is between its ends is left out."""
 
 INDENT = 4
-INVISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def prompt_text(tokens: DrawnTokens, columns: int) -> Text:
@@ -33,8 +32,11 @@ def prompt_text(tokens: DrawnTokens, columns: int) -> Text:
 
 
 def visible(text: str) -> str:
-    """A token's text with its line breaks and tabs as escapes."""
-    return "".join(INVISIBLE.get(character, character) for character in text)
+    """Text with what does not print, line breaks and control sequences included, as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _heading(tokens: DrawnTokens, band: Band) -> Text:
