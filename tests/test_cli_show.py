@@ -178,9 +178,9 @@ def test_without_matplotlib_the_page_works_and_a_figure_says_what_to_install(
 
 
 def test_contradictions_are_refused(show, results, tmp_path):
-    assert "a figure shows one strategy, got 2" in show(
-        "-s", "causal", "-s", "prefix_segment", "-o", tmp_path / "mask.png"
-    )
+    figure = ["-o", tmp_path / "mask.png"]
+    assert "a figure shows one mask, got 2" in show("-s", "causal,prefix_segment", *figure)
+    assert "a figure shows one mask, got 2" in show("--against", "causal,causal", *figure)
     assert "leave them out with a file" in show(results, "--prefix", "3")
     assert "one file at a time" in show(results, "-i", results)
     assert "--param needs --strategy" in show(results, "-p", "positions=restart")

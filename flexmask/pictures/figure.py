@@ -10,7 +10,7 @@ import numpy as np
 
 from flexmask.pictures.cells import COLOURS, CellGrid, cell_grid
 from flexmask.pictures.mask_picture import MaskDifference, MaskPicture, Picture, cell_side
-from flexmask.pictures.palette import MASKED_COLOUR, SKIPPED_COLOUR, part_colour, rgb
+from flexmask.pictures.palette import MASKED_COLOUR, part_colour, rgb
 from flexmask.pictures.plotting import (
     FONT_PT,
     WIDTH_IN,
@@ -36,8 +36,7 @@ MAX_TOKENS = 1024
 MAX_SQUARES = 64
 """Up to how many cells along an axis are drawn as squares with a gap between them."""
 MAX_CELLS = 512
-GAP = 0.04
-"""Half of the gap between squares, as a share of their side."""
+GAP_PT = 0.4
 IMAGE_DOTS = 1024
 """At least how many dots the picture of a larger mask has along an axis. Viewers blur few."""
 
@@ -139,18 +138,18 @@ def _draw_squares(ax: Axes, colours: NDArray[np.uint8], side: int) -> None:
 
     codes = [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
     for colour in np.unique(colours.reshape(-1, 3), axis=0):
-        shown = (colours == colour).all(-1)
         if tuple(colour) == rgb(MASKED_COLOUR):
             continue  # the background
-        if tuple(colour) == rgb(SKIPPED_COLOUR):
-            corners = _runs(shown)
-        else:
-            row, column = np.nonzero(shown)
-            corners = np.stack((column + GAP, row + GAP, column + 1 - GAP, row + 1 - GAP), -1)
-        x0, y0, x1, y1 = (corners * side).T
+        x0, y0, x1, y1 = (_runs((colours == colour).all(-1)) * side).T
         points = np.stack((x0, y0, x1, y0, x1, y1, x0, y1, x0, y0), -1).reshape(-1, 2)
-        outline = Outline(points, codes * len(corners))
+        outline = Outline(points, codes * len(x0))
         ax.add_patch(PathPatch(outline, facecolor=colour / 255, linewidth=0))
+    edges = [edge * side for edge in range(1, len(colours))]
+    last = len(colours) * side
+    lines = [((0, edge), (last, edge)) for edge in edges]
+    lines += [((edge, 0), (edge, last)) for edge in edges]
+    outline = Outline(np.reshape(lines, (-1, 2)), [Outline.MOVETO, Outline.LINETO] * len(lines))
+    ax.add_patch(PathPatch(outline, edgecolor=MASKED_COLOUR, fill=False, linewidth=GAP_PT))
 
 
 def _runs(shown: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.tile_states import PARTIAL
 from flexmask.pictures import palette
 from flexmask.pictures.answer_text import VERDICTS, marked_pieces
 from flexmask.pictures.mask_picture import MaskDifference, Picture
@@ -165,7 +164,6 @@ def _layer(name: str, colour: str, mask: TileMask) -> dict[str, Any]:
     return {
         "name": name,
         "colour": colour,
-        "partial": PARTIAL,
         "states": _base64(mask.states.to(torch.uint8).contiguous().numpy().tobytes()),
         "bitmapOfTile": _base64(numbers.tobytes()),
         "bitmaps": [_base64(bitmap) for bitmap in bitmaps],

@@ -89,10 +89,9 @@ class DrawnTokens:
         return len(self.segment_ids)
 
     @classmethod
-    def of_layout(cls, layout: Layout, prompt_tokens: int | None = None) -> DrawnTokens:
+    def of_layout(cls, layout: Layout) -> DrawnTokens:
         """The tokens of a layout, without texts."""
-        count = len(layout) if prompt_tokens is None else prompt_tokens
-        return cls(layout.segment_ids, layout.position_ids, count)
+        return cls(layout.segment_ids, layout.position_ids, len(layout))
 
     @classmethod
     def of_request(cls, strategy: Strategy, layout: Layout, shown: ShownRequest) -> DrawnTokens:

@@ -99,15 +99,15 @@ def show(
     render.print_warnings(load_registry().problems())
     parameters = parse_parameters(param or [])
     strategies = parse_strategies(strategy or [], parameters if strategy else {})
+    others = parse_strategies([against], {}) if against else []
     lengths = (prefix, segments, suffix)
     source = _source(file, input, lengths)
     if output is not None:
-        _check_output(output, num_pictures=len(strategies))
+        _check_output(output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
 
     subject = _subject(source, lengths, row=row, model=model, num_segments=num_segments)
     if not strategies:
         strategies = _default_strategies(subject, parameters)
-    others = parse_strategies([against], {}) if against else []
     subject = _with_new_tokens(subject, new_tokens, output)
     if stats or as_json:
         _print_figures(_masks([*strategies, *others], subject, tile), as_json)
@@ -138,8 +138,8 @@ def _check_output(output: Path, num_pictures: int) -> None:
     check_picture_path(output)
     if num_pictures > 1 and not is_page(output):
         raise OptionError(
-            f"a figure shows one strategy, got {num_pictures}; write an .html page, or name "
-            "the second with --against"
+            f"a figure shows one mask, got {num_pictures}; write an .html page, or name the "
+            "second strategy with --against"
         )
 
 
