@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import sys
@@ -103,6 +104,14 @@ def test_a_request_of_a_file_is_shown_with_its_text(show, tmp_path):
     assert "--row must be 1 to 2, got 3" in show("--input", path, "--row", "3")
 
 
+def test_a_request_of_standard_input_is_shown(show, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"segments": ["a b", "c d"]})))
+    monkeypatch.setattr("flexmask_cli.commands.show.render.print_warnings", print)
+    output = show("--input", "-")
+    assert "standard input, row 1: 1" in output
+    assert "['the segments share no ending" in output
+
+
 def test_a_result_is_shown_as_it_was_run(show, results):
     output = show(results, "--row", "1")
     assert "results.feather, row 1: a" in output
@@ -181,6 +190,8 @@ def test_contradictions_are_refused(show, results, tmp_path):
     figure = ["-o", tmp_path / "mask.png"]
     assert "a figure shows one mask, got 2" in show("-s", "causal,prefix_segment", *figure)
     assert "a figure shows one mask, got 2" in show("--against", "causal,causal", *figure)
+    assert "leave out --stats, --json and --ascii" in show("--stats", *figure)
+    assert "need a file to take a request from" in show("--row", "2")
     assert "leave them out with a file" in show(results, "--prefix", "3")
     assert "one file at a time" in show(results, "-i", results)
     assert "--param needs --strategy" in show(results, "-p", "positions=restart")

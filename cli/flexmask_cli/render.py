@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from flexmask.errors import FlexMaskWarning
 
 if TYPE_CHECKING:
     from flexmask.dataset.results import ResultSummary
@@ -63,6 +67,25 @@ def print_warnings(lines: Iterable[str]) -> None:
     """Print each line to stderr."""
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print each of flexmask's warnings once, in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", FlexMaskWarning)
+        show = warnings.showwarning
+
+        def print_or_show(
+            message: Warning | str, category: type[Warning], *where: Any, **more: Any
+        ) -> None:
+            if issubclass(category, FlexMaskWarning):
+                print_warnings([str(message)])
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = print_or_show
+        yield
 
 
 def print_line(line: str) -> None:

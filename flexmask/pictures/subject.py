@@ -109,7 +109,8 @@ def subject_of_file(
     request = requests[row - 1]
     tokenize = _load_tokenizer(model or DEMO)
     shown = ShownRequest(tokenize(request), text_of=tokenize.token_text)
-    return Subject(f"{Path(source).name}, row {row}: {request.uuid}", shown)
+    name = "standard input" if source == "-" else Path(source).name
+    return Subject(f"{name}, row {row}: {request.uuid}", shown)
 
 
 def _subject_of_result(source: str, row: int, model: str | None) -> Subject:

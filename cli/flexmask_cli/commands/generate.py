@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +11,7 @@ import typer
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path, questions_path
-from flexmask.errors import FlexMaskWarning, OptionError
+from flexmask.errors import OptionError
 from flexmask.registry import load_registry, make_strategy
 from flexmask.request import read_requests
 from flexmask_cli import render
@@ -143,7 +140,7 @@ def generate(
     path = output or default_output_path(input or DEMO, model or DEMO, strategy, num_segments)
     with ResultWriter.open(path, config=config, requests=requests, mode=mode) as writer:
         if writer.remaining:
-            with _warnings_as_lines():
+            with render.warnings_as_lines():
                 engine = _load_engine(model, device, dtype, trust_remote_code, verbose)
                 _run(engine, chosen, options, writer, verbose)
     render.print_line(f"{writer.summary.rows} rows in {path}")
@@ -208,22 +205,3 @@ def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:
 def _environment(**more: str) -> dict[str, str]:
     versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
     return {**versions, **more}
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Print each of flexmask's warnings once, in one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("once", FlexMaskWarning)
-        show = warnings.showwarning
-
-        def print_or_show(
-            message: Warning | str, category: type[Warning], *where: Any, **more: Any
-        ) -> None:
-            if issubclass(category, FlexMaskWarning):
-                render.print_warnings([str(message)])
-            else:
-                show(message, category, *where, **more)
-
-        warnings.showwarning = print_or_show
-        yield

@@ -24,7 +24,7 @@ PAGE_NEW_TOKENS = 8
 
 File = Annotated[
     str | None,
-    typer.Argument(metavar="[FILE]", help="Requests (JSON Lines), or a result file (.feather)."),
+    typer.Argument(metavar="FILE", help="Requests (JSON Lines), or a result file (.feather)."),
 ]
 Strategies = Annotated[
     list[str] | None,
@@ -41,7 +41,9 @@ Against = Annotated[
     typer.Option(metavar="NAME[:KEY=VALUE]", help="Draw the difference to this strategy."),
 ]
 Input = Annotated[str | None, typer.Option("--input", "-i", help="As FILE; - for standard input.")]
-Row = Annotated[int, typer.Option(min=1, help="Which row of the file, from 1.")]
+Row = Annotated[
+    int | None, typer.Option(min=1, help="Which row of the file, from 1.  [default: 1]")
+]
 NumSegments = Annotated[
     int | None, typer.Option(min=1, help="Only the first segments of the request.")
 ]
@@ -82,7 +84,7 @@ def show(
     param: Parameters = None,
     against: Against = None,
     input: Input = None,
-    row: Row = 1,
+    row: Row = None,
     num_segments: NumSegments = None,
     model: Model = None,
     prefix: Prefix = None,
@@ -101,11 +103,14 @@ def show(
     strategies = parse_strategies(strategy or [], parameters if strategy else {})
     others = parse_strategies([against], {}) if against else []
     lengths = (prefix, segments, suffix)
-    source = _source(file, input, lengths)
+    source = _source(file, input, lengths, (row, model, num_segments))
+    if output is not None and (stats or as_json or ascii):
+        raise OptionError("--output writes a picture; leave out --stats, --json and --ascii")
     if output is not None:
         _check_output(output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
 
-    subject = _subject(source, lengths, row=row, model=model, num_segments=num_segments)
+    with render.warnings_as_lines():
+        subject = _subject(source, lengths, row=row or 1, model=model, num_segments=num_segments)
     if not strategies:
         strategies = _default_strategies(subject, parameters)
     subject = _with_new_tokens(subject, new_tokens, output)
@@ -120,8 +125,10 @@ def show(
         _save(strategies, others, subject, tile, output)
 
 
-def _source(file: str | None, input: str | None, lengths: tuple[object, ...]) -> str | None:
-    """The one file that is named, if any."""
+def _source(
+    file: str | None, input: str | None, lengths: tuple[object, ...], of_file: tuple[object, ...]
+) -> str | None:
+    """The one file that is named, if any; options that have no effect are refused."""
     if file is not None and input is not None:
         raise OptionError(f"one file at a time, got {file} and --input {input}")
     source = file or input
@@ -129,6 +136,8 @@ def _source(file: str | None, input: str | None, lengths: tuple[object, ...]) ->
         raise OptionError(
             "--prefix, --segments and --suffix make up a request; leave them out with a file"
         )
+    if source is None and any(option is not None for option in of_file):
+        raise OptionError("--row, --model and --num-segments need a file to take a request from")
     return source
 
 
