@@ -163,7 +163,17 @@ def test_a_difference_is_that_of_the_oracles(first, second):
 
 def test_a_shared_and_a_copied_prefix_let_the_same_tokens_see_each_other():
     one, other = (make_strategy(name, {}) for name in ("prefix_segment", "ensemble_isolation"))
-    assert draw_difference(one, other, SHOWN).pairs_that_differ == 0
+    difference = draw_difference(one, other, SHOWN)
+    assert difference.pairs_that_differ == difference.moved_tokens == 0
+
+
+def test_positions_that_differ_are_counted_where_no_pair_does():
+    restart = make_strategy("prefix_segment", {})
+    sequential = make_strategy("prefix_segment", {"positions": "sequential"})
+    difference = draw_difference(restart, sequential, SHOWN)
+    assert difference.pairs_that_differ == 0
+    assert difference.moved_tokens == 4 + 6 + 3 + 4  # all after the first segment
+    assert difference.summary == "0 of 841 pairs differ; 17 of 29 tokens at other positions"
 
 
 class SortsByToken(Strategy):

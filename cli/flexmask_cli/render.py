@@ -134,6 +134,7 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
     for picture in pictures:
         console.print(Text(picture.title, "bold"))
         console.print(prompt_text(picture.tokens, columns))
+        console.print(picture.summary)
         if is_ascii:
             console.print(ascii_picture(picture, min(columns, ASCII_COLUMNS)))
         else:

@@ -259,7 +259,7 @@ def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
 def _figures(picture: Picture, grid: CellGrid) -> str:
     unit = "" if grid.side == 1 else f"\na cell is {grid.side} × {grid.side} tokens"
     if isinstance(picture, MaskDifference):
-        return f"{picture.pairs_that_differ:,} of {picture.size**2:,} pairs differ{unit}"
+        return picture.summary.replace("; ", "\n") + unit
     report = picture.mask.report
     tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
     text = f"{report.density:.1%} of pairs allowed"

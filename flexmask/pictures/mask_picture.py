@@ -50,6 +50,16 @@ class MaskPicture:
         """Number of tokens."""
         return len(self.tokens)
 
+    @property
+    def summary(self) -> str:
+        """Density and tiles, in a line."""
+        report = self.mask.report
+        return (
+            f"{report.density:.1%} of {self.size**2:,} pairs allowed; tiles: "
+            f"{report.tiles_full:,} full, {report.tiles_partial:,} partial, "
+            f"{report.tiles_empty:,} skipped"
+        )
+
     def figures(self) -> dict[str, str | int | float]:
         """What its BlockMask holds, by name."""
         report = {name: getattr(self.mask.report, name) for name in FIGURES}
@@ -70,6 +80,7 @@ class MaskDifference:
         both: Which pairs both masks allow.
         only_first: Which pairs only the first allows.
         only_second: Which pairs only the second allows.
+        moved_tokens: How many tokens stand at other positions under the second strategy.
     """
 
     first_title: str
@@ -78,6 +89,7 @@ class MaskDifference:
     both: TileMask
     only_first: TileMask
     only_second: TileMask
+    moved_tokens: int
 
     @property
     def title(self) -> str:
@@ -93,6 +105,14 @@ class MaskDifference:
     def pairs_that_differ(self) -> int:
         """Pairs that one mask allows and the other does not."""
         return self.only_first.report.allowed_pairs + self.only_second.report.allowed_pairs
+
+    @property
+    def summary(self) -> str:
+        """How many pairs and positions differ, in a line."""
+        return (
+            f"{self.pairs_that_differ:,} of {self.size**2:,} pairs differ; "
+            f"{self.moved_tokens:,} of {self.size:,} tokens at other positions"
+        )
 
 
 Picture = MaskPicture | MaskDifference
@@ -144,8 +164,9 @@ def draw_difference(
                 "token by token; draw both side by side"
             )
         masks.append((tokens, _over_request(mask_mod, tokens)))
-    (tokens, one), (_, other) = masks
-    tokens = _each_once(tokens, shown)
+    (first_tokens, one), (second_tokens, other) = masks
+    tokens = _each_once(first_tokens, shown)
+    positions = zip(_positions(first_tokens), _positions(second_tokens), strict=True)
 
     def build(mask_mod: MaskMod) -> TileMask:
         return TileMask.build(mask_mod, len(tokens), tile)
@@ -157,6 +178,7 @@ def draw_difference(
         both=build(and_masks(one, other)),
         only_first=build(and_masks(one, _negated(other))),
         only_second=build(and_masks(other, _negated(one))),
+        moved_tokens=sum(before != after for before, after in positions),
     )
 
 
@@ -206,6 +228,14 @@ def _copies(origins: Sequence[int]) -> list[Tensor]:
         slots[origin].append(slot)
     most = max(map(len, slots))
     return [torch.tensor([each[min(n, len(each) - 1)] for each in slots]) for n in range(most)]
+
+
+def _positions(tokens: DrawnTokens) -> list[set[int]]:
+    """Where the copies of each token of the request stand."""
+    positions: list[set[int]] = [set() for _ in range(max(tokens.origins) + 1)]
+    for origin, position in zip(tokens.origins, tokens.position_ids, strict=True):
+        positions[origin].add(position)
+    return positions
 
 
 def _negated(mask_mod: MaskMod) -> MaskMod:

@@ -105,18 +105,11 @@ def _panel(picture: Picture) -> dict[str, Any]:
             (f"only {picture.first_title}", "first", picture.only_first),
             (f"only {picture.second_title}", "second", picture.only_second),
         ]
-        summary = f"{picture.pairs_that_differ:,} of {picture.size**2:,} pairs differ"
     else:
         layers = [("sees", "", picture.mask)]
-        report = picture.mask.report
-        summary = (
-            f"{report.density:.1%} of {picture.size**2:,} pairs allowed; tiles: "
-            f"{report.tiles_full:,} full, {report.tiles_partial:,} partial, "
-            f"{report.tiles_empty:,} skipped"
-        )
     return panel | {
         "tile": layers[0][2].tile,
-        "summary": summary,
+        "summary": picture.summary,
         "layers": [_layer(*layer) for layer in layers],
     }
 
