@@ -81,6 +81,11 @@ def test_tile_states_are_those_of_the_block_mask():
     assert mask.states.equal(states_of(block_mask))
 
 
+def test_tiles_that_would_be_a_square_of_tokens_are_refused():
+    with pytest.raises(OptionError, match=r"take larger tiles \(--tile 2\)"):
+        TileMask.build(causal, 10_000, 1)
+
+
 def test_masks_that_need_vmap_are_drawn_too():
     def coprime(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (torch.gcd(q_idx, kv_idx) == 1)

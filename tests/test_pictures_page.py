@@ -59,7 +59,7 @@ def test_equal_tiles_are_kept_once():
 
 
 def test_beyond_a_limit_pairs_are_left_out(monkeypatch):
-    monkeypatch.setattr(page_module, "MAX_DETAILED_TILES", 2)
+    monkeypatch.setattr(page_module, "MAX_PAIRS", 2 * 6 * 6)
     picture = draw_mask(make_strategy("causal", {}), subject_of_lengths(0, [20], 4).shown, 6)
     (panel,) = panels_of(page_html([picture], SUBJECT))
     (layer,) = panel["layers"]

@@ -24,8 +24,8 @@ from flexmask.pictures.tokens import DrawnTokens
 SCRIPTS = ("tile_mask.js", "matrix.js", "token_list.js", "page.js")
 """In the order in which they are joined: each uses names of those before it."""
 
-MAX_DETAILED_TILES = 8192
-"""Of how many partial tiles a page holds the pairs; at most 2 KiB each."""
+MAX_PAIRS = 2**27
+"""How many pairs of partial tiles a page holds at most, 16 MiB: those of 8,192 tiles of 128."""
 
 _NO_PAIRS = -1
 
@@ -151,8 +151,8 @@ def _layer(name: str, colour: str, mask: TileMask) -> dict[str, Any]:
     tiles = mask.partial_tiles
     numbers = np.full(len(tiles), _NO_PAIRS, dtype="<i4")
     bitmaps: dict[bytes, int] = {}
-    detailed = (pairs for some in mask.pairs(tiles[:MAX_DETAILED_TILES]) for pairs in some)
-    for index, pairs in enumerate(detailed):
+    detailed = tiles[: MAX_PAIRS // mask.tile**2]
+    for index, pairs in enumerate(pairs for some in mask.pairs(detailed) for pairs in some):
         numbers[index] = bitmaps.setdefault(_bitmap(pairs), len(bitmaps))
     return {
         "name": name,

@@ -14,9 +14,13 @@ from flexmask.block_mask.evaluator import MaskEvaluator
 from flexmask.block_mask.intervals import exact_index
 from flexmask.block_mask.rules import MaskMod
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
+from flexmask.errors import OptionError
 
 TILE = 128
 """Tokens along a side of a tile, as the engine and FlexAttention have it."""
+
+MAX_TILES = 8192
+"""Along an axis: a million tokens in tiles of 128."""
 
 PAIRS_AT_ONCE = 2**20
 """How many pairs are evaluated at once; each takes some tens of bytes."""
@@ -43,8 +47,14 @@ class TileMask:
         """Build the BlockMask.
 
         Raises:
+            OptionError: If there would be too many tiles.
             MaskError: If the mask_mod breaks a rule of FlexAttention.
         """
+        if -(-size // tile) > MAX_TILES:
+            raise OptionError(
+                f"{size:,} tokens in tiles of {tile} are too many to draw; take larger tiles "
+                f"(--tile {-(-size // MAX_TILES)})"
+            )
         report = explain_mask(mask_mod, 1, None, size, size, "cpu", tile)
         return cls(mask_mod, size, tile, report)
 
