@@ -103,31 +103,33 @@ def test_attention_that_computes_something_else_is_broken(monkeypatch):
     assert check.detail.startswith("WrongResult: differs from dense attention by ")
 
 
-def test_without_a_gpu_its_paths_are_absent_and_not_broken(monkeypatch):
+def test_without_a_gpu_its_paths_are_unavailable_and_not_broken(monkeypatch):
     cpu = torch.device("cpu")
-    assert attention_checks.check_flash(cpu).state == "absent"
-    assert attention_checks.check_cuda_graph(cpu).state == "absent"
+    assert attention_checks.check_flash(cpu).state == "unavailable"
+    assert attention_checks.check_cuda_graph(cpu).state == "unavailable"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert environment_checks.check_gpu().state == "absent"
+    assert environment_checks.check_gpu().state == "unavailable"
 
 
 @pytest.mark.gpu
 def test_the_paths_of_a_gpu_are_tried():
     found = {check.name: check.state for check in run_checks()}
     assert found["gpu"] == found["CUDA graph"] == "ok"
-    assert found["attention, FLASH"] in ("ok", "absent")
+    assert found["attention, FLASH"] in ("ok", "unavailable")
 
 
 def test_an_attempt_says_what_it_found_or_what_it_raised():
     assert tried("x", lambda: "fine", "do y") == Check("x", "ok", "fine")
     broken = tried("x", lambda: str(1 / 0), "do y")
     assert broken == Check("x", "broken", "ZeroDivisionError: division by zero", "do y")
+    optional = tried("x", lambda: str(1 / 0), "do y", is_needed=False)
+    assert optional.state == "unavailable"
 
 
 def test_lines_say_ok_or_what_to_do(monkeypatch, capsys):
     checks = [
         Check("a", "ok", "1.0"),
-        Check("b", "absent", "none"),
+        Check("b", "unavailable", "none"),
         Check("c", "broken", "x", "y"),
     ]
     monkeypatch.setattr("flexmask.doctor.run_checks", lambda: iter(checks))

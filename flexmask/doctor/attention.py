@@ -58,23 +58,27 @@ def check_flash(device: torch.device) -> Check:
     """FlexAttention's FLASH backend, which flash-attn-4 brings."""
     name = "attention, FLASH"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
-        return Check(name, "absent", "needs a GPU of capability 9.0 or more")
+        return Check(name, "unavailable", "needs a GPU of capability 9.0 or more")
     if not _has_flash():
         advice = "pip install flash-attn-4 for faster long prompts"
-        return Check(name, "absent", "flash-attn-4 is not installed", advice)
+        return Check(name, "unavailable", "flash-attn-4 is not installed", advice)
     return tried(
-        name, lambda: _flash_compared(device), "reinstall flash-attn-4 in a version for this torch"
+        name,
+        lambda: _flash_compared(device),
+        "reinstall flash-attn-4 in a version for this torch",
+        is_needed=False,
     )
 
 
 def check_cuda_graph(device: torch.device) -> Check:
     """Whether a step can be captured as a CUDA graph and replayed."""
     if device.type != "cuda":
-        return Check("CUDA graph", "absent", "needs a GPU")
+        return Check("CUDA graph", "unavailable", "needs a GPU")
     return tried(
         "CUDA graph",
         lambda: _replayed(device),
         "update the GPU's driver; until then decoding runs without a graph, more slowly",
+        is_needed=False,
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "absent", "broken"]
-"""``absent``: not here, and flexmask works without. ``broken``: needed, and does not work."""
+State = Literal["ok", "unavailable", "broken"]
+"""``unavailable``: does not work here, and flexmask does without. ``broken``: it is needed."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,19 @@ class Check:
     advice: str = ""
 
 
-def tried(name: str, attempt: Callable[[], str], advice: str) -> Check:
-    """Run an attempt: ok with what it returns, or broken with what it raises.
+def tried(name: str, attempt: Callable[[], str], advice: str, *, is_needed: bool = True) -> Check:
+    """Run an attempt: ok with what it returns, or not with what it raises.
 
     Args:
         name: What is checked.
         attempt: Does the thing, and says what it found.
         advice: What to do if it raises.
+        is_needed: Whether flexmask does not work without.
     """
     try:
         return Check(name, "ok", attempt())
     except Exception as error:  # whatever is wrong here is what the doctor is asked for
-        return Check(name, "broken", described(error), advice)
+        return Check(name, "broken" if is_needed else "unavailable", described(error), advice)
 
 
 def described(error: BaseException) -> str:

@@ -67,7 +67,7 @@ def check_gpu() -> Check:
 
     if not torch.cuda.is_available():
         advice = "for a GPU, install its driver and a CUDA build of torch"
-        return Check("gpu", "absent", "torch sees none; attention runs on the CPU", advice)
+        return Check("gpu", "unavailable", "torch sees none; attention runs on the CPU", advice)
     properties = torch.cuda.get_device_properties(0)
     capability = f"{properties.major}.{properties.minor}"
     memory = properties.total_memory / 2**30
