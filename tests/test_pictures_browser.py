@@ -327,6 +327,21 @@ def test_a_difference_marks_what_only_one_strategy_sees(open_page):
     assert "only causal: 8" in page.get_by_role("status").inner_text()
 
 
+def test_pairs_that_the_page_does_not_hold_are_marked_as_unknown(open_page, tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmask.pictures.page.MAX_PAIRS", TILE**2)
+    path = tmp_path / "bounded.html"
+    save_page([draw_mask(STRATEGIES[0], SUBJECT.shown, TILE)], SUBJECT, path)
+    page = open_page(path)
+    token(page, 0, 3).click()  # in the one partial tile that is held
+    assert marked(page, 0, "seen") == [0, 1, 2, 3]
+    last = len(oracle(0)) - 1  # in tiles that stick out, which are partial
+    assert marked(page, 0, "unknown") == [last]
+    token(page, 0, 10).click()
+    assert marked(page, 0, "seen") == list(range(8))
+    assert marked(page, 0, "unknown") == list(range(8, 16))
+    assert "sees 8 to 16 tokens" in page.get_by_role("status").inner_text()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_colour_schemes_are_followed_at_once(open_page, scheme):
     other = {"light": "dark", "dark": "light"}[scheme]

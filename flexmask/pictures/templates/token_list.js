@@ -110,14 +110,15 @@ class TokenList {
   }
 
   #mark(token, isNew = false) {
-    const found = (lists) => (lists ?? []).findIndex((list) => list[token] !== MASKED);
-    const seen = found(this.keys);
-    const seenBy = found(this.queries);
+    const found = (lists, what) => (lists ?? []).findIndex((list) => list[token] === what);
+    const seen = found(this.keys, SEEN);
+    const seenBy = found(this.queries, SEEN);
+    const isUnknown = Math.max(found(this.keys, UNKNOWN), found(this.queries, UNKNOWN)) >= 0;
     const isSelected = token === this.token;
     const isFuture = token >= (this.visible ?? this.panel.size);
-    const isApart = this.token >= 0 && seen < 0 && seenBy < 0;
-    const mark =
-      (seen + 1) | ((seenBy + 1) << 2) | (isSelected << 4) | (isFuture << 5) | (isApart << 6);
+    const isApart = this.token >= 0 && seen < 0 && seenBy < 0 && !isUnknown;
+    const flags = [isSelected, isFuture, isApart, isUnknown];
+    const mark = flags.reduce((bits, flag) => 2 * bits + flag, 4 * (seen + 1) + seenBy + 1);
     if (!isNew && this.marks[token] === mark) return;
     this.marks[token] = mark;
     const span = this.spans[token];
@@ -126,6 +127,7 @@ class TokenList {
     if (seenBy >= 0) names.push("sees-it");
     if (isSelected) names.push("selected");
     if (isApart) names.push("apart");
+    if (isUnknown) names.push("unknown");
     span.className = names.join(" ");
     span.hidden = isFuture;
     span.setAttribute("aria-selected", String(isSelected));
@@ -145,7 +147,9 @@ class TokenList {
       return open ? `${seen} to ${seen + open}` : String(seen);
     };
     const band = panel.band(token);
-    const who = `${band.label} token ${JSON.stringify(panel.text(token))}, slot ${token}, position ${panel.positionOf[token]}`;
+    const text = panel.text(token);
+    const name = text ? ` ${JSON.stringify(text)}` : "";
+    const who = `${band.label} token${name}, slot ${token}, position ${panel.positionOf[token]}`;
     if (panel.isDifference) {
       const seen = panel.layers.map((layer, i) => `${layer.name}: ${count(this.keys, i)}`);
       return `${who}. Of the tokens before it: ${seen.join("; ")}.`;
