@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def subject_of_file(
     _check_row(source, row, len(requests))
     request = requests[row - 1]
     tokenize = _load_tokenizer(model or DEMO)
-    shown = ShownRequest(tokenize(request), text_of=tokenize.token_text)
+    shown = ShownRequest(tokenize(request), text_of=cache(tokenize.token_text))
     name = "standard input" if source == "-" else Path(source).name
     return Subject(f"{name}, row {row}: {request.uuid}", shown)
 
@@ -136,7 +137,7 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     shown = ShownRequest(
         tokenize(request),
         new_tokens=values["generated_tokens"],
-        text_of=tokenize.token_text,
+        text_of=cache(tokenize.token_text),
         new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
     )
     return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
