@@ -1,5 +1,7 @@
 from rich.console import Console
+from transformers import AutoTokenizer
 
+from flexmask.demo import model_path
 from flexmask.layout import TokenizedRequest
 from flexmask.pictures.answer_text import answer_text, marked_pieces
 from flexmask.pictures.mask_picture import draw_difference, draw_mask
@@ -9,6 +11,7 @@ from flexmask.pictures.subject import Answer
 from flexmask.pictures.terminal import MARGIN, ascii_picture, block_picture
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import make_strategy
+from flexmask.tokenization import RequestTokenizer
 from oracles import dense_mask
 
 SHOWN = ShownRequest.of_lengths(prefix=5, segments=(7, 4, 6), suffix=3, new_tokens=2)
@@ -109,3 +112,11 @@ def test_accepted_answers_are_marked_in_what_was_generated():
     assert list(marked_pieces("Ukraine", ("uk",))) == [("Ukraine", False)]
     assert list(marked_pieces("New York", ("york", "new york"))) == [("New York", True)]
     assert list(marked_pieces("nothing", ())) == [("nothing", False)]
+
+
+def test_the_texts_of_tokens_join_to_the_text():
+    tokenize = RequestTokenizer(AutoTokenizer.from_pretrained(model_path()))
+    text = "Q: Where was  Rispo Dror born?\nA: in Fumholm, 1873."
+    pieces = [tokenize.token_text(token_id) for token_id in tokenize.encode(text)]
+    assert len(pieces) > 8
+    assert "".join(pieces) == text
