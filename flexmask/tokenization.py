@@ -37,7 +37,7 @@ class RequestTokenizer:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         # Few-shot prefixes and suffixes repeat from row to row.
-        self._encode_shared = lru_cache(maxsize=256)(self.encode)
+        self._encode_shared = lru_cache(maxsize=256)(self._encode)
 
     def __call__(self, request: Request) -> TokenizedRequest:
         """Tokenize ``request``.
@@ -50,7 +50,7 @@ class RequestTokenizer:
             prefix, suffix = self._in_user_turn(prefix, suffix)
         return TokenizedRequest.from_token_ids(
             prefix=self._begin() + self._encode_shared(prefix),
-            segments=[self.encode(segment) for segment in request.segments],
+            segments=[self._encode(segment) for segment in request.segments],
             suffix=self._encode_shared(suffix),
         )
 
@@ -65,15 +65,18 @@ class RequestTokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands within a text, leading space included."""
         # Decoders drop the space before a first token, so it is decoded after another.
-        before = self.encode("a")[-1:]
+        before = self._encode("a")[-1:]
         texts = [
             self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
             for token_ids in (before, (*before, token_id))
         ]
         return str(texts[1]).removeprefix(str(texts[0]))
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, without special tokens."""
+    def token_texts(self, text: str) -> list[str]:
+        """Cut a text into its tokens."""
+        return [self.token_text(token_id) for token_id in self._encode(text)]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -149,7 +149,7 @@ def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) ->
     A result file holds the text and the number of tokens. Tokens that the text leaves out, as
     that which ended the sequence, stay blank; should it tokenize into more, the last has the rest.
     """
-    texts = [tokenize.token_text(token_id) for token_id in tokenize.encode(generation)]
+    texts = tokenize.token_texts(generation)
     if len(texts) > count:
         texts[count - 1 :] = ["".join(texts[count - 1 :])]
     return tuple(texts)
