@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(INSTALLED)  ## answer the bundled questions with the bundled model
 	$(BIN)/flexmask generate --strategy ensemble_isolation --stop '\n' \
@@ -26,6 +26,9 @@ lint: $(INSTALLED)  ## check style, types and imports
 format: $(INSTALLED)  ## bring the code into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## make what programs make of the documents
+	$(BIN)/python docs/strategy_pictures.py docs/strategies
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

@@ -10,6 +10,7 @@ import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
+from flexmask_cli.commands.doctor import doctor
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
 from flexmask_cli.commands.plugins import plugins
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.command()(show)
     app.command()(strategies)
     app.command()(plugins)
+    app.command()(doctor)
     return app
 
 
