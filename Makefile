@@ -27,8 +27,9 @@ format: $(INSTALLED)  ## bring the code into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## write docs/plugin-api.md from the code
+docs: $(INSTALLED)  ## make what programs make of the documents
 	$(BIN)/python docs/plugin_api.py
+	$(BIN)/python docs/strategy_pictures.py docs/strategies
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch import Tensor
 
 PREFIX = 0
@@ -190,6 +191,17 @@ class Layout:
             (*self.segment_ids, *(TAIL,) * num_tokens),
             (*self.position_ids, *generated),
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the position of every slot, with matplotlib (``flexmask[plot]``)."""
+        from flexmask.pictures.layout_plot import plot_layout
+
+        return plot_layout(self, ax)
+
+    def _repr_html_(self) -> str:
+        from flexmask.pictures.notebook import layout_html
+
+        return layout_html(self)
 
 
 def _tensor(values: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod
+    from flexmask.strategy import MaskMod, Strategy
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -84,6 +84,11 @@ def holds_tokens(batch: LayoutBatch) -> MaskMod:
         return (segment_ids[b, q_idx] != PADDING) & (segment_ids[b, kv_idx] != PADDING)
 
     return holds_tokens
+
+
+def strategy_mask(strategy: Strategy, batch: LayoutBatch) -> MaskMod:
+    """Mask a batch as the engine does: by a strategy, and no slot without a token."""
+    return and_masks(strategy.mask_mod(batch), holds_tokens(batch))
 
 
 def within_window(batch: LayoutBatch, window: int) -> MaskMod:

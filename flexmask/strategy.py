@@ -23,6 +23,7 @@ from flexmask.errors import StrategyError
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
@@ -164,6 +165,19 @@ class Strategy(ABC):
     def parameter_values(self) -> dict[str, ParameterValue]:
         """Name and value of each parameter."""
         return {item.name: getattr(self, item.name) for item in _fields(type(self))}
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the mask on a small request, with matplotlib (``flexmask[plot]``)."""
+        from flexmask.pictures.figure import plot_mask
+        from flexmask.pictures.mask_picture import draw_mask
+        from flexmask.pictures.notebook import SMALL
+
+        return plot_mask(draw_mask(self, SMALL), ax)
+
+    def _repr_html_(self) -> str:
+        from flexmask.pictures.notebook import strategy_html
+
+        return strategy_html(self)
 
 
 def check_strategy_class(cls: object) -> type[Strategy]:

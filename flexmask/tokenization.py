@@ -88,6 +88,20 @@ class RequestTokenizer:
         assert isinstance(text, str)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """Text of one token as it stands within a text, leading space included."""
+        # Decoders drop the space before a first token, so it is decoded after another.
+        before = self._encode("a")[-1:]
+        texts = [
+            self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+            for token_ids in (before, (*before, token_id))
+        ]
+        return str(texts[1]).removeprefix(str(texts[0]))
+
+    def token_texts(self, text: str) -> list[str]:
+        """Cut a text into its tokens."""
+        return [self.token_text(token_id) for token_id in self._encode(text)]
+
     def _encode(self, text: str) -> tuple[int, ...]:
         if not text:
             return ()

@@ -8,16 +8,24 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 
 import flexmask
-from flexmask.registry import load_registry
+from flexmask.registry import load_registry, make_strategy
 from flexmask.strategy_file import names_in_file, strategy_of_file
 from flexmask.testing import RULES, run_rules
 from flexmask_cli.app import build_app, main
+from svg_cells import expected_colours, svg_cells
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BUILT_IN = [
+    registered.cls.name
+    for registered in load_registry().strategies()
+    if registered.owner.distribution == "flexmask"
+]
 
 
 def test_the_python_of_the_readme_runs_and_answers(capsys):
@@ -28,9 +36,8 @@ def test_the_python_of_the_readme_runs_and_answers(capsys):
 
 
 def test_the_readme_lists_every_strategy_and_command():
-    for registered in load_registry().strategies():
-        if registered.owner.distribution == "flexmask":
-            assert f"| `{registered.cls.name}` |" in README
+    for name in BUILT_IN:
+        assert f"| `{name}` |" in README
     for command in build_app().registered_commands:
         assert f"flexmask {command.name or command.callback.__name__}" in README
 
@@ -132,3 +139,32 @@ def test_the_page_of_the_plugin_api_is_current():
     plugin_api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plugin_api)
     assert plugin_api.TARGET.read_text() == plugin_api.page(), "run: make docs"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_picture_of_each_strategy_in_the_readme_is_current(name):
+    path = ROOT / "docs" / "strategies" / f"{name}.svg"
+    assert f'<img src="docs/strategies/{name}.svg"' in README
+    strategy, shown = make_strategy(name, {}), drawn_request()
+    size = len(strategy.layout(shown.tokens)) + shown.new_tokens
+    drawn = svg_cells(path, size)
+    assert np.array_equal(drawn, expected_colours(strategy, shown, tile=128)), "run make docs"
+
+
+def drawn_request():
+    """The request that `make docs` draws."""
+    program = ROOT / "docs" / "strategy_pictures.py"
+    spec = importlib.util.spec_from_file_location("strategy_pictures", program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SHOWN
+
+
+def test_the_python_of_the_pictures_page_runs():
+    matplotlib.use("agg")
+    text = (ROOT / "docs" / "pictures.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["strategy"].name == "prefix_segment"
+    matplotlib.pyplot.close("all")

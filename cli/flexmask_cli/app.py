@@ -12,6 +12,7 @@ from flexmask import __version__
 from flexmask.errors import FlexMaskError
 from flexmask.registry import LOAD_PLUGINS
 from flexmask_cli.commands.check import check
+from flexmask_cli.commands.doctor import doctor
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
 from flexmask_cli.commands.new import new
@@ -64,6 +65,7 @@ def build_app() -> typer.Typer:
     app.command()(new)
     app.command()(strategies)
     app.command()(plugins)
+    app.command()(doctor)
     return app
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexmask.errors import OptionError
+
+if TYPE_CHECKING:
+    pass
 
 StrategyName = Annotated[
     str,
@@ -74,3 +77,15 @@ def parse_batch_size(text: str) -> int | None:
     if not text.isdecimal() or int(text) == 0:
         raise OptionError(f"--batch-size must be a positive number or auto, got {text!r}")
     return int(text)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Turn ``40,35,38`` into numbers of tokens.
+
+    Raises:
+        OptionError: If one is not a positive number.
+    """
+    lengths = text.split(",")
+    if not all(length.strip().isdecimal() and int(length) for length in lengths):
+        raise OptionError(f"--segments must be positive numbers as in 40,35,38, got {text!r}")
+    return [int(length) for length in lengths]

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flexmask.errors import FlexMaskWarning
 
 if TYPE_CHECKING:
     from flexmask.dataset.evaluate import Estimate
     from flexmask.dataset.judge import Judge
     from flexmask.dataset.requests import BadRow
     from flexmask.dataset.results import ResultSummary
+    from flexmask.doctor import Check
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
+    from flexmask.pictures.mask_picture import Picture
+    from flexmask.pictures.subject import Subject
     from flexmask.request import Request
     from flexmask.strategy import Strategy
 
 UNLIMITED = 1_000_000
 """A width in characters that no table reaches."""
+
+CHECK_COLUMNS = 26
+"""Room for the name of a check."""
+
+ASCII_COLUMNS = 104
+"""How wide a picture in plain characters may be: a character is twice as high as wide."""
 
 SHOWN_ANSWERS = 8
 """How many generations `print_answers` is given."""
@@ -60,6 +74,25 @@ def print_warnings(lines: Iterable[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print each of flexmask's warnings once, in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", FlexMaskWarning)
+        show = warnings.showwarning
+
+        def print_or_show(
+            message: Warning | str, category: type[Warning], *where: Any, **more: Any
+        ) -> None:
+            if issubclass(category, FlexMaskWarning):
+                print_warnings([str(message)])
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = print_or_show
+        yield
+
+
 def print_passing(text: str) -> None:
     """Show on a terminal what is going on, until the next line is printed over it."""
     erase_rest = "\x1b[K"
@@ -77,12 +110,53 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def print_figures(figures: Mapping[str, int | float]) -> None:
-    """Print named numbers, one a line."""
+def print_figures(figures: Mapping[str, str | int | float]) -> None:
+    """Print named figures, one a line."""
     width = max(map(len, figures))
     for name, value in figures.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        formats = {int: ",", float: ".4g", str: ""}
+        text = format(value, formats[type(value)])
         print(f"{name.replace('_', ' '):{width}}  {text:>14}", flush=True)
+
+
+def print_check(check: Check) -> None:
+    """Print the outcome of a check in a line; what to do stands in it."""
+    state = {"ok": "ok", "unavailable": "-", "broken": "BROKEN"}[check.state]
+    advice = f"; {check.advice}" if check.advice else ""
+    print_line(f"{state:6}  {check.name:<{CHECK_COLUMNS}}  {check.detail}{advice}")
+
+
+def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: bool) -> None:
+    """Print a request and its masks, to fit the window; into a pipe, in plain characters."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from flexmask.pictures.answer_text import answer_text
+    from flexmask.pictures.prompt_text import prompt_text, visible
+    from flexmask.pictures.terminal import ascii_picture, block_picture
+
+    is_ascii = is_ascii or not sys.stdout.isatty() or "utf" not in sys.stdout.encoding.lower()
+    columns, lines = shutil.get_terminal_size()
+    console = Console(
+        width=columns if sys.stdout.isatty() else UNLIMITED,
+        color_system=None if is_ascii else "auto",
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    console.print(Text(visible(subject.heading), "bold"))
+    if subject.answer is not None:
+        console.print(answer_text(subject.answer))
+    for picture in pictures:
+        console.print(Text(picture.title, "bold"))
+        console.print(prompt_text(picture.tokens, columns))
+        console.print(picture.summary)
+        if is_ascii:
+            console.print(ascii_picture(picture, min(columns, ASCII_COLUMNS)))
+        else:
+            is_coloured = console.color_system is not None and not console.no_color
+            console.print(block_picture(picture, columns, lines, is_coloured=is_coloured))
 
 
 def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from flexmask.errors import FlexMaskWarning
+from flexmask.errors import FlexMaskWarning, OptionError
 from flexmask.registry import Registry, load_registry, make_strategy
 from flexmask.strategy import Strategy
-from flexmask.strategy_file import is_strategy_file, names_in_file
+from flexmask.strategy_file import is_strategy_file, names_in_file, strategy_of_file
 from flexmask_cli import render
 from flexmask_cli.options import parse_parameters
 
@@ -51,6 +51,43 @@ def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
         "'flexmask new' starts a plugin"
     )
     return strategy
+
+
+def choose_several(texts: Sequence[str], parameters: Mapping[str, str]) -> list[Strategy]:
+    """Make strategies from texts such as ``causal,prefix_segment:positions=sequential``.
+
+    Args:
+        texts: Names, or strategies of a file as ``path/to/file.py:name``, separated by commas,
+            each with parameters of its own after colons.
+        parameters: Given to every strategy that takes them and has none of its own.
+
+    Raises:
+        OptionError: If no strategy takes one of the parameters, or a text is malformed.
+        StrategyError: If a strategy or a parameter is unknown, or a value is not allowed.
+    """
+    strategies = []
+    unused = dict(parameters)
+    for text in (name for names in texts for name in names.split(",")):
+        parts = text.strip().split(":")
+        of_name = 2 if parts[0].endswith(".py") else 1
+        name, pairs = ":".join(parts[:of_name]), parts[of_name:]
+        taken = {parameter.name for parameter in _strategy_class(name).parameters()}
+        shared = {key: value for key, value in parameters.items() if key in taken}
+        own = shared | parse_parameters(pairs)
+        strategies.append(choose_strategy(name, [f"{k}={v}" for k, v in own.items()]))
+        unused = {key: value for key, value in unused.items() if key not in shared}
+    if unused and len(strategies) == 1:
+        make_strategy(strategies[0].name, unused)  # says what the strategy takes
+    if unused:
+        raise OptionError(f"--param {next(iter(unused))}: none of the strategies takes it")
+    return strategies
+
+
+def _strategy_class(name: str) -> type[Strategy]:
+    if is_strategy_file(name):
+        with _file_warnings():
+            return strategy_of_file(name)
+    return load_registry().strategy(name)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from flexmask.block_mask.tile_states import (
     TileClassifier,
 )
 from flexmask.errors import MaskError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 
@@ -130,6 +134,17 @@ class MaskReport:
     build_ms: float
     states: Tensor
     decided: Tensor
+
+    def plot(self, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
+        """Draw the tiles of a batch row and head, with matplotlib (``flexmask[plot]``)."""
+        from flexmask.pictures.tile_pictures import plot_report
+
+        return plot_report(self, ax, b=b, h=h)
+
+    def _repr_html_(self) -> str:
+        from flexmask.pictures.notebook import report_html
+
+        return report_html(self)
 
 
 def explain_mask(

@@ -35,7 +35,7 @@ from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
-from flexmask.mask_mods import and_masks, holds_tokens, within_window
+from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -162,11 +162,11 @@ class ModelRunner:
         is_short = self.prefill_kernel == "triton" and capacity <= SHORT_CAPACITY
         self._tile = SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
         self._bind_cache(batch_size, capacity)
-        strategy_mask = and_masks(strategy.mask_mod(self._batch), holds_tokens(self._batch))
+        allowed = strategy_mask(strategy, self._batch)
         self._mask_mods: dict[str, MaskMod] = {
-            kind: strategy_mask
+            kind: allowed
             if window is None
-            else and_masks(strategy_mask, within_window(self._batch, window))
+            else and_masks(allowed, within_window(self._batch, window))
             for kind, window in self.layer_windows.items()
         }
         self._query_masks = {

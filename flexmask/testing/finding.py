@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexmask.layout import Layout
-from flexmask.picture import SEES, SEES_NOT, draw
 from flexmask.testing.cases import Case
+from flexmask.testing.mask_text import SEES, SEES_NOT, draw
 
 SHOWN = 12
 """Rows, and half of the columns, of a picture of a long layout."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
@@ -15,7 +12,7 @@ import typer
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
-from flexmask.errors import FlexMaskWarning, OptionError
+from flexmask.errors import OptionError
 from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
@@ -199,7 +196,7 @@ def generate(
         path, config=config, requests=requests, mode=mode, judge=judge
     ) as writer:
         if writer.remaining:
-            with _warnings_as_lines():
+            with render.warnings_as_lines():
                 engine = load_engine(model, device, dtype, trust_remote_code, verbose)
                 _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
     if not quiet:
@@ -259,22 +256,3 @@ def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:
 def _environment(**more: str) -> dict[str, str]:
     versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
     return {**versions, **more}
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Print each of flexmask's warnings once, in one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("once", FlexMaskWarning)
-        show = warnings.showwarning
-
-        def print_or_show(
-            message: Warning | str, category: type[Warning], *where: Any, **more: Any
-        ) -> None:
-            if issubclass(category, FlexMaskWarning):
-                render.print_warnings([str(message)])
-            else:
-                show(message, category, *where, **more)
-
-        warnings.showwarning = print_or_show
-        yield

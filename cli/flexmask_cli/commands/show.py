@@ -1,102 +1,239 @@
-"""``flexmask show``: who sees whom in a layout, and what its BlockMask costs."""
+"""``flexmask show``: who sees whom, in the terminal, as a figure or as a page."""
 
 from __future__ import annotations
 
-import shutil
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexmask.errors import OptionError
-from flexmask.layout import TokenizedRequest
-from flexmask.picture import SEES, SEES_NOT, SEES_SOME, draw
 from flexmask_cli import render
-from flexmask_cli.options import Parameters, StrategyName
-from flexmask_cli.strategy_choice import choose_strategy, stdout_to_stderr
+from flexmask_cli.options import Parameters, parse_lengths, parse_parameters
+from flexmask_cli.strategy_choice import choose_several, load_plugins, stdout_to_stderr
 
 if TYPE_CHECKING:
-    from flexmask.block_mask import MaskReport
-    from flexmask.layout import Layout
+    from flexmask.pictures.mask_picture import MaskDifference, MaskPicture
+    from flexmask.pictures.subject import Subject
     from flexmask.strategy import Strategy
 
-TOKEN = 5
-"""Stands for every token: a mask does not depend on them."""
+DEFAULT_STRATEGY = "ensemble_isolation"
+DEFAULT_PREFIX, DEFAULT_SEGMENTS, DEFAULT_SUFFIX = 6, "8,6,7", 3
+PAGE_NEW_TOKENS = 8
+"""How many generated tokens a page steps through, where no result file says."""
 
-
-FIGURES = (
-    "tiles_empty",
-    "tiles_partial",
-    "tiles_full",
-    "allowed_pairs",
-    "density",
-    "block_mask_bytes",
-    "decided_by_intervals",
-    "decided_by_evaluation",
-    "build_ms",
-)
-"""What ``--stats`` prints of a `MaskReport`."""
+File = Annotated[
+    str | None,
+    typer.Argument(metavar="FILE", help="Requests (JSON Lines), or a result file (.feather)."),
+]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy",
+        "-s",
+        metavar="NAME[:KEY=VALUE]",
+        help="Mask strategy; repeat it, or separate names by commas, to see several. "
+        "Default: ensemble_isolation, or what made the result file.",
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="NAME[:KEY=VALUE]", help="Draw the difference to this strategy."),
+]
+Input = Annotated[str | None, typer.Option("--input", "-i", help="As FILE; - for standard input.")]
+Row = Annotated[
+    int | None, typer.Option(min=1, help="Which row of the file, from 1.  [default: 1]")
+]
+NumSegments = Annotated[
+    int | None, typer.Option(min=1, help="Only the first segments of the request.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Whose tokenizer. Default: the bundled model, or what made the result."),
+]
+Prefix = Annotated[
+    int | None, typer.Option(min=0, help="Without a file: tokens of the prefix.  [default: 6]")
+]
+Segments = Annotated[
+    str | None,
+    typer.Option(help="Without a file: tokens of each segment.  [default: 8,6,7]"),
+]
+Suffix = Annotated[
+    int | None, typer.Option(min=1, help="Without a file: tokens of the suffix.  [default: 3]")
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Rows that generation adds. Default: as generated; else 8 on a page, or none."
+    ),
+]
+Tile = Annotated[int, typer.Option(min=1, help="Tokens along a side of a tile.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write .png, .svg, .pdf or .html instead.")
+]
+Ascii = Annotated[bool, typer.Option("--ascii", help="Plain characters, as when piped.")]
+Stats = Annotated[
+    bool, typer.Option("--stats", help="Print figures of the BlockMask, not a picture.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 def show(
-    strategy: StrategyName = "ensemble_isolation",
+    file: File = None,
+    strategy: Strategies = None,
     param: Parameters = None,
-    prefix: Annotated[int, typer.Option(min=0, help="Tokens of the prefix.")] = 6,
-    segments: Annotated[str, typer.Option(help="Tokens of each segment.")] = "8,6,7",
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens of the suffix.")] = 3,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Print figures of the BlockMask, not a picture.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    against: Against = None,
+    input: Input = None,
+    row: Row = None,
+    num_segments: NumSegments = None,
+    model: Model = None,
+    prefix: Prefix = None,
+    segments: Segments = None,
+    suffix: Suffix = None,
+    new_tokens: NewTokens = None,
+    tile: Tile = 128,
+    output: Output = None,
+    ascii: Ascii = False,
+    stats: Stats = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw the mask of a strategy for a request of given lengths."""
-    chosen = choose_strategy(strategy, param)
-    lengths = _parse_lengths(segments)
-    request = TokenizedRequest(
-        (TOKEN,) * prefix, tuple((TOKEN,) * length for length in lengths), (TOKEN,) * suffix
-    )
-    with stdout_to_stderr():
-        layout = chosen.layout(request)
+    """Draw who sees whom: a request's layout, and its mask under a strategy."""
+    load_plugins()
+    parameters = parse_parameters(param or [])
+    strategies = choose_several(strategy or [], parameters if strategy else {})
+    others = choose_several([against], {}) if against else []
+    lengths = (prefix, segments, suffix)
+    source = _source(file, input, lengths, (row, model, num_segments))
+    if output is not None and (stats or as_json or ascii):
+        raise OptionError("--output writes a picture; leave out --stats, --json and --ascii")
+    if output is not None:
+        _check_output(output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
+
+    with render.warnings_as_lines():
+        subject = _subject(source, lengths, row=row or 1, model=model, num_segments=num_segments)
+    if not strategies:
+        strategies = _default_strategies(subject, parameters)
+    subject = _with_new_tokens(subject, new_tokens, output)
     if stats or as_json:
-        report = _explain(chosen, layout, tile=128)
-        figures = {"tokens": len(layout)} | {name: getattr(report, name) for name in FIGURES}
-        if as_json:
-            render.print_json(figures)
-        else:
-            render.print_figures(figures)
-        return
-    room = min(shutil.get_terminal_size().columns - 4, 100)
-    render.print_line(picture(chosen, layout, room))
+        _print_figures(_masks([*strategies, *others], subject, tile), as_json)
+    elif output is None:
+        pictures = _differences(strategies, others, subject, tile)
+        render.print_pictures(
+            subject, pictures or _masks(strategies, subject, tile), is_ascii=ascii
+        )
+    else:
+        _save(strategies, others, subject, tile, output)
+
+
+def _source(
+    file: str | None, input: str | None, lengths: tuple[object, ...], of_file: tuple[object, ...]
+) -> str | None:
+    """The one file that is named, if any; options that have no effect are refused."""
+    if file is not None and input is not None:
+        raise OptionError(f"one file at a time, got {file} and --input {input}")
+    source = file or input
+    if source is not None and any(length is not None for length in lengths):
+        raise OptionError(
+            "--prefix, --segments and --suffix make up a request; leave them out with a file"
+        )
+    if source is None and any(option is not None for option in of_file):
+        raise OptionError("--row, --model and --num-segments need a file to take a request from")
+    return source
+
+
+def _check_output(output: Path, num_pictures: int) -> None:
+    from flexmask.pictures.picture_file import check_picture_path, is_page
+
+    check_picture_path(output)
+    if num_pictures > 1 and not is_page(output):
+        raise OptionError(
+            f"a figure shows one mask, got {num_pictures}; write an .html page, or name the "
+            "second strategy with --against"
+        )
+
+
+def _subject(
+    source: str | None,
+    lengths: tuple[int | None, str | None, int | None],
+    *,
+    row: int,
+    model: str | None,
+    num_segments: int | None,
+) -> Subject:
+    from flexmask.pictures.subject import subject_of_file, subject_of_lengths
+
+    if source is not None:
+        return subject_of_file(source, row, model=model, num_segments=num_segments)
+    prefix, segments, suffix = lengths
+    return subject_of_lengths(
+        DEFAULT_PREFIX if prefix is None else prefix,
+        parse_lengths(segments or DEFAULT_SEGMENTS),
+        suffix or DEFAULT_SUFFIX,
+    )
+
+
+def _default_strategies(subject: Subject, parameters: dict[str, str]) -> list[Strategy]:
+    if subject.answer is None:
+        return choose_several([DEFAULT_STRATEGY], parameters)
+    if parameters:
+        raise OptionError("--param needs --strategy; without it a result is shown as it was run")
+    return [subject.answer.strategy]
+
+
+def _with_new_tokens(subject: Subject, count: int | None, output: Path | None) -> Subject:
+    from flexmask.pictures.picture_file import is_page
+
+    if count is None and subject.answer is None and output is not None and is_page(output):
+        count = PAGE_NEW_TOKENS
+    return subject if count is None else subject.with_new_tokens(count)
 
 
 @stdout_to_stderr()
-def _explain(strategy: Strategy, layout: Layout, tile: int) -> MaskReport:
-    import torch
+def _masks(strategies: list[Strategy], subject: Subject, tile: int) -> list[MaskPicture]:
+    from flexmask.pictures.mask_picture import draw_mask
 
-    from flexmask.block_mask import explain_mask
-    from flexmask.layout_batch import LayoutBatch
-
-    batch = LayoutBatch(1, len(layout), torch.device("cpu"))
-    batch.load([layout], [len(layout)], [0])
-    size = len(layout)
-    return explain_mask(strategy.mask_mod(batch), 1, None, size, size, "cpu", tile)
+    return [draw_mask(strategy, subject.shown, tile) for strategy in strategies]
 
 
-def picture(strategy: Strategy, layout: Layout, room: int) -> str:
-    """Draw a mask in at most ``room`` columns: a character per token, or per tile of tokens."""
-    from flexmask.block_mask.tile_states import EMPTY, FULL
+@stdout_to_stderr()
+def _differences(
+    strategies: list[Strategy], others: list[Strategy], subject: Subject, tile: int
+) -> list[MaskDifference]:
+    from flexmask.pictures.mask_picture import draw_difference
 
-    tile = -(-len(layout) // room)
-    states = _explain(strategy, layout, tile).states[0, 0]
-    cell = {EMPTY: SEES_NOT, FULL: SEES}
-    rows = ["".join(cell.get(state, SEES_SOME) for state in row) for row in states.tolist()]
-    segments = layout.segment_ids[::tile]
-    each = "one token" if tile == 1 else f"{tile} tokens"
-    key = "# sees, . does not" if tile == 1 else "# sees all, + some, . none"
-    return f"{draw(rows, segments, segments)}\na cell is {each} (q down, kv across): {key}"
+    return [
+        draw_difference(strategy, other, subject.shown, tile)
+        for strategy in strategies
+        for other in others
+    ]
 
 
-def _parse_lengths(text: str) -> list[int]:
-    lengths: list[Any] = text.split(",")
-    if not all(length.strip().isdecimal() and int(length) for length in lengths):
-        raise OptionError(f"--segments must be positive numbers as in 40,35,38, got {text!r}")
-    return [int(length) for length in lengths]
+def _print_figures(pictures: list[MaskPicture], as_json: bool) -> None:
+    figures = [picture.figures() for picture in pictures]
+    if as_json:
+        render.print_json(figures if len(figures) > 1 else figures[0])
+    else:
+        for each in figures:
+            render.print_figures(each)
+
+
+def _save(
+    strategies: list[Strategy],
+    others: list[Strategy],
+    subject: Subject,
+    tile: int,
+    output: Path,
+) -> None:
+    from flexmask.pictures.picture_file import is_page
+
+    differences = _differences(strategies, others, subject, tile)
+    if is_page(output):
+        from flexmask.pictures.page import save_page
+
+        save_page([*_masks([*strategies, *others], subject, tile), *differences], subject, output)
+    else:
+        from flexmask.pictures.figure import save_figure
+
+        (picture,) = differences or _masks(strategies, subject, tile)
+        save_figure(picture, output)
+    render.print_line(f"wrote {output}")

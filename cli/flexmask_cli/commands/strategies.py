@@ -14,6 +14,7 @@ from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
 
 SHOWN_LENGTHS = 3, (4, 3, 5), 2
 """Tokens of prefix, segments and tail of the layout whose mask is drawn."""
+WIDTH = 80
 
 
 def strategies(
@@ -56,16 +57,13 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
 
 def _picture(strategy: Strategy) -> str:
     """The mask of a small layout."""
-    from flexmask.layout import TokenizedRequest
-    from flexmask_cli.commands.show import TOKEN, picture
+    from flexmask.pictures.mask_picture import draw_mask
+    from flexmask.pictures.subject import subject_of_lengths
+    from flexmask.pictures.terminal import ascii_picture
 
-    prefix, segments, tail = SHOWN_LENGTHS
-    request = TokenizedRequest(
-        (TOKEN,) * prefix, tuple((TOKEN,) * length for length in segments), (TOKEN,) * tail
-    )
     try:
-        layout = strategy.layout(request)
-        return picture(strategy, layout, room=len(layout))
+        picture = draw_mask(strategy, subject_of_lengths(*SHOWN_LENGTHS).shown)
+        return ascii_picture(picture, WIDTH)
     except Exception as error:  # the plugin's own; what else is known of it is shown all the same
         described = str(error) or type(error).__name__
         return f"no picture: {described}; 'flexmask check {strategy.name}' says more"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flexmask.layout import PREFIX, TAIL
 
-SEES, SEES_SOME, SEES_NOT = "#", "+", "."
+SEES, SEES_NOT = "#", "."
 
 
 def draw(rows: Sequence[str], q_segments: Sequence[int], kv_segments: Sequence[int]) -> str:

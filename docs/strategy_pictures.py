@@ -1,0 +1,32 @@
+"""Draw the mask of every built-in strategy for the README.
+
+python docs/strategy_pictures.py docs/strategies
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flexmask.pictures.figure import save_figure
+from flexmask.pictures.mask_picture import draw_mask
+from flexmask.pictures.tokens import ShownRequest
+from flexmask.registry import BUILT_IN, load_registry, make_strategy
+
+SHOWN = ShownRequest.of_lengths(prefix=4, segments=(5, 4, 5), suffix=2, new_tokens=2)
+
+
+def main() -> None:
+    """Write one SVG file for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for registered in load_registry().strategies():
+        if registered.owner.distribution == BUILT_IN:
+            picture = draw_mask(make_strategy(registered.cls.name, {}), SHOWN)
+            save_figure(picture, folder / f"{registered.cls.name}.svg")
+
+
+if __name__ == "__main__":
+    main()

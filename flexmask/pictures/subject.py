@@ -1,0 +1,171 @@
+"""What a picture is of: a request of given lengths, of a file, or as a run answered it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexmask.dataset.requests import read_requests
+from flexmask.dataset.results import read_finished_rows, read_run_config
+from flexmask.demo import model_path
+from flexmask.errors import OptionError, OutputError, RequestError
+from flexmask.pictures.tokens import ShownRequest
+from flexmask.registry import make_strategy
+from flexmask.request import Request
+from flexmask.strategy import Strategy
+
+if TYPE_CHECKING:
+    from flexmask.tokenization import RequestTokenizer
+
+RESULT_EXTENSIONS = (".feather", ".arrow", ".partial")
+RUN_KEYS = ("strategy", "parameters", "model", "chat_template")
+DEMO = "demo"
+"""How a run records the bundled model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run generated for a request.
+
+    Attributes:
+        prediction: The answer.
+        generation: All generated text.
+        accepted: Accepted answers; empty where there are none.
+        is_correct: Whether the prediction is one of them; None where there are none.
+        finish_reason: Why generation ended.
+        model: The model.
+        strategy: The strategy with the parameters of the run.
+    """
+
+    prediction: str
+    generation: str
+    accepted: tuple[str, ...]
+    is_correct: bool | None
+    finish_reason: str
+    model: str
+    strategy: Strategy
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a picture is of.
+
+    Attributes:
+        heading: Names it.
+        shown: Its tokens.
+        answer: What a run generated; None where nothing was.
+    """
+
+    heading: str
+    shown: ShownRequest
+    answer: Answer | None = None
+
+    def with_new_tokens(self, count: int) -> Subject:
+        """The same with rows for ``count`` generated tokens."""
+        return replace(self, shown=replace(self.shown, new_tokens=count))
+
+
+def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Subject:
+    """A request of which only lengths are known.
+
+    Raises:
+        OptionError: If a length is not positive.
+    """
+    if not segments or min(segments) < 1 or suffix < 1 or prefix < 0:
+        raise OptionError(
+            f"lengths must be positive, got prefix {prefix}, segments {list(segments)}, "
+            f"suffix {suffix}"
+        )
+    listed = " + ".join(map(str, segments))
+    heading = f"{prefix} prefix tokens, segments of {listed}, {suffix} of the fusion tail"
+    return Subject(heading, ShownRequest.of_lengths(prefix, segments, suffix))
+
+
+def subject_of_file(
+    source: str, row: int, *, model: str | None = None, num_segments: int | None = None
+) -> Subject:
+    """A request of a JSON Lines file, or a row of a result file as it was run.
+
+    Args:
+        source: A path, or ``-`` for JSON Lines from standard input.
+        row: Which, from 1.
+        model: Hub id or folder whose tokenizer is used. Default: the bundled model, or the one
+            that made the result file.
+        num_segments: Keep this many segments of the request.
+
+    Raises:
+        RequestError: If there is no such row, or it cannot be tokenized.
+        OutputError: If it is not a result file although it is named like one.
+        ModelError: If the tokenizer cannot be loaded.
+        StrategyError: If the run's strategy cannot be found any more.
+    """
+    if Path(source).suffix.lower() in RESULT_EXTENSIONS:
+        if num_segments is not None:
+            raise OptionError("--num-segments is for requests; a result is shown as it was run")
+        return _subject_of_result(source, row, model)
+    requests = read_requests(source, num_segments=num_segments)
+    _check_row(source, row, len(requests))
+    request = requests[row - 1]
+    tokenize = _load_tokenizer(model or DEMO)
+    shown = ShownRequest(tokenize(request), text_of=cache(tokenize.token_text))
+    name = "standard input" if source == "-" else Path(source).name
+    return Subject(f"{name}, row {row}: {request.uuid}", shown)
+
+
+def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
+    run = read_run_config(source).run
+    if missing := [name for name in RUN_KEYS if name not in run]:
+        raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
+    rows = read_finished_rows(source)
+    _check_row(source, row, rows.num_rows)
+    (values,) = rows.slice(row - 1, 1).to_pylist()
+    if values["error"]:
+        raise RequestError(f"{source}: row {row} failed: {values['error']}")
+    request = Request(
+        segments=tuple(values["paraphrases"]), prefix=values["prefix"], suffix=values["suffix"]
+    )
+    answer = Answer(
+        prediction=values["prediction"],
+        generation=values["generation"],
+        accepted=tuple(values["answers"]),
+        is_correct=values["correct"],
+        finish_reason=values["finish_reason"],
+        model=run["model"],
+        strategy=make_strategy(run["strategy"], run["parameters"]),
+    )
+    tokenize = _load_tokenizer(model or answer.model, chat_template=run["chat_template"])
+    shown = ShownRequest(
+        tokenize(request),
+        new_tokens=values["generated_tokens"],
+        text_of=cache(tokenize.token_text),
+        new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
+    )
+    return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
+
+
+def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) -> tuple[str, ...]:
+    """Split generated text into ``count`` tokens.
+
+    A result file holds the text and the number of tokens. Tokens that the text leaves out, as
+    that which ended the sequence, stay blank; should it tokenize into more, the last has the rest.
+    """
+    texts = tokenize.token_texts(generation)
+    if len(texts) > count:
+        texts[count - 1 :] = ["".join(texts[count - 1 :])]
+    return tuple(texts)
+
+
+def _check_row(source: str, row: int, count: int) -> None:
+    if not 1 <= row <= count:
+        raise RequestError(f"{source}: --row must be 1 to {count}, got {row}")
+
+
+def _load_tokenizer(model: str, *, chat_template: bool = False) -> RequestTokenizer:
+    # Here, because a request of given lengths need not wait for transformers.
+    from flexmask.tokenization import RequestTokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(str(model_path()) if model == DEMO else model)
+    return RequestTokenizer(tokenizer, chat_template=chat_template)
