@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from generation import read_bandwidth
 from stamp import environment_stamp
 from torch import Tensor
+from torch._dynamo import mark_static
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -87,6 +88,7 @@ def segments_mask(length: int) -> Callable[..., Tensor]:
     body = torch.arange(length - TAIL - prefix) * SEGMENTS // (length - TAIL - prefix) + 1
     segment[: length - TAIL] = torch.cat((torch.zeros(prefix, dtype=torch.int64), body)).int()
     segment = segment.cuda()
+    mark_static(segment)  # FLASH takes no captured tensor of symbolic size
 
     def five_segments(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         seen = (segment[kv_idx] == 0) | (segment[q_idx] == segment[kv_idx])

@@ -15,6 +15,7 @@ KEY = BlockMaskKey(
     window=None,
     q_length=256,
     kv_length=256,
+    reused=(),
     block_size=128,
     device="cpu",
 )

@@ -134,11 +134,23 @@ def test_the_figures_of_fast_masks_are_those_of_the_benchmark():
         assert figures in (tiles, [*tiles, f"{result['build_ms']:.1f}"], compiled)
 
 
+def program(name):
+    """A program of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_the_plugin_api_is_current():
-    spec = importlib.util.spec_from_file_location("plugin_api", ROOT / "docs" / "plugin_api.py")
-    plugin_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plugin_api)
+    plugin_api = program("plugin_api")
     assert plugin_api.TARGET.read_text() == plugin_api.page(), "run: make docs"
+
+
+def test_the_tables_of_the_page_on_performance_are_those_of_the_results():
+    tables = program("performance_tables")
+    text = tables.TARGET.read_text()
+    assert text == tables.page(text), "run: make docs"
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -153,11 +165,7 @@ def test_the_picture_of_each_strategy_in_the_readme_is_current(name):
 
 def drawn_request():
     """The request that `make docs` draws."""
-    program = ROOT / "docs" / "strategy_pictures.py"
-    spec = importlib.util.spec_from_file_location("strategy_pictures", program)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SHOWN
+    return program("strategy_pictures").SHOWN
 
 
 def test_the_python_of_the_pictures_page_runs():

@@ -8,7 +8,6 @@ from transformers import LlamaForCausalLM
 
 from flexmask.attention.backend import register_attention
 from flexmask.block_mask.cache import BlockMaskCache
-from flexmask.engine import model_runner
 from flexmask.engine.model_runner import (
     ModelRunner,
     bucketed_capacity,
@@ -210,7 +209,8 @@ def test_a_row_depends_on_its_batch_by_rounding_only(runners):
 
 
 @pytest.mark.gpu
-def test_flash_computes_what_tritons_kernel_computes(monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_flash_computes_what_tritons_kernel_computes():
     pytest.importorskip("flash_attn.cute")
     register_attention()
     config = copy.deepcopy(CONFIGS["llama"])
@@ -223,20 +223,18 @@ def test_flash_computes_what_tritons_kernel_computes(monkeypatch):
         strategy.layout(random_request(seed, 100, [900, 800 + seed, 1000, 700, 600], 5))
         for seed in (1, 2)
     ]
-    runner = ModelRunner(model, BlockMaskCache())
     computed = {}
     for kernel in ("flash", "triton"):
-        if kernel == "triton":
-            monkeypatch.setattr(model_runner, "flash_can_attend", lambda *_: False)
-        runner.release()
+        runner = ModelRunner(model, BlockMaskCache(), kernel)
         runner.prepare(strategy, 2, bucketed_capacity(4200))
-        assert runner.prefill_kernel == kernel
         runner.prefill(layouts)
-        computed[kernel] = [
-            values.clone()
-            for row in (0, 1)
-            for pair in runner.cached(row, 4000)
-            for values in pair
-        ]
+        cached = [pair for row in (0, 1) for pair in runner.cached(row, 4000)]
+        computed[kernel] = [values.clone() for pair in cached for values in pair]
     for flash, triton in zip(*computed.values(), strict=True):
         assert (flash - triton).norm() / triton.norm() < 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["flash", "triton"])
+def test_a_prefill_kernel_that_cannot_be_had_is_refused(models, kernel):
+    with pytest.raises(AttentionError, match=f"prefill kernel '{kernel}' runs on a GPU only"):
+        ModelRunner(models("llama", "flexmask"), BlockMaskCache(), kernel)

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 from flexmask.demo import model_path
 
 if TYPE_CHECKING:
+    from flexmask.attention.backend import PrefillKernel
     from flexmask.engine import Engine
 
 
 def load_engine(
-    model: str | None, device: str, dtype: str, trust_remote_code: bool, verbose: bool
+    model: str | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    verbose: bool,
+    prefill_kernel: PrefillKernel | None = None,
 ) -> Engine:
     """Load a model, the bundled one if none is named; its library speaks if ``verbose``."""
     from transformers.utils import logging
@@ -26,4 +32,5 @@ def load_engine(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        prefill_kernel=prefill_kernel,
     )

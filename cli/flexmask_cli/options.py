@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from flexmask.errors import OptionError
+
+if TYPE_CHECKING:
+    from flexmask.attention.backend import PrefillKernel
 
 if TYPE_CHECKING:
     pass
@@ -40,6 +43,15 @@ Dtype = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+PrefillKernelName = Annotated[
+    str,
+    typer.Option(
+        "--prefill-kernel",
+        help="What computes prompts on a GPU: auto, triton or flash; flash needs "
+        "flexmask[flash]. auto is triton.",
+    ),
 ]
 
 
@@ -89,3 +101,12 @@ def parse_lengths(text: str) -> list[int]:
     if not all(length.strip().isdecimal() and int(length) for length in lengths):
         raise OptionError(f"--segments must be positive numbers as in 40,35,38, got {text!r}")
     return [int(length) for length in lengths]
+
+
+def parse_prefill_kernel(text: str) -> PrefillKernel | None:
+    """A kernel; None for ``auto``."""
+    if text == "auto":
+        return None
+    if text not in ("triton", "flash"):
+        raise OptionError(f"--prefill-kernel must be auto, triton or flash, got {text!r}")
+    return cast("PrefillKernel", text)

@@ -174,6 +174,14 @@ def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
         print(line, file=sys.stderr)
 
 
+def print_kernels(engine: Engine) -> None:
+    """Say on stderr what computed attention."""
+    runner = engine.runner
+    prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
+    decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
+    print(f"prefill: {prefill}\ndecode: {decode}", file=sys.stderr)
+
+
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print what was answered, beside what is accepted."""
     from flexmask.dataset.judge import is_exact_match
@@ -217,13 +225,19 @@ def print_stats(stats: RunStats) -> None:
     """Print what the run did and how fast."""
     lines = [
         f"rows: {stats.rows} generated",
-        f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts, "
+        f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
+        f"({stats.computed_tokens} computed, the others copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",
         f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
         f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
         "first batch",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
+    if stats.decode_peak_bytes:
+        prefill, decode = stats.prefill_peak_bytes / 1e9, stats.decode_peak_bytes / 1e9
+        lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
+    if stats.halvings:
+        lines.append(f"out of memory: batches halved {stats.halvings} times, no row lost")
     print("\n".join(["", *lines]), flush=True)
 
 

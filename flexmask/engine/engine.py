@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexmask.attention.backend import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
@@ -32,16 +33,29 @@ BATCHES_PER_WINDOW = 16
 class Engine:
     """Generates under mask strategies with one model."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prefill_kernel: PrefillKernel | None = None,
+    ) -> None:
         """Wrap a model loaded with ``attn_implementation="flexmask"``.
 
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            prefill_kernel: What computes prompts on a GPU: ``triton`` or ``flash``, which needs
+                ``flexmask[flash]``; None for Triton's.
+
         Raises:
-            AttentionError: If the model does not attend through flexmask.
+            AttentionError: If the model does not attend through flexmask, or the kernel cannot
+                be had.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.mask_cache = BlockMaskCache()
-        self.runner = ModelRunner(model, self.mask_cache)
+        self.runner = ModelRunner(model, self.mask_cache, prefill_kernel)
         self._loop_key: object = None
         self._loop: DecodeLoop | None = None
 
@@ -53,6 +67,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        prefill_kernel: PrefillKernel | None = None,
     ) -> Self:
         """Load a model by hub id or folder.
 
@@ -61,8 +76,10 @@ class Engine:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             trust_remote_code: Run code that comes with the model.
+            prefill_kernel: What computes prompts on a GPU, as in `Engine`.
 
         Raises:
+            AttentionError: If the kernel cannot be had.
             OptionError: If device or dtype cannot be had.
             ModelError: If the model cannot be loaded.
         """
@@ -73,7 +90,7 @@ class Engine:
             dtype=resolve_dtype(dtype, target),
             trust_remote_code=trust_remote_code,
         )
-        return cls(*loaded)
+        return cls(*loaded, prefill_kernel=prefill_kernel)
 
     def generate(
         self,

@@ -50,9 +50,6 @@ SHORT_BLOCK_SIZE = 64
 SHORT_CAPACITY = (1 << 15) + BLOCK_SIZE
 """Up to here the short tile wins with Triton's kernel (17% at 16k slots, H200)."""
 
-FLASH_CAPACITY = (1 << 12) + BLOCK_SIZE
-"""From here FLASH beats Triton's kernel (6% at 4k slots, 28% at 16k, H200)."""
-
 MIN_CAPACITY = 512
 
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
@@ -114,15 +111,22 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
 class ModelRunner:
     """Runs batches of up to ``batch_size`` rows and ``capacity`` slots through a model."""
 
-    def __init__(self, model: PreTrainedModel, mask_cache: BlockMaskCache) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mask_cache: BlockMaskCache,
+        prefill_kernel: PrefillKernel | None = None,
+    ) -> None:
         """Prepare two compiled views of ``model``; nothing compiles before the first batch.
 
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``.
             mask_cache: Where BlockMasks are kept.
+            prefill_kernel: What computes prompts on a GPU; None for Triton's.
 
         Raises:
-            AttentionError: If the model does not attend through flexmask.
+            AttentionError: If the model does not attend through flexmask, or the kernel cannot
+                be had.
         """
         self.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
@@ -132,6 +136,7 @@ class ModelRunner:
         names = {module: name for name, module in model.named_modules()}
         shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
         self._shapes = shapes
+        self.prefill_kernel = self._checked(prefill_kernel)
         self._prefill_model = _compiled_view(model, list(shapes), dynamic=True)
         on_gpu = self.device.type == "cuda"
         backend = fused_projections_backend(DECODE_OPTIONS) if on_gpu else "inductor"
@@ -158,7 +163,6 @@ class ModelRunner:
         self._query_slots = torch.zeros_like(self._batch.position_ids)
         mark_static(self._query_slots)
         self.shared_prefix = None
-        self.prefill_kernel = self._choose_prefill_kernel(capacity)
         is_short = self.prefill_kernel == "triton" and capacity <= SHORT_CAPACITY
         self._tile = SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
         self._bind_cache(batch_size, capacity)
@@ -211,7 +215,7 @@ class ModelRunner:
         if not self._see_only_themselves([[0]], length, prefill_length(length, self._tile)):
             return False
         slots = [torch.arange(count) for count in counts]
-        self.computed_tokens = length
+        self.computed_tokens = [length]
         self._compute(rows, slots, counts, reused=("prefix", length))
         cache = tuple((k.clone(), v.clone()) for k, v in self.cached(0, length))
         self.shared_prefix = SharedPrefix(layout.token_ids[:length], cache)
@@ -240,7 +244,7 @@ class ModelRunner:
             _slots_outside(count, row_starts, self._shared_length)
             for count, row_starts in zip(counts, starts, strict=True)
         ]
-        self.computed_tokens = sum(map(len, slots))
+        self.computed_tokens = [len(computed) for computed in slots]
         self._compute(layouts, slots, counts, reused=(self._shared_length, starts))
         self._batch.open_tail(counts)
         self.slots.copy_(torch.tensor(counts))
@@ -350,14 +354,18 @@ class ModelRunner:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _choose_prefill_kernel(self, capacity: int) -> PrefillKernel | None:
-        """Which kernel computes prompts on a GPU."""
+    def _checked(self, kernel: PrefillKernel | None) -> PrefillKernel | None:
         if self.device.type != "cuda":
+            if kernel is not None:
+                raise AttentionError(f"prefill kernel {kernel!r} runs on a GPU only")
             return None
-        is_flash = capacity >= FLASH_CAPACITY and all(
-            flash_can_attend(shape, self._dtype, self.device) for shape in self._shapes.values()
-        )
-        return "flash" if is_flash else "triton"
+        can_flash = (flash_can_attend(s, self._dtype, self.device) for s in self._shapes.values())
+        if kernel == "flash" and not all(can_flash):
+            raise AttentionError(
+                "prefill kernel 'flash' needs flexmask[flash] installed, a Hopper GPU or later, "
+                "bfloat16 or float16, heads of 64 or 128, and no soft-capping"
+            )
+        return kernel or "triton"
 
     def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
         """Which kernel attends: the one for causal rows where they are, on a GPU."""

@@ -179,7 +179,7 @@ class GenerationRun(Iterator[Generation]):
         runner.shared_prefix = None
         if length and pays_off(layouts, length, stats.batch_size):
             runner.share_prefix(layouts[0], length)
-            stats = replace(stats, computed_tokens=stats.computed_tokens + runner.computed_tokens)
+            stats = replace(stats, computed_tokens=stats.computed_tokens + length)
             self._synchronize()
         prefill_s = stats.prefill_s + time.perf_counter() - started
         self.stats = replace(stats, prefill_s=prefill_s)
@@ -217,7 +217,8 @@ class GenerationRun(Iterator[Generation]):
             rows = self._decode(padded)[: len(prompts)]
         self.stats = replace(
             self.stats,
-            computed_tokens=self.stats.computed_tokens + runner.computed_tokens,
+            computed_tokens=self.stats.computed_tokens
+            + sum(runner.computed_tokens[: len(prompts)]),
             prefill_s=self.stats.prefill_s + prefilled - started,
             decode_s=self.stats.decode_s + time.perf_counter() - prefilled,
         )

@@ -36,9 +36,11 @@ from flexmask_cli.options import (
     MaxNewTokens,
     Model,
     Parameters,
+    PrefillKernelName,
     StrategyName,
     TrustRemoteCode,
     parse_batch_size,
+    parse_prefill_kernel,
 )
 from flexmask_cli.progress import track
 from flexmask_cli.strategy_choice import choose_strategy
@@ -132,6 +134,7 @@ def generate(
     batch_size: BatchSize = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    prefill_kernel: PrefillKernelName = "auto",
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -174,6 +177,7 @@ def generate(
         "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or []],
         "chat_template": chat_template,
     }
+    kernel = parse_prefill_kernel(prefill_kernel)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     config = RunConfig(
@@ -197,7 +201,7 @@ def generate(
     ) as writer:
         if writer.remaining:
             with render.warnings_as_lines():
-                engine = load_engine(model, device, dtype, trust_remote_code, verbose)
+                engine = load_engine(model, device, dtype, trust_remote_code, verbose, kernel)
                 _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
     if not quiet:
         render.print_outcome(path, writer.summary, judge)
@@ -229,6 +233,8 @@ def _run(
         kept = writer.summary.rows
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
+    if is_verbose:
+        render.print_kernels(engine)
     if not is_quiet:
         render.print_answers(first, writer.judge)
         render.print_stats(run.generations.stats)

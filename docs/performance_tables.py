@@ -1,0 +1,85 @@
+"""Writes the tables of docs/performance.md from benchmarks/results: ``make docs``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).with_name("performance.md")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def decode_table() -> str:
+    """Decode speed, flexmask's and that of its peers."""
+    rows = []
+    for name in ("generation-h200", "generation-h200-untuned-and-peers"):
+        for result in _result(name)["results"]:
+            is_own = result["way"].startswith("flexmask")
+            if is_own == (name == "generation-h200"):
+                rows.append(
+                    [
+                        result["way"],
+                        str(result["batch_size"]),
+                        f"{result['context']:,}",
+                        f"{result['ms_per_step']:.2f}",
+                        f"{result['tokens_per_s']:,.0f}",
+                        f"{result['floor_share']:.0%}",
+                        f"{result['first_s']:.0f}",
+                    ]
+                )
+    head = ["way", "batch", "context", "ms a step", "tokens/s", "of the floor", "first token, s"]
+    return _table(head, rows)
+
+
+def dataset_table() -> str:
+    """A whole data set, with compile caches empty and then full."""
+    runs = _result("dataset-run-h200")["runs"]
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "total_s": ("seconds in all", "{:.1f}".format),
+        "rows_per_s": ("rows/s", "{:.0f}".format),
+        "tokens_per_s": ("generated tokens/s", "{:,.0f}".format),
+        "prompt_tokens": ("prompt tokens", "{:,}".format),
+        "computed_tokens": ("of them computed", "{:,}".format),
+        "prefill_share": ("of the time in prefill", "{:.0%}".format),
+        "decode_share": ("in decode", "{:.0%}".format),
+        "host_share": ("in the host's work alone", "{:.0%}".format),
+        "compilations": ("compilations", str),
+        "warm_compilations": ("after the first batch", str),
+        "prefill_peak_bytes": ("peak memory in prefill, GB", lambda n: f"{n / 1e9:.1f}"),
+        "decode_peak_bytes": ("in decode, GB", lambda n: f"{n / 1e9:.1f}"),
+    }
+    rows = [
+        [label, form(runs["cold"][name]), form(runs["warm"][name])]
+        for name, (label, form) in shown.items()
+    ]
+    return _table(["", "first run of the process", "second"], rows)
+
+
+TABLES = {"decode": decode_table, "dataset": dataset_table}
+
+
+def page(text: str) -> str:
+    """The page with its tables written anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{TARGET}: expected one table {name!r}, found {count}")
+    return text
+
+
+def _result(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(TARGET.read_text()))
