@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flexmask.layout_batch import LayoutBatch
 
     MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """``(b, h, q_idx, kv_idx) -> bool tensor``, as FlexAttention takes it."""
 
 ParameterValue = bool | int | float | str
@@ -103,6 +104,22 @@ class Strategy(ABC):
             captures only tensors of ``batch`` and constants. Slots without a token need no
             care: the core masks them.
         """
+
+    def score_mod(self, batch: LayoutBatch) -> ScoreMod | None:
+        """Build what changes attention scores: a temperature, a scale, a bias. Default: nothing.
+
+        It applies to scores as the model scales and caps them, under `flexmask.Engine`. Rows are
+        then attended to by FlexAttention alone, and no keys and values are shared between
+        prompts.
+
+        Args:
+            batch: As for `mask_mod`.
+
+        Returns:
+            A pointwise function of ``(score, b, h, q_idx, kv_idx)``, indices in slots, that
+            captures what a mask_mod may capture.
+        """
+        return None
 
     def layout(self, request: TokenizedRequest) -> Layout:
         """Plan a request: storage order and positions. Default: as `causal` has it."""

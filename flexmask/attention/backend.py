@@ -27,6 +27,8 @@ from flexmask.errors import AttentionError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
 
+    from flexmask.strategy import ScoreMod
+
 BACKEND = "flexmask"
 DENSE_BACKEND = "flexmask_dense"
 
@@ -88,6 +90,7 @@ def flexmask_attention(
     softcap: float | None = None,
     cache_slots: Tensor | None = None,
     prefill_kernel: PrefillKernel | None = None,
+    score_mod: ScoreMod | None = None,
     attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -105,6 +108,7 @@ def flexmask_attention(
         cache_slots: Slots that keys and values go to in ``module.key_cache`` and
             ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
+        score_mod: Changes scores, after scaling and capping.
         attention_probe: Given, notes the module and nothing is computed.
         kwargs: What else transformers passes; refused where it changes attention.
 
@@ -133,7 +137,7 @@ def flexmask_attention(
         )
         return rows[:, None], None
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
-    output = attend(query, key, value, attention_mask, scaling, softcap, prefill_kernel)
+    output = attend(query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -145,6 +149,7 @@ def dense_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend under a dense boolean mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
@@ -159,6 +164,9 @@ def dense_attention(
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if score_mod is not None:
+        axes = (torch.arange(size, device=scores.device) for size in scores.shape)
+        scores = score_mod(scores, *torch.meshgrid(*axes, indexing="ij"))
     weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).nan_to_num()
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
@@ -205,14 +213,15 @@ def _update_cache(
     return key_cache[:count, :, :length], value_cache[:count, :, :length]
 
 
-def _softcap_mod(softcap: float | None) -> Callable[..., Tensor] | None:
+def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:
     if softcap is None:
-        return None
+        return score_mod
 
-    def softcap_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = softcap * torch.tanh(score / softcap)
+        return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
 
-    return softcap_mod
+    return capped
 
 
 def _attend(
@@ -222,6 +231,7 @@ def _attend(
     mask: BlockMask,
     scaling: float | None,
     softcap: float | None,
+    score_mod: ScoreMod | None,
     prefill_kernel: PrefillKernel | None,
 ) -> Tensor:
     block_mask = BlockMask.from_kv_blocks(
@@ -242,7 +252,7 @@ def _attend(
         # kernel reads such views wrongly (torch 2.13).
         key.contiguous(),
         value.contiguous(),
-        score_mod=_softcap_mod(softcap),
+        score_mod=_joined_score_mod(softcap, score_mod),
         block_mask=block_mask,
         enable_gqa=heads != key.shape[1],
         scale=scaling,

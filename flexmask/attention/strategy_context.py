@@ -99,8 +99,16 @@ def use_strategy(
     Yields:
         Left-padded inputs for ``model.generate``: ``input_ids``, ``attention_mask`` and
         ``position_ids``, ``(B, S)`` each.
+
+    Raises:
+        AttentionError: If the strategy has a score_mod.
     """
     active = ActiveStrategy(strategy, layouts, torch.device(device))
+    if strategy.score_mod(active.batch(active.length)) is not None:
+        raise AttentionError(
+            f"strategy {strategy.name!r} changes scores, which model.generate cannot be told; "
+            "use flexmask.Engine"
+        )
     token = _active.set(active)
     try:
         yield active.model_inputs()

@@ -177,6 +177,7 @@ class ModelRunner:
             kind: _at_slots(mask_mod, self._query_slots)
             for kind, mask_mod in self._mask_mods.items()
         }
+        self._set_score_mods(strategy)
         self._decode_masks = {
             kind: DecodeRowMask(mask_mod, batch_size, capacity, self.device)
             for kind, mask_mod in self._mask_mods.items()
@@ -187,6 +188,31 @@ class ModelRunner:
         )
         self._prepared = (strategy, batch_size, capacity)
         return True
+
+    def _set_score_mods(self, strategy: Strategy) -> None:
+        score_mod = strategy.score_mod(self._batch)
+        self._query_score_mod = self._decode_score_mod = None
+        if score_mod is None:
+            return
+        if self.prefill_kernel == "flash":
+            raise AttentionError(
+                f"strategy {strategy.name!r} changes scores, which prefill kernel 'flash' does "
+                "not compute; leave the kernel to be chosen"
+            )
+        slots, query_slots = self.slots, self._query_slots
+        mark_static(slots)
+
+        def at_query_slots(
+            score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+        ) -> Tensor:
+            return score_mod(score, b, h, query_slots[b, q_idx], kv_idx)
+
+        def at_own_slot(
+            score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+        ) -> Tensor:
+            return score_mod(score, b, h, slots[b] + q_idx, kv_idx)
+
+        self._query_score_mod, self._decode_score_mod = at_query_slots, at_own_slot
 
     def release(self) -> None:
         """Give back what `prepare` allocated."""
@@ -206,12 +232,15 @@ class ModelRunner:
         themselves, their keys and values are copied and not computed again.
 
         Returns:
-            False if in this prompt they see something else; then nothing is shared.
+            False if in this prompt they see something else, or the strategy changes scores;
+            then nothing is shared.
         """
         size = min(2, self.batch_size)  # one of several rows would be another graph
         rows, counts = [layout] * size, [length, 0][:size]
         self._batch.load(rows, counts, [0] * size)
         self.shared_prefix = None
+        if self._query_score_mod is not None:
+            return False
         if not self._see_only_themselves([[0]], length, prefill_length(length, self._tile)):
             return False
         slots = [torch.arange(count) for count in counts]
@@ -287,6 +316,7 @@ class ModelRunner:
                 use_cache=False,
                 cache_slots=query_slots,
                 prefill_kernel=self.prefill_kernel,
+                score_mod=self._query_score_mod,
             )
 
     @property
@@ -349,6 +379,7 @@ class ModelRunner:
                 attention_mask=self._for_model(masks),
                 use_cache=False,
                 cache_slots=self.slots,
+                score_mod=self._decode_score_mod,
             )
         self.slots += 1
         logits: Tensor = output.logits[:, -1]
@@ -369,7 +400,9 @@ class ModelRunner:
 
     def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
         """Which kernel attends: the one for causal rows where they are, on a GPU."""
-        if self.device.type != "cuda" or not rows_are_causal(mask_mod, self.slots, self._capacity):
+        if self.device.type != "cuda" or self._decode_score_mod is not None:
+            return "flex_attention"
+        if not rows_are_causal(mask_mod, self.slots, self._capacity):
             return "flex_attention"
         return "decode_attention"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexmask.attention.backend import flexmask_attention
+from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.block_mask import create_block_mask
 from flexmask.errors import FlexMaskError
 from flexmask.layout import PADDING
@@ -76,11 +76,16 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     length = -(-max(size, len(other)) // BLOCK_SIZE) * BLOCK_SIZE
     block_mask = create_block_mask(mask_mod, ROWS, None, length, length, "cpu", BLOCK_SIZE)
     query, key, value = _random_inputs(length)
-    output, _ = flexmask_attention(torch.nn.Module(), query, key, value, block_mask)
+    score_mod, module = subject.strategy.score_mod(batch), torch.nn.Module()
+    output, _ = flexmask_attention(module, query, key, value, block_mask, score_mod=score_mod)
     dense = _dense_mask(subject, batch, length)
-    wanted = scaled_dot_product_attention(query, key, value, dense, enable_gqa=True)
+    if score_mod is None:
+        wanted = scaled_dot_product_attention(query, key, value, dense, enable_gqa=True)
+        wanted = wanted.transpose(1, 2)
+    else:
+        wanted, _ = dense_attention(module, query, key, value, dense, score_mod=score_mod)
     is_token = batch.segment_ids[:, :length, None, None] != PADDING
-    difference = (output - wanted.nan_to_num().transpose(1, 2)).where(is_token, 0.0)
+    difference = (output - wanted.nan_to_num()).where(is_token, 0.0)
     return float(difference.abs().max())
 
 
