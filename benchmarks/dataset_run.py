@@ -47,7 +47,10 @@ LLAMA_3_2_3B = {
 }
 TINY = LLAMA_3_2_3B | {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
-SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "tiny": TINY}
+SMALL = LLAMA_3_2_3B | {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048}
+SMALL |= {"num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
+SMALL |= {"head_dim": 64}
+SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "100m": SMALL, "tiny": TINY}
 
 
 def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:

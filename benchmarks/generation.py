@@ -22,6 +22,7 @@ from dataset_run import SHAPES, random_engine
 from stamp import environment_stamp
 from transformers import PreTrainedModel
 
+from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
@@ -35,6 +36,7 @@ PEERS = {
     "sdpa dynamic": ("sdpa", "dynamic"),
     "flex_attention dynamic": ("flex_attention", "dynamic"),
     "sdpa static": ("sdpa", "static"),
+    "eager dynamic": ("eager", "dynamic"),
     "flex_attention static": ("flex_attention", "static"),
 }
 
@@ -51,7 +53,7 @@ class Decode:
         ms_per_step: Milliseconds per decode step, median.
         tokens_per_s: Tokens of all rows per second of decoding.
         floor_share: The floor as a share of `ms_per_step`.
-        peak_gb: Peak device memory in 10⁹ bytes.
+        peak_gb: Peak device memory in 10⁹ bytes; 0 on a CPU.
     """
 
     way: str
@@ -64,18 +66,31 @@ class Decode:
     peak_gb: float
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Time ``run`` on the device."""
-    torch.cuda.synchronize()
+    synchronize()
     started = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - started
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which a sum reads 8 GB."""
-    values = torch.ones(2 * 10**9, dtype=torch.float32, device="cuda")
+def reset_peak_memory() -> None:
+    """Count the GPU's peak memory from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def read_bandwidth(device: str = "cuda") -> float:
+    """Bytes per second at which a sum reads 8 GB, or 1 GB on a CPU."""
+    count = 2 * 10**9 if device == "cuda" else 2**28
+    values = torch.ones(count, dtype=torch.float32, device=device)
     values.sum()
     return values.nbytes / statistics.median(seconds(values.sum) for _ in range(10))
 
@@ -114,7 +129,7 @@ def measured(
         ms_per_step=step_s * 1e3,
         tokens_per_s=batch_size / step_s,
         floor_share=floor / step_s,
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,
     )
 
 
@@ -125,7 +140,7 @@ def decode_flexmask(
     strategy = make_strategy(strategy_name, {})
     runner, vocab_size = engine.runner, engine.model.config.vocab_size
     layouts = [random_layout(strategy, context, vocab_size) for _ in range(batch_size)]
-    torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory()
     last = [layout.token_ids[-1] for layout in layouts]
     uuids = [str(row) for row in range(batch_size)]
 
@@ -140,7 +155,7 @@ def decode_flexmask(
         runner.prefill(layouts)
         return seconds(lambda: deque(loop.run(last, uuids), maxlen=0))
 
-    torch.cuda.synchronize()
+    synchronize()
     started = time.perf_counter()
     loop = start()
     first_s = time.perf_counter() - started
@@ -155,8 +170,9 @@ def decode_peer(
     """Decode with transformers' generate."""
     implementation, cache = PEERS[way]
     model.set_attn_implementation(implementation)
-    prompt = torch.randint(5, model.config.vocab_size, (batch_size, context), device="cuda")
-    torch.cuda.reset_peak_memory_stats()
+    prompt = torch.randint(5, model.config.vocab_size, (batch_size, context))
+    prompt = prompt.to(model.device)
+    reset_peak_memory()
 
     def generate(count: int) -> None:
         model.generate(
@@ -191,7 +207,8 @@ def print_row(result: Decode) -> None:
 def main() -> None:
     """Print a table, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="llama-3.2-3b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--strategy", default="ensemble_isolation")
     parser.add_argument("--cases", nargs="*", default=["1x1024", "8x1024", "64x1024", "1x16384"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
@@ -199,11 +216,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     arguments = parser.parse_args()
 
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(arguments.device)
     print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
     print(f"{'way':32} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
           f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
-    engine = random_engine(arguments.shape, "cuda", torch.bfloat16)
+    if arguments.shape == "demo":
+        engine = Engine.from_pretrained(str(model_path()), device=arguments.device)
+    else:
+        dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+        engine = random_engine(arguments.shape, arguments.device, dtype)
     results = []
     for case in arguments.cases:
         batch_size, context = map(int, case.split("x"))
@@ -225,6 +246,7 @@ def main() -> None:
             )
             print_row(results[-1])
     record = {
+        "shape": arguments.shape,
         "read_bytes_per_s": bandwidth,
         "results": [asdict(result) for result in results],
         "environment": environment_stamp(),

@@ -89,16 +89,18 @@ def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
 
-def test_plain_decode_attention_equals_scaled_dot_product_attention():
-    query, keys, values = random_tensors(
-        [(2, 6, 16), (2, 2, 20, 16), (2, 2, 20, 16)], torch.float32
-    )
-    got = decode_attention(query, keys, values, torch.tensor([19, 7]), 0.25, 0.0)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_decode_attention_on_cpu_equals_the_formula(softcap):
+    shapes = [(2, 6, 16), (2, 2, 20, 16), (2, 2, 20, 16)]
+    query, keys, values = random_tensors(shapes, torch.float32)
+    got = decode_attention(query, keys, values, torch.tensor([19, 7]), 0.25, softcap)
     for row, count in enumerate((20, 8)):
-        want = torch.nn.functional.scaled_dot_product_attention(
-            query[row, :, None], keys[row, :, :count], values[row, :, :count], enable_gqa=True
-        )
-        torch.testing.assert_close(got[row], want[:, 0])
+        for head in range(6):
+            scores = keys[row, head // 3, :count] @ query[row, head] * 0.25
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            want = scores.softmax(0) @ values[row, head // 3, :count]
+            torch.testing.assert_close(got[row, head], want)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -399,12 +399,11 @@ class ModelRunner:
         return kernel or "triton"
 
     def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
-        """Which kernel attends: the one for causal rows where they are, on a GPU."""
-        if self.device.type != "cuda" or self._decode_score_mod is not None:
+        """Which kernel attends: the one for causal rows where they provably are."""
+        if self._decode_score_mod is not None:
             return "flex_attention"
-        if not rows_are_causal(mask_mod, self.slots, self._capacity):
-            return "flex_attention"
-        return "decode_attention"
+        is_causal = rows_are_causal(mask_mod, self.slots, self._capacity)
+        return "decode_attention" if is_causal else "flex_attention"
 
     def _decode_mask(self, kind: str, kernel: DecodeKernel) -> BlockMask:
         if kernel == "decode_attention":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexmask.kernels.launch import (
     SHARED_MEMORY_BYTES,
@@ -30,7 +30,7 @@ def decode_attention(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Attend from one query per row to the slots up to its own, the plain way.
+    """Attend from one query per row to the slots up to its own, with what torch has.
 
     Args:
         query: ``(B, H, D)``.
@@ -43,14 +43,23 @@ def decode_attention(
     Returns:
         ``(B, H, D_v)``.
     """
+    length = int(slots.max()) + 1
+    key_cache, value_cache = key_cache[:, :, :length], value_cache[:, :, :length]
+    is_seen = torch.arange(length, device=query.device) <= slots[:, None]
+    if not softcap:
+        return nn.functional.scaled_dot_product_attention(
+            query[:, :, None],
+            key_cache,
+            value_cache,
+            is_seen[:, None, None],
+            scale=scale,
+            enable_gqa=True,
+        )[:, :, 0]
     groups = query.shape[1] // key_cache.shape[1]
     keys = key_cache.repeat_interleave(groups, 1).float()
     values = value_cache.repeat_interleave(groups, 1).float()
-    scores = (keys @ query.float()[..., None])[..., 0] * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    is_later = torch.arange(keys.shape[2], device=query.device) > slots[:, None, None]
-    weights = scores.masked_fill(is_later, float("-inf")).softmax(-1)
+    scores = softcap * torch.tanh((keys @ query.float()[..., None])[..., 0] * scale / softcap)
+    weights = scores.masked_fill(~is_seen[:, None], float("-inf")).softmax(-1)
     return (weights[:, :, None] @ values)[:, :, 0].to(query.dtype)
 
 
