@@ -10,7 +10,7 @@ from flexmask.block_mask.equality import rows_are_causal
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.launch import power_of_two
-from flexmask.kernels.projection import ACTIVATIONS, project
+from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
 from flexmask.mask_mods import causal
 from oracles import CONFIGS, make_model
 
@@ -87,6 +87,21 @@ def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
     assert [num_splits(pairs, 16_512) for pairs in (1, 8, 64, 512)] == [128, 16, 2, 1]
     assert num_splits(8, 640) == 4
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("limit", [200_000, 143_000, 86_000, 42_000])
+@pytest.mark.parametrize("item_bytes", [2, 4])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, item_bytes, limit):
+    for width, outputs, is_gated in ((3072, 5120, False), (3072, 8192, True), (8192, 3072, False)):
+        blocks = launch_blocks(rows, width, outputs, is_gated, has_norm=rows <= 16)
+        wanted = dict(blocks)
+        fit_tiles(blocks, is_gated, item_bytes, limit)
+        tile_rows = blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if is_gated else 1)
+        assert tile_rows * blocks["BLOCK_K"] * item_bytes * blocks["STAGES"] <= limit
+        assert blocks["BLOCK_K"] >= 16 and width % blocks["BLOCK_K"] == 0
+        if item_bytes == 2 and limit == 200_000:
+            assert blocks == wanted  # what was measured fits an H200
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from flexmask.kernels.launch import (
-    SHARED_MEMORY_BYTES,
     arrival_counters,
     power_of_two,
     starts_early,
+    tile_bytes,
 )
 
 NUM_PROGRAMS = 128
@@ -93,7 +93,8 @@ def _(
     splits = num_splits(batch_size * kv_heads, capacity)
     block_k, block_v = (max(16, power_of_two(dim)) for dim in (key_dim, value_dim))
     block_n = 128
-    while STAGES * block_n * (block_k + block_v) * query.element_size() > SHARED_MEMORY_BYTES:
+    bytes_per_key = STAGES * (block_k + block_v) * query.element_size()
+    while block_n > 16 and block_n * bytes_per_key > tile_bytes(query.device):
         block_n //= 2
     parts = (batch_size * heads * splits,) if splits > 1 else (1,)
     out = query.new_empty(batch_size, heads, value_dim)

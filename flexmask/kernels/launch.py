@@ -7,13 +7,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SHARED_MEMORY_BYTES = 200_000
-"""Of 227 KiB that a program may have on Hopper, what tiles may take."""
-
 
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below ``number``."""
     return 1 << (number - 1).bit_length()
+
+
+@cache
+def tile_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a program's tiles may take: seven eighths of what there is."""
+    properties = torch.cuda.get_device_properties(device)
+    default = properties.shared_memory_per_block
+    available: int = getattr(properties, "shared_memory_per_block_optin", default)
+    return available * 7 // 8
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early
+from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early, tile_bytes
 
 MAX_ROWS = 64
 """More rows than this are a matrix product like any other."""
@@ -102,8 +102,7 @@ def _(
     out = x.new_empty(*x.shape[:-1], num_outputs)
     has_norm = norm_weight is not None
     blocks = launch_blocks(rows, width, num_outputs, activation != "", has_norm)
-    if x.element_size() == 4 and rows > 1:  # twice the bytes in shared memory
-        blocks["BLOCK_K"] = max(16, blocks["BLOCK_K"] // 2)
+    fit_tiles(blocks, activation != "", x.element_size(), tile_bytes(x.device))
     splits = blocks["SPLITS"] = _none_empty(blocks["SPLITS"], -(-width // blocks["BLOCK_K"]))
     outputs = sizes[:1] if activation else sizes
     grid = (sum(-(-size // blocks["BLOCK_N"]) for size in outputs), splits)
@@ -151,6 +150,16 @@ def launch_blocks(
         return _blocks(16, 32, _dividing_block(width, 256), splits, 4, 4)
     splits = 1 if is_gated or has_norm else _splits(num_outputs, 64, programs=96)
     return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
+
+
+def fit_tiles(blocks: dict[str, Any], is_gated: bool, item_bytes: int, limit: int) -> None:
+    """Shrink tiles that go through shared memory until they fit into ``limit`` bytes."""
+    rows = blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if is_gated else 1)
+    while rows * blocks["BLOCK_K"] * item_bytes * blocks["STAGES"] > limit:
+        if blocks["BLOCK_K"] > 64 or blocks["STAGES"] <= 2:
+            blocks["BLOCK_K"] //= 2
+        else:
+            blocks["STAGES"] -= 1
 
 
 def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
