@@ -90,14 +90,14 @@ def test_keys_and_values_of_a_segment_equal_those_of_its_text_run_alone(runners,
     ]
     runner.prepare(strategy, 3, CAPACITY)
     runner.prefill(rows)
-    cached = [(k.clone(), v.clone()) for k, v in runner.cached(0, len(together))]
+    cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
     runner.prepare(Causal(), 3, CAPACITY)
     runner.prefill(alone)
     for number, layout in enumerate(alone, start=1):
         own = [slot for slot, s in enumerate(together.segment_ids) if s == number]
         by_position = slice(len(layout) - 1 - len(own), len(layout) - 1)
         for (keys, values), (alone_keys, alone_values) in zip(
-            cached, runner.cached(number - 1, len(layout)), strict=True
+            cached, runner.cache.of_row(number - 1, len(layout)), strict=True
         ):
             torch.testing.assert_close(keys[:, own], alone_keys[:, by_position])
             torch.testing.assert_close(values[:, own], alone_values[:, by_position])
@@ -121,7 +121,10 @@ def test_a_token_changes_its_own_segment_and_the_first_generated_token_only(
         assert (logits[row, 0] - logits[0, 0]).abs().max() > 1e-3
         for other in {1, 2} - {row}:
             slots = [slot for slot, s in enumerate(layout.segment_ids) if s == other]
-            before, after = runner.cached(0, len(layout)), runner.cached(row, len(layout))
+            before, after = (
+                runner.cache.of_row(0, len(layout)),
+                runner.cache.of_row(row, len(layout)),
+            )
             for (keys, values), (new_keys, new_values) in zip(before, after, strict=True):
                 assert torch.equal(keys[:, slots], new_keys[:, slots])
                 assert torch.equal(values[:, slots], new_values[:, slots])
@@ -228,7 +231,7 @@ def test_flash_computes_what_tritons_kernel_computes():
         runner = ModelRunner(model, BlockMaskCache(), kernel)
         runner.prepare(strategy, 2, bucketed_capacity(4200))
         runner.prefill(layouts)
-        cached = [pair for row in (0, 1) for pair in runner.cached(row, 4000)]
+        cached = [pair for row in (0, 1) for pair in runner.cache.of_row(row, 4000)]
         computed[kernel] = [values.clone() for pair in cached for values in pair]
     for flash, triton in zip(*computed.values(), strict=True):
         assert (flash - triton).norm() / triton.norm() < 1e-2

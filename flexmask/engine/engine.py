@@ -189,7 +189,9 @@ class Engine:
         largest = CPU_AUTO_BATCH_SIZE
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            largest = min(MAX_AUTO_BATCH_SIZE, free // 2 // self.runner.bytes_per_row(capacity))
+            largest = min(
+                MAX_AUTO_BATCH_SIZE, free // 2 // self.runner.cache.bytes_per_row(capacity)
+            )
             if largest == 0:
                 raise ModelError(
                     f"not enough GPU memory for one row of {capacity} slots; shorten the prompts"

@@ -8,21 +8,20 @@ decode for the shapes of the run.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import mark_static
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmask.attention.backend import (
+    AttentionShape,
     CausalRows,
     PrefillKernel,
-    bound_cache,
     compile_settings,
     find_attention_modules,
     flash_can_attend,
@@ -30,8 +29,11 @@ from flexmask.attention.backend import (
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
+from flexmask.engine.compiled_view import DECODE_OPTIONS, compiled_view
 from flexmask.engine.fused_projections import fused_projections_backend
+from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.prefix_reuse import SharedPrefix
+from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
@@ -39,7 +41,7 @@ from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod
+    from flexmask.strategy import MaskMod, ScoreMod
 
 BLOCK_SIZE = 128
 """Tile side; prefill lengths are multiples of it."""
@@ -51,15 +53,6 @@ SHORT_CAPACITY = (1 << 15) + BLOCK_SIZE
 """Up to here the short tile wins with Triton's kernel (17% at 16k slots, H200)."""
 
 MIN_CAPACITY = 512
-
-# A decode step reads every weight once: what counts is how well each kernel reads, and how many
-# there are. The first searches tile sizes, the second joins independent kernels in one launch.
-# With the third a kernel starts while the one before it ends.
-DECODE_OPTIONS = {
-    "coordinate_descent_tuning": True,
-    "combo_kernels": True,
-    "triton.enable_pdl": True,
-}
 
 DecodeKernel = Literal["flex_attention", "decode_attention"]
 
@@ -135,12 +128,12 @@ class ModelRunner:
         self._mask_cache = mask_cache
         names = {module: name for name, module in model.named_modules()}
         shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
-        self._shapes = shapes
-        self.prefill_kernel = self._checked(prefill_kernel)
-        self._prefill_model = _compiled_view(model, list(shapes), dynamic=True)
+        self.prefill_kernel = self._checked(prefill_kernel, shapes.values())
+        self._prefill_model = compiled_view(model, list(shapes), dynamic=True)
         on_gpu = self.device.type == "cuda"
         backend = fused_projections_backend(DECODE_OPTIONS) if on_gpu else "inductor"
-        self._decode_model = _compiled_view(model, list(shapes), dynamic=False, backend=backend)
+        self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
+        self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
         self._prepared: tuple[Strategy, int, int] | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.shared_prefix: SharedPrefix | None = None
@@ -165,7 +158,7 @@ class ModelRunner:
         self.shared_prefix = None
         is_short = self.prefill_kernel == "triton" and capacity <= SHORT_CAPACITY
         self._tile = SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
-        self._bind_cache(batch_size, capacity)
+        self.cache.bind(batch_size, capacity)
         allowed = strategy_mask(strategy, self._batch)
         self._mask_mods: dict[str, MaskMod] = {
             kind: allowed
@@ -174,7 +167,7 @@ class ModelRunner:
             for kind, window in self.layer_windows.items()
         }
         self._query_masks = {
-            kind: _at_slots(mask_mod, self._query_slots)
+            kind: mask_at_slots(mask_mod, self._query_slots)
             for kind, mask_mod in self._mask_mods.items()
         }
         self._set_score_mods(strategy)
@@ -191,7 +184,8 @@ class ModelRunner:
 
     def _set_score_mods(self, strategy: Strategy) -> None:
         score_mod = strategy.score_mod(self._batch)
-        self._query_score_mod = self._decode_score_mod = None
+        self._query_score_mod: ScoreMod | None = None
+        self._decode_score_mod: ScoreMod | None = None
         if score_mod is None:
             return
         if self.prefill_kernel == "flash":
@@ -199,31 +193,15 @@ class ModelRunner:
                 f"strategy {strategy.name!r} changes scores, which prefill kernel 'flash' does "
                 "not compute; leave the kernel to be chosen"
             )
-        slots, query_slots = self.slots, self._query_slots
-        mark_static(slots)
-
-        def at_query_slots(
-            score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
-        ) -> Tensor:
-            return score_mod(score, b, h, query_slots[b, q_idx], kv_idx)
-
-        def at_own_slot(
-            score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
-        ) -> Tensor:
-            return score_mod(score, b, h, slots[b] + q_idx, kv_idx)
-
-        self._query_score_mod, self._decode_score_mod = at_query_slots, at_own_slot
+        mark_static(self.slots)
+        self._query_score_mod = score_at_slots(score_mod, self._query_slots)
+        self._decode_score_mod = score_from_slots(score_mod, self.slots)
 
     def release(self) -> None:
         """Give back what `prepare` allocated."""
         self._prepared = self.shared_prefix = None
         self._decode_masks.clear()
-        self._bind_cache(0, 0)
-
-    def bytes_per_row(self, capacity: int) -> int:
-        """Bytes of keys and values that one row of ``capacity`` slots takes."""
-        values = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in self._shapes.values())
-        return values * capacity * self._dtype.itemsize
+        self.cache.bind(0, 0)
 
     def share_prefix(self, layout: Layout, length: int) -> bool:
         """Compute the first ``length`` tokens of a prompt once, for `prefill` to copy.
@@ -246,8 +224,8 @@ class ModelRunner:
         slots = [torch.arange(count) for count in counts]
         self.computed_tokens = [length]
         self._compute(rows, slots, counts, reused=("prefix", length))
-        cache = tuple((k.clone(), v.clone()) for k, v in self.cached(0, length))
-        self.shared_prefix = SharedPrefix(layout.token_ids[:length], cache)
+        values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
+        self.shared_prefix = SharedPrefix(layout.token_ids[:length], values)
         return True
 
     def prefill(self, layouts: Sequence[Layout]) -> None:
@@ -335,12 +313,7 @@ class ModelRunner:
         length = self._shared_length
         if not any(starts) or not self._see_only_themselves(starts, length, kv_length):
             return nowhere
-        rows, firsts = self._runs(starts)
-        slots = firsts[:, None] + torch.arange(length, device=self.device)
-        for name, shared in zip(self._shapes, self.shared_prefix.cache, strict=True):
-            buffers = bound_cache(self._prefill_model.get_submodule(name))
-            for buffer, values in zip(buffers, shared, strict=True):
-                _wide(buffer).transpose(1, 2)[rows[:, None], slots] = _wide(values).transpose(0, 1)
+        self.cache.write_runs(*self._runs(starts), self.shared_prefix.cache)
         return starts
 
     def _runs(self, starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -385,12 +358,14 @@ class ModelRunner:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _checked(self, kernel: PrefillKernel | None) -> PrefillKernel | None:
+    def _checked(
+        self, kernel: PrefillKernel | None, shapes: Iterable[AttentionShape]
+    ) -> PrefillKernel | None:
         if self.device.type != "cuda":
             if kernel is not None:
                 raise AttentionError(f"prefill kernel {kernel!r} runs on a GPU only")
             return None
-        can_flash = (flash_can_attend(s, self._dtype, self.device) for s in self._shapes.values())
+        can_flash = (flash_can_attend(s, self._dtype, self.device) for s in shapes)
         if kernel == "flash" and not all(can_flash):
             raise AttentionError(
                 "prefill kernel 'flash' needs flexmask[flash] installed, a Hopper GPU or later, "
@@ -410,11 +385,6 @@ class ModelRunner:
             return self._causal_rows
         self._decode_masks[kind].update(self.slots)
         return self._decode_masks[kind].block_mask
-
-    def cached(self, row: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a row, per layer: ``(H_kv, num_slots, D)`` each."""
-        buffers = [bound_cache(self._decode_model.get_submodule(name)) for name in self._shapes]
-        return [(k[row, :, :num_slots], v[row, :, :num_slots]) for k, v in buffers]
 
     def _prefill_mask(
         self, kind: str, layouts: Sequence[Layout], length: int, kv_length: int, reused: Hashable
@@ -441,31 +411,6 @@ class ModelRunner:
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
         return masks if self._by_layer_type else next(iter(masks.values()))
 
-    def _bind_cache(self, batch_size: int, capacity: int) -> None:
-        for name, shape in self._shapes.items():
-            size = (batch_size, shape.num_kv_heads, capacity)
-            key = torch.zeros(*size, shape.key_dim, dtype=self._dtype, device=self.device)
-            value = torch.zeros(*size, shape.value_dim, dtype=self._dtype, device=self.device)
-            for model in (self._prefill_model, self._decode_model):
-                module = model.get_submodule(name)
-                module.register_buffer("key_cache", key, persistent=False)
-                module.register_buffer("value_cache", value, persistent=False)
-
-
-def _at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:
-    """The mask of queries that stand at ``slots`` ``(B, capacity)`` of their rows."""
-
-    def query_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, slots[b, q_idx], kv_idx)
-
-    return query_mask
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The same bytes in fewer elements, which copy faster."""
-    is_whole = values.shape[-1] * values.element_size() % 8 == 0
-    return values.view(torch.int64) if is_whole else values
-
 
 def _slots_outside(count: int, starts: Sequence[int], length: int) -> Tensor:
     """The first ``count`` slots but for runs of ``length`` from each of ``starts`` on."""
@@ -473,19 +418,3 @@ def _slots_outside(count: int, starts: Sequence[int], length: int) -> Tensor:
     for start in starts:
         is_computed[start : start + length] = False
     return is_computed.nonzero()[:, 0]
-
-
-def _compiled_view(
-    model: PreTrainedModel,
-    attention_names: Sequence[str],
-    *,
-    dynamic: bool,
-    backend: Any = "inductor",
-) -> PreTrainedModel:
-    """Copy the module tree, sharing all tensors, and compile the layers that attend."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for name in attention_names:
-        layer: nn.Module = view.get_submodule(name.rpartition(".")[0])
-        layer.compile(fullgraph=True, dynamic=dynamic, backend=backend)
-    return view

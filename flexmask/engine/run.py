@@ -177,10 +177,10 @@ class GenerationRun(Iterator[Generation]):
         layouts = [prompt.layout for prompt in window]
         length = shared_beginning(layouts)
         runner.shared_prefix = None
-        if length and pays_off(layouts, length, stats.batch_size):
-            runner.share_prefix(layouts[0], length)
+        pays = length > 0 and pays_off(layouts, length, stats.batch_size)
+        if pays and runner.share_prefix(layouts[0], length):
             stats = replace(stats, computed_tokens=stats.computed_tokens + length)
-            self._synchronize()
+        self._synchronize()
         prefill_s = stats.prefill_s + time.perf_counter() - started
         self.stats = replace(stats, prefill_s=prefill_s)
         self._is_ready = True

@@ -1,0 +1,37 @@
+"""Masks and score changes, which speak of slots, for queries that stand at some of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexmask.strategy import MaskMod, ScoreMod
+
+
+def mask_at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:
+    """The mask of queries at ``slots`` ``(B, Q)`` of their rows."""
+
+    def at_slots(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, slots[b, q_idx], kv_idx)
+
+    return at_slots
+
+
+def score_at_slots(score_mod: ScoreMod, slots: Tensor) -> ScoreMod:
+    """The change of scores of queries at ``slots`` ``(B, Q)`` of their rows."""
+
+    def at_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, slots[b, q_idx], kv_idx)
+
+    return at_slots
+
+
+def score_from_slots(score_mod: ScoreMod, first_slots: Tensor) -> ScoreMod:
+    """The change of scores of queries that begin at ``first_slots`` ``(B,)`` of their rows."""
+
+    def from_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, first_slots[b] + q_idx, kv_idx)
+
+    return from_slots
