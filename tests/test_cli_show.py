@@ -31,8 +31,8 @@ def show(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def results(tmp_path):
+@pytest.fixture(params=["feather", "parquet", "jsonl"])
+def results(request, tmp_path):
     """A result file of two rows, made with ``prefix_segment``."""
     requests = [
         Request(("Q: one?", "Q: first?"), "Answer.\n", "\nA:", ("London", "Paris"), uuid="a"),
@@ -44,7 +44,7 @@ def results(tmp_path):
         "model": "demo",
         "chat_template": False,
     }
-    path = tmp_path / "results.feather"
+    path = tmp_path / f"results.{request.param}"
     with ResultWriter.open(path, config=RunConfig(run=run), requests=requests) as writer:
         writer.write([Generation(requests[0], " in London", (7, 8, 2), "eos", 20)])
         writer.write([Generation(requests[1], " a cat", (7, 8), "length", 20)])
@@ -114,7 +114,7 @@ def test_a_request_of_standard_input_is_shown(show, monkeypatch):
 
 def test_a_result_is_shown_as_it_was_run(show, results):
     output = show(results, "--row", "1")
-    assert "results.feather, row 1: a" in output
+    assert f"{results.name}, row 1: a" in output
     assert "generation   in [London]  (eos)" in output
     assert "prediction  in London  (wrong)" in output
     assert "prefix_segment (positions=sequential)" in output

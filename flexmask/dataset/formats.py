@@ -50,6 +50,24 @@ def read_rows(path: Path) -> pa.Table:
     return _read_stream(content)
 
 
+def is_result(path: Path) -> bool:
+    """Whether a file says what run made it; no row is read.
+
+    Feather and Arrow files, and journals, always count as results: what is wrong with one shows
+    when it is read.
+    """
+    if path.suffix.lower() in (".feather", ".arrow", ".partial"):
+        return True
+    if path.suffix == ".jsonl":
+        return _sidecar(path).exists()
+    if path.suffix == ".parquet" and path.exists():
+        from pyarrow.parquet import read_schema
+
+        with suppress(pa.ArrowException, OSError):
+            return RUN in (read_schema(path).metadata or {})
+    return False
+
+
 def write_rows(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Write a result file; it replaces what stands there once it is whole.
 

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexmask.dataset.formats import is_result
 from flexmask.dataset.requests import read_requests
 from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.demo import model_path
@@ -20,7 +21,6 @@ from flexmask.strategy import Strategy
 if TYPE_CHECKING:
     from flexmask.tokenization import RequestTokenizer
 
-RESULT_EXTENSIONS = (".feather", ".arrow", ".partial")
 RUN_KEYS = ("strategy", "parameters", "model", "chat_template")
 DEMO = "demo"
 """How a run records the bundled model."""
@@ -98,11 +98,11 @@ def subject_of_file(
 
     Raises:
         RequestError: If there is no such row, or it cannot be tokenized.
-        OutputError: If it is not a result file although it is named like one.
+        OutputError: If it is a result file that cannot be read.
         ModelError: If the tokenizer cannot be loaded.
         StrategyError: If the run's strategy cannot be found any more.
     """
-    if Path(source).suffix.lower() in RESULT_EXTENSIONS:
+    if is_result(Path(source)):
         if num_segments is not None:
             raise OptionError("--num-segments is for requests; a result is shown as it was run")
         return _subject_of_result(source, row, model)
