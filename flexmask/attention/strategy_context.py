@@ -65,9 +65,9 @@ class ActiveStrategy:
         }
         for row, layout in enumerate(self.layouts):
             start = self.length - len(layout)
-            inputs["input_ids"][row, start:] = torch.tensor(layout.token_ids)
+            inputs["input_ids"][row, start:] = layout.token_tensor
             inputs["attention_mask"][row, start:] = 1
-            inputs["position_ids"][row, start:] = torch.tensor(layout.position_ids)
+            inputs["position_ids"][row, start:] = layout.position_tensor
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
 

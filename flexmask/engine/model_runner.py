@@ -213,12 +213,12 @@ class ModelRunner:
             False if in this prompt they see something else, or the strategy changes scores;
             then nothing is shared.
         """
-        size = min(2, self.batch_size)  # one of several rows would be another graph
-        rows, counts = [layout] * size, [length, 0][:size]
-        self._batch.load(rows, counts, [0] * size)
         self.shared_prefix = None
         if self._query_score_mod is not None:
             return False
+        size = min(2, self.batch_size)  # one of several rows would be another graph
+        rows, counts = [layout] * size, [length, 0][:size]
+        self._batch.load(rows, counts, [0] * size)
         if not self._see_only_themselves([[0]], length, prefill_length(length, self._tile)):
             return False
         slots = [torch.arange(count) for count in counts]

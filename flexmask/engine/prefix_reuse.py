@@ -46,7 +46,7 @@ def shared_beginning(layouts: Sequence[Layout]) -> int:
     first = layouts[0]
     length = min(map(len, layouts)) - 1
     for layout in layouts:
-        while layout.token_ids[:length] != first.token_ids[:length]:
+        if layout.token_ids[:length] != first.token_ids[:length]:
             length = _common_length(layout.token_ids[:length], first.token_ids[:length])
     positions = first.position_ids[:length]
     length = _common_length(positions, tuple(range(length)))

@@ -14,7 +14,7 @@ from flexmask.block_mask import create_block_mask
 from flexmask.errors import FlexMaskError
 from flexmask.layout import PADDING
 from flexmask.layout_batch import LayoutBatch
-from flexmask.mask_mods import and_masks, holds_tokens
+from flexmask.mask_mods import strategy_mask
 from flexmask.testing.cases import Case
 from flexmask.testing.subject import Subject, capacity_for, evaluate
 
@@ -72,7 +72,7 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     layouts = [layout, other, layout]
     size = len(layout)
     batch.load(layouts, [size, len(other), size - 1], [0, 0, 0])
-    mask_mod = and_masks(subject.strategy.mask_mod(batch), holds_tokens(batch))
+    mask_mod = strategy_mask(subject.strategy, batch)
     length = -(-max(size, len(other)) // BLOCK_SIZE) * BLOCK_SIZE
     block_mask = create_block_mask(mask_mod, ROWS, None, length, length, "cpu", BLOCK_SIZE)
     query, key, value = _random_inputs(length)
@@ -100,7 +100,7 @@ def _random_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dense_mask(subject: Subject, batch: LayoutBatch, length: int) -> Tensor:
     """``(B, 1, S, S)`` bool."""
-    mask_mod = and_masks(subject.strategy.mask_mod(batch), holds_tokens(batch))
+    mask_mod = strategy_mask(subject.strategy, batch)
     slots = torch.arange(length)
     rows = [evaluate(mask_mod, row, slots, slots) for row in range(ROWS)]
     return torch.stack(rows)[:, None]
