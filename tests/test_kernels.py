@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+from flexmask.attention.backend import CausalRows, bound_cache
 from flexmask.block_mask.equality import rows_are_causal
 from flexmask.engine.fused_projections import fuse_projections
+from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.launch import power_of_two
 from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
@@ -61,26 +63,35 @@ def test_projections_equal_plain_products(rows, width, dtype):
         assert relative_error(got, project(*moved(arguments, torch.float32))) < TOLERANCE[dtype]
 
 
+def decode_step(rows, heads, kv_heads, dim, capacity, is_rotated, dtype):
+    """Random query, key, value, angles and caches of one decode step."""
+    own = [(rows, heads, dim), *[(rows, kv_heads, dim)] * 2]
+    angles = [(rows, dim)] * 2
+    tensors = random_tensors([*own, *angles, *[(rows, kv_heads, capacity, dim)] * 2], dtype)
+    return tensors if is_rotated else [*tensors[:3], None, None, *tensors[5:]]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize(("softcap", "is_rotated"), [(0.0, True), (5.0, False)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, dtype):
+def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, is_rotated, dtype):
     for slots, capacity in ROWS:
-        query, *cache = random_tensors(
-            [(len(slots), heads, dim), *[(len(slots), kv_heads, capacity, dim)] * 2], dtype
-        )
+        step = decode_step(len(slots), heads, kv_heads, dim, capacity, is_rotated, dtype)
         for row, slot in enumerate(slots):
-            for values in cache:
-                values[row, :, slot + 1 :] = float("nan")  # what lies after the query is unread
-        arguments = (query, *cache, torch.tensor(slots))
-        known = [values.nan_to_num() for values in cache]
-        want = decode_attention(
-            *moved((query, *known), torch.float32), arguments[-1], dim**-0.5, softcap
-        )
+            for cache in step[5:]:
+                cache[row, :, slot:] = float("nan")  # what lies there is unread
+        known = [*step[:5], *(cache.nan_to_num() for cache in step[5:])]
+        rest = (torch.tensor(slots), dim**-0.5, softcap)
+        wide = moved(known, torch.float32)
+        want = decode_attention(*wide, *rest)
         for _ in range(2):  # the second finds the counters as the first left them
-            got = decode_attention(*moved(arguments, "cuda"), dim**-0.5, softcap).cpu()
-            assert relative_error(got, want) < TOLERANCE[dtype]
+            arguments = moved((*step, *rest), "cuda")
+            assert relative_error(decode_attention(*arguments).cpu(), want) < TOLERANCE[dtype]
+            for cache, plain in zip(arguments[5:7], wide[5:], strict=True):
+                for row, slot in enumerate(slots):
+                    got = cache[row, :, : slot + 1].cpu()
+                    assert relative_error(got, plain[row, :, : slot + 1]) < TOLERANCE[dtype]
 
 
 def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
@@ -104,18 +115,27 @@ def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, item_bytes, limi
             assert blocks == wanted  # what was measured fits an H200
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_decode_attention_on_cpu_equals_the_formula(softcap):
-    shapes = [(2, 6, 16), (2, 2, 20, 16), (2, 2, 20, 16)]
-    query, keys, values = random_tensors(shapes, torch.float32)
-    got = decode_attention(query, keys, values, torch.tensor([19, 7]), 0.25, softcap)
-    for row, count in enumerate((20, 8)):
+@pytest.mark.parametrize(("softcap", "is_rotated"), [(0.0, False), (2.0, True)])
+def test_decode_attention_on_cpu_equals_the_formula(softcap, is_rotated):
+    step = decode_step(2, 6, 2, 16, 20, is_rotated, torch.float32)
+    query, key, value, cos, sin, keys, values = (None if t is None else t.clone() for t in step)
+    slots = [19, 7]
+    got = decode_attention(*step, torch.tensor(slots), 0.25, softcap)
+    if is_rotated:
+        query, key = (
+            x * cos[:, None] + torch.cat((-x[..., 8:], x[..., :8]), -1) * sin[:, None]
+            for x in (query, key)
+        )
+    for row, slot in enumerate(slots):
+        keys[row, :, slot], values[row, :, slot] = key[row], value[row]
         for head in range(6):
-            scores = keys[row, head // 3, :count] @ query[row, head] * 0.25
+            scores = keys[row, head // 3, : slot + 1] @ query[row, head] * 0.25
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            want = scores.softmax(0) @ values[row, head // 3, :count]
+            want = scores.softmax(0) @ values[row, head // 3, : slot + 1]
             torch.testing.assert_close(got[row, head], want)
+    for cache, expected in zip(step[5:], (keys, values), strict=True):
+        torch.testing.assert_close(cache, expected)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -140,6 +160,35 @@ def test_fused_projections_leave_a_layer_what_it_computes(architecture):
         fused = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
         torch.testing.assert_close(fused, layer(hidden, **arguments))
     assert launches == [4]
+
+
+@pytest.mark.parametrize(("architecture", "places"), [("llama", 1), ("qwen3", 1), ("phi3", 0)])
+def test_rotary_embeddings_move_into_attention_where_that_turns_whole_heads(architecture, places):
+    layer = make_model(architecture, "flexmask").model.layers[0]
+    for name in ("key_cache", "value_cache"):
+        layer.self_attn.register_buffer(name, torch.randn(2, 2, 128, 16))
+    none = torch.zeros(2, 1, 1, 1, dtype=torch.int32)
+    hidden, angles = torch.randn(2, 1, 48), torch.randn(2, 1, 16)
+    arguments = {
+        "position_embeddings": (angles.cos(), angles.sin()),
+        "attention_mask": CausalRows.from_kv_blocks(none[..., 0], none, seq_lengths=(1, 128)),
+        "cache_slots": torch.tensor([20, 99]),
+    }
+    fused = []
+
+    def fuse(module, _):
+        fused.append(fuse_rotary(module.graph))
+        module.recompile()
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
+        caches = [cache.clone() for cache in bound_cache(layer.self_attn)]
+        torch.testing.assert_close(got, layer(hidden, **arguments))
+    assert fused == [places]
+    for cache, plain in zip(caches, bound_cache(layer.self_attn), strict=True):
+        torch.testing.assert_close(cache, plain)
 
 
 def test_rows_after_the_prompt_are_causal_only_if_they_see_every_slot():

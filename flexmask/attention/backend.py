@@ -127,15 +127,16 @@ def flexmask_attention(
             f"flexmask attention needs a BlockMask, got {got}; pass attention_mask as a 2-D "
             "padding mask or not at all, or choose attn_implementation='sdpa'"
         )
-    if cache_slots is not None:
-        key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     if isinstance(attention_mask, CausalRows):
         assert cache_slots is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        own = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
         rows = torch.ops.flexmask.decode_attention(
-            query[:, :, 0], key, value, cache_slots, scale, softcap or 0.0
+            *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0
         )
         return rows[:, None], None
+    if cache_slots is not None:
+        key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
     output = attend(query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel)
     return output.transpose(1, 2).contiguous(), None

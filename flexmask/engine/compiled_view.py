@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
+
+from flexmask.engine.fused_projections import fuse_projections
+from flexmask.engine.fused_rotary import fuse_rotary
 
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
 # there are. The first searches tile sizes, the second joins independent kernels in one launch.
 # With the third a kernel starts while the one before it ends.
-DECODE_OPTIONS = {
+DECODE_OPTIONS: dict[str, Any] = {
     "coordinate_descent_tuning": True,
     "combo_kernels": True,
     "triton.enable_pdl": True,
 }
+
+
+def fused_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A backend of torch.compile for decode layers: inductor, after joining what it would not."""
+    from torch._inductor.compile_fx import compile_fx
+
+    fuse_projections(graph_module.graph)
+    fuse_rotary(graph_module.graph)
+    graph_module.recompile()
+    compiled = compile_fx(graph_module, list(inputs), config_patches=DECODE_OPTIONS)
+    return cast(Callable[..., Any], compiled)
 
 
 def compiled_view(
@@ -36,7 +51,40 @@ def compiled_view(
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for name in attention_names:
-        layer: nn.Module = view.get_submodule(name.rpartition(".")[0])
+    for name in layer_names(attention_names):
+        layer: nn.Module = view.get_submodule(name)
         layer.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     return view
+
+
+def compile_beside_layers(view: PreTrainedModel, attention_names: Sequence[str]) -> None:
+    """Compile what runs before and after the layers: embedding, rotary angles, norm, logits.
+
+    Op by op these take some twenty kernels a step. They need not be one graph each: what a model
+    computes there is its own affair.
+    """
+    layers = layer_names(attention_names)
+    above = set().union(*(_ancestors(name) for name in layers))
+    for name, module in view.named_modules():
+        if name.rpartition(".")[0] in above and name not in above | layers:
+            module.forward = _compiled_call(module)
+
+
+def _compiled_call(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward, compiled even if it is one of torch's own, which compile() skips."""
+    forward = module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return torch.compile(call, dynamic=False, backend=fused_backend)
+
+
+def layer_names(attention_names: Sequence[str]) -> set[str]:
+    """Names of the modules that hold an attention module each: the layers."""
+    return {name.rpartition(".")[0] for name in attention_names}
+
+
+def _ancestors(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:depth]) for depth in range(len(parts))}

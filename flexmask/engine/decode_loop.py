@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from flexmask.attention.backend import compile_settings
+from flexmask.engine.compiled_view import DECODE_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.sampling import Sampler, Sampling
+from flexmask.engine.sampling import Sampler, Sampling, most_likely
 from flexmask.errors import FlexMaskWarning
 
 LAG = 2
@@ -90,13 +93,11 @@ class DecodeLoop:
     @torch.no_grad()
     def _step(self) -> None:
         logits = self._runner.decode(self._token_ids)
-        chosen = self._sampler(logits, self._step_number)
-        # A row that has ended repeats its last token.
-        chosen = torch.where(self._has_ended, self._token_ids, chosen)
-        if len(self._eos):
-            self._has_ended |= torch.isin(chosen, self._eos)
-        self._token_ids.copy_(chosen)
-        self._step_number += 1
+        state = (self._token_ids, self._has_ended, self._step_number)
+        if self._sampler.is_greedy and logits.is_cuda:
+            with compile_settings():
+                return _compiled_end_of_step()(logits, self._eos, *state)
+        _take(self._sampler(logits, self._step_number), self._eos, *state)
 
     def _fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
         if not self._token_ids.is_cuda:
@@ -106,6 +107,27 @@ class DecodeLoop:
         event = torch.cuda.Event()
         event.record()
         return tokens, event
+
+
+def _take(
+    chosen: Tensor, eos: Tensor, token_ids: Tensor, has_ended: Tensor, step_number: Tensor
+) -> None:
+    """Feed the next step: a row that has ended repeats its last token."""
+    chosen = torch.where(has_ended, token_ids, chosen)
+    if len(eos):
+        has_ended |= torch.isin(chosen, eos)
+    token_ids.copy_(chosen)
+    step_number += 1
+
+
+def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
+    _take(most_likely(logits), eos, *state)
+
+
+@cache
+def _compiled_end_of_step() -> Callable[..., None]:
+    """What ends a greedy step, in a few kernels and not twelve."""
+    return torch.compile(_take_most_likely, fullgraph=True, dynamic=False, options=DECODE_OPTIONS)
 
 
 def _arrived(tokens: Tensor, event: torch.cuda.Event | None) -> list[int]:

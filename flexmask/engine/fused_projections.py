@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,24 +38,6 @@ class _GatedPair:
     up: fx.Node
     activation: str
     product: fx.Node
-
-
-def fused_projections_backend(
-    options: dict[str, Any],
-) -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]:
-    """Make a backend for torch.compile: inductor, after `fuse_projections`.
-
-    Args:
-        options: Inductor's settings.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    def compile_fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        fuse_projections(module.graph)
-        module.recompile()
-        return cast(Callable[..., Any], compile_fx(module, list(inputs), config_patches=options))
-
-    return compile_fused
 
 
 def fuse_projections(graph: fx.Graph) -> int:

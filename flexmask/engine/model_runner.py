@@ -29,8 +29,11 @@ from flexmask.attention.backend import (
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
-from flexmask.engine.compiled_view import DECODE_OPTIONS, compiled_view
-from flexmask.engine.fused_projections import fused_projections_backend
+from flexmask.engine.compiled_view import (
+    compile_beside_layers,
+    compiled_view,
+    fused_backend,
+)
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
@@ -131,8 +134,10 @@ class ModelRunner:
         self.prefill_kernel = self._checked(prefill_kernel, shapes.values())
         self._prefill_model = compiled_view(model, list(shapes), dynamic=True)
         on_gpu = self.device.type == "cuda"
-        backend = fused_projections_backend(DECODE_OPTIONS) if on_gpu else "inductor"
+        backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
+        if on_gpu:
+            compile_beside_layers(self._decode_model, list(shapes))
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
         self._prepared: tuple[Strategy, int, int] | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}

@@ -59,6 +59,7 @@ class Sampler:
         self, sampling: Sampling, batch_size: int, max_new_tokens: int, device: torch.device
     ) -> None:
         """Prepare for batches of ``batch_size`` rows."""
+        self.is_greedy = sampling.is_greedy
         self._sampling = sampling
         self._warpers = LogitsProcessorList()
         if sampling.is_greedy:
@@ -75,7 +76,7 @@ class Sampler:
 
     def load(self, uuids: Sequence[str]) -> None:
         """Draw the random numbers of a batch: one uniform per row and token."""
-        if self._sampling.is_greedy:
+        if self.is_greedy:
             return
         count = self._uniforms.shape[1]
         rows = [_uniforms(self._sampling.seed, uuid, count) for uuid in uuids]
@@ -91,8 +92,8 @@ class Sampler:
         Returns:
             Token ids ``(B, 1)``.
         """
-        if self._sampling.is_greedy:
-            return _most_likely(logits)
+        if self.is_greedy:
+            return most_likely(logits)
         no_tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)  # warpers look at scores
         scores = self._warpers(cast(torch.LongTensor, no_tokens), logits.float())
         cumulative = scores.double().softmax(-1).cumsum(-1)
@@ -101,7 +102,7 @@ class Sampler:
         return chosen.clamp(max=logits.shape[-1] - 1)
 
 
-def _most_likely(logits: Tensor) -> Tensor:
+def most_likely(logits: Tensor) -> Tensor:
     """Argmax in two steps, because torch gives a row of logits to few programs on CUDA."""
     batch_size, vocab_size = logits.shape
     chunks = math.gcd(vocab_size, NUM_CHUNKS)

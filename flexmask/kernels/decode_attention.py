@@ -1,4 +1,4 @@
-"""The operator ``flexmask::decode_attention``: one query per row over a prefix of its cache."""
+"""The operator ``flexmask::decode_attention``: one query per row over all that came before."""
 
 from __future__ import annotations
 
@@ -20,64 +20,97 @@ MIN_SHARE = 128
 
 STAGES = 3
 
+AHEAD = 256
+"""Keys of its share that a program asks for while the kernel before it still runs."""
 
-@torch.library.custom_op("flexmask::decode_attention", mutates_args=(), device_types="cpu")
+
+@torch.library.custom_op(
+    "flexmask::decode_attention", mutates_args=("key_cache", "value_cache"), device_types="cpu"
+)
 def decode_attention(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Attend from one query per row to the slots up to its own, with what torch has.
+    """Put one key and value per row into the cache, and attend to all up to it.
+
+    This is the plain way, with what torch has.
 
     Args:
         query: ``(B, H, D)``.
+        key: ``(B, H_kv, D)``.
+        value: ``(B, H_kv, D_v)``.
+        cos: ``(B, D)``; given, query and key are first turned by rotary embeddings, half of
+            each head against the other.
+        sin: ``(B, D)``.
         key_cache: ``(B, H_kv, capacity, D)``.
         value_cache: ``(B, H_kv, capacity, D_v)``.
-        slots: ``(B,)`` slot of each row's query.
+        slots: ``(B,)`` where each row's key and value go.
         scale: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
 
     Returns:
         ``(B, H, D_v)``.
     """
+    if cos is not None and sin is not None:
+        query, key = (_rotated(heads, cos[:, None], sin[:, None]) for heads in (query, key))
+    rows = torch.arange(len(slots), device=slots.device)
+    key_cache[rows, :, slots] = key
+    value_cache[rows, :, slots] = value
     length = int(slots.max()) + 1
-    key_cache, value_cache = key_cache[:, :, :length], value_cache[:, :, :length]
+    keys, values = key_cache[:, :, :length], value_cache[:, :, :length]
     is_seen = torch.arange(length, device=query.device) <= slots[:, None]
     if not softcap:
         return nn.functional.scaled_dot_product_attention(
             query[:, :, None],
-            key_cache,
-            value_cache,
+            keys,
+            values,
             is_seen[:, None, None],
             scale=scale,
             enable_gqa=True,
         )[:, :, 0]
-    groups = query.shape[1] // key_cache.shape[1]
-    keys = key_cache.repeat_interleave(groups, 1).float()
-    values = value_cache.repeat_interleave(groups, 1).float()
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (heads.repeat_interleave(groups, 1).float() for heads in (keys, values))
     scores = softcap * torch.tanh((keys @ query.float()[..., None])[..., 0] * scale / softcap)
     weights = scores.masked_fill(~is_seen[:, None], float("-inf")).softmax(-1)
     return (weights[:, :, None] @ values)[:, :, 0].to(query.dtype)
 
 
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
 @decode_attention.register_fake
 def _(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
     scale: float,
     softcap: float,
 ) -> Tensor:
-    return query.new_empty(*query.shape[:2], value_cache.shape[-1])
+    return query.new_empty(*query.shape[:2], value.shape[-1])
 
 
 @decode_attention.register_kernel("cuda")
 def _(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
@@ -86,7 +119,7 @@ def _(
 ) -> Tensor:
     from flexmask.kernels.decode_attention_kernel import decode_attention_kernel
 
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch_size, heads, key_dim = query.shape
     _, kv_heads, capacity, value_dim = value_cache.shape
     group = heads // kv_heads
@@ -103,6 +136,10 @@ def _(
     has_pdl = starts_early(query.device)
     decode_attention_kernel[(batch_size * kv_heads, splits)](
         query,
+        key,
+        value,
+        query if cos is None else cos.contiguous(),
+        query if sin is None else sin.contiguous(),
         key_cache,
         value_cache,
         slots,
@@ -114,12 +151,14 @@ def _(
         scale,
         softcap or 1.0,
         capacity,
-        query.stride(0),
-        query.stride(1),
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
         KV_HEADS=kv_heads,
         GROUP=group,
         K_DIM=key_dim,
         V_DIM=value_dim,
+        ROTATED=cos is not None,
         HAS_SOFTCAP=softcap != 0.0,
         SPLITS=splits,
         BLOCK_G=max(16, power_of_two(group)),
@@ -128,6 +167,7 @@ def _(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         STAGES=STAGES,
+        AHEAD=AHEAD,
         PDL=has_pdl,
         num_warps=4,
         launch_pdl=has_pdl,

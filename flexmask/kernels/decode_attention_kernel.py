@@ -1,4 +1,4 @@
-"""Attention of one query per row over the first keys of its cache."""
+"""Attention of one query per row over what its cache holds, and over its own key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ def decode_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
     slots_ptr,
     out_ptr,
     partial_ptr,
@@ -22,10 +26,15 @@ def decode_attention_kernel(
     capacity,
     stride_qb,
     stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_vb,
+    stride_vh,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -34,11 +43,15 @@ def decode_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program attends from the query heads of one key head over one share of the keys.
 
-    The last program of a key head to arrive joins the shares, always in the same order.
+    The first program of a key head also takes the query's own key and value, and writes them to
+    the cache. The last to arrive joins the shares, always in the same order. With ``PDL`` the
+    program may start while the kernel before it still runs: the slots, and what the cache holds
+    already, are of steps before, so it asks for the first ``AHEAD`` keys without waiting.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -46,35 +59,47 @@ def decode_attention_kernel(
     kv_head = pair % KV_HEADS
     g = tl.arange(0, BLOCK_G)
     is_head = g < GROUP
+    head = kv_head * GROUP + g
     d = tl.arange(0, BLOCK_K)
     e = tl.arange(0, BLOCK_V)
+    slot = tl.load(slots_ptr + b)
+    share = tl.cdiv(tl.cdiv(slot, BLOCK_N), SPLITS) * BLOCK_N
+    start = split * share
+    stop = tl.minimum(start + share, slot)
+    base = pair.to(tl.int64) * capacity
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD > 0:
+            _prefetch(k_cache_ptr + base * K_DIM, start * K_DIM, stop * K_DIM, AHEAD * BLOCK_K)
+            _prefetch(v_cache_ptr + base * V_DIM, start * V_DIM, stop * V_DIM, AHEAD * BLOCK_V)
         tl.extra.cuda.gdc_wait()
-    length = tl.load(slots_ptr + b) + 1
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
-    start = split * share
-    stop = tl.minimum(start + share, length)
-    head = kv_head * GROUP + g
-    q_offset = b * stride_qb + head[:, None] * stride_qh + d[None, :]
-    is_q = is_head[:, None] & (d < K_DIM)[None, :]
-    q = tl.load(q_ptr + q_offset, mask=is_q, other=0.0)
-    base = pair.to(tl.int64) * capacity
+    angle = b * K_DIM + d
+    q_row = q_ptr + b * stride_qb + head[:, None] * stride_qh
+    q = _rotated(q_row, cos_ptr, sin_ptr, angle[None, :], d[None, :], K_DIM, ROTATED)
     biggest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    if split == 0:
+        k_row = k_ptr + b * stride_kb + kv_head * stride_kh
+        own_key = _rotated(k_row, cos_ptr, sin_ptr, angle, d, K_DIM, ROTATED)
+        own_value = tl.load(v_ptr + b * stride_vb + kv_head * stride_vh + e, mask=e < V_DIM)
+        tl.store(k_cache_ptr + (base + slot) * K_DIM + d, own_key, mask=d < K_DIM)
+        tl.store(v_cache_ptr + (base + slot) * V_DIM + e, own_value, mask=e < V_DIM)
+        products = q.to(tl.float32) * own_key.to(tl.float32)[None, :]
+        biggest = _log2_scores(tl.sum(products, 1), scale, softcap, HAS_SOFTCAP)
+        total += 1.0
+        acc += own_value.to(tl.float32)[None, :]
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK_N)
         is_key = n < stop
         row = base + n
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
-        keys = tl.load(k_ptr + row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
+        keys = tl.load(k_cache_ptr + row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]
-        values = tl.load(v_ptr + row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
-        score = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
-        score = tl.where(is_key[None, :], score * 1.4426950408889634, float("-inf"))
+        values = tl.load(v_cache_ptr + row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
+        products = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
+        score = tl.where(is_key[None, :], score, float("-inf"))
         new_biggest = tl.maximum(biggest, tl.max(score, 1))
         weights = tl.exp2(score - new_biggest[:, None])
         decay = tl.exp2(biggest - new_biggest)
@@ -116,3 +141,44 @@ def decode_attention_kernel(
             is_joined = (h < GROUP)[:, None] & (e < V_DIM)[None, :]
             tl.store(out_ptr + joined_out, joined.to(out_ptr.dtype.element_ty), mask=is_joined)
             tl.store(arrived_ptr + pair, 0)
+
+
+@triton.jit
+def _rotated(row_ptr, cos_ptr, sin_ptr, angle, d, DIM: tl.constexpr, ROTATED: tl.constexpr):
+    """Load heads; each half is turned against the other, as rotary embeddings do."""
+    x = tl.load(row_ptr + d, mask=d < DIM, other=0.0)
+    if ROTATED:
+        half: tl.constexpr = DIM // 2
+        partner = tl.load(
+            row_ptr + tl.where(d < half, d + half, d - half), mask=d < DIM, other=0.0
+        )
+        cos = tl.load(cos_ptr + angle, mask=d < DIM, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=d < DIM, other=0.0).to(tl.float32)
+        turned = tl.where(d < half, -sin, sin) * partner.to(tl.float32)
+        x = (x.to(tl.float32) * cos + turned).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _log2_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores of products, times log2(e)."""
+    score = products * scale
+    if HAS_SOFTCAP:
+        score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    return score * 1.4426950408889634
+
+
+@triton.jit
+def _prefetch(ptr, first, stop, COUNT: tl.constexpr):
+    """Ask for ``COUNT`` numbers from ``first`` on to come to the cache, and do not wait."""
+    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+    offset = first + tl.arange(0, COUNT // LINE) * LINE
+    address = (ptr + tl.minimum(offset, tl.maximum(stop - 1, 0))).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

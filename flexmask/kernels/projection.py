@@ -138,7 +138,9 @@ def launch_blocks(
 ) -> dict[str, Any]:
     """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B layer in bfloat16."""
     if rows == 1:
-        return _blocks(1, 2, _dividing_block(width, 1024), 1, 0, 2)
+        block_k = _dividing_block(width, 1024)
+        n, warps, ahead = (2, 2, 0) if is_gated else (2, 2, 2) if has_norm else (4, 4, 1)
+        return _blocks(1, n, block_k, 1, 0, warps, min(ahead, -(-width // block_k) - 1))
     block_m = max(16, power_of_two(rows))
     if block_m == 16:
         if is_gated:
@@ -162,10 +164,12 @@ def fit_tiles(blocks: dict[str, Any], is_gated: bool, item_bytes: int, limit: in
             blocks["STAGES"] -= 1
 
 
-def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
+def _blocks(
+    m: int, n: int, k: int, splits: int, stages: int, warps: int, ahead: int = 0
+) -> dict[str, Any]:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     # Without stages the loop over columns is unrolled, and its loads are under way together.
-    loop = {"SPLITS": splits, "STAGES": stages, "UNROLLED": stages == 0}
+    loop = {"SPLITS": splits, "STAGES": stages, "UNROLLED": stages == 0, "AHEAD": ahead}
     return sizes | loop | {"num_warps": warps}
 
 

@@ -36,6 +36,7 @@ def projection_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLLED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program computes ``BLOCK_N`` outputs of every row, from one share of the columns.
@@ -83,6 +84,17 @@ def projection_kernel(
     w_up = w
     if GATED:
         w_up = _weights(w1_ptr + tile, k, K, BLOCK_K)
+    ahead = (w,)
+    ahead_up = (w_up,)
+    if UNROLLED:
+        for offset in tl.static_range(BLOCK_K, (AHEAD + 1) * BLOCK_K, BLOCK_K):
+            ahead += (_weights(w_ptr + tile, k + offset, K, BLOCK_K),)  # type: ignore[assignment]
+            if GATED:
+                ahead_up += (_weights(w1_ptr + tile, k + offset, K, BLOCK_K),)  # type: ignore[assignment]
+    elif AHEAD > 0 and PDL:
+        _prefetch(w_ptr + tile, first + BLOCK_K, stop, AHEAD * BLOCK_K)
+        if GATED:
+            _prefetch(w1_ptr + tile, first + BLOCK_K, stop, AHEAD * BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
@@ -96,9 +108,15 @@ def projection_kernel(
         for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
             k = offset + tl.arange(0, BLOCK_K)
             x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
-            acc = _multiplied(acc, _weights(w_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
+            if offset <= AHEAD * BLOCK_K:
+                w = ahead[offset // BLOCK_K]
+                w_up = ahead_up[offset // BLOCK_K] if GATED else w
+            else:
+                w = _weights(w_ptr + tile, k, K, BLOCK_K)
+                w_up = _weights(w1_ptr + tile, k, K, BLOCK_K) if GATED else w
+            acc = _multiplied(acc, w, x, BLOCK_M)
             if GATED:
-                acc_up = _multiplied(acc_up, _weights(w1_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
+                acc_up = _multiplied(acc_up, w_up, x, BLOCK_M)
     else:
         for offset in tl.range(first + BLOCK_K, stop, BLOCK_K, num_stages=STAGES):
             k = offset + tl.arange(0, BLOCK_K)
@@ -162,6 +180,22 @@ def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     else:
         tile = tl.load(row_ptr + k[None, :], mask=(k < K)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def _prefetch(row_ptr, first, stop, COUNT: tl.constexpr):
+    """Ask for ``COUNT`` columns of each row of weights to come to the cache, and do not wait."""
+    LINE: tl.constexpr = 128 // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    k = first + tl.arange(0, COUNT // LINE) * LINE
+    address = (row_ptr + tl.minimum(k, stop - 1)[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
