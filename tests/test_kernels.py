@@ -96,7 +96,7 @@ def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, 
 
 def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
     assert [num_splits(pairs, 16_512) for pairs in (1, 8, 64, 512)] == [128, 16, 2, 1]
-    assert num_splits(8, 640) == 4
+    assert num_splits(8, 640) == 8
     assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
 

@@ -79,16 +79,10 @@ def decode_attention_kernel(
     biggest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
-    if split == 0:
-        k_row = k_ptr + b * stride_kb + kv_head * stride_kh
-        own_key = _rotated(k_row, cos_ptr, sin_ptr, angle, d, K_DIM, ROTATED)
-        own_value = tl.load(v_ptr + b * stride_vb + kv_head * stride_vh + e, mask=e < V_DIM)
-        tl.store(k_cache_ptr + (base + slot) * K_DIM + d, own_key, mask=d < K_DIM)
-        tl.store(v_cache_ptr + (base + slot) * V_DIM + e, own_value, mask=e < V_DIM)
-        products = q.to(tl.float32) * own_key.to(tl.float32)[None, :]
-        biggest = _log2_scores(tl.sum(products, 1), scale, softcap, HAS_SOFTCAP)
-        total += 1.0
-        acc += own_value.to(tl.float32)[None, :]
+    k_row = k_ptr + b * stride_kb + kv_head * stride_kh
+    own_key = _rotated(k_row, cos_ptr, sin_ptr, angle, d, K_DIM, ROTATED)
+    v_row = v_ptr + b * stride_vb + kv_head * stride_vh
+    own_value = tl.load(v_row + e, mask=e < V_DIM, other=0.0)
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK_N)
         is_key = n < stop
@@ -106,6 +100,17 @@ def decode_attention_kernel(
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        biggest = new_biggest
+    if split == 0:
+        tl.store(k_cache_ptr + (base + slot) * K_DIM + d, own_key, mask=d < K_DIM)
+        tl.store(v_cache_ptr + (base + slot) * V_DIM + e, own_value, mask=e < V_DIM)
+        products = tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1)
+        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
+        new_biggest = tl.maximum(biggest, score)
+        weights = tl.exp2(score - new_biggest)
+        decay = tl.exp2(biggest - new_biggest)
+        total = total * decay + weights
+        acc = acc * decay[:, None] + weights[:, None] * own_value.to(tl.float32)[None, :]
         biggest = new_biggest
     out = (b * KV_HEADS * GROUP + head)[:, None] * V_DIM + e[None, :]
     is_out = is_head[:, None] & (e < V_DIM)[None, :]

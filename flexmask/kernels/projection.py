@@ -22,6 +22,9 @@ MAX_ROWS_WITH_NORM = 16
 """With more rows the norm is cheaper on its own: in here it keeps inputs from the tensor cores'
 own path through shared memory."""
 
+MANY_OUTPUTS = 1 << 16
+"""From here on, as for a vocabulary, a program takes more outputs at once."""
+
 ACTIVATIONS = ("", "silu", "gelu_tanh")
 
 
@@ -136,20 +139,21 @@ def _(
 def launch_blocks(
     rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
 ) -> dict[str, Any]:
-    """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B layer in bfloat16."""
+    """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B model in bfloat16."""
     if rows == 1:
         block_k = _dividing_block(width, 1024)
-        n, warps, ahead = (2, 2, 0) if is_gated else (2, 2, 2) if has_norm else (4, 4, 1)
+        n, warps, ahead = (2, 4, 2) if is_gated else (2, 2, 0) if has_norm else (4, 4, 2)
         return _blocks(1, n, block_k, 1, 0, warps, min(ahead, -(-width // block_k) - 1))
     block_m = max(16, power_of_two(rows))
     if block_m == 16:
         if is_gated:
             return _blocks(16, 64, _dividing_block(width, 128), 1, 4, 8)
         if has_norm:
-            splits = _splits(num_outputs, 64, programs=240)
-            return _blocks(16, 64, _dividing_block(width, 256), splits, 4, 4)
+            return _blocks(16, 64, _dividing_block(width, 256), 1, 4, 4)
         splits = _splits(num_outputs, 32, programs=384)
         return _blocks(16, 32, _dividing_block(width, 256), splits, 4, 4)
+    if num_outputs >= MANY_OUTPUTS:
+        return _blocks(block_m, 128, _dividing_block(width, 128), 1, 3, 8)
     splits = 1 if is_gated or has_norm else _splits(num_outputs, 64, programs=96)
     return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
 

@@ -44,7 +44,8 @@ def projection_kernel(
     ``BLOCK_M`` 1 multiplies and sums in registers; from 16 on, the tensor cores do. Of several
     shares (``SPLITS``; none may be empty), the last to arrive joins them, always in the same
     order. With ``PDL`` the program may start while the kernel before it still runs: it reads its
-    first weights, which no kernel writes, before it waits for that kernel.
+    first weights, which no kernel writes, before it waits for that kernel; unrolled, ``AHEAD``
+    tiles more of them.
     """
     GATED: tl.constexpr = ACTIVATION != ""
     block = tl.program_id(0)
@@ -70,12 +71,9 @@ def projection_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = n < N
     m = tl.arange(0, BLOCK_M)
-    first = 0
-    stop = K
-    if SPLITS > 1:
-        share: tl.constexpr = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-        first = tl.program_id(1) * share
-        stop = tl.minimum(first + share, K)
+    SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    first = tl.program_id(1) * SHARE
+    stop = tl.minimum(first + SHARE, K)
     k = first + tl.arange(0, BLOCK_K)
     tile = tl.where(is_output, n, 0).to(tl.int64)[:, None] * K
     if PDL:
@@ -91,10 +89,6 @@ def projection_kernel(
             ahead += (_weights(w_ptr + tile, k + offset, K, BLOCK_K),)  # type: ignore[assignment]
             if GATED:
                 ahead_up += (_weights(w1_ptr + tile, k + offset, K, BLOCK_K),)  # type: ignore[assignment]
-    elif AHEAD > 0 and PDL:
-        _prefetch(w_ptr + tile, first + BLOCK_K, stop, AHEAD * BLOCK_K)
-        if GATED:
-            _prefetch(w1_ptr + tile, first + BLOCK_K, stop, AHEAD * BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
@@ -105,8 +99,8 @@ def projection_kernel(
     if GATED:
         acc_up = _multiplied(acc_up, w_up, x, BLOCK_M)
     if UNROLLED:
-        for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
-            k = offset + tl.arange(0, BLOCK_K)
+        for offset in tl.static_range(BLOCK_K, SHARE, BLOCK_K):
+            k = first + offset + tl.arange(0, BLOCK_K)
             x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
             if offset <= AHEAD * BLOCK_K:
                 w = ahead[offset // BLOCK_K]
@@ -180,22 +174,6 @@ def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     else:
         tile = tl.load(row_ptr + k[None, :], mask=(k < K)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def _prefetch(row_ptr, first, stop, COUNT: tl.constexpr):
-    """Ask for ``COUNT`` columns of each row of weights to come to the cache, and do not wait."""
-    LINE: tl.constexpr = 128 // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    k = first + tl.arange(0, COUNT // LINE) * LINE
-    address = (row_ptr + tl.minimum(k, stop - 1)[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
