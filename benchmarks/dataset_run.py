@@ -1,7 +1,9 @@
-"""Tokens per second of a whole file of requests through a model of random weights.
+"""A whole file of requests through a model of random weights, and other ways to run it.
 
 Random weights at a real shape cost what trained ones cost; answers mean nothing. The bundled
 tokenizer stands in for the model's own, and cuts real text into more tokens than that would.
+
+Some of the same rows run in other ways too (``dataset_peers.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dataset_peers import rerun_rows_per_s, separate_rows_per_s
 from stamp import environment_stamp
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -80,6 +83,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rerun-rows", type=int, default=20, help="rows run again per token")
+    parser.add_argument("--separate-rows", type=int, default=128, help="rows for generate")
+    parser.add_argument("--separate-batches", type=int, nargs="*", default=[64, 128, 256])
     arguments = parser.parse_args()
 
     settings = {name: str(value) for name, value in vars(arguments).items()}
@@ -117,7 +123,21 @@ def main() -> None:
     runs = {"cold": timed_run(), "warm": timed_run()}
     for name in runs["cold"]:
         print(f"{name:20} {runs['cold'][name]:16.2f} {runs['warm'][name]:16.2f}")
-    print(json.dumps({"runs": runs, "settings": settings, "environment": environment_stamp()}))
+    engine.release()
+    own, count = runs["warm"]["rows_per_s"], arguments.max_new_tokens
+    peers = {}
+    rows = requests[: arguments.separate_rows]
+    for size in arguments.separate_batches:
+        name = f"generate, each paraphrase, batch {size}"
+        peers[name] = separate_rows_per_s(engine, rows, count, size)
+    if rows := requests[: arguments.rerun_rows]:
+        peers["whole sequence per token"] = rerun_rows_per_s(engine, strategy, rows, count)
+    for name, rows_per_s in peers.items():
+        print(
+            f"{name:40} {rows_per_s:9.2f} rows/s, flexmask {own / rows_per_s:7.1f} times as many"
+        )
+    record = {"runs": runs, "peers_rows_per_s": peers, "settings": settings}
+    print(json.dumps(record | {"environment": environment_stamp()}))
 
 
 if __name__ == "__main__":
