@@ -27,7 +27,8 @@ OF_LOGITS = [
 
 def request(seed, num_segments):
     plain = random_text_request(seed, num_segments, length=5 + 3 * seed)
-    return dataclasses.replace(plain, weights=WEIGHTS[:num_segments])
+    weights = tuple(WEIGHTS[index % len(WEIGHTS)] for index in range(num_segments))
+    return dataclasses.replace(plain, weights=weights)
 
 
 REQUESTS = [request(seed, count) for seed, count in enumerate((3, 1, 4, 2, 4, 3))]
@@ -194,10 +195,14 @@ def test_a_batch_never_splits_a_request(engine):
 
 
 def test_a_batch_size_of_its_own_choice_holds_whole_requests(engine):
-    five = [request(seed, 4) for seed in range(4)]
-    assert run(engine, "mean", five, batch_size=None).stats.batch_size == 8
-    assert run(engine, "mean", five[:1], batch_size=None).stats.batch_size == 4
-    assert run(engine, "mean", REQUESTS[:1], batch_size=None).stats.batch_size == 3
+    of_three = [request(seed, 3) for seed in range(4)]
+    assert run(engine, "mean", of_three, batch_size=None).stats.batch_size == 6
+    assert run(engine, "mean", REQUESTS[:3], batch_size=None).stats.batch_size == 8
+    assert run(engine, "mean", REQUESTS, batch_size=None).stats.batch_size == 8
+    assert run(engine, "mean", REQUESTS[:2], batch_size=None).stats.batch_size == 4
+    nine = [request(1, 9)]
+    assert run(engine, "mean", nine, batch_size=None).stats.batch_size == 9
+    assert run(engine, "each", nine, batch_size=None).stats.batch_size == 8
 
 
 def test_a_request_of_more_prompts_than_a_batch_has_rows_is_refused(engine):

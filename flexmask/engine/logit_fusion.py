@@ -79,8 +79,9 @@ class LogitFusion:
         shares = (weights / weights.sum(-1, keepdim=True))[..., None]
         mean = torch.zeros_like(logits)
         for members, share in zip(self._members.unbind(1), shares.unbind(1), strict=True):
-            # What is no member has no share, not even in a NaN that an infinite logit makes.
-            mean += torch.where(share > 0, share * logits.index_select(0, members), 0.0)
+            # What is no member has no part, not even by the NaN that an infinite logit makes.
+            part = share * logits.index_select(0, members)
+            mean += part.masked_fill_(share == 0, 0.0)
         return mean
 
     def _max(self, logits: Tensor, weights: Tensor) -> Tensor:

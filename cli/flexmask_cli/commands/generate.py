@@ -7,14 +7,14 @@ from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.errors import OptionError
-from flexmask.fusion import Fusion, Weights
+from flexmask.fusion import Fusion
 from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
@@ -148,7 +148,7 @@ def generate(
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
-    fused = Fusion(fusion, cast("Weights | None", fusion_weights))
+    fused = Fusion(fusion, fusion_weights)
     mode = _parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
