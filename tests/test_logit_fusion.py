@@ -266,3 +266,14 @@ def test_what_one_group_cannot_have_does_not_reach_another(fusion):
     assert first.isfinite().all()
     logits[3:] = 0.0
     assert torch.equal(fuse(logits)[:3], first)
+
+
+@pytest.mark.parametrize("fusion", OF_LOGITS, ids=str)
+def test_only_the_proportions_of_weights_count(fusion):
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    fuse = LogitFusion(fusion, 3, 3, torch.device("cpu"))
+    fuse.load([(1.0, 0.5, 0.25)])
+    scores = fuse(logits)
+    for scale in (1e-60, 1e-300, 1e300):
+        fuse.load([(scale, 0.5 * scale, 0.25 * scale)])
+        assert torch.equal(fuse(logits), scores)

@@ -53,7 +53,8 @@ class LogitFusion:
             rows = slice(start, start + len(group))
             members[rows] = start
             members[rows, : len(group)] = torch.arange(start, rows.stop)
-            weights[rows, : len(group)] = torch.tensor(group, dtype=torch.float)
+            # Only their proportions count; as they are, float32 might not hold them.
+            weights[rows, : len(group)] = torch.tensor([w / max(group) for w in group])
             start = rows.stop
         self._members.copy_(members)
         self._weights.copy_(weights)
