@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flexmask.engine import Engine
     from flexmask.engine.sampling import Sampling
     from flexmask.errors import FlexMaskError
+    from flexmask.fusion import Fusion
     from flexmask.generation import Generation
     from flexmask.hookspecs import hookimpl
     from flexmask.layout import Layout, TokenizedRequest
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Engine": "engine",
     "FlexMaskError": "errors",
+    "Fusion": "fusion",
     "Generation": "generation",
     "Layout": "layout",
     "Request": "request",
@@ -52,6 +54,7 @@ _MODULE_OF = {
 __all__ = [
     "Engine",
     "FlexMaskError",
+    "Fusion",
     "Generation",
     "Layout",
     "Request",

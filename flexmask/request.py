@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from flexmask.errors import RequestError
+
+RequestKey = tuple[str, int | None]
+"""A uuid, and the number of the segment where that is run alone."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Request:
             means that it is taken from the segments (`flexmask.layout.TokenizedRequest`).
         answers: Accepted answers, for accuracy; empty where there are none.
         uuid: Identifies the request in a result file.
+        weights: How much each segment counts where fusion weighs them; empty, or a number per
+            segment.
+        segment: If this is one segment of a larger request (`alone`), its number from 1.
         source: Where it was read, as ``file:line``; for messages.
     """
 
@@ -26,6 +33,8 @@ class Request:
     suffix: str = ""
     answers: tuple[str, ...] = ()
     uuid: str = ""
+    weights: tuple[float, ...] = ()
+    segment: int | None = None
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -40,11 +49,32 @@ class Request:
         _check_text("prefix", self.prefix)
         _check_text("suffix", self.suffix)
         _check_text("uuid", self.uuid)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            return
+        if len(self.weights) != len(self.segments):
+            raise RequestError(
+                f"weights must be a number for each of the {len(self.segments)} segments, got "
+                f"{len(self.weights)}"
+            )
+        for number, weight in enumerate(self.weights, start=1):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise RequestError(f"weight {number} must be 0 or more and finite, got {weight}")
+        if not any(self.weights):
+            raise RequestError("one of the weights must be more than 0")
+
+    @property
+    def key(self) -> RequestKey:
+        """Identifies the request in a run, where each of its segments may be run alone."""
+        return self.uuid, self.segment
 
     @property
     def label(self) -> str:
         """Names the request in messages: where it was read, else its uuid."""
-        return self.source or f"request {self.uuid!r}"
+        label = self.source or f"request {self.uuid!r}"
+        return label if self.segment is None else f"{label}, segment {self.segment}"
 
     def with_segments(self, count: int) -> Request:
         """Keep the first ``count`` segments.
@@ -56,7 +86,14 @@ class Request:
             raise RequestError(f"the number of segments must be positive, got {count}")
         if count > len(self.segments):
             raise RequestError(f"{count} segments asked for, got {len(self.segments)}")
-        return replace(self, segments=self.segments[:count])
+        return replace(self, segments=self.segments[:count], weights=self.weights[:count])
+
+    def alone(self) -> list[Request]:
+        """Each segment with prefix and suffix as a request of its own."""
+        return [
+            replace(self, segments=(text,), weights=(), segment=number)
+            for number, text in enumerate(self.segments, start=1)
+        ]
 
 
 def _check_text(where: str, text: str) -> None:

@@ -11,7 +11,9 @@ from flexmask.dataset.formats import EXTENSIONS
 from flexmask.errors import OutputError
 
 
-def default_output_path(stem: str, model: str, strategy: str, num_segments: int | None) -> Path:
+def default_output_path(
+    stem: str, model: str, strategy: str, num_segments: int | None, fusion: str = "attention"
+) -> Path:
     """Where a result goes when no place is given, relative to the working folder.
 
     Args:
@@ -19,13 +21,15 @@ def default_output_path(stem: str, model: str, strategy: str, num_segments: int 
         model: Hub id or folder.
         strategy: Its name.
         num_segments: Segments kept of each request; None for all.
+        fusion: What they have to do with each other; part of the name unless it is attention.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
         'outputs/webqa/Model-3B/causal-5.feather'
     """
     count = "all" if num_segments is None else num_segments
-    name = f"{_path_safe(strategy)}-{count}.feather"
+    how = "" if fusion == "attention" else f"-{fusion}"
+    name = f"{_path_safe(strategy)}{how}-{count}.feather"
     return Path("outputs", _path_safe(stem), _path_safe(Path(model).name), name)
 
 

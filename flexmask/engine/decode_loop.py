@@ -13,6 +13,7 @@ from torch import Tensor
 from flexmask.attention.backend import compile_settings
 from flexmask.engine.compiled_view import DECODE_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
+from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.sampling import Sampler, Sampling, most_likely
 from flexmask.errors import FlexMaskWarning
@@ -24,6 +25,8 @@ LAG = 2
 class DecodeLoop:
     """Decodes batches of one size; a step samples, notes ended rows, and feeds the next.
 
+    Where rows are fused, it samples for all rows of a group from the fusion of their logits.
+
     On CUDA a step is captured as a graph once and replayed. Where that cannot be done,
     ``no_graph_reason`` says why, a warning too, and steps run without it.
     """
@@ -34,10 +37,12 @@ class DecodeLoop:
         sampling: Sampling,
         max_new_tokens: int,
         eos_token_ids: Collection[int],
+        fusion: LogitFusion | None = None,
     ) -> None:
         """Allocate what a step reads and writes, for the batch that ``runner`` is prepared for."""
         self._runner = runner
         rows, device = runner.batch_size, runner.device
+        self._fusion = fusion
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._max_new_tokens = max_new_tokens
@@ -47,17 +52,25 @@ class DecodeLoop:
         self._graphs: dict[tuple[str, ...], DecodeGraph] = {}
         self.no_graph_reason = ""
 
-    def run(self, last_token_ids: Sequence[int], uuids: Sequence[str]) -> Iterator[list[int]]:
+    def run(
+        self,
+        last_token_ids: Sequence[int],
+        seeds: Sequence[str],
+        groups: Sequence[Sequence[float]] = (),
+    ) -> Iterator[list[int]]:
         """Decode the batch that the runner has prefilled.
 
         Args:
             last_token_ids: The last token of each prompt.
-            uuids: One per row; with the seed they determine what is sampled.
+            seeds: One per row; with the seed of sampling they determine what is sampled.
+            groups: Where logits are fused, which rows are (`LogitFusion.load`).
 
         Yields:
             The next token of each row, step by step. Tokens after a row's end mean nothing.
         """
-        self._sampler.load(uuids)
+        self._sampler.load(seeds)
+        if self._fusion is not None:
+            self._fusion.load(groups)
         self._token_ids.copy_(torch.tensor(last_token_ids)[:, None])
         self._has_ended.zero_()
         self._step_number.zero_()
@@ -93,6 +106,8 @@ class DecodeLoop:
     @torch.no_grad()
     def _step(self) -> None:
         logits = self._runner.decode(self._token_ids)
+        if self._fusion is not None:
+            logits = self._fusion(logits)
         state = (self._token_ids, self._has_ended, self._step_number)
         if self._sampler.is_greedy and logits.is_cuda:
             with compile_settings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Self
 
 import torch
@@ -12,11 +13,14 @@ from flexmask.attention.backend import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
+from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
-from flexmask.engine.prompts import Prompt, PromptPlanner
+from flexmask.engine.prompts import Job, PromptPlanner
 from flexmask.engine.run import GenerationRun, RunOptions, RunStats
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.fusion import Fusion
+from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request
@@ -97,14 +101,19 @@ class Engine:
         requests: Iterable[Request],
         strategy: Strategy | str,
         *,
+        fusion: Fusion | str = "attention",
         max_new_tokens: int = 20,
         batch_size: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         chat_template: bool = False,
+        answer_of: Callable[[Generation], str] = attrgetter("prediction"),
         on_refused: Callable[[Request, RequestError], None] | None = None,
     ) -> GenerationRun:
         """Generate for each request; results come in the order of the requests.
+
+        There is one for each request; under the fusion ``each`` one for each of its segments, and
+        its ``request`` says which (`Request.alone`).
 
         Requests are tokenized and checked some batches ahead, the first of them at once;
         batches run as the result is iterated.
@@ -112,11 +121,14 @@ class Engine:
         Args:
             requests: What to generate for.
             strategy: Who sees whom: a strategy, or the name of one for its default parameters.
+            fusion: What the segments of a request have to do with each other: a `Fusion`, or the
+                name of one that needs no weights.
             max_new_tokens: Most tokens per request.
-            batch_size: Rows that run together; None chooses by memory.
+            batch_size: Prompts that run together; None chooses by memory.
             sampling: How tokens are chosen; None takes the most likely.
             stop: Strings that end a row; they are left out of its text.
             chat_template: Put requests into the tokenizer's chat template.
+            answer_of: Cuts from a generation the answer that the fusion ``vote`` counts.
             on_refused: Called with each request that cannot be tokenized or exceeds the model's
                 context, which is then left out; None raises.
 
@@ -127,6 +139,8 @@ class Engine:
         """
         if isinstance(strategy, str):
             strategy = make_strategy(strategy, {})
+        if isinstance(fusion, str):
+            fusion = Fusion(fusion)
         if max_new_tokens < 1:
             raise OptionError(f"max_new_tokens must be positive, got {max_new_tokens}")
         if batch_size is not None and batch_size < 1:
@@ -135,10 +149,14 @@ class Engine:
             raise OptionError("a stop string must not be empty")
         tokenizer = RequestTokenizer(self.tokenizer, chat_template=chat_template)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        planner = PromptPlanner(strategy, tokenizer, max_new_tokens, context, on_refused)
+        planner = PromptPlanner(
+            strategy, tokenizer, max_new_tokens, context, fusion, batch_size, on_refused
+        )
         size = BATCHES_PER_WINDOW * (batch_size or self._largest_batch())
         windows = planner.windows(requests, size)
-        options = RunOptions(max_new_tokens, sampling or Sampling(), tuple(stop))
+        options = RunOptions(
+            max_new_tokens, sampling or Sampling(), tuple(stop), fusion, answer_of
+        )
         return GenerationRun(self, strategy, tokenizer, windows, options, batch_size)
 
     def warm_up(
@@ -171,8 +189,8 @@ class Engine:
         layout = strategy.layout(TokenizedRequest((), segments, (0,)))
         capacity = bucketed_capacity(len(layout) + max_new_tokens)
         rows = batch_size or self.auto_batch_size(self._largest_batch(), capacity)
-        window = [Prompt(number, Request(("-",)), layout) for number in range(rows)]
-        options = RunOptions(max_new_tokens, Sampling(), ())
+        window = [Job(number, Request(("-",)), (layout,), ("",)) for number in range(rows)]
+        options = RunOptions(max_new_tokens)
         tokenizer = RequestTokenizer(self.tokenizer)
         run = GenerationRun(self, strategy, tokenizer, iter([window]), options, rows)
         for _ in run.batches():
@@ -183,8 +201,14 @@ class Engine:
         is_cpu = self.model.device.type == "cpu"
         return CPU_AUTO_BATCH_SIZE if is_cpu else MAX_AUTO_BATCH_SIZE
 
-    def auto_batch_size(self, num_requests: int, capacity: int) -> int:
-        """Choose a batch size: by free memory on a GPU, 8 on a CPU, no more than there are."""
+    def auto_batch_size(self, num_rows: int, capacity: int, group_size: int = 1) -> int:
+        """Choose a batch size: by free memory on a GPU, 8 on a CPU, no more than there are.
+
+        Args:
+            num_rows: Rows that there are.
+            capacity: Slots of each.
+            group_size: How many of them stay together, at most.
+        """
         device = self.model.device
         largest = CPU_AUTO_BATCH_SIZE
         if device.type == "cuda":
@@ -196,17 +220,25 @@ class Engine:
                 raise ModelError(
                     f"not enough GPU memory for one row of {capacity} slots; shorten the prompts"
                 )
-        return max(1, min(1 << (largest.bit_length() - 1), num_requests))
+        rows = max(1, min(1 << (largest.bit_length() - 1), num_rows))
+        return rows if rows == num_rows else max(1, rows // group_size) * group_size
 
     def prepare(
-        self, strategy: Strategy, batch_size: int, capacity: int, options: RunOptions
+        self,
+        strategy: Strategy,
+        batch_size: int,
+        capacity: int,
+        options: RunOptions,
+        group_size: int = 1,
     ) -> DecodeLoop:
         """Make ready for batches of one size; what is there already is used again."""
         is_new = self.runner.prepare(strategy, batch_size, capacity)
-        key = (options.sampling, options.max_new_tokens, self.eos_token_ids())
-        if is_new or self._loop is None or key != self._loop_key:
-            self._loop_key = key
-            self._loop = DecodeLoop(self.runner, *key)
+        chosen_by = (options.sampling, options.max_new_tokens, self.eos_token_ids())
+        fused = (options.fusion, group_size) if options.fusion.is_of_logits else None
+        if is_new or self._loop is None or self._loop_key != (chosen_by, fused):
+            self._loop_key = (chosen_by, fused)
+            fusion = LogitFusion(*fused, batch_size, self.runner.device) if fused else None
+            self._loop = DecodeLoop(self.runner, *chosen_by, fusion)
         return self._loop
 
     def release(self) -> None:

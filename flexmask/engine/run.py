@@ -6,10 +6,11 @@ import gc
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +18,13 @@ import torch
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity, compilations
 from flexmask.engine.prefix_reuse import pays_off, shared_beginning
-from flexmask.engine.prompts import Prompt
+from flexmask.engine.prompts import Job
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning, ModelError
+from flexmask.fusion import Fusion, majority
 from flexmask.generation import FinishReason, Generation
+from flexmask.layout import Layout
+from flexmask.request import Request
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 
@@ -33,13 +37,13 @@ class RunStats:
     """What a run has done so far.
 
     Attributes:
-        batch_size: Rows that run together.
-        capacity: Slots of the key-value cache per row.
-        rows: Requests finished.
+        batch_size: Prompts that run together.
+        capacity: Slots of the key-value cache for each.
+        rows: Generations finished.
         prompt_tokens: Slots of their prompts, copies of the prefix counted.
         computed_tokens: Those that prefill computed; the others begin as all prompts do, and
             were copied.
-        generated_tokens: Tokens generated for them.
+        generated_tokens: Their tokens; one that several prompts share counts once.
         prefill_s: Seconds in prefill, compilation included.
         decode_s: Seconds in decode, compilation included.
         compilations: Graphs compiled in the run.
@@ -82,11 +86,15 @@ class RunOptions:
         max_new_tokens: Most tokens per request.
         sampling: How they are chosen.
         stop: Strings that end a row.
+        fusion: What the prompts of a request have to do with each other.
+        answer_of: Cuts the answer that a vote counts from a generation.
     """
 
     max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...]
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    fusion: Fusion = Fusion()
+    answer_of: Callable[[Generation], str] = attrgetter("prediction")
 
 
 class GenerationRun(Iterator[Generation]):
@@ -104,7 +112,7 @@ class GenerationRun(Iterator[Generation]):
         engine: Engine,
         strategy: Strategy,
         tokenizer: RequestTokenizer,
-        windows: Iterator[list[Prompt]],
+        windows: Iterator[list[Job]],
         options: RunOptions,
         batch_size: int | None,
     ) -> None:
@@ -116,7 +124,10 @@ class GenerationRun(Iterator[Generation]):
         first = next(windows, [])
         self._windows = chain([first], windows)
         capacity = self._capacity_for(first)
-        rows = batch_size or engine.auto_batch_size(len(first), capacity)
+        rows = batch_size or engine.auto_batch_size(
+            sum(len(job.layouts) for job in first), capacity, _largest(first)
+        )
+        self._group_size = 1
         self.stats = RunStats(batch_size=rows, capacity=capacity)
         self._counted_from = (engine.mask_cache.stats, compilations())
         self._is_ready = False
@@ -140,25 +151,40 @@ class GenerationRun(Iterator[Generation]):
     def _run(self) -> Iterator[dict[int, Generation]]:
         compiled_by_first_batch = None
         for window in self._windows:
-            capacity = max(self.stats.capacity, self._capacity_for(window))
-            self._is_ready &= capacity == self.stats.capacity
-            self.stats = replace(self.stats, capacity=capacity)
+            self._make_room(window)
             # The longest first: where memory does not suffice, that shows at once.
-            todo = deque(sorted(window, key=lambda prompt: -len(prompt.layout)))
+            todo = deque(sorted(window, key=lambda job: -job.longest))
             while todo:
-                batch = [todo.popleft() for _ in range(min(self.stats.batch_size, len(todo)))]
+                batch = self._take_batch(todo)
                 finished = self._attempt(batch, window)
                 if finished is None:
                     todo.extendleft(reversed(batch))
-                    self._halve()
+                    self._halve(window)
                     continue
                 if compiled_by_first_batch is None:
                     compiled_by_first_batch = compilations()
                 self._count(list(finished.values()), compiled_by_first_batch)
                 yield finished
 
+    def _make_room(self, window: Sequence[Job]) -> None:
+        """See to it that every job of a window fits, in slots and in rows."""
+        stats, group_size = self.stats, self._group_size
+        capacity = max(stats.capacity, self._capacity_for(window))
+        batch_size = max(stats.batch_size, _largest(window))
+        self._group_size = max(group_size, _largest(window))
+        self.stats = replace(stats, capacity=capacity, batch_size=batch_size)
+        self._is_ready &= self.stats == stats and self._group_size == group_size
+
+    def _take_batch(self, todo: deque[Job]) -> list[Job]:
+        """Take the first jobs whose rows fit; those of a job stay together."""
+        batch: list[Job] = []
+        room = self.stats.batch_size
+        while todo and (room := room - len(todo[0].layouts)) >= 0:
+            batch.append(todo.popleft())
+        return batch
+
     def _attempt(
-        self, batch: Sequence[Prompt], window: Sequence[Prompt]
+        self, batch: Sequence[Job], window: Sequence[Job]
     ) -> dict[int, Generation] | None:
         """Run a batch; None if the device's memory does not suffice."""
         try:
@@ -168,13 +194,13 @@ class GenerationRun(Iterator[Generation]):
         except torch.cuda.OutOfMemoryError:
             return None
 
-    def _make_ready(self, window: Sequence[Prompt]) -> None:
+    def _make_ready(self, window: Sequence[Job]) -> None:
         stats = self.stats
         self._loop = self._engine.prepare(
-            self._strategy, stats.batch_size, stats.capacity, self._options
+            self._strategy, stats.batch_size, stats.capacity, self._options, self._group_size
         )
         started, runner = time.perf_counter(), self._engine.runner
-        layouts = [prompt.layout for prompt in window]
+        layouts = [layout for job in window for layout in job.layouts]
         length = shared_beginning(layouts)
         runner.shared_prefix = None
         pays = length > 0 and pays_off(layouts, length, stats.batch_size)
@@ -185,58 +211,74 @@ class GenerationRun(Iterator[Generation]):
         self.stats = replace(stats, prefill_s=prefill_s)
         self._is_ready = True
 
-    def _halve(self) -> None:
-        """Give memory back and go on with half as many rows.
+    def _halve(self, window: Sequence[Job]) -> None:
+        """Give memory back and go on with half as many rows, but no less than a job has.
 
         Raises:
-            ModelError: If there is one row only.
+            ModelError: If there are no more than that.
         """
-        size, capacity = self.stats.batch_size, self.stats.capacity
-        if size == 1:
+        size, capacity, least = self.stats.batch_size, self.stats.capacity, _largest(window)
+        if size == least:
+            rows = "one row" if least == 1 else f"the {least} rows of a request"
             raise ModelError(
-                f"not enough GPU memory for one row of {capacity} slots; shorten the prompts"
+                f"not enough GPU memory for {rows} of {capacity} slots; shorten the prompts"
+                + ("" if least == 1 else " or take fewer segments")
             )
+        smaller = max(size // 2, least)
         self._is_ready = False
         self._loop = None
         self._engine.release()
         gc.collect()
         torch.cuda.empty_cache()
-        message = f"out of GPU memory: {size} rows at a time become {size // 2}"
+        message = f"out of GPU memory: {size} rows at a time become {smaller}"
         warnings.warn(message, FlexMaskWarning, stacklevel=2)
         halvings = self.stats.halvings + 1
-        self.stats = replace(self.stats, batch_size=size // 2, halvings=halvings)
+        self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
 
-    def _run_batch(self, prompts: Sequence[Prompt]) -> dict[int, Generation]:
-        spare = self.stats.batch_size - len(prompts)
-        padded = [*prompts, *[prompts[-1]] * spare]  # a constant number of rows compiles once
+    def _run_batch(self, jobs: Sequence[Job]) -> dict[int, Generation]:
+        layouts = [layout for job in jobs for layout in job.layouts]
+        spare = self.stats.batch_size - len(layouts)
+        padded = [*layouts, *layouts[-1:] * spare]  # a constant number of rows compiles once
         runner, started = self._engine.runner, time.perf_counter()
         with self._peak_bytes("prefill_peak_bytes"):
-            runner.prefill([prompt.layout for prompt in padded])
+            runner.prefill(padded)
         prefilled = time.perf_counter()
         with self._peak_bytes("decode_peak_bytes"):
-            rows = self._decode(padded)[: len(prompts)]
+            rows = self._decode(jobs, padded)
         self.stats = replace(
             self.stats,
             computed_tokens=self.stats.computed_tokens
-            + sum(runner.computed_tokens[: len(prompts)]),
+            + sum(runner.computed_tokens[: len(layouts)]),
             prefill_s=self.stats.prefill_s + prefilled - started,
             decode_s=self.stats.decode_s + time.perf_counter() - prefilled,
         )
-        by_number = sorted(zip(prompts, rows, strict=True), key=lambda pair: pair[0].number)
-        return {prompt.number: row.generation(self._tokenizer) for prompt, row in by_number}
+        unread = iter(rows)
+        rows_of = {job.number: list(islice(unread, len(job.layouts))) for job in jobs}
+        by_number = sorted(jobs, key=attrgetter("number"))
+        return {job.number: self._generation(job, rows_of[job.number]) for job in by_number}
 
-    def _decode(self, prompts: Sequence[Prompt]) -> list[_Row]:
-        options = self._options
-        rows = [_Row(prompt, options, self._engine.eos_token_ids()) for prompt in prompts]
-        uuids = [prompt.request.uuid for prompt in prompts]
-        last = [prompt.layout.token_ids[-1] for prompt in prompts]
+    def _decode(self, jobs: Sequence[Job], padded: Sequence[Layout]) -> list[_Row]:
+        seeds = [seed for job in jobs for seed in job.seeds]
+        groups = [self._options.fusion.weights_of(job.request) for job in jobs]
+        spare = len(padded) - len(seeds)
+        last = [layout.token_ids[-1] for layout in padded]
+        rows = [_Row(self._options, self._engine.eos_token_ids()) for _ in seeds]
         assert self._loop is not None
-        for token_ids in self._loop.run(last, uuids):
-            for row, token_id in zip(rows, token_ids, strict=True):
+        steps = self._loop.run(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])
+        for token_ids in steps:
+            for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
                 row.append(token_id, self._tokenizer)
             if all(row.finish_reason for row in rows):
                 break
         return rows
+
+    def _generation(self, job: Job, rows: Sequence[_Row]) -> Generation:
+        """What the rows of a job come to: the same in all of them, or the answer of most."""
+        request, prompt_tokens = job.request, sum(map(len, job.layouts))
+        generations = [row.generation(request, prompt_tokens, self._tokenizer) for row in rows]
+        if self._options.fusion.name != "vote":
+            return generations[0]
+        return generations[majority([*map(self._options.answer_of, generations)])]
 
     def _count(self, generations: Sequence[Generation], compiled_by_first_batch: int) -> None:
         stats = self.stats
@@ -252,8 +294,8 @@ class GenerationRun(Iterator[Generation]):
             mask_misses=cache.misses - cache_before.misses,
         )
 
-    def _capacity_for(self, prompts: Sequence[Prompt]) -> int:
-        longest = max((len(prompt.layout) for prompt in prompts), default=1)
+    def _capacity_for(self, jobs: Sequence[Job]) -> int:
+        longest = max((job.longest for job in jobs), default=1)
         return bucketed_capacity(longest + self._options.max_new_tokens)
 
     @contextmanager
@@ -276,8 +318,7 @@ class GenerationRun(Iterator[Generation]):
 class _Row:
     """The tokens generated for one prompt, and whether they are complete."""
 
-    def __init__(self, prompt: Prompt, options: RunOptions, eos_token_ids: frozenset[int]) -> None:
-        self._prompt = prompt
+    def __init__(self, options: RunOptions, eos_token_ids: frozenset[int]) -> None:
         self._options = options
         self._eos_token_ids = eos_token_ids
         self._token_ids: list[int] = []
@@ -294,15 +335,17 @@ class _Row:
         elif len(self._token_ids) == self._options.max_new_tokens:
             self.finish_reason = "length"
 
-    def generation(self, tokenizer: RequestTokenizer) -> Generation:
+    def generation(
+        self, request: Request, prompt_tokens: int, tokenizer: RequestTokenizer
+    ) -> Generation:
         assert self.finish_reason is not None
         text = self._text(tokenizer)
         return Generation(
-            request=self._prompt.request,
+            request=request,
             text=text[: self._stop_index(text)],
             token_ids=tuple(self._token_ids),
             finish_reason=self.finish_reason,
-            prompt_tokens=len(self._prompt.layout),
+            prompt_tokens=prompt_tokens,
         )
 
     def _text(self, tokenizer: RequestTokenizer) -> str:
@@ -312,3 +355,7 @@ class _Row:
     def _stop_index(self, text: str) -> int | None:
         found = [index for stop in self._options.stop if (index := text.find(stop)) >= 0]
         return min(found, default=None)
+
+
+def _largest(jobs: Sequence[Job]) -> int:
+    return max((len(job.layouts) for job in jobs), default=1)

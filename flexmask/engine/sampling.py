@@ -74,12 +74,16 @@ class Sampler:
             batch_size, max_new_tokens, dtype=torch.float64, device=device
         )
 
-    def load(self, uuids: Sequence[str]) -> None:
-        """Draw the random numbers of a batch: one uniform per row and token."""
+    def load(self, seeds: Sequence[str]) -> None:
+        """Draw the random numbers of a batch: one uniform per row and token.
+
+        Args:
+            seeds: One per row; rows with the same one draw alike.
+        """
         if self.is_greedy:
             return
         count = self._uniforms.shape[1]
-        rows = [_uniforms(self._sampling.seed, uuid, count) for uuid in uuids]
+        rows = [_uniforms(self._sampling.seed, seed, count) for seed in seeds]
         self._uniforms.copy_(torch.stack(rows))
 
     def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def most_likely(logits: Tensor) -> Tensor:
     return chunk * (vocab_size // chunks) + index.gather(1, chunk)
 
 
-def _uniforms(seed: int, uuid: str, count: int) -> Tensor:
-    digest = blake2b(f"{seed}:{uuid}".encode(), digest_size=8).digest()
+def _uniforms(seed: int, row_seed: str, count: int) -> Tensor:
+    digest = blake2b(f"{seed}:{row_seed}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     return torch.rand(count, generator=generator, dtype=torch.float64)

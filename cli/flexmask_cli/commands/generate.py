@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import typer
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.errors import OptionError
+from flexmask.fusion import Fusion
 from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
@@ -33,6 +35,8 @@ from flexmask_cli.options import (
     BatchSize,
     Device,
     Dtype,
+    FusionName,
+    FusionWeights,
     MaxNewTokens,
     Model,
     Parameters,
@@ -69,7 +73,8 @@ Output = Annotated[
         "--output",
         "-o",
         help="A .feather, .parquet or .jsonl file. "
-        "Default: outputs/<input>/<model>/<strategy>-<segments>.feather.",
+        "Default: outputs/<input>/<model>/<strategy>-<segments>.feather, with the fusion between "
+        "those two unless it is attention.",
     ),
 ]
 OnBadRow = Annotated[
@@ -109,6 +114,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, a
 def generate(
     strategy: StrategyName = "ensemble_isolation",
     param: Parameters = None,
+    fusion: FusionName = "attention",
+    fusion_weights: FusionWeights = None,
     model: Model = None,
     task: TaskName = None,
     input: InputSource = None,
@@ -141,6 +148,7 @@ def generate(
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
+    fused = Fusion(fusion, fusion_weights)
     mode = _parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
@@ -153,13 +161,14 @@ def generate(
         limit=limit,
         num_segments=num_segments,
         on_error=on_error.value,
+        fusion=fused,
     )
     loaded_task = dataset.load_task()
     rows, requests = dataset.open(loaded_task)
     if chat_template is None:
         chat_template = loaded_task is not None and loaded_task.chat_template
     if dry_run:
-        _print_prompts(requests, model, chat_template, trust_remote_code)
+        _print_prompts(requests, fused, model, chat_template, trust_remote_code)
         return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
@@ -172,6 +181,7 @@ def generate(
     judge = loaded_task.judge if loaded_task else Judge()
     judge.check()
     options: dict[str, Any] = {
+        "fusion": fused,
         "max_new_tokens": max_new_tokens,
         "sampling": Sampling(temperature, top_k, top_p, seed),
         "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or []],
@@ -189,13 +199,16 @@ def generate(
             "task": loaded_task and loaded_task.record(),
             "judge": asdict(judge),
             **options,
+            "fusion": asdict(fused),
             "sampling": asdict(options["sampling"]),
         },
         environment=_environment(device=str(target), batch_size=batch_size, input=rows.name),
     )
     options |= {"batch_size": parse_batch_size(batch_size), "on_error": on_error.value}
     stem = rows.stem if input or task else DEMO
-    path = output or default_output_path(stem, model or DEMO, chosen.name, num_segments)
+    path = output or default_output_path(
+        stem, model or DEMO, chosen.name, num_segments, str(fused)
+    )
     with ResultWriter.open(
         path, config=config, requests=requests, mode=mode, judge=judge
     ) as writer:
@@ -220,7 +233,7 @@ def _run(
 
     run = DatasetRun(engine, strategy, writer, **options)
     if is_verbose:
-        render.print_notes(engine, strategy, run.generations.stats)
+        render.print_notes(engine, strategy, options["fusion"], run.generations.stats)
     first: list[Generation] = []
     interrupt = Interrupt()
     try:
@@ -237,20 +250,31 @@ def _run(
         render.print_kernels(engine)
     if not is_quiet:
         render.print_answers(first, writer.judge)
-        render.print_stats(run.generations.stats)
+        render.print_stats(run.generations.stats, options["fusion"])
 
 
 def _print_prompts(
-    requests: RequestSource, model: str | None, chat_template: bool, trust_remote_code: bool
+    requests: RequestSource,
+    fusion: Fusion,
+    model: str | None,
+    chat_template: bool,
+    trust_remote_code: bool,
 ) -> None:
+    from flexmask.dataset.requests import BadRow
+
     in_chat = None
     if chat_template:
         from flexmask.tokenization import RequestTokenizer, load_tokenizer
 
         tokenizer = load_tokenizer(model or str(model_path()), trust_remote_code=trust_remote_code)
         in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
-    for request in requests:
-        render.print_prompt(request, in_chat)
+    for output in requests:
+        if isinstance(output, BadRow):
+            render.print_prompt(output)
+            continue
+        weights = output.weights if fusion.weights == "column" else itertools.repeat(None)
+        for prompt, weight in zip(fusion.prompts(output), weights, strict=False):
+            render.print_prompt(prompt, in_chat, weight)
 
 
 def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:

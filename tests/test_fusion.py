@@ -1,0 +1,79 @@
+"""What a fusion makes of a request, and what a vote decides."""
+
+import pytest
+
+from flexmask.errors import OptionError, RequestError
+from flexmask.fusion import FUSIONS, Fusion, majority
+from flexmask.request import Request
+
+REQUEST = Request(
+    ("one", "two", "three"), prefix="P ", suffix=" A:", uuid="a", weights=(0.5, 0.0, 2.0)
+)
+
+
+def fusion(name, weights=None):
+    return Fusion(name, weights or ("column" if name.startswith("weighted") else None))
+
+
+def test_under_attention_a_request_stays_one_prompt():
+    assert Fusion().outputs(REQUEST) == [REQUEST]
+    assert Fusion().prompts(REQUEST) == [REQUEST]
+
+
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name != "attention"])
+def test_under_other_fusions_every_prompt_is_one_segment_between_prefix_and_suffix(name):
+    chosen = fusion(name)
+    prompts = [p for output in chosen.outputs(REQUEST) for p in chosen.prompts(output)]
+    assert {(p.prefix, p.suffix, p.uuid) for p in prompts} == {("P ", " A:", "a")}
+    texts = [("one",)] if name == "none" else [("one",), ("two",), ("three",)]
+    assert [p.segments for p in prompts] == texts
+    assert [p.segment for p in prompts] == [1, 2, 3][: len(texts)]
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_what_a_request_gives_stays_as_it_is(name):
+    chosen = fusion(name)
+    outputs = chosen.outputs(REQUEST)
+    assert [again for output in outputs for again in chosen.outputs(output)] == outputs
+
+
+def test_weights_are_those_of_the_column_or_equal():
+    assert fusion("weighted_max").weights_of(REQUEST) == (0.5, 0.0, 2.0)
+    assert fusion("weighted_mean", "confidence").weights_of(REQUEST) == (1.0, 1.0, 1.0)
+    assert fusion("mean").weights_of(REQUEST) == (1.0, 1.0, 1.0)
+
+
+def test_missing_weights_are_refused():
+    with pytest.raises(RequestError, match="fusion 'weighted_max' by column needs weights"):
+        fusion("weighted_max").check(Request(("one",)))
+    fusion("weighted_max").check(REQUEST)
+    fusion("weighted_max", "confidence").check(Request(("one",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("average", None, "fusion must be one of attention, none, each, .*, got 'average'"),
+        ("mean", "column", "fusion 'mean' takes no weights; weighted_mean and weighted_max do"),
+        ("weighted_mean", None, "fusion 'weighted_mean' needs weights: column .* or confidence"),
+        ("weighted_max", "best", "fusion weights must be one of column, confidence, got 'best'"),
+    ],
+)
+def test_an_impossible_fusion_is_named(name, weights, message):
+    with pytest.raises(OptionError, match=message):
+        Fusion(name, weights)
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["Oslo", "Bergen", "bergen."], 1),
+        (["Oslo", "Bergen"], 0),  # a tie
+        (["Bergen", "Oslo", "oslo", "The Bergen"], 0),  # a tie once normalized
+        (["", "", "Oslo"], 2),  # an empty answer has no vote
+        (["", " "], 0),
+        (["..."], 0),
+    ],
+)
+def test_the_majority_of_normalized_answers_wins_and_the_first_of_a_tie(answers, winner):
+    assert majority(answers) == winner
