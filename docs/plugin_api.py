@@ -13,7 +13,7 @@ import flexmask.testing
 from flexmask import guarded_call, hookspecs, layout, mask_mods, registry
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
-from flexmask.strategy import Strategy, parameter
+from flexmask.strategy import ScaledPart, Strategy, parameter
 from flexmask.strategy_function import mask_strategy
 
 TARGET = Path(__file__).with_name("plugin-api.md")
@@ -52,7 +52,13 @@ def page() -> str:
         "## A strategy\n",
         _function(mask_strategy, "@flexmask.", signature="  # or mask_strategy(is_causal=False)"),
         _function(parameter, "flexmask."),
-        _class(Strategy, "flexmask.", ["mask_mod", "layout", "allowed"], with_init=False),
+        _class(
+            Strategy,
+            "flexmask.",
+            ["mask_mod", "layout", "allowed", "score_mod", "scaled_part"],
+            with_init=False,
+        ),
+        _class(ScaledPart, "flexmask.strategy.", []),
         "`name` and `is_causal` are class attributes; `is_causal` is True unless set.\n",
         "## What a mask is built from\n",
         _class(LayoutBatch, "flexmask.layout_batch.", ["table", "device"], with_init=False),

@@ -12,6 +12,7 @@ from flexmask.layout import PREFIX, TAIL, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens, within_window
 from flexmask.registry import load_registry, make_strategy
+from flexmask_strategies.adaptive_parallel import AdaptiveParallel
 from flexmask_strategies.block_attention import BlockAttention
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.dilated import Dilated
@@ -33,6 +34,7 @@ ISOLATING = [
     EnsembleIsolation(),
     EnsembleIsolation(positions="sequential"),
     ParallelContext(),
+    AdaptiveParallel(),
     BlockAttention(),
 ]
 FUSING = [
@@ -128,6 +130,7 @@ PICTURED = {
     PrefixLM(): ((1, 2), (3, 4), (5, 6)),
     Document(): ((1,), (2, 3), (4, 5)),
     ParallelContext(): ((1, 2), (3, 4), (5, 6)),
+    AdaptiveParallel(): ((1, 2), (3, 4), (5, 6)),
     BlockAttention(): ((1, 2), (3, 4), (5, 6)),
     Tree("0,0,1,1"): ((1,), (2,), (3,), (4,), (5,)),
     Dilated(window=3, dilation=2): ((1, 2), (3, 4), (5, 6)),
@@ -266,6 +269,9 @@ def test_a_request_with_too_few_segments_or_too_many_is_refused(strategy, messag
         ("strided", {"stride": "0"}, "stride must be positive, got 0"),
         ("global_window", {"window": "0"}, "window must be positive, got 0"),
         ("parallel_context", {"n_windows": "-1"}, "n_windows must not be negative, got -1"),
+        ("adaptive_parallel", {"temperature": "0"}, "temperature must be positive, got 0.0"),
+        ("adaptive_parallel", {"scale": "-1"}, "scale must be positive, got -1.0"),
+        ("adaptive_parallel", {"scale": "nan"}, "scale must be positive, got nan"),
         ("few_shot_isolation", {"examples": "-1"}, "examples must not be negative, got -1"),
         ("few_shot_isolation", {"paraphrases": "0"}, "paraphrases must be positive, got 0"),
         ("tree", {"parents": "0,2"}, "or 0 for the prefix, as in 0,0,1,1; got '0,2'"),

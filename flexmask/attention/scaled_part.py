@@ -1,0 +1,141 @@
+"""A part of the keys whose log-sum-exp is scaled (`flexmask.strategy.ScaledPart`).
+
+FlexAttention changes scores one by one, and this change needs the sum over the part. So it runs
+twice. The first pass attends to the part and to the query's own key, with values that say which of
+the two a key is: its result are the shares that both have of the weights. Their ratio, with the
+score of the own key, which is one product, gives the log-sum-exp of the part. (Compiled for CPU,
+FlexAttention does not return it; torch 2.13.) The second pass adds ``(scale - 1)`` times that to
+the scores of the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import mark_static
+
+if TYPE_CHECKING:
+    from flexmask.strategy import ScaledPart, ScoreMod
+
+MIN_VALUE_DIM = 16
+"""Triton multiplies no narrower matrices."""
+
+
+@dataclass(frozen=True)
+class PlacedPart:
+    """A part, for queries that stand at some slots of their rows.
+
+    Attributes:
+        part: What is scaled; it speaks of slots.
+        slots: ``(B, Q)`` slot of each query, for as many rows and queries as there ever are.
+    """
+
+    part: ScaledPart
+    slots: Tensor
+
+    def holds(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Whether the score of a pair is in the part, and the query one that it is scaled for."""
+        return self.part.queries(b, self.slots[b, q_idx]) & self.part.keys(b, kv_idx)
+
+    def is_own(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Whether a key is that of the query itself."""
+        return self.slots[b, q_idx] == kv_idx
+
+
+def place_part(part: ScaledPart | None, slots: Tensor) -> PlacedPart | None:
+    """Place a part for queries at ``slots`` ``(B, Q)``, a tensor that stays where it is."""
+    if part is None:
+        return None
+    mark_static(slots)  # as LayoutBatch's, for flex's CPU kernel
+    return PlacedPart(part, slots)
+
+
+def scaled_score_mod(
+    placed: PlacedPart,
+    score_mod: ScoreMod | None,
+    query: Tensor,
+    key: Tensor,
+    own_key: Tensor,
+    scaling: float | None,
+    attend: Callable[[Tensor, ScoreMod], Tensor],
+) -> ScoreMod:
+    """Measure the part, and return the score_mod that scales it.
+
+    Args:
+        placed: What is scaled.
+        score_mod: What changes scores before.
+        query: ``(B, H, Q, D)``.
+        key: ``(B, H_kv, K, D)``.
+        own_key: ``(B, H_kv, Q, D)``, the keys of the queries themselves.
+        scaling: Factor on the scores; None for ``D ** -0.5``.
+        attend: Attention to values ``(B, H_kv, K, D_v)`` under a score_mod.
+    """
+
+    def changed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
+
+    def measured(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        in_part = changed(score, b, h, q_idx, kv_idx)
+        in_part = torch.where(placed.holds(b, q_idx, kv_idx), in_part, -float("inf"))
+        return torch.where(placed.is_own(b, q_idx, kv_idx), score, in_part)
+
+    shares = attend(_which(placed.part, key), measured)
+    own_score = _own_scores(query, own_key, scaling)
+    sums = torch.ops.flexmask.part_log_sum_exp(shares, own_score, *placed.slots.shape)
+    factor = placed.part.scale - 1.0
+
+    def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = changed(score, b, h, q_idx, kv_idx)
+        return torch.where(
+            placed.holds(b, q_idx, kv_idx), score + factor * sums[b, h, q_idx], score
+        )
+
+    return scaled
+
+
+def _which(part: ScaledPart, key: Tensor) -> Tensor:
+    """Values that say what a key is: 1 in the first column for the part, in the second if not."""
+    rows, slots = (torch.arange(key.shape[dim], device=key.device) for dim in (0, 2))
+    is_part = part.keys(rows[:, None], slots)
+    columns = torch.stack((is_part, ~is_part), -1).to(key.dtype)
+    columns = nn.functional.pad(columns, (0, MIN_VALUE_DIM - 2))
+    return columns[:, None].expand(-1, key.shape[1], -1, -1).contiguous()
+
+
+def _own_scores(query: Tensor, own_key: Tensor, scaling: float | None) -> Tensor:
+    """Score of each query with its own key, ``(B, H, Q)`` in float32."""
+    keys = own_key.repeat_interleave(query.shape[1] // own_key.shape[1], 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return (query.float() * keys.float()).sum(-1) * scale
+
+
+# An operator of its own, because flex's CPU kernel captures no tensor that is still to be computed
+# together with others.
+@torch.library.custom_op("flexmask::part_log_sum_exp", mutates_args=())
+def part_log_sum_exp(shares: Tensor, own_score: Tensor, rows: int, queries: int) -> Tensor:
+    """Log-sum-exp of a part of the scores, in a tensor whose size does not follow the batch's.
+
+    It is exact while it lies within 87 of the own score, and held to that beyond.
+
+    Args:
+        shares: ``(B, H, Q, 2 or more)`` share of the part, and of the query's own key.
+        own_score: ``(B, H, Q)`` score of the query's own key.
+        rows: Rows of the result, at least ``B``.
+        queries: Queries of the result, at least ``Q``.
+
+    Returns:
+        ``(rows, H, queries)`` float32.
+    """
+    part, own = shares[..., :2].float().clamp_min(torch.finfo(torch.float32).tiny).unbind(-1)
+    sums = own_score.new_zeros(rows, own_score.shape[1], queries)
+    sums[: own_score.shape[0], :, : own_score.shape[2]] = own_score + part.log() - own.log()
+    return sums
+
+
+@part_log_sum_exp.register_fake
+def _(shares: Tensor, own_score: Tensor, rows: int, queries: int) -> Tensor:
+    return own_score.new_empty(rows, own_score.shape[1], queries)
