@@ -243,11 +243,11 @@ def test_paraphrases_of_the_question_start_after_the_longest_example():
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (Tree("0,0,1"), "parents=0,0,1 is a tree of 3 segments, got 4"),
+        (Tree("0,0,1"), "parents=0,0,1 places 3 segments, got 4; name the parent of each"),
         (ParallelContext(n_windows=5), "n_windows=5 needs at least as many segments, got 4"),
         (
             FewShotIsolation(examples=2, paraphrases=3),
-            "examples=2 in paraphrases=3 each are 6 segments, got 4",
+            "examples=2 times paraphrases=3 need 6 segments, got 4",
         ),
     ],
 )

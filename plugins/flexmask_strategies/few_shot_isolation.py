@@ -66,7 +66,7 @@ class FewShotIsolation(Strategy):
         count, segments = self.num_example_segments, request.segments
         if len(segments) < count:
             raise RequestError(
-                f"examples={self.examples} in paraphrases={self.paraphrases} each are {count} "
+                f"examples={self.examples} times paraphrases={self.paraphrases} need {count} "
                 f"segments, got {len(segments)}"
             )
         if self.positions == "sequential":

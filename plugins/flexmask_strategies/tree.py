@@ -67,7 +67,8 @@ class Tree(Strategy):
         segments, parents = request.segments, self._parents()
         if len(segments) > len(parents):
             raise RequestError(
-                f"parents={self.parents} is a tree of {len(parents)} segments, got {len(segments)}"
+                f"parents={self.parents} places {len(parents)} segments, got {len(segments)}; "
+                "name the parent of each"
             )
         ends = [len(request.prefix)]
         for segment, parent in zip(segments, parents, strict=False):
