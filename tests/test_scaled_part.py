@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention.model_masks import model_dense_mask
-from flexmask.attention.scaled_part import part_log_sum_exp
+from flexmask.attention.scaled_part import part_log_sum_exp, place_part
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.errors import AttentionError
 from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutBatch
 from flexmask_strategies.adaptive_parallel import AdaptiveParallel
 from oracles import dense_mask, make_model, random_request
 
@@ -113,6 +114,19 @@ def test_a_log_sum_exp_beyond_what_can_be_measured_is_finite(device):
     shares = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=device)
     sums = part_log_sum_exp(shares[None, None], torch.zeros(1, 1, 2, device=device), 1, 2)
     assert sums[0, 0].tolist() == pytest.approx([-87.3, 87.3], abs=0.1)
+
+
+def test_a_part_scaled_by_one_is_none():
+    strategy, slots = AdaptiveParallel(temperature=2.0, scale=0.5), torch.zeros(1, 8)
+    batch = LayoutBatch(1, 8, torch.device("cpu"))
+    assert place_part(strategy.scaled_part(batch), slots) is None
+    assert place_part(AdaptiveParallel().scaled_part(batch), slots) is not None
+
+
+def test_float16_is_refused():
+    runner = ModelRunner(make_model("llama", "flexmask").half(), BlockMaskCache())
+    with pytest.raises(AttentionError, match="load the model in bfloat16 or float32"):
+        runner.prepare(AdaptiveParallel(), 2, CAPACITY)
 
 
 def test_model_generate_refuses_a_scaled_part():

@@ -172,8 +172,8 @@ def dense_attention(
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    axes = (torch.arange(size, device=scores.device) for size in scores.shape)
-    b, h, q_idx, kv_idx = torch.meshgrid(*axes, indexing="ij")
+    axes = [torch.arange(size, device=scores.device) for size in scores.shape]
+    b, h, q_idx, kv_idx = (axis.view(-1, *[1] * (3 - n)) for n, axis in enumerate(axes))
     if score_mod is not None:
         scores = score_mod(scores, b, h, q_idx, kv_idx)
     if scaled_part is not None:

@@ -48,7 +48,7 @@ class PlacedPart:
 
 def place_part(part: ScaledPart | None, slots: Tensor) -> PlacedPart | None:
     """Place a part for queries at ``slots`` ``(B, Q)``, a tensor that stays where it is."""
-    if part is None:
+    if part is None or part.scale == 1:
         return None
     mark_static(slots)  # as LayoutBatch's, for flex's CPU kernel
     return PlacedPart(part, slots)
@@ -113,8 +113,8 @@ def _own_scores(query: Tensor, own_key: Tensor, scaling: float | None) -> Tensor
     return (query.float() * keys.float()).sum(-1) * scale
 
 
-# An operator of its own, because flex's CPU kernel captures no tensor that is still to be computed
-# together with others.
+# An operator of its own: flex's CPU kernel captures no tensor that inductor computes, since its
+# layout is not settled yet (torch 2.13).
 @torch.library.custom_op("flexmask::part_log_sum_exp", mutates_args=())
 def part_log_sum_exp(shares: Tensor, own_score: Tensor, rows: int, queries: int) -> Tensor:
     """Log-sum-exp of a part of the scores, in a tensor whose size does not follow the batch's.

@@ -197,6 +197,11 @@ class ModelRunner:
                 f"strategy {strategy.name!r} changes scores, which prefill kernel 'flash' does "
                 "not compute; leave the kernel to be chosen"
             )
+        if self._query_part is not None and self._dtype == torch.float16:
+            raise AttentionError(
+                f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
+                "narrow; load the model in bfloat16 or float32"
+            )
         if score_mod is not None:
             mark_static(self.slots)
             self._query_score_mod = score_at_slots(score_mod, self._query_slots)

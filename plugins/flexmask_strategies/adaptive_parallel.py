@@ -47,8 +47,8 @@ class AdaptiveParallel(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in self.parameter_values().items():
-            if not float(value) > 0:
-                raise StrategyError(f"{name} must be positive, got {value}")
+            if not 0 < float(value) < float("inf"):
+                raise StrategyError(f"{name} must be a positive number, got {value}")
 
     def layout(self, request: TokenizedRequest) -> Layout:
         return shared_prefix_layout(request, "restart")
