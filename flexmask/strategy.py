@@ -147,7 +147,7 @@ class Strategy(ABC):
     def scaled_part(self, batch: LayoutBatch) -> ScaledPart | None:
         """Build what scales a part of the keys as a whole. Default: nothing.
 
-        It applies after `score_mod`, as that does; attention runs twice then.
+        It applies after `score_mod`, as that does; attention runs three times then.
 
         Args:
             batch: As for `mask_mod`; the functions may capture what a mask_mod may.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention.model_masks import model_dense_mask
-from flexmask.attention.scaled_part import part_log_sum_exp, place_part
+from flexmask.attention.scaled_part import place_part, scaled_score_mod
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import ModelRunner
@@ -101,19 +101,35 @@ def test_adaptive_parallel_encoding_equals_attention_in_two_parts(models, refere
     assert not runner.share_prefix(layouts[0], 20)
 
 
-def test_the_log_sum_exp_of_a_part_follows_from_its_share_and_the_own_score(device):
-    scores = torch.tensor([-40.0, -3.0, 0.0, 5.0, 60.0], device=device)
-    own = torch.full_like(scores, 7.0)
-    shares = torch.stack((scores, own), -1).softmax(-1)
-    sums = part_log_sum_exp(shares[None, None], own[None, None], 2, 8)
-    assert sums.shape == (2, 1, 8)
-    torch.testing.assert_close(sums[0, 0, :5], scores, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("spread", [1.0, 20.0, 60.0])
+def test_the_weights_of_a_part_are_scaled_however_far_scores_lie_apart(spread):
+    strategy = AdaptiveParallel(temperature=0.8, scale=0.6)
+    layout = strategy.layout(random_request(5, 9, [30, 50], 21))
+    size = len(layout)
+    batch = LayoutBatch(1, size, torch.device("cpu"))
+    batch.load([layout], [size], [0])
+    placed = place_part(strategy.scaled_part(batch), torch.arange(size)[None])
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, h, size, 16, generator=generator) for h in (4, 2))
+    query *= spread
+    axes = (torch.arange(n).view(-1, *[1] * i) for n, i in ((1, 3), (4, 2), (size, 1), (size, 0)))
+    b, h, q_idx, kv_idx = axes
+    is_seen = dense_mask(strategy, layout)
 
+    def dense_attention(values, score_mod):
+        scores = query @ key.repeat_interleave(2, 1).mT / 4
+        scores = score_mod(scores, b, h, q_idx, kv_idx).masked_fill(~is_seen, -math.inf)
+        return scores.softmax(-1) @ values.repeat_interleave(2, 1)
 
-def test_a_log_sum_exp_beyond_what_can_be_measured_is_finite(device):
-    shares = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=device)
-    sums = part_log_sum_exp(shares[None, None], torch.zeros(1, 1, 2, device=device), 1, 2)
-    assert sums[0, 0].tolist() == pytest.approx([-87.3, 87.3], abs=0.1)
+    mods = (placed, strategy.score_mod(batch))
+    score_mod = scaled_score_mod(*mods, query, key, key, None, dense_attention)
+    values = torch.randn(1, 2, size, 8, generator=generator)
+    want, _ = two_parts(
+        None, query, key, values, is_seen, 0.25, strategy=strategy,
+        segment_ids=layout.segment_tensor,
+    )  # fmt: skip
+    got = dense_attention(values, score_mod).transpose(1, 2)
+    torch.testing.assert_close(got, want, atol=1e-5 * spread, rtol=0)
 
 
 def test_a_part_scaled_by_one_is_none():

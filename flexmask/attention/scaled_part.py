@@ -1,11 +1,12 @@
 """A part of the keys whose log-sum-exp is scaled (`flexmask.strategy.ScaledPart`).
 
-FlexAttention changes scores one by one, and this change needs the sum over the part. So it runs
-twice. The first pass attends to the part and to the query's own key, with values that say which of
-the two a key is: its result are the shares that both have of the weights. Their ratio, with the
-score of the own key, which is one product, gives the log-sum-exp of the part. (Compiled for CPU,
-FlexAttention does not return it; torch 2.13.) The second pass adds ``(scale - 1)`` times that to
-the scores of the part.
+FlexAttention changes scores one by one, and this change needs the sum over the part, which
+FlexAttention compiled for CPU does not return (torch 2.13). So it is measured: attention to the
+part and to the query's own key, with values that say which of the two a key is, gives the shares
+that both have of the weights, and the own key's score times their ratio is the sum. A share has to
+be within the range of a float, so the score that the own key is given should be near the sum: a
+first pass, with all scores divided by `COARSE`, finds one that is; a second measures exactly. The
+attention that counts then adds ``(scale - 1)`` times the log-sum-exp to the scores of the part.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch._dynamo import mark_static
 
 if TYPE_CHECKING:
     from flexmask.strategy import ScaledPart, ScoreMod
+
+COARSE = 6.0
+"""Sums up to 520 from the own score are found, and near those of a million keys."""
 
 MIN_VALUE_DIM = 16
 """Triton multiplies no narrower matrices."""
@@ -78,14 +82,22 @@ def scaled_score_mod(
     def changed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
 
-    def measured(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        in_part = changed(score, b, h, q_idx, kv_idx)
-        in_part = torch.where(placed.holds(b, q_idx, kv_idx), in_part, -float("inf"))
-        return torch.where(placed.is_own(b, q_idx, kv_idx), score, in_part)
+    def in_part(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = changed(score, b, h, q_idx, kv_idx)
+        return torch.where(placed.holds(b, q_idx, kv_idx), score, -float("inf"))
 
-    shares = attend(_which(placed.part, key), measured)
-    own_score = _own_scores(query, own_key, scaling)
-    sums = torch.ops.flexmask.part_log_sum_exp(shares, own_score, *placed.slots.shape)
+    def coarse(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        part = in_part(score, b, h, q_idx, kv_idx)
+        return torch.where(placed.is_own(b, q_idx, kv_idx), score, part) / COARSE
+
+    def exact(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        part = in_part(score, b, h, q_idx, kv_idx)
+        return torch.where(placed.is_own(b, q_idx, kv_idx), near[b, h, q_idx], part)
+
+    log_sum_exp, size = torch.ops.flexmask.part_log_sum_exp, placed.slots.shape
+    values, own_score = _which(placed.part, key), _own_scores(query, own_key, scaling)
+    near = log_sum_exp(attend(values, coarse), own_score, COARSE, *size)
+    sums = log_sum_exp(attend(values, exact), near, 1.0, *size)
     factor = placed.part.scale - 1.0
 
     def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -116,26 +128,29 @@ def _own_scores(query: Tensor, own_key: Tensor, scaling: float | None) -> Tensor
 # An operator of its own: flex's CPU kernel captures no tensor that inductor computes, since its
 # layout is not settled yet (torch 2.13).
 @torch.library.custom_op("flexmask::part_log_sum_exp", mutates_args=())
-def part_log_sum_exp(shares: Tensor, own_score: Tensor, rows: int, queries: int) -> Tensor:
+def part_log_sum_exp(
+    shares: Tensor, own_score: Tensor, divisor: float, rows: int, queries: int
+) -> Tensor:
     """Log-sum-exp of a part of the scores, in a tensor whose size does not follow the batch's.
-
-    It is exact while it lies within 87 of the own score, and held to that beyond.
 
     Args:
         shares: ``(B, H, Q, 2 or more)`` share of the part, and of the query's own key.
-        own_score: ``(B, H, Q)`` score of the query's own key.
+        own_score: ``(B or more, H, Q or more)`` score of the query's own key, undivided.
+        divisor: What scores were divided by; unless 1, the result is only near.
         rows: Rows of the result, at least ``B``.
         queries: Queries of the result, at least ``Q``.
 
     Returns:
         ``(rows, H, queries)`` float32.
     """
+    batch_size, heads, length, _ = shares.shape
     part, own = shares[..., :2].float().clamp_min(torch.finfo(torch.float32).tiny).unbind(-1)
-    sums = own_score.new_zeros(rows, own_score.shape[1], queries)
-    sums[: own_score.shape[0], :, : own_score.shape[2]] = own_score + part.log() - own.log()
+    sums = own_score.new_zeros(rows, heads, queries)
+    own_score = own_score[:batch_size, :, :length]
+    sums[:batch_size, :, :length] = own_score + divisor * (part.log() - own.log())
     return sums
 
 
 @part_log_sum_exp.register_fake
-def _(shares: Tensor, own_score: Tensor, rows: int, queries: int) -> Tensor:
-    return own_score.new_empty(rows, own_score.shape[1], queries)
+def _(shares: Tensor, own_score: Tensor, divisor: float, rows: int, queries: int) -> Tensor:
+    return own_score.new_empty(rows, shares.shape[1], queries)
