@@ -13,7 +13,7 @@ import flexmask.testing
 from flexmask import guarded_call, hookspecs, layout, mask_mods, registry
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
-from flexmask.strategy import Strategy, parameter
+from flexmask.strategy import ScaledPart, Strategy, parameter
 from flexmask.strategy_function import mask_strategy
 
 TARGET = Path(__file__).with_name("plugin-api.md")
@@ -35,6 +35,7 @@ MASKS = [
     mask_mods.is_prefix,
     mask_mods.is_fusion_tail,
     mask_mods.within_window,
+    mask_mods.multiples_apart,
     mask_mods.holds_tokens,
     mask_mods.and_masks,
     mask_mods.or_masks,
@@ -51,7 +52,13 @@ def page() -> str:
         "## A strategy\n",
         _function(mask_strategy, "@flexmask.", signature="  # or mask_strategy(is_causal=False)"),
         _function(parameter, "flexmask."),
-        _class(Strategy, "flexmask.", ["mask_mod", "layout", "allowed"], with_init=False),
+        _class(
+            Strategy,
+            "flexmask.",
+            ["mask_mod", "layout", "allowed", "score_mod", "scaled_part"],
+            with_init=False,
+        ),
+        _class(ScaledPart, "flexmask.strategy.", []),
         "`name` and `is_causal` are class attributes; `is_causal` is True unless set.\n",
         "## What a mask is built from\n",
         _class(LayoutBatch, "flexmask.layout_batch.", ["table", "device"], with_init=False),
@@ -59,10 +66,12 @@ def page() -> str:
         "## Layouts\n",
         f"Segment ids: `flexmask.layout.PREFIX` is {layout.PREFIX}, segments count from 1, `TAIL` "
         f"is {layout.TAIL} and `PADDING` {layout.PADDING}.\n",
-        _class(TokenizedRequest, "flexmask.", []),
+        _class(TokenizedRequest, "flexmask.", ["with_copied_prefix"]),
         _class(Layout, "flexmask.", []),
         _function(layout.shared_prefix_layout, "flexmask.layout."),
         _function(layout.copied_prefix_layout, "flexmask.layout."),
+        _function(layout.placed_layout, "flexmask.layout."),
+        _function(layout.consecutive_starts, "flexmask.layout."),
         "## The check\n",
         _function(flexmask.testing.check_strategy, "flexmask.testing."),
         _class(flexmask.testing.Finding, "flexmask.testing.", []),

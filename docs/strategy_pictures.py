@@ -12,8 +12,22 @@ from flexmask.pictures.figure import save_figure
 from flexmask.pictures.mask_picture import draw_mask
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import BUILT_IN, load_registry, make_strategy
+from flexmask.strategy import ParameterValue, Strategy
 
 SHOWN = ShownRequest.of_lengths(prefix=4, segments=(5, 4, 5), suffix=2, new_tokens=2)
+
+PARAMETERS: dict[str, dict[str, ParameterValue]] = {
+    "sliding_window": {"window": 5, "sinks": 2},
+    "dilated": {"window": 4, "dilation": 3},
+    "strided": {"stride": 5},
+    "global_window": {"window": 5},
+}
+"""Where the defaults reach beyond a request as small as this."""
+
+
+def pictured(name: str) -> Strategy:
+    """The strategy as its picture has it."""
+    return make_strategy(name, PARAMETERS.get(name, {}))
 
 
 def main() -> None:
@@ -24,7 +38,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for registered in load_registry().strategies():
         if registered.owner.distribution == BUILT_IN:
-            picture = draw_mask(make_strategy(registered.cls.name, {}), SHOWN)
+            picture = draw_mask(pictured(registered.cls.name), SHOWN)
             save_figure(picture, folder / f"{registered.cls.name}.svg")
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
@@ -99,6 +100,11 @@ class TokenizedRequest:
             stacklevel=2,
         )
         return cls(tuple(prefix), (*others, last[:-1]), last[-1:])
+
+    def with_copied_prefix(self) -> TokenizedRequest:
+        """The request with a copy of the prefix at the head of every segment, and no other."""
+        segments = tuple(self.prefix + segment for segment in self.segments)
+        return TokenizedRequest((), segments, self.tail)
 
 
 def _common_suffix_length(bodies: Sequence[tuple[int, ...]]) -> int:
@@ -213,31 +219,39 @@ def _tensor(values: tuple[int, ...]) -> Tensor:
 
 def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
     """Store the prefix once, then the segments, then the tail."""
-    return _arrange(request.prefix, request.segments, request.tail, positions)
+    if positions == "sequential":
+        return placed_layout(request, consecutive_starts(request))
+    return placed_layout(request, [len(request.prefix)] * len(request.segments))
 
 
 def copied_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
     """Store a copy of the prefix at the head of every segment, then the tail."""
-    segments = [request.prefix + segment for segment in request.segments]
-    return _arrange((), segments, request.tail, positions)
+    return shared_prefix_layout(request.with_copied_prefix(), positions)
 
 
-def _arrange(
-    prefix: tuple[int, ...],
-    segments: Sequence[tuple[int, ...]],
-    tail: tuple[int, ...],
-    positions: Positions,
+def placed_layout(
+    request: TokenizedRequest, starts: Sequence[int], tail_start: int | None = None
 ) -> Layout:
-    token_ids, segment_ids = list(prefix), [PREFIX] * len(prefix)
-    position_ids = list(range(len(prefix)))
-    for number, segment in enumerate(segments, start=1):
+    """Store prefix, segments and tail one after another, at positions as asked.
+
+    Args:
+        request: What is laid out; its prefix stands at 0, 1 and so on.
+        starts: Position of the first token of each segment.
+        tail_start: Position of the tail's first token; None for the one after the highest.
+    """
+    token_ids, segment_ids = list(request.prefix), [PREFIX] * len(request.prefix)
+    position_ids = list(range(len(request.prefix)))
+    for number, (segment, start) in enumerate(zip(request.segments, starts, strict=True), start=1):
         token_ids += segment
         segment_ids += [number] * len(segment)
-        position_ids += range(len(prefix), len(prefix) + len(segment))
-    tail_position = max(position_ids) + 1
-    token_ids += tail
-    segment_ids += [TAIL] * len(tail)
-    position_ids += range(tail_position, tail_position + len(tail))
-    if positions == "sequential":
-        position_ids = list(range(len(token_ids)))
+        position_ids += range(start, start + len(segment))
+    first = max(position_ids) + 1 if tail_start is None else tail_start
+    token_ids += request.tail
+    segment_ids += [TAIL] * len(request.tail)
+    position_ids += range(first, first + len(request.tail))
     return Layout(tuple(token_ids), tuple(segment_ids), tuple(position_ids))
+
+
+def consecutive_starts(request: TokenizedRequest) -> list[int]:
+    """Position of each segment's first token where positions are slot numbers."""
+    return list(accumulate(map(len, request.segments), initial=len(request.prefix)))[:-1]

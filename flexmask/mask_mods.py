@@ -103,3 +103,13 @@ def within_window(batch: LayoutBatch, window: int) -> MaskMod:
         return position_ids[b, q_idx] - position_ids[b, kv_idx] < window
 
     return within_window
+
+
+def multiples_apart(batch: LayoutBatch, step: int) -> MaskMod:
+    """Allow a token to see every ``step``-th position, counted from its own."""
+    position_ids = batch.position_ids
+
+    def multiples_apart(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (position_ids[b, q_idx] - position_ids[b, kv_idx]) % step == 0
+
+    return multiples_apart

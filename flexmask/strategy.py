@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """``(b, h, q_idx, kv_idx) -> bool tensor``, as FlexAttention takes it."""
 
+    RowMod = Callable[[Tensor, Tensor], Tensor]
+    """``(b, slot) -> bool tensor``."""
+
 ParameterValue = bool | int | float | str
 
 
@@ -61,6 +64,26 @@ class Parameter:
     help: str
     choices: tuple[str, ...] = ()
     minimum: float | None = None
+
+
+@dataclass(frozen=True)
+class ScaledPart:
+    """Keys that some queries weigh otherwise, all together.
+
+    Of the scores that such a query gives to these keys, the log-sum-exp is multiplied by
+    ``scale``: their weights keep their proportions among each other and become more, or fewer,
+    beside all other keys.
+
+    Attributes:
+        queries: ``(b, q_idx) -> bool tensor``, in slots: whether a query is one of those. None of
+            them may be among the keys itself.
+        keys: ``(b, kv_idx) -> bool tensor``, in slots: whether a key is in the part.
+        scale: The factor; 1 changes nothing.
+    """
+
+    queries: RowMod
+    keys: RowMod
+    scale: float
 
 
 class Strategy(ABC):
@@ -118,6 +141,16 @@ class Strategy(ABC):
         Returns:
             A pointwise function of ``(score, b, h, q_idx, kv_idx)``, indices in slots, that
             captures what a mask_mod may capture.
+        """
+        return None
+
+    def scaled_part(self, batch: LayoutBatch) -> ScaledPart | None:
+        """Build what scales a part of the keys as a whole. Default: nothing.
+
+        It applies after `score_mod`, as that does; attention runs three times then.
+
+        Args:
+            batch: As for `mask_mod`; the functions may capture what a mask_mod may.
         """
         return None
 

@@ -1,6 +1,11 @@
 """Made-up plugins, installed in a folder of their own."""
 
 import importlib
+from pathlib import Path
+
+OWN_STRATEGIES = Path(__file__).parents[1] / "plugins" / "flexmask_strategies"
+BUILT_IN = sorted(path.stem for path in OWN_STRATEGIES.glob("[!_]*.py"))
+"""Names of the strategies that come with flexmask, one a file."""
 
 STRATEGY = """
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`check_strategy`: what is in order passes, and what is found is shown at its smallest."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import pytest
@@ -10,16 +11,27 @@ import user_masks
 from flexmask import Strategy, mask_strategy
 from flexmask.errors import StrategyError
 from flexmask.mask_mods import and_masks, causal
-from flexmask.registry import make_strategy
+from flexmask.registry import load_registry, make_strategy
 from flexmask.testing import RULES, check_strategy, run_rules
 from flexmask.testing.cases import CASES, SAME_SHAPE
 from flexmask_strategies.causal import Causal
+from plugin_site import BUILT_IN
 
 
 @pytest.mark.parametrize("name", ["causal", "prefix_segment", "ensemble_isolation"])
 def test_each_built_in_strategy_keeps_every_rule(name):
     outcomes = list(run_rules(make_strategy(name, {})))
     assert [(item.rule, item.status) for item in outcomes] == [(rule, "ok") for rule in RULES]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_each_built_in_strategy_keeps_every_rule_that_needs_no_compiler(name):
+    small = {"window": 7, "stride": 7, "sinks": 2}
+    parameters = [item.name for item in load_registry().strategy(name).parameters()]
+    strategy = make_strategy(name, {key: small[key] for key in small if key in parameters})
+    before_compiling = [rule.name for rule in RULES].index("attention")
+    outcomes = islice(run_rules(strategy), before_compiling)
+    assert [item.finding for item in outcomes] == [None] * before_compiling
 
 
 USER_MASKS = [cls for cls in vars(user_masks).values() if isinstance(cls, type)]

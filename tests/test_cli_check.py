@@ -7,7 +7,7 @@ import pytest
 from flexmask.new_plugin import EXAMPLE_NAMES, PluginNames, write_plugin
 from flexmask.registry import load_registry
 from flexmask_cli.app import main
-from plugin_site import plugin
+from plugin_site import BUILT_IN, plugin
 
 WRONG = """
 from flexmask import mask_strategy
@@ -83,7 +83,7 @@ def test_what_a_mask_prints_stays_out_of_json(flexmask, tmp_path):
 def test_a_check_of_what_is_not_there_is_an_error(flexmask):
     assert flexmask("--no-plugins", "check", "nope")[0::2] == (
         1,
-        "error: unknown strategy 'nope'; known: causal, ensemble_isolation, prefix_segment",
+        f"error: unknown strategy 'nope'; known: {', '.join(BUILT_IN)}",
     )
 
 

@@ -75,6 +75,8 @@ def test_a_long_layout_is_drawn_in_tiles(show, monkeypatch):
 def test_several_strategies_are_drawn_one_after_another(show):
     output = show("-s", "causal,prefix_segment:positions=sequential", *LENGTHS)
     assert output.index("causal\n") < output.index("prefix_segment (positions=sequential)")
+    output = show("-s", "tree:parents=0,1,1,causal", *LENGTHS)
+    assert output.index("tree (parents=0,1,1)\n") < output.index("causal\n")
 
 
 def test_a_difference_is_drawn_against_another_strategy(show):

@@ -37,6 +37,7 @@ def test_the_python_of_the_readme_runs_and_answers(capsys):
 
 
 def test_the_readme_lists_every_strategy_and_command():
+    assert README.count('.svg"') == len(BUILT_IN)
     for name in BUILT_IN:
         assert f"| `{name}` |" in README
     for command in build_app().registered_commands:
@@ -144,6 +145,21 @@ def test_the_figures_of_fast_masks_are_those_of_the_benchmark():
         assert figures in (tiles, [*tiles, f"{result['build_ms']:.1f}"], compiled)
 
 
+def test_the_page_of_strategies_has_each_with_its_parameters_and_a_command_to_try_it():
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    heads = re.findall(r"^### `(.*)`$", page, flags=re.MULTILINE)
+    bodies = re.split(r"^### .*$", page, flags=re.MULTILINE)
+    assert sorted(heads) == sorted(BUILT_IN)
+    for name, body in zip(heads, bodies[1:], strict=True):
+        (command,) = re.findall(r"^    flexmask generate (.*)$", body, re.MULTILINE)
+        flag, named, *options, limit, rows = shlex.split(command)
+        assert (flag, named, limit, rows) == ("-s", name, "--limit", "8")
+        values = dict(option.split("=", 1) for option in options[1::2])
+        strategy = make_strategy(name, values)
+        for parameter in strategy.parameters():
+            assert re.search(rf"`{parameter.name}\b", body), (name, parameter.name)
+
+
 def program(name):
     """A program of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
@@ -167,15 +183,11 @@ def test_the_tables_of_the_page_on_performance_are_those_of_the_results():
 def test_the_picture_of_each_strategy_in_the_readme_is_current(name):
     path = ROOT / "docs" / "strategies" / f"{name}.svg"
     assert f'<img src="docs/strategies/{name}.svg"' in README
-    strategy, shown = make_strategy(name, {}), drawn_request()
+    pictures = program("strategy_pictures")
+    strategy, shown = pictures.pictured(name), pictures.SHOWN
     size = len(strategy.layout(shown.tokens)) + shown.new_tokens
     drawn = svg_cells(path, size)
     assert np.array_equal(drawn, expected_colours(strategy, shown, tile=128)), "run make docs"
-
-
-def drawn_request():
-    """The request that `make docs` draws."""
-    return program("strategy_pictures").SHOWN
 
 
 def test_the_python_of_the_pictures_page_runs():

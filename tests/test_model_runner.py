@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import rotate_half
 
 from flexmask.attention.backend import register_attention
 from flexmask.block_mask.cache import BlockMaskCache
@@ -16,9 +17,19 @@ from flexmask.engine.model_runner import (
 )
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
+from flexmask_strategies.block_attention import BlockAttention
 from flexmask_strategies.causal import Causal
+from flexmask_strategies.dilated import Dilated
+from flexmask_strategies.document import Document
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from flexmask_strategies.few_shot_isolation import FewShotIsolation
+from flexmask_strategies.global_window import GlobalWindow
+from flexmask_strategies.parallel_context import ParallelContext
+from flexmask_strategies.prefix_lm import PrefixLM
 from flexmask_strategies.prefix_segment import PrefixSegment
+from flexmask_strategies.sliding_window import SlidingWindow
+from flexmask_strategies.strided import Strided
+from flexmask_strategies.tree import Tree
 from oracles import CONFIGS, oracle_tokens, random_request
 
 CAPACITY = 640
@@ -28,7 +39,22 @@ REQUESTS = [
     random_request(2, 7, [60], 1),
     random_request(3, 40, [30, 20, 40, 21], 5),
 ]
-STRATEGIES = [Causal(), PrefixSegment(), EnsembleIsolation(), EnsembleIsolation("sequential")]
+STRATEGIES = [
+    Causal(),
+    PrefixSegment(),
+    EnsembleIsolation(),
+    EnsembleIsolation("sequential"),
+    FewShotIsolation(),
+    ParallelContext(),
+    BlockAttention(),
+    Tree("0,1,1,2"),
+    PrefixLM(),
+    GlobalWindow(window=13),
+    SlidingWindow(window=13, sinks=3),
+    Dilated(window=13, dilation=3),
+    Strided(stride=13),
+    Document(),
+]
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +127,39 @@ def test_keys_and_values_of_a_segment_equal_those_of_its_text_run_alone(runners,
         ):
             torch.testing.assert_close(keys[:, own], alone_keys[:, by_position])
             torch.testing.assert_close(values[:, own], alone_values[:, by_position])
+
+
+def test_the_last_of_packed_documents_generates_what_it_generates_alone(runners, device):
+    runner, request = runners("llama", device), REQUESTS[0]
+    packed = Document().layout(request)
+    alone = Causal().layout(TokenizedRequest(request.prefix, request.segments[-1:], request.tail))
+    tokens, logits = decode(runner, Document(), [packed] * 3)
+    want_tokens, want_logits = decode(runner, Causal(), [alone] * 3)
+    assert torch.equal(tokens, want_tokens)
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+
+
+def test_blocks_at_consecutive_positions_are_blocks_alone_re_encoded(runners, models, device):
+    runner, request = runners("llama", device), REQUESTS[0]
+    together = BlockAttention().layout(request)
+    runner.prepare(BlockAttention(), 3, CAPACITY)
+    runner.prefill([together] * 3)
+    cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
+    runner.prepare(Causal(), 3, CAPACITY)
+    runner.prefill(
+        [Causal().layout(TokenizedRequest((), (block,), (5,))) for block in request.segments]
+    )
+    rotate = models("llama", "flexmask", device).model.rotary_emb
+    for number, block in enumerate(request.segments, start=1):
+        first = together.segment_ids.index(number)
+        cos, sin = rotate(cached[0][0][None], torch.tensor([[first]], device=device))
+        own = slice(first, first + len(block))
+        for (keys, values), (alone_keys, alone_values) in zip(
+            cached, runner.cache.of_row(number - 1, len(block)), strict=True
+        ):
+            re_encoded = alone_keys * cos + rotate_half(alone_keys) * sin
+            torch.testing.assert_close(keys[:, own], re_encoded, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(values[:, own], alone_values, atol=1e-5, rtol=1e-4)
 
 
 def with_changed_token(layout, slot):

@@ -128,9 +128,9 @@ MANY = ShownRequest.of_lengths(30, (12, 20, 9, 15) * 6, 8, new_tokens=6)
 
 @pytest.mark.parametrize("shown", [SHOWN, LONG, MANY], ids=["short", "long", "many"])
 def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
-    strategies = [make_strategy(name, {}) for name in NAMES]
+    strategies = [make_strategy(name, {}) for name in (*NAMES, "few_shot_isolation")]
     pictures = [draw_mask(strategy, shown) for strategy in strategies]
-    pictures.append(draw_difference(strategies[2], strategies[0], shown))
+    pictures.append(draw_difference(strategies[2], strategies[3], shown))
     for picture in pictures:
         figure = mask_figure(picture)
         figure.set_dpi(DPI)

@@ -4,9 +4,7 @@ import pytest
 
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.registry import load_registry, make_strategy
-from plugin_site import Site, plugin
-
-BUILT_IN = ["causal", "ensemble_isolation", "prefix_segment"]
+from plugin_site import BUILT_IN, Site, plugin
 
 
 def record(distribution):

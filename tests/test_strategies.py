@@ -7,22 +7,55 @@ import pytest
 import torch
 
 from flexmask.block_mask import create_block_mask
-from flexmask.errors import StrategyError
+from flexmask.errors import RequestError, StrategyError
 from flexmask.layout import PREFIX, TAIL, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens, within_window
-from flexmask.registry import make_strategy
+from flexmask.registry import load_registry, make_strategy
+from flexmask_strategies.adaptive_parallel import AdaptiveParallel
+from flexmask_strategies.block_attention import BlockAttention
 from flexmask_strategies.causal import Causal
+from flexmask_strategies.dilated import Dilated
+from flexmask_strategies.document import Document
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
+from flexmask_strategies.few_shot_isolation import FewShotIsolation
+from flexmask_strategies.global_window import GlobalWindow
+from flexmask_strategies.parallel_context import ParallelContext
+from flexmask_strategies.prefix_lm import PrefixLM
 from flexmask_strategies.prefix_segment import PrefixSegment
+from flexmask_strategies.sliding_window import SlidingWindow
+from flexmask_strategies.strided import Strided
+from flexmask_strategies.tree import Tree
 from oracles import dense_mask, random_request
 
-STRATEGIES = [
-    Causal(),
+ISOLATING = [
     PrefixSegment(),
     PrefixSegment(positions="sequential"),
     EnsembleIsolation(),
     EnsembleIsolation(positions="sequential"),
+    ParallelContext(),
+    AdaptiveParallel(),
+    BlockAttention(),
+]
+FUSING = [
+    *ISOLATING,
+    Causal(),
+    PrefixLM(),
+    ParallelContext(n_windows=1),
+    GlobalWindow(window=3),
+    Tree(),
+    Tree("0,1,2,3"),
+    FewShotIsolation(),
+    FewShotIsolation(0, positions="sequential"),
+]
+STRATEGIES = [
+    *FUSING,
+    SlidingWindow(window=3),
+    SlidingWindow(window=2, sinks=4),
+    Dilated(window=3, dilation=2),
+    Dilated(window=2, dilation=1),
+    Strided(stride=3),
+    Document(),
 ]
 REQUESTS = [
     random_request(1, 4, [5], 1),
@@ -54,12 +87,15 @@ def test_the_mask_mod_equals_the_oracle_for_every_row_of_a_batch(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_every_token_sees_itself_and_nothing_later(strategy):
     for request in REQUESTS:
-        mask = dense_mask(strategy, strategy.layout(request))
+        layout = strategy.layout(request)
+        mask = dense_mask(strategy, layout)
         assert mask.diagonal().all()
-        assert not mask.triu(1).any()
+        first = layout.segment_ids.count(PREFIX) if isinstance(strategy, PrefixLM) else 0
+        assert mask[:first, :first].all()
+        assert not mask[first:].triu(1 + first).any()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("strategy", FUSING, ids=str)
 def test_the_tail_and_generated_tokens_see_everything_before(strategy):
     for request in REQUESTS:
         layout = strategy.layout(request).extended(2)
@@ -68,7 +104,7 @@ def test_the_tail_and_generated_tokens_see_everything_before(strategy):
             assert mask[slot, : slot + 1].all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=str)
+@pytest.mark.parametrize("strategy", [*ISOLATING, Document()], ids=str)
 def test_segments_never_see_each_other(strategy):
     layout = strategy.layout(REQUESTS[2])
     for q_idx, q_segment in enumerate(layout.segment_ids):
@@ -86,17 +122,43 @@ def test_the_prefix_is_stored_once_or_in_every_segment():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", [Causal(), PrefixSegment(), EnsembleIsolation()], ids=str)
+PICTURED = {
+    Causal(): ((1, 2), (3, 4), (5, 6)),
+    PrefixSegment(): ((1, 2), (3, 4), (5, 6)),
+    EnsembleIsolation(): ((1,), (2, 3), (4, 5)),
+    SlidingWindow(window=3, sinks=1): ((1, 2), (3, 4), (5, 6)),
+    PrefixLM(): ((1, 2), (3, 4), (5, 6)),
+    Document(): ((1,), (2, 3), (4, 5)),
+    ParallelContext(): ((1, 2), (3, 4), (5, 6)),
+    AdaptiveParallel(): ((1, 2), (3, 4), (5, 6)),
+    BlockAttention(): ((1, 2), (3, 4), (5, 6)),
+    Tree("0,0,1,1"): ((1,), (2,), (3,), (4,), (5,)),
+    Dilated(window=3, dilation=2): ((1, 2), (3, 4), (5, 6)),
+    Strided(stride=3): ((1, 2), (3, 4), (5, 6)),
+    GlobalWindow(window=2): ((1, 2), (3, 4), (5, 6)),
+    FewShotIsolation(examples=2): ((1,), (2,), (3,), (4,), (5,)),
+}
+"""What the docstring of each strategy shows: prefix and segments."""
+
+
+@pytest.mark.parametrize("strategy", PICTURED, ids=str)
 def test_the_picture_in_the_docstring_is_the_mask(strategy):
-    module = importlib.import_module(type(strategy).__module__)
-    rows = re.findall(r"^ +[P12T] ((?:#| )+)$", module.__doc__, flags=re.MULTILINE)
-    if isinstance(strategy, EnsembleIsolation):
-        request = TokenizedRequest(prefix=(1,), segments=((2, 3), (4, 5)), tail=(6,))
-    else:
-        request = TokenizedRequest(prefix=(1, 2), segments=((3, 4), (5, 6)), tail=(7,))
-    mask = dense_mask(strategy, strategy.layout(request))
-    drawn = [[character == "#" for character in row.ljust(14)[::2]] for row in rows]
-    assert drawn == mask.tolist()
+    text = importlib.import_module(type(strategy).__module__).__doc__
+    rows = re.findall(r"^ {6}([P\dT]) ((?:#| )+)$", text, flags=re.MULTILINE)
+    prefix, *segments = PICTURED[strategy]
+    layout = strategy.layout(TokenizedRequest(prefix, tuple(segments), (7,)))
+    parts = ["P" if s == PREFIX else "T" if s == TAIL else str(s) for s in layout.segment_ids]
+    assert [part for part, _ in rows] == parts
+    drawn = [[c == "#" for c in row.ljust(2 * len(parts))[::2]] for _, row in rows]
+    assert drawn == dense_mask(strategy, layout).tolist()
+    numbers = re.findall(r"^ {8}([\d ]+)$", text, flags=re.MULTILINE)
+    assert [tuple(map(int, line.split())) for line in numbers] in ([], [layout.position_ids])
+
+
+def test_every_built_in_strategy_is_tested_here():
+    names = {strategy.name for strategy in STRATEGIES}
+    assert names == {strategy.name for strategy in PICTURED}
+    assert names == {registered.cls.name for registered in load_registry().strategies()}
 
 
 def test_within_window_counts_positions_and_not_slots():
@@ -129,16 +191,102 @@ def test_tail_slots_open_after_the_prompt():
     assert batch.position_ids[0].tolist() == list(range(16))
 
 
+REQUEST = TokenizedRequest((1, 2), ((3, 4, 5), (6,), (7, 8), (9,)), (10, 11))
+
+
+def test_the_tail_of_packed_documents_continues_the_last():
+    layout = Document().layout(REQUEST)
+    assert layout.position_ids == (0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4)
+    seen = dense_mask(Document(), layout.extended(1))[-1]
+    assert [token for token, sees in zip(layout.token_ids, seen, strict=False) if sees] == [
+        *(1, 2, 9, 10, 11)
+    ]
+
+
+def test_segments_of_one_context_window_follow_each_other():
+    layout = ParallelContext(n_windows=2).layout(REQUEST)
+    assert layout.segment_ids == (0, 0, 1, 1, 1, 1, 2, 2, 2, -1, -1)
+    assert layout.position_ids == (0, 1, 2, 3, 4, 5, 2, 3, 4, 6, 7)
+    layout = ParallelContext(n_windows=3).layout(REQUEST)
+    assert [layout.segment_ids.count(number) for number in (1, 2, 3)] == [3, 1, 3]
+
+
+def test_positions_in_a_tree_continue_those_of_the_parent():
+    layout = Tree("0,0,1,1").layout(REQUEST)
+    assert layout.position_ids == (0, 1, 2, 3, 4, 2, 5, 6, 5, 7, 8)
+    chain = Tree("0,1,2,3,4")
+    layout = chain.layout(REQUEST)
+    assert layout == Causal().layout(REQUEST)
+    assert torch.equal(dense_mask(chain, layout), dense_mask(Causal(), layout))
+
+
+def test_each_path_of_a_tree_reads_as_one_text():
+    tree, paths = Tree("0,0,1,1"), {1: [1], 2: [2], 3: [1, 3], 4: [1, 4]}
+    layout = tree.layout(REQUEST)
+    mask = dense_mask(tree, layout)
+    for number, path in paths.items():
+        last = max(slot for slot, s in enumerate(layout.segment_ids) if s == number)
+        seen = [slot for slot in range(len(layout)) if mask[last, slot]]
+        text = sum((REQUEST.segments[segment - 1] for segment in path), REQUEST.prefix)
+        assert tuple(layout.token_ids[slot] for slot in seen) == text
+        assert [layout.position_ids[slot] for slot in seen] == list(range(len(text)))
+
+
+def test_paraphrases_of_the_question_start_after_the_longest_example():
+    layout = FewShotIsolation(examples=1, paraphrases=2).layout(REQUEST)
+    assert layout.position_ids == (0, 1, 2, 3, 4, 2, 5, 6, 5, 7, 8)
+    assert FewShotIsolation(examples=2, paraphrases=2).layout(REQUEST).position_ids[-1] == 6
+    sequential = FewShotIsolation(2, positions="sequential").layout(REQUEST)
+    assert sequential.position_ids == tuple(range(len(sequential)))
+
+
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("strategy", "message"),
     [
-        ({"positions": "backwards"}, "positions must be restart|sequential, got 'backwards'"),
-        ({"window": "3"}, "has no parameter 'window'; it takes: positions"),
+        (Tree("0,0,1"), "parents=0,0,1 places 3 segments, got 4; name the parent of each"),
+        (ParallelContext(n_windows=5), "n_windows=5 needs at least as many segments, got 4"),
+        (
+            FewShotIsolation(examples=2, paraphrases=3),
+            "examples=2 times paraphrases=3 need 6 segments, got 4",
+        ),
     ],
 )
-def test_a_wrong_parameter_is_named(parameters, message):
+def test_a_request_with_too_few_segments_or_too_many_is_refused(strategy, message):
+    with pytest.raises(RequestError) as error:
+        strategy.layout(REQUEST)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("prefix_segment", {"positions": "x"}, "positions must be restart|sequential, got 'x'"),
+        ("prefix_segment", {"w": "3"}, "has no parameter 'w'; it takes: positions"),
+        ("sliding_window", {"window": "-3"}, "window must be positive, got -3"),
+        ("sliding_window", {"sinks": "-1"}, "sinks must not be negative, got -1"),
+        ("dilated", {"window": "0"}, "window must be positive, got 0"),
+        ("dilated", {"dilation": "0"}, "dilation must be positive, got 0"),
+        ("strided", {"stride": "0"}, "stride must be positive, got 0"),
+        ("global_window", {"window": "0"}, "window must be positive, got 0"),
+        ("parallel_context", {"n_windows": "-1"}, "n_windows must not be negative, got -1"),
+        (
+            "adaptive_parallel",
+            {"temperature": "0"},
+            "temperature must be a positive number, got 0.0",
+        ),
+        ("adaptive_parallel", {"scale": "-1"}, "scale must be a positive number, got -1.0"),
+        ("adaptive_parallel", {"scale": "inf"}, "scale must be a positive number, got inf"),
+        ("few_shot_isolation", {"examples": "-1"}, "examples must not be negative, got -1"),
+        ("few_shot_isolation", {"paraphrases": "0"}, "paraphrases must be positive, got 0"),
+        ("tree", {"parents": "0,2"}, "or 0 for the prefix, as in 0,0,1,1; got '0,2'"),
+        ("tree", {"parents": "0,-1"}, "got '0,-1'"),
+        ("tree", {"parents": "0;0"}, "got '0;0'"),
+        ("tree", {"parents": ""}, "got ''"),
+    ],
+)
+def test_a_wrong_parameter_is_named(name, parameters, message):
     with pytest.raises(StrategyError) as error:
-        make_strategy("prefix_segment", parameters)
+        make_strategy(name, parameters)
     assert message in str(error.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,8 @@ def choose_several(texts: Sequence[str], parameters: Mapping[str, str]) -> list[
     """
     strategies = []
     unused = dict(parameters)
-    for text in (name for names in texts for name in names.split(",")):
+    # No name begins with a digit: a comma before one is within a value, as in parents=0,0,1.
+    for text in (name for names in texts for name in re.split(r",(?!\d)", names)):
         parts = text.strip().split(":")
         of_name = 2 if parts[0].endswith(".py") else 1
         name, pairs = ":".join(parts[:of_name]), parts[of_name:]

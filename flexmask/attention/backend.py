@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import flexmask.kernels.decode_attention  # noqa: F401  (registers the operator)
+from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
 from flexmask.errors import AttentionError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def flexmask_attention(
     cache_slots: Tensor | None = None,
     prefill_kernel: PrefillKernel | None = None,
     score_mod: ScoreMod | None = None,
+    scaled_part: PlacedPart | None = None,
     attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -109,6 +111,7 @@ def flexmask_attention(
             ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
         score_mod: Changes scores, after scaling and capping.
+        scaled_part: Keys whose log-sum-exp is scaled, after that.
         attention_probe: Given, notes the module and nothing is computed.
         kwargs: What else transformers passes; refused where it changes attention.
 
@@ -135,10 +138,14 @@ def flexmask_attention(
             *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0
         )
         return rows[:, None], None
+    own_key = key
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
-    output = attend(query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel)
+    output = attend(
+        query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
+        scaled_part, own_key,
+    )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -151,6 +158,7 @@ def dense_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     score_mod: ScoreMod | None = None,
+    scaled_part: PlacedPart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend under a dense boolean mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
@@ -165,9 +173,14 @@ def dense_attention(
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    axes = [torch.arange(size, device=scores.device) for size in scores.shape]
+    b, h, q_idx, kv_idx = (axis.view(-1, *[1] * (3 - n)) for n, axis in enumerate(axes))
     if score_mod is not None:
-        axes = (torch.arange(size, device=scores.device) for size in scores.shape)
-        scores = score_mod(scores, *torch.meshgrid(*axes, indexing="ij"))
+        scores = score_mod(scores, b, h, q_idx, kv_idx)
+    if scaled_part is not None:
+        in_part = scaled_part.holds(b, q_idx, kv_idx) & attention_mask
+        sums = scores.masked_fill(~in_part, float("-inf")).logsumexp(-1, keepdim=True)
+        scores = torch.where(in_part, scores + (scaled_part.part.scale - 1) * sums, scores)
     weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).nan_to_num()
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
@@ -234,6 +247,8 @@ def _attend(
     softcap: float | None,
     score_mod: ScoreMod | None,
     prefill_kernel: PrefillKernel | None,
+    scaled_part: PlacedPart | None,
+    own_key: Tensor,
 ) -> Tensor:
     block_mask = BlockMask.from_kv_blocks(
         mask.kv_num_blocks,
@@ -247,20 +262,29 @@ def _attend(
         compute_q_blocks=False,
     )
     heads, query = query.shape[1], _padded_groups(query, key.shape[1])
-    output = flex_attention(
-        query,
+    if not key.is_cuda:
         # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
         # kernel reads such views wrongly (torch 2.13).
-        key.contiguous(),
-        value.contiguous(),
-        score_mod=_joined_score_mod(softcap, score_mod),
-        block_mask=block_mask,
-        enable_gqa=heads != key.shape[1],
-        scale=scaling,
-        kernel_options=_kernel_options(query, value, mask, prefill_kernel),
-    )
-    assert isinstance(output, Tensor)
-    return _without_padding(output, heads, key.shape[1])
+        key, value = key.contiguous(), value.contiguous()
+
+    def attend(value: Tensor, score_mod: ScoreMod | None) -> Tensor:
+        output = flex_attention(
+            query,
+            key,
+            value,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            enable_gqa=heads != key.shape[1],
+            scale=scaling,
+            kernel_options=_kernel_options(query, value, mask, prefill_kernel),
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    score_mod = _joined_score_mod(softcap, score_mod)
+    if scaled_part is not None:
+        score_mod = scaled_score_mod(scaled_part, score_mod, query, key, own_key, scaling, attend)
+    return _without_padding(attend(value, score_mod), heads, key.shape[1])
 
 
 def _kernel_options(

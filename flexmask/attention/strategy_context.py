@@ -101,10 +101,11 @@ def use_strategy(
         ``position_ids``, ``(B, S)`` each.
 
     Raises:
-        AttentionError: If the strategy has a score_mod.
+        AttentionError: If the strategy changes scores.
     """
     active = ActiveStrategy(strategy, layouts, torch.device(device))
-    if strategy.score_mod(active.batch(active.length)) is not None:
+    batch = active.batch(active.length)
+    if strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None:
         raise AttentionError(
             f"strategy {strategy.name!r} changes scores, which model.generate cannot be told; "
             "use flexmask.Engine"

@@ -26,6 +26,7 @@ from flexmask.attention.backend import (
     find_attention_modules,
     flash_can_attend,
 )
+from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
@@ -188,19 +189,28 @@ class ModelRunner:
         return True
 
     def _set_score_mods(self, strategy: Strategy) -> None:
-        score_mod = strategy.score_mod(self._batch)
+        score_mod, part = strategy.score_mod(self._batch), strategy.scaled_part(self._batch)
+        self._changes_scores = score_mod is not None or part is not None
         self._query_score_mod: ScoreMod | None = None
         self._decode_score_mod: ScoreMod | None = None
-        if score_mod is None:
+        self._query_part = place_part(part, self._query_slots)
+        self._decode_part = place_part(part, self.slots[:, None])
+        if not self._changes_scores:
             return
         if self.prefill_kernel == "flash":
             raise AttentionError(
                 f"strategy {strategy.name!r} changes scores, which prefill kernel 'flash' does "
                 "not compute; leave the kernel to be chosen"
             )
-        mark_static(self.slots)
-        self._query_score_mod = score_at_slots(score_mod, self._query_slots)
-        self._decode_score_mod = score_from_slots(score_mod, self.slots)
+        if self._query_part is not None and self._dtype == torch.float16:
+            raise AttentionError(
+                f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
+                "narrow; load the model in bfloat16 or float32"
+            )
+        if score_mod is not None:
+            mark_static(self.slots)
+            self._query_score_mod = score_at_slots(score_mod, self._query_slots)
+            self._decode_score_mod = score_from_slots(score_mod, self.slots)
 
     def release(self) -> None:
         """Give back what `prepare` allocated."""
@@ -219,7 +229,7 @@ class ModelRunner:
             then nothing is shared.
         """
         self.shared_prefix = None
-        if self._query_score_mod is not None:
+        if self._changes_scores:
             return False
         size = min(2, self.batch_size)  # one of several rows would be another graph
         rows, counts = [layout] * size, [length, 0][:size]
@@ -300,6 +310,7 @@ class ModelRunner:
                 cache_slots=query_slots,
                 prefill_kernel=self.prefill_kernel,
                 score_mod=self._query_score_mod,
+                scaled_part=self._query_part,
             )
 
     @property
@@ -358,6 +369,7 @@ class ModelRunner:
                 use_cache=False,
                 cache_slots=self.slots,
                 score_mod=self._decode_score_mod,
+                scaled_part=self._decode_part,
             )
         self.slots += 1
         logits: Tensor = output.logits[:, -1]
@@ -380,7 +392,7 @@ class ModelRunner:
 
     def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
         """Which kernel attends: the one for causal rows where they provably are."""
-        if self._decode_score_mod is not None:
+        if self._changes_scores:
             return "flex_attention"
         is_causal = rows_are_causal(mask_mod, self.slots, self._capacity)
         return "decode_attention" if is_causal else "flex_attention"

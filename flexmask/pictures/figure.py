@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ GAP_PT = 0.4
 IMAGE_DOTS = 1024
 """At least how many dots the picture of a larger mask has along an axis. Viewers blur few."""
 
+LINE_CHARACTERS = 44
+"""How many characters of titles and labels fit in a line."""
 TITLE_PAD_PT = 25
 """Room between axis and title for the bands and their labels."""
 BAND = 0.045
@@ -95,8 +98,10 @@ def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
 
 def _height_in(picture: Picture, grid: CellGrid) -> float:
     """Height of a figure of one column's width, so that title and legend have their room."""
-    rows = -(-len(grid.legend(picture)) // _legend_columns(picture))
-    lines = (_title(picture) + _figures(picture, grid)).count("\n") + 2 + rows
+    meanings = [_wrapped(meaning) for _, meaning in grid.legend(picture)]
+    rows = -(-len(meanings) // _legend_columns(picture))
+    texts = [_title(picture), _figures(picture, grid), *meanings]
+    lines = "".join(texts).count("\n") + 2 + rows
     return HEIGHT_IN + LINE_IN * lines
 
 
@@ -222,9 +227,14 @@ def _name_axes(ax: Axes, picture: Picture) -> None:
 
 
 def _title(picture: Picture) -> str:
+    lines = [picture.title]
     if isinstance(picture, MaskDifference):
-        return f"{picture.first_title}\nagainst {picture.second_title}"
-    return picture.title
+        lines = [picture.first_title, f"against {picture.second_title}"]
+    return "\n".join(map(_wrapped, lines))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, LINE_CHARACTERS)
 
 
 def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
@@ -238,7 +248,7 @@ def _draw_legend(ax: Axes, picture: Picture, grid: CellGrid) -> None:
         handles.append(
             tuple(Patch(facecolor=c, edgecolor="#000000", linewidth=0.4) for c in colours)
         )
-        labels.append(meaning)
+        labels.append(_wrapped(meaning))
     legend = ax.legend(
         handles=handles,
         labels=labels,

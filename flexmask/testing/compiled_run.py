@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
+from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import create_block_mask
 from flexmask.errors import FlexMaskError
 from flexmask.layout import PADDING
@@ -76,14 +78,19 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     length = -(-max(size, len(other)) // BLOCK_SIZE) * BLOCK_SIZE
     block_mask = create_block_mask(mask_mod, ROWS, None, length, length, "cpu", BLOCK_SIZE)
     query, key, value = _random_inputs(length)
-    score_mod, module = subject.strategy.score_mod(batch), torch.nn.Module()
-    output, _ = flexmask_attention(module, query, key, value, block_mask, score_mod=score_mod)
+    strategy, module = subject.strategy, torch.nn.Module()
+    slots = torch.arange(batch.segment_ids.shape[1]).repeat(ROWS, 1)
+    changes: dict[str, Any] = {
+        "score_mod": strategy.score_mod(batch),
+        "scaled_part": place_part(strategy.scaled_part(batch), slots),
+    }
+    output, _ = flexmask_attention(module, query, key, value, block_mask, **changes)
     dense = _dense_mask(subject, batch, length)
-    if score_mod is None:
+    if not any(changes.values()):
         wanted = scaled_dot_product_attention(query, key, value, dense, enable_gqa=True)
         wanted = wanted.transpose(1, 2)
     else:
-        wanted, _ = dense_attention(module, query, key, value, dense, score_mod=score_mod)
+        wanted, _ = dense_attention(module, query, key, value, dense, **changes)
     is_token = batch.segment_ids[:, :length, None, None] != PADDING
     difference = (output - wanted.nan_to_num()).where(is_token, 0.0)
     return float(difference.abs().max())

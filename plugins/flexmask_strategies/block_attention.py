@@ -1,0 +1,52 @@
+"""Each block sees itself alone, the prefix being one; the last block, the tail, sees all.
+
+Block-Attention (Ma et al., ICLR 2025, arXiv:2409.15355). There the keys of a block are computed
+once, at positions from 0 on, and re-encoded to where the block stands in a prompt; rotary
+embeddings being relative, that is what isolated blocks at consecutive positions give. Made for
+weights fine-tuned with this mask. ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T,
+positions on top::
+
+        0 1 2 3 4 5 6
+        P P 1 1 2 2 T
+      P #
+      P # #
+      1     #
+      1     # #
+      2         #
+      2         # #
+      T # # # # # # #
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexmask.hookspecs import hookimpl
+from flexmask.layout import TAIL, Layout
+from flexmask.mask_mods import and_masks, causal, is_fusion_tail, or_masks, same_segment
+from flexmask.strategy import Strategy
+
+if TYPE_CHECKING:
+    from flexmask.layout_batch import LayoutBatch
+    from flexmask.strategy import MaskMod
+
+
+@dataclass(frozen=True)
+class BlockAttention(Strategy):
+    """Prefix and segments see themselves alone; the tail sees everything."""
+
+    name = "block_attention"
+
+    def mask_mod(self, batch: LayoutBatch) -> MaskMod:
+        return and_masks(causal, or_masks(same_segment(batch), is_fusion_tail(batch)))
+
+    def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
+        q_segment, kv_segment = layout.segment_ids[q_idx], layout.segment_ids[kv_idx]
+        return kv_idx <= q_idx and q_segment in (kv_segment, TAIL)
+
+
+@hookimpl
+def register_strategies() -> Iterable[type[Strategy]]:
+    return [BlockAttention]
