@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
-from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape, flash_can_attend
+from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape
+from flexmask.engine.prefill_kernel import flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 
 HEADS, KV_HEADS, DIM = 24, 8, 128

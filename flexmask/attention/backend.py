@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -300,19 +299,6 @@ def _kernel_options(
     if query.element_size() == 2 and max(query.shape[-1], value.shape[-1]) <= 128:
         options |= TRITON_OPTIONS[mask.BLOCK_SIZE[0]]
     return cast("FlexKernelOptions", options)
-
-
-def flash_can_attend(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FlexAttention's FLASH backend is installed, and serves heads of this shape."""
-    return (
-        find_spec("flash_attn") is not None
-        and find_spec("flash_attn.cute") is not None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-        and dtype in (torch.bfloat16, torch.float16)
-        and shape.key_dim == shape.value_dim
-        and shape.key_dim in (64, 128)
-        and not shape.has_softcap
-    )
 
 
 def _padded_groups(query: Tensor, kv_heads: int) -> Tensor:

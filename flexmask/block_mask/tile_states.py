@@ -172,7 +172,11 @@ class TileClassifier:
     def _chunks(self, numbers: Tensor, pairs: int) -> Iterator[Tensor]:
         """Split a list of which each entry takes ``pairs`` evaluations."""
         if len(numbers):
-            yield from numbers.split(max(1, self._shape.memory_bytes // (pairs * BYTES_PER_PAIR)))
+            yield from numbers.split(self._chunk_size(pairs))
+
+    def _chunk_size(self, pairs: int) -> int:
+        """How many entries that take ``pairs`` evaluations each go at once."""
+        return max(1, self._shape.memory_bytes // (pairs * BYTES_PER_PAIR))
 
     # From coarse cells to tiles.
 
@@ -262,9 +266,8 @@ class TileClassifier:
     def _settle(self, tiles: Tensor, states: Tensor, decided: Tensor | None) -> None:
         """Decide tiles, and write their states and how they were decided."""
         if self._are_few(len(tiles)):
-            for chunk in self._chunks(tiles, self._shape.q.tile * self._shape.kv.tile):
-                settled = self._settled_by_pairs(_coordinates(chunk, states.shape))
-                states.view(-1)[chunk] = settled
+            settled = self._settled_by_pairs(_coordinates(tiles, states.shape))
+            states.view(-1)[tiles] = settled
             if decided is not None:
                 decided.view(-1)[tiles] = int(Decided.BY_PAIRS)
             return
@@ -303,10 +306,15 @@ class TileClassifier:
         """Decide tiles by all of their pairs."""
         b, h, row, column = tiles
         q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
-        q_offset = row * q_tile + torch.arange(q_tile, device=row.device)[:, None]
-        kv_offset = column * kv_tile + torch.arange(kv_tile, device=row.device)
-        mask = self._pairs((b, h, q_offset, kv_offset))
-        return _states(_all(mask), _any(mask))
+        q_step = torch.arange(q_tile, device=row.device)[:, None]
+        kv_step = torch.arange(kv_tile, device=row.device)
+        size = self._chunk_size(q_tile * kv_tile)
+        settled = []
+        starts = (x.split(size) for x in (b, h, row * q_tile, column * kv_tile))
+        for own_b, own_h, q_start, kv_start in zip(*starts, strict=True):
+            mask = self._pairs((own_b, own_h, q_start + q_step, kv_start + kv_step))
+            settled.append(_states(_all(mask), _any(mask)))
+        return torch.cat(settled)
 
     def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
         """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open.

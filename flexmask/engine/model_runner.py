@@ -8,7 +8,7 @@ decode for the shapes of the run.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,12 +19,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmask.attention.backend import (
-    AttentionShape,
     CausalRows,
     PrefillKernel,
     compile_settings,
     find_attention_modules,
-    flash_can_attend,
 )
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask, create_block_mask
@@ -36,6 +34,7 @@ from flexmask.engine.compiled_view import (
     fused_backend,
 )
 from flexmask.engine.kv_cache import KVCache
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels, prefill_tile
 from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
 from flexmask.errors import AttentionError, LayoutError
@@ -46,15 +45,6 @@ from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
     from flexmask.strategy import MaskMod, ScoreMod
-
-BLOCK_SIZE = 128
-"""Tile side; prefill lengths are multiples of it."""
-
-SHORT_BLOCK_SIZE = 64
-"""Tile side of short prompts on a GPU, where more tiles are partial and small ones skip more."""
-
-SHORT_CAPACITY = (1 << 15) + BLOCK_SIZE
-"""Up to here the short tile wins with Triton's kernel (17% at 16k slots, H200)."""
 
 MIN_CAPACITY = 512
 
@@ -119,7 +109,8 @@ class ModelRunner:
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``.
             mask_cache: Where BlockMasks are kept.
-            prefill_kernel: What computes prompts on a GPU; None for Triton's.
+            prefill_kernel: What computes prompts on a GPU; None for FLASH where it can and is
+                faster, and Triton's elsewhere.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel cannot
@@ -132,7 +123,8 @@ class ModelRunner:
         self._mask_cache = mask_cache
         names = {module: name for name, module in model.named_modules()}
         shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
-        self.prefill_kernel = self._checked(prefill_kernel, shapes.values())
+        self._kernels = PrefillKernels(prefill_kernel, shapes.values(), self._dtype, self.device)
+        self.prefill_kernel: PrefillKernel | None = None
         self._prefill_model = compiled_view(model, list(shapes), dynamic=True)
         on_gpu = self.device.type == "cuda"
         backend = fused_backend if on_gpu else "inductor"
@@ -162,8 +154,9 @@ class ModelRunner:
         self._query_slots = torch.zeros_like(self._batch.position_ids)
         mark_static(self._query_slots)
         self.shared_prefix = None
-        is_short = self.prefill_kernel == "triton" and capacity <= SHORT_CAPACITY
-        self._tile = SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
+        self._set_score_mods(strategy)
+        self.prefill_kernel = self._kernels.choose(capacity, self._changes_scores)
+        self._tile = prefill_tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
         allowed = strategy_mask(strategy, self._batch)
         self._mask_mods: dict[str, MaskMod] = {
@@ -176,7 +169,6 @@ class ModelRunner:
             kind: mask_at_slots(mask_mod, self._query_slots)
             for kind, mask_mod in self._mask_mods.items()
         }
-        self._set_score_mods(strategy)
         self._decode_masks = {
             kind: DecodeRowMask(mask_mod, batch_size, capacity, self.device)
             for kind, mask_mod in self._mask_mods.items()
@@ -197,11 +189,6 @@ class ModelRunner:
         self._decode_part = place_part(part, self.slots[:, None])
         if not self._changes_scores:
             return
-        if self.prefill_kernel == "flash":
-            raise AttentionError(
-                f"strategy {strategy.name!r} changes scores, which prefill kernel 'flash' does "
-                "not compute; leave the kernel to be chosen"
-            )
         if self._query_part is not None and self._dtype == torch.float16:
             raise AttentionError(
                 f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
@@ -374,21 +361,6 @@ class ModelRunner:
         self.slots += 1
         logits: Tensor = output.logits[:, -1]
         return logits
-
-    def _checked(
-        self, kernel: PrefillKernel | None, shapes: Iterable[AttentionShape]
-    ) -> PrefillKernel | None:
-        if self.device.type != "cuda":
-            if kernel is not None:
-                raise AttentionError(f"prefill kernel {kernel!r} runs on a GPU only")
-            return None
-        can_flash = (flash_can_attend(s, self._dtype, self.device) for s in shapes)
-        if kernel == "flash" and not all(can_flash):
-            raise AttentionError(
-                "prefill kernel 'flash' needs flexmask[flash] installed, a Hopper GPU or later, "
-                "bfloat16 or float16, heads of 64 or 128, and no soft-capping"
-            )
-        return kernel or "triton"
 
     def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
         """Which kernel attends: the one for causal rows where they provably are."""

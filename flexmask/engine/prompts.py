@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
+from threading import current_thread
 
 from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
@@ -16,6 +17,9 @@ from flexmask.tokenization import RequestTokenizer
 
 OnRefused = Callable[[Request, RequestError], None]
 _Prompts = tuple[tuple[Layout, ...], tuple[str, ...]]
+
+
+THREAD_NAME = "flexmask-prompts"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class PromptPlanner:
             RequestError: If a request cannot be run and there is no ``on_refused``.
         """
         planned = self._planned(requests)
-        with ThreadPoolExecutor(1, "flexmask-prompts") as background:
+        background = ThreadPoolExecutor(1, THREAD_NAME)
+        try:
             number = 0
             window = background.submit(list, islice(planned, size))
             while outcomes := window.result():
@@ -86,6 +91,10 @@ class PromptPlanner:
                     jobs.append(Job(number, request, *prompts))
                     number += 1
                 yield jobs
+        finally:
+            # The garbage collector may close a forgotten run in the background thread itself.
+            is_background = current_thread().name.startswith(THREAD_NAME)
+            background.shutdown(wait=not is_background)
 
     def _planned(
         self, requests: Iterable[Request]
