@@ -106,8 +106,8 @@ def main() -> None:
         with ResultWriter.open(
             arguments.output, config=config, requests=requests, mode="overwrite"
         ) as writer:
-            for generation in run:
-                writer.write([generation])
+            for generations in run.batches():
+                writer.write(generations)
         total_s = time.perf_counter() - started
         stats = asdict(run.stats)
         model_s = stats["prefill_s"] + stats["decode_s"]

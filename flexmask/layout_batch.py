@@ -66,6 +66,7 @@ class LayoutBatch:
             raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
         segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
         position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
+        slots = torch.arange(capacity, dtype=torch.int32)
         for row, (layout, count, start) in enumerate(
             zip(layouts, num_tokens, starts, strict=True)
         ):
@@ -73,9 +74,9 @@ class LayoutBatch:
             if stop > capacity:
                 raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
             segment_ids[row, start : start + count] = layout.segment_tensor[:count]
+            torch.add(slots, layout.next_position - stop, out=position_ids[row])
+            position_ids[row, :start] = 0
             position_ids[row, start:stop] = layout.position_tensor
-            generated = torch.arange(capacity - stop, dtype=torch.int32)
-            position_ids[row, stop:] = layout.next_position + generated
         self.segment_ids.copy_(segment_ids)
         self.position_ids.copy_(position_ids)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -64,8 +65,8 @@ class RequestTokenizer:
         """
         request = self.in_chat(request)
         return TokenizedRequest.from_token_ids(
-            prefix=self._begin() + self._encode_shared(request.prefix),
-            segments=[self._encode(segment) for segment in request.segments],
+            prefix=self._begin + self._encode_shared(request.prefix),
+            segments=self._encode_all(request.segments),
             suffix=self._encode_shared(request.suffix),
         )
 
@@ -103,10 +104,14 @@ class RequestTokenizer:
         return [self.token_text(token_id) for token_id in self._encode(text)]
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        if not text:
-            return ()
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._encode_all([text])[0] if text else ()
 
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        # In one call, of which each has a cost of its own.
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)
+        return [tuple(token_ids) for token_ids in encoded["input_ids"]]
+
+    @cached_property
     def _begin(self) -> tuple[int, ...]:
         bos = self._tokenizer.bos_token_id
         # A chat template writes the token itself.

@@ -70,7 +70,7 @@ PrefillKernelName = Annotated[
     typer.Option(
         "--prefill-kernel",
         help="What computes prompts on a GPU: auto, triton or flash; flash needs "
-        "flexmask[flash]. auto is flash where it can and is faster.",
+        "flexmask[flash]. auto is triton.",
     ),
 ]
 

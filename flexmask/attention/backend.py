@@ -219,8 +219,9 @@ def _update_cache(
         key_cache[rows, :, slots] = key[:, :, 0]
         value_cache[rows, :, slots] = value[:, :, 0]
         return key_cache, value_cache
-    key_cache.transpose(1, 2)[rows[:, None], slots] = key.transpose(1, 2)
-    value_cache.transpose(1, 2)[rows[:, None], slots] = value.transpose(1, 2)
+    # Not through a transposed view of the cache, which inductor would copy there and back.
+    key_cache[rows[:, None], :, slots] = key.transpose(1, 2)
+    value_cache[rows[:, None], :, slots] = value.transpose(1, 2)
     length = mask.kv_indices.shape[-1] * mask.BLOCK_SIZE[1]
     count = key.shape[0]
     return key_cache[:count, :, :length], value_cache[:count, :, :length]

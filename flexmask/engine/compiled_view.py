@@ -13,24 +13,32 @@ from transformers import PreTrainedModel
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 
+# A kernel starts while the one before it ends.
+STEP_OPTIONS: dict[str, Any] = {"triton.enable_pdl": True}
+
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
 # there are. The first searches tile sizes, the second joins independent kernels in one launch.
-# With the third a kernel starts while the one before it ends.
-DECODE_OPTIONS: dict[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "combo_kernels": True,
-    "triton.enable_pdl": True,
-}
+LAYER_OPTIONS = STEP_OPTIONS | {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
 def fused_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A backend of torch.compile for decode layers: inductor, after joining what it would not."""
+    return _compile_fused(graph_module, inputs, LAYER_OPTIONS)
+
+
+def _beside_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    return _compile_fused(graph_module, inputs, STEP_OPTIONS)
+
+
+def _compile_fused(
+    graph_module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     fuse_projections(graph_module.graph)
     fuse_rotary(graph_module.graph)
     graph_module.recompile()
-    compiled = compile_fx(graph_module, list(inputs), config_patches=DECODE_OPTIONS)
+    compiled = compile_fx(graph_module, list(inputs), config_patches=options)
     return cast(Callable[..., Any], compiled)
 
 
@@ -77,7 +85,7 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    return torch.compile(call, dynamic=False, backend=fused_backend)
+    return torch.compile(call, dynamic=False, backend=_beside_backend)
 
 
 def layer_names(attention_names: Sequence[str]) -> set[str]:

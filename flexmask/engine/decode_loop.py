@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexmask.attention.backend import compile_settings
-from flexmask.engine.compiled_view import DECODE_OPTIONS
+from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
@@ -142,7 +142,7 @@ def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
 @cache
 def _compiled_end_of_step() -> Callable[..., None]:
     """What ends a greedy step, in a few kernels and not twelve."""
-    return torch.compile(_take_most_likely, fullgraph=True, dynamic=False, options=DECODE_OPTIONS)
+    return torch.compile(_take_most_likely, fullgraph=True, dynamic=False, options=STEP_OPTIONS)
 
 
 def _arrived(tokens: Tensor, event: torch.cuda.Event | None) -> list[int]:

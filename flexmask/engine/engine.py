@@ -50,7 +50,7 @@ class Engine:
             model: The model.
             tokenizer: Its tokenizer.
             prefill_kernel: What computes prompts on a GPU: ``triton`` or ``flash``, which needs
-                ``flexmask[flash]``; None for FLASH where it can and is faster.
+                ``flexmask[flash]``; None for Triton's.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel cannot

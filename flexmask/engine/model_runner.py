@@ -109,8 +109,7 @@ class ModelRunner:
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``.
             mask_cache: Where BlockMasks are kept.
-            prefill_kernel: What computes prompts on a GPU; None for FLASH where it can and is
-                faster, and Triton's elsewhere.
+            prefill_kernel: What computes prompts on a GPU; None for Triton's.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel cannot
@@ -155,7 +154,7 @@ class ModelRunner:
         mark_static(self._query_slots)
         self.shared_prefix = None
         self._set_score_mods(strategy)
-        self.prefill_kernel = self._kernels.choose(capacity, self._changes_scores)
+        self.prefill_kernel = self._kernels.choose(self._changes_scores)
         self._tile = prefill_tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
         allowed = strategy_mask(strategy, self._batch)

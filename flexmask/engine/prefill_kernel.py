@@ -19,9 +19,6 @@ SHORT_BLOCK_SIZE = 64
 SHORT_CAPACITY = (1 << 15) + BLOCK_SIZE
 """Up to here the short tile wins with Triton's kernel (17% at 16k slots, H200)."""
 
-FLASH_CAPACITY = (1 << 12) + BLOCK_SIZE
-"""Beyond this FLASH wins over Triton's kernel (24% at 16k slots; at 1k it is 10% slower; H200)."""
-
 
 class PrefillKernels:
     """What FlexAttention can compute the prompts of one model with."""
@@ -36,7 +33,7 @@ class PrefillKernels:
         """Find out what there is.
 
         Args:
-            asked: The kernel asked for; None to choose the faster one.
+            asked: The kernel asked for; None for Triton's.
             shapes: Those of the model's attention modules.
             dtype: The model's.
             device: The model's.
@@ -48,17 +45,14 @@ class PrefillKernels:
         self._is_cuda = device.type == "cuda"
         if asked is not None and not self._is_cuda:
             raise AttentionError(f"prefill kernel {asked!r} runs on a GPU only")
-        self._can_flash = self._is_cuda and all(
-            flash_can_attend(shape, dtype, device) for shape in shapes
-        )
-        if asked == "flash" and not self._can_flash:
+        if asked == "flash" and not all(flash_can_attend(s, dtype, device) for s in shapes):
             raise AttentionError(
                 "prefill kernel 'flash' needs flexmask[flash] installed, a Hopper GPU or later, "
                 "bfloat16 or float16, heads of 64 or 128, and no soft-capping"
             )
 
-    def choose(self, capacity: int, changes_scores: bool) -> PrefillKernel | None:
-        """Choose for rows of ``capacity`` slots; None on a CPU, which has one kernel.
+    def choose(self, changes_scores: bool) -> PrefillKernel | None:
+        """Choose for a strategy; None on a CPU, which has one kernel.
 
         Raises:
             AttentionError: If the kernel asked for does not compute what the strategy does.
@@ -68,10 +62,7 @@ class PrefillKernels:
                 "the strategy changes scores, which prefill kernel 'flash' does not compute; "
                 "leave the kernel to be chosen"
             )
-        if self._asked is not None or not self._is_cuda:
-            return self._asked
-        is_faster = capacity > FLASH_CAPACITY and not changes_scores
-        return "flash" if self._can_flash and is_faster else "triton"
+        return self._asked or ("triton" if self._is_cuda else None)
 
 
 def prefill_tile(kernel: PrefillKernel | None, capacity: int) -> int:

@@ -186,4 +186,4 @@ def key_tiles(programs: int, share: int) -> tuple[int, int, int]:
     """
     if programs > NUM_PROGRAMS:
         return 64, 2, 0
-    return (64, 2, 128) if share < 128 else (128, 3, 128)
+    return (64, 2, 128) if share < 256 else (128, 3, 128)
