@@ -44,10 +44,10 @@ def two_parts(
     return (first * documents + second * others).transpose(1, 2).contiguous(), None
 
 
-def tokens_in_two_parts(model, strategy, layout):
+def tokens_in_two_parts(model, strategy, layout, count=STEPS):
     """Greedy tokens and their logits, everything run anew for each."""
     chosen, logits = [], []
-    for _ in range(STEPS):
+    for _ in range(count):
         grown = layout.extended(len(chosen))
         grown = Layout((*layout.token_ids, *chosen), grown.segment_ids, grown.position_ids)
         with torch.no_grad():
@@ -95,7 +95,7 @@ def test_adaptive_parallel_encoding_equals_attention_in_two_parts(models, refere
         assert logits[row].argmax(-1).tolist() == tokens
         assert (logits[row] - want).abs().max() < 1e-4
         for other in (AdaptiveParallel(0.5, 1.0), AdaptiveParallel(1.0, 0.7)):
-            _, changed = tokens_in_two_parts(model, other, layout)
+            _, changed = tokens_in_two_parts(model, other, layout, 1)
             assert (changed[0] - want[0]).abs().max() > 1e-2  # both of them matter
     assert set(runner.decode_kernels.values()) == {"flex_attention"}
     assert not runner.share_prefix(layouts[0], 20)
