@@ -14,24 +14,54 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 def decode_table() -> str:
     """Decode speed, flexmask's and that of its peers."""
-    rows = []
-    for name in ("generation-h200", "generation-h200-untuned-and-peers"):
-        for result in _result(name)["results"]:
-            is_own = result["way"].startswith("flexmask")
-            if is_own == (name == "generation-h200"):
-                rows.append(
-                    [
-                        result["way"],
-                        str(result["batch_size"]),
-                        f"{result['context']:,}",
-                        f"{result['ms_per_step']:.2f}",
-                        f"{result['tokens_per_s']:,.0f}",
-                        f"{result['floor_share']:.0%}",
-                        f"{result['first_s']:.0f}",
-                    ]
-                )
+    rows = [
+        [
+            result["way"],
+            str(result["batch_size"]),
+            f"{result['context']:,}",
+            f"{result['ms_per_step']:.2f}",
+            f"{result['tokens_per_s']:,.0f}",
+            f"{result['floor_share']:.0%}",
+            f"{result['first_s']:.0f}",
+        ]
+        for result in _result("generation-h200")["results"]
+    ]
     head = ["way", "batch", "context", "ms a step", "tokens/s", "of the floor", "first token, s"]
     return _table(head, rows)
+
+
+def attention_table() -> str:
+    """Attention alone, a row for each way and a column for each case."""
+    results = _result("attention-h200")["results"]
+    cases = list(dict.fromkeys(result["case"] for result in results))
+    ways = list(dict.fromkeys(result["way"] for result in results))
+    ms = {(result["case"], result["way"]): f"{result['ms']:.3f}" for result in results}
+    rows = [[way, *(ms.get((case, way), "") for case in cases)] for way in ways]
+    return _table(["ms", *cases], rows)
+
+
+def first_token_table() -> str:
+    """A process until its first token."""
+    record = _result("first-token-h200")
+    names = {"cold": "empty compile caches", "again": "a second process"}
+    rows = [
+        [label, f"{record[name]['total_s']:.1f}", f"{record[name]['after_loading_s']:.1f}"]
+        for name, label in names.items()
+    ]
+    return _table(["", "seconds in all", "of them after loading the model"], rows)
+
+
+def block_mask_table() -> str:
+    """BlockMasks on a GPU, torch's builder and flexmask's."""
+    rows = []
+    for result in _result("block-mask-h200")["results"]:
+        case = result["case"]
+        timing = [result["status"], "", ""]
+        if result["median_ms"] is not None:
+            spread = f"{result['fastest_ms']:.3g} to {result['slowest_ms']:.3g}"
+            timing = [f"{result['median_ms']:.3g}", spread, f"{result['first_ms']:,.0f}"]
+        rows.append([f"{case['length']:,}", case["mask"], case["builder"], *timing])
+    return _table(["length", "mask", "builder", "ms", "from to", "first call, ms"], rows)
 
 
 def dataset_table() -> str:
@@ -58,7 +88,13 @@ def dataset_table() -> str:
     return _table(["", "first run of the process", "second"], rows)
 
 
-TABLES = {"decode": decode_table, "dataset": dataset_table}
+TABLES = {
+    "decode": decode_table,
+    "attention": attention_table,
+    "first token": first_token_table,
+    "block masks": block_mask_table,
+    "dataset": dataset_table,
+}
 
 
 def page(text: str) -> str:
