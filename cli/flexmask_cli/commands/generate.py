@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,6 @@ import typer
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
-from flexmask.errors import OptionError
 from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
@@ -30,16 +28,29 @@ from flexmask_cli.dataset_options import (
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
+    BadRows,
     BatchSize,
+    ChatTemplate,
     Device,
     Dtype,
     MaxNewTokens,
     Model,
+    OnBadRow,
+    Overwrite,
     Parameters,
     PrefillKernelName,
+    Quiet,
+    Resume,
+    Seed,
+    Stop,
     StrategyName,
+    Temperature,
+    TopK,
+    TopP,
     TrustRemoteCode,
+    Verbose,
     parse_batch_size,
+    parse_mode,
     parse_prefill_kernel,
 )
 from flexmask_cli.progress import track
@@ -48,20 +59,11 @@ from flexmask_cli.strategy_choice import choose_strategy
 if TYPE_CHECKING:
     from flexmask.dataset.requests import RequestSource
     from flexmask.dataset.results import ResultWriter
-    from flexmask.dataset.resume import OutputMode
     from flexmask.engine import Engine
     from flexmask.generation import Generation
     from flexmask.strategy import Strategy
 
 DEMO = "demo"
-
-
-class BadRows(StrEnum):
-    """What ``--on-error`` takes."""
-
-    STOP = "stop"
-    SKIP = "skip"
-
 
 Output = Annotated[
     Path | None,
@@ -72,38 +74,7 @@ Output = Annotated[
         "Default: outputs/<input>/<model>/<strategy>-<segments>.feather.",
     ),
 ]
-OnBadRow = Annotated[
-    BadRows,
-    typer.Option(
-        "--on-error",
-        help="What a row does that cannot be used: stop the run, or stand in the output with "
-        "its reason.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Temperature = Annotated[
-    float, typer.Option(help="0 takes the most likely token; more is more random.")
-]
-TopP = Annotated[float, typer.Option(help="Sample among tokens that reach this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="Text that ends a generation; \\n is a newline. Repeatable."),
-]
-ChatTemplate = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Use the model's chat template. Default: as the task says, else no.",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the prompts and end.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, and how.")]
 
 
 def generate(
@@ -141,7 +112,7 @@ def generate(
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
-    mode = _parse_mode(resume, overwrite)
+    mode = parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
         input=input,
@@ -251,12 +222,6 @@ def _print_prompts(
         in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
     for request in requests:
         render.print_prompt(request, in_chat)
-
-
-def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other")
-    return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 def _environment(**more: str) -> dict[str, str]:
