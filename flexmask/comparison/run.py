@@ -105,7 +105,7 @@ class CellRunner:
     """Runs cells.
 
     Attributes:
-        engine: Holds the model.
+        load_engine: Gives the engine; called when there is something to generate.
         folder: Where they are written.
         requests_of: The requests, by the number of segments that they are cut to.
         config_of: What the result file of a cell records.
@@ -115,7 +115,7 @@ class CellRunner:
         options: Those of `DatasetRun`.
     """
 
-    engine: Engine
+    load_engine: Callable[[], Engine]
     folder: ReportFolder
     requests_of: Mapping[int | None, Sequence[Request | BadRow]]
     config_of: Callable[[Cell], RunConfig]
@@ -148,7 +148,7 @@ class CellRunner:
     def _generate(self, cell: Cell, writer: ResultWriter, watch: Watch) -> None:
         way = cell.way
         run = DatasetRun(
-            self.engine,
+            self.load_engine(),
             way.contender.strategy,
             writer,
             fusion=way.fusion,
@@ -177,7 +177,7 @@ class CellRunner:
     def _time_again(self, cell: Cell, requests: Iterable[Request]) -> Measurement:
         """Time what compiled in its only batch, by running it once more; nothing is written."""
         options = {name: value for name, value in self.options.items() if name != "on_error"}
-        run = self.engine.generate(
+        run = self.load_engine().generate(
             requests,
             cell.way.contender.strategy,
             fusion=cell.way.fusion,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,6 +144,7 @@ def compare(
     rows, requests = dataset.open(loaded_task)
 
     # Only now torch and what needs it: mistakes in the options above show at once.
+    from flexmask.comparison.report import save_report
     from flexmask.comparison.run import CellRunner, ReportFolder, cut_to_counts
     from flexmask.comparison.sameness import Sameness
     from flexmask.comparison.table import tabulate
@@ -178,7 +180,7 @@ def compare(
     folder.check(cells, mode)
     with render.warnings_as_lines():
         runner = CellRunner(
-            engine=options.load_engine(is_verbose=verbose),
+            load_engine=cache(partial(options.load_engine, is_verbose=verbose)),
             folder=folder,
             requests_of=requests_of,
             config_of=lambda cell: options.config(cell.way, rows.name),
@@ -189,10 +191,12 @@ def compare(
         )
         errors = _run(runner, cells, is_quiet=quiet)
     results = tabulate(cells, folder, options.judge, errors)
+    save_report(results, folder, options.judge)
     if as_json:
         render.print_json([result.figures() for result in results])
     else:
         render.print_comparison(results)
+        render.print_line(f"\n{folder.page}")
     if errors:
         raise typer.Exit(1)
 
