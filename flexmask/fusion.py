@@ -87,6 +87,17 @@ class Fusion:
         """Whether the largest probabilities count."""
         return self.name in ("max", "weighted_max")
 
+    def check(self, request: Request) -> None:
+        """Find out whether a request has what it takes.
+
+        Raises:
+            RequestError: If its prompts are weighted by numbers that it does not have.
+        """
+        if self.weights == "column" and not request.weights:
+            raise RequestError(
+                f"fusion {self.name!r} by column needs weights, a number for each segment"
+            )
+
     def outputs(self, request: Request) -> list[Request]:
         """What generations a request gives: one for itself, or for prompts of it alone.
 
@@ -97,16 +108,7 @@ class Fusion:
         return request.alone() if self.name == "each" else request.alone()[:1]
 
     def prompts(self, output: Request) -> list[Request]:
-        """The prompts that one generation is made of, each a row.
-
-        Raises:
-            RequestError: If they are weighted by numbers that the request does not have.
-        """
-        if self.weights == "column" and not output.weights:
-            raise RequestError(
-                f"{output.label}: fusion {self.name!r} by column needs weights, a number for each "
-                "of its segments"
-            )
+        """The prompts that one generation is made of, each a row."""
         return output.alone() if self.is_of_logits or self.name == "vote" else [output]
 
     def weights_of(self, output: Request) -> tuple[float, ...]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from flexmask.errors import RequestError
 
+RequestKey = tuple[str, int | None]
+"""A uuid, and the number of the segment where that is run alone."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -61,6 +64,11 @@ class Request:
                 raise RequestError(f"weight {number} must be 0 or more and finite, got {weight}")
         if not any(self.weights):
             raise RequestError("one of the weights must be more than 0")
+
+    @property
+    def key(self) -> RequestKey:
+        """Identifies the request in a run, where each of its segments may be run alone."""
+        return self.uuid, self.segment
 
     @property
     def label(self) -> str:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flexmask.engine import Engine
 from flexmask.registry import load_registry
-from oracles import make_model
+from oracles import SHAPE, make_model
 from plugin_site import Site
 
 
@@ -58,3 +61,24 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     load_registry.cache_clear()
     for module in site.modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words t3, t4, … are tokens 3, 4, …"""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    vocabulary |= {f"t{i}": i for i in range(3, SHAPE["vocab_size"])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="t3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """An engine whose compiled steps all tests of a session share."""
+    return Engine(make_model("llama", "flexmask"), tokenizer)

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flexmask.attention.backend import register_attention
 from flexmask.layout import Layout, TokenizedRequest
+from flexmask.request import Request
 from flexmask.strategy import Strategy
 
 SHAPE = dict(
@@ -72,6 +73,19 @@ def random_request(seed: int, prefix: int, segments: Sequence[int], tail: int) -
         return tuple(torch.randint(3, SHAPE["vocab_size"], (count,), generator=generator).tolist())
 
     return TokenizedRequest(tokens(prefix), tuple(tokens(n) for n in segments), tokens(tail))
+
+
+def random_words(seed: int, count: int) -> str:
+    """Random words of the tests' tokenizer, in which tokens 3, 4, … are ``t3 t4 …``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, SHAPE["vocab_size"], (count,), generator=generator).tolist()
+    return " ".join(f"t{i}" for i in ids)
+
+
+def random_text_request(seed: int, num_segments: int = 3, length: int = 12) -> Request:
+    """Random words, in segments of ``length`` and more."""
+    segments = tuple(random_words(100 * seed + i, length + i) for i in range(num_segments))
+    return Request(segments, prefix=random_words(seed, 8), suffix="t9 t10", uuid=f"row{seed}")
 
 
 def dense_mask(strategy: Strategy, layout: Layout) -> Tensor:

@@ -88,19 +88,25 @@ def test_each_cell_has_a_result_file_as_generate_writes_it_and_its_times(finishe
         assert cell["measured"]["rows"] == 6
         assert 0 < cell["measured"]["timed_rows"] < 6
         assert cell["peak_bytes"] is None
-    assert cells[3]["prompt_tokens_per_row"] > cells[1]["prompt_tokens_per_row"]
+    assert cells[3]["prompt_tokens"] > cells[1]["prompt_tokens"]
 
 
-def test_generate_gives_the_same_rows(finished, tmp_path):
+def test_generate_takes_the_result_files_for_its_own(finished, monkeypatch, capsys):
     _, folder, _ = finished
-    options = ["--strategy", "ensemble_isolation", "--param", "positions=sequential"]
-    command = [*COMMAND[:3], "generate", "--device", "cpu", *SMALL, *options]
-    command += ["--num-segments", "2", "--output", str(tmp_path / "alone.feather")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    alone = pyarrow.feather.read_table(tmp_path / "alone.feather")
-    name = "ensemble_isolation_positions_sequential-2.feather"
-    assert pyarrow.feather.read_table(folder / name).equals(alone)
+    ways = {
+        "ensemble_isolation_positions_sequential-2": ["-p", "positions=sequential"],
+        "mean-2": ["--fusion", "mean"],
+    }
+    for stem, options in ways.items():
+        path = folder / f"{stem}.feather"
+        before = path.read_bytes()
+        command = ["generate", *SMALL, "--num-segments", "2", *options, "--output", str(path)]
+        monkeypatch.setattr(sys, "argv", ["flexmask", *command, "--resume"])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code in (0, None)
+        assert f"6 rows in {path}" in capsys.readouterr().out
+        assert path.read_bytes() == before
 
 
 def test_a_finished_comparison_resumes_without_a_model_and_keeps_its_times(finished):

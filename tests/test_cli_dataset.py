@@ -85,6 +85,34 @@ def test_a_dry_run_prints_the_exact_prompts(flexmask, tmp_path):
     assert printed == MARKED.format(path=path)
 
 
+ALONE = """\
+== a, segment 1, weight 2 ({path}:1)
+<prefix></prefix>
+<segment 1>Who?</segment 1>
+<suffix> A:</suffix>
+
+== a, segment 2, weight 0.5 ({path}:1)
+<prefix></prefix>
+<segment 2>Whoever?</segment 2>
+<suffix> A:</suffix>
+
+"""
+
+
+def test_a_dry_run_prints_every_prompt_that_runs_alone(flexmask, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"uuid": "a", "segments": ["Who?", "Whoever?"], "suffix": " A:", "w": [2, 0.5]}
+    path.write_text(json.dumps(row) + "\n")
+    options = ["generate", "--input", path, "--dry-run", "--fusion"]
+    by_column = ["weighted_max", "--fusion-weights", "column", "--column", "weights=w"]
+    printed = ALONE.format(path=path)
+    assert flexmask(*options, *by_column) == printed
+    plain = printed.replace(", weight 2 ", " ").replace(", weight 0.5 ", " ")
+    for name in ("mean", "each", "vote"):
+        assert flexmask(*options, name) == plain
+    assert flexmask(*options, "none") == plain.partition("== a, segment 2")[0]
+
+
 def test_a_dry_run_loads_neither_torch_nor_the_model(tmp_path):
     program = (
         "import sys; from flexmask_cli.app import build_app\n"

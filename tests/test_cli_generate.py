@@ -1,6 +1,7 @@
 """``flexmask generate`` as a user runs it, on the bundled model."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,22 @@ def test_resuming_adds_the_rows_that_are_missing(small, error_of):
     assert "pass --resume" in error_of(*small)
 
 
+def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(small, tmp_path, error_of):
+    options = [*small[:-2], "--fusion", "each", "--num-segments", 2, "--stop", "\\n", "-v"]
+    result = run(*options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "fusion: each, every prompt alone" in result.stderr
+    assert "fusion: each\nrows: 6 generated" in result.stdout
+    assert re.search("accuracy: .* of 6 exact, each question counted once", result.stdout)
+    path = tmp_path / "outputs/demo/demo/ensemble_isolation-each-2.feather"
+    rows = pyarrow.feather.read_table(path)
+    assert rows["segment"].to_pylist() == [1, 2] * 3
+    assert len(set(rows["uuid"].to_pylist())) == 3
+    assert read_run_config(path).run["fusion"] == {"name": "each", "weights": None}
+    other = ["--output", path, "--resume", "--fusion", "none", *options[-3:]]
+    assert "fusion.name: 'each' → 'none'" in error_of(*small[:-2], "--num-segments", 2, *other)
+
+
 def test_a_segment_without_shared_ending_warns_in_one_line(small, tmp_path):
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"segments": ["Q: one two", "Q: three four?"]}] * 1
@@ -155,6 +172,15 @@ def test_unreadable_json_is_named_by_line(small, tmp_path, error_of):
         (["--max-new-tokens", "5000"], "questions.jsonl:1: needs positions up to"),
         (["--num-segments", "9"], "questions.jsonl:1: 9 segments asked for, got 5"),
         (["--chat-template"], "this tokenizer has no chat template"),
+        (["--fusion", "avg"], "fusion must be one of attention, none, each, mean, max, weighted_"),
+        (["--fusion", "weighted_max"], "fusion 'weighted_max' needs weights: column (one number"),
+        (["--fusion-weights", "column"], "fusion 'attention' takes no weights; weighted_mean and"),
+        (["--column", "weights=w"], "--column weights=… is read with --fusion-weights column"),
+        (["--fusion", "mean"], "questions.jsonl:1: its 5 prompts run together, which takes a ba"),
+        (
+            ["--fusion", "weighted_mean", "--fusion-weights", "column"],
+            "questions.jsonl:1: fusion 'weighted_mean' by column needs weights, a number for each",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(small, arguments, message, error_of):

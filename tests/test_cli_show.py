@@ -133,6 +133,18 @@ def test_a_result_that_does_not_record_its_run_is_refused(show, tmp_path):
     assert "its run does not record parameters, model, chat_template" in show(path)
 
 
+def test_a_result_of_prompts_that_ran_apart_has_no_mask_to_show(show, tmp_path):
+    request = Request(("Q: one?", "Q: two?"), "", "\nA:", uuid="a")
+    run = {"strategy": "causal", "parameters": {}, "model": "demo", "chat_template": False}
+    for name, asked in (("vote", request), ("each", request.alone()[1])):
+        path, config = tmp_path / f"{name}.feather", RunConfig(run | {"fusion": {"name": name}})
+        with ResultWriter.open(path, config=config, requests=[asked]) as writer:
+            writer.write([Generation(asked, " x", (7,), "stop", 20)])
+    assert "its prompts ran apart (fusion 'vote')" in show(tmp_path / "vote.feather")
+    alone = show(tmp_path / "each.feather")
+    assert "\nS1" in alone and "\nS2" not in alone
+
+
 def test_a_correct_answer_is_marked_as_right(show, results, tmp_path):
     request = Request(("Q: one?",), "", "\nA:", ("London", "Paris"), uuid="a")
     config = RunConfig(

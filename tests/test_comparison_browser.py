@@ -114,10 +114,10 @@ def test_the_plot_has_a_point_with_error_bars_for_each_cell_and_changes_its_cost
     assert page.locator("#plot .point").count() == 3
     titles = page.locator("#plot .point title").all_text_contents()
     assert titles[0].startswith("causal (1): 40.0% (")
-    assert titles[0].endswith(", 20 milliseconds per row")
-    page.locator("#cost").select_option("prompt tokens computed per row")
+    assert titles[0].endswith(", 20 milliseconds per question")
+    page.locator("#cost").select_option("prompt tokens computed per question")
     titles = page.locator("#plot .point title").all_text_contents()
-    assert titles[2].endswith(", 15 prompt tokens computed per row")
+    assert titles[2].endswith(", 15 prompt tokens computed per question")
     low, high = (float(page.locator("#plot .bar").first.get_attribute(y)) for y in ("y1", "y2"))
     mark = page.locator("#plot .point path").first.get_attribute("transform")
     assert high < float(mark.rstrip(")").split()[1]) < low

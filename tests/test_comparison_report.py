@@ -31,7 +31,7 @@ def test_each_cell_is_compared_with_the_first_as_flexmask_eval_does(tmp_path):
     assert results[1].score == files[1].estimates["exact"]
     figures = results[1].figures()
     assert (figures["better_than_first"], figures["first_better"]) == (15, 1)
-    assert (figures["ms_per_row"], figures["prompt_tokens_per_row"]) == (100.0, 20.0)
+    assert (figures["ms_per_question"], figures["prompt_tokens"]) == (100.0, 20.0)
     assert results[2].figures()["error"] == "it <b>broke</b>"
     assert results[2].score is results[2].measurement is None
     record = json.loads((tmp_path / "report.json").read_text())
@@ -43,7 +43,7 @@ def test_without_accepted_answers_cells_are_compared_by_cost_alone(tmp_path):
     first, failed = made_up_cell("causal", 2), made_up_cell("max", 2)
     (result, _) = write_comparison(tmp_path, {first: ["a", "b", "c"]}, requests, failed)
     assert result.score is None
-    assert result.figures()["ms_per_row"] is not None
+    assert result.figures()["ms_per_question"] is not None
     data = data_of((tmp_path / "report.html").read_text())
     assert not data["isJudged"]
     assert [data["texts"][number] for number in data["cells"][0]["answers"]] == ["a", "b", "c"]

@@ -3,10 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from flexmask.engine import Engine
 from flexmask.engine.sampling import Sampler, Sampling
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
@@ -15,38 +12,8 @@ from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import SHAPE, make_model
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """Words t3, t4, … are tokens 3, 4, …"""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    vocabulary |= {f"t{i}": i for i in range(3, SHAPE["vocab_size"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-
-
-@pytest.fixture(scope="session")
-def engine(tokenizer):
-    return Engine(make_model("llama", "flexmask"), tokenizer)
-
-
-def words(seed, count):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, SHAPE["vocab_size"], (count,), generator=generator).tolist()
-    return " ".join(f"t{i}" for i in ids)
-
-
-def request(seed, num_segments=3, length=12):
-    segments = tuple(words(100 * seed + i, length + i) for i in range(num_segments))
-    return Request(segments, prefix=words(seed, 8), suffix="t9 t10", uuid=f"row{seed}")
-
+from oracles import random_text_request as request
+from oracles import random_words as words
 
 REQUESTS = [request(seed, 1 + seed % 4, 5 + 3 * seed) for seed in range(7)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,28 @@ def test_a_pair_is_a_question_wherever_it_stands(tmp_path: Path) -> None:
     (comparison,) = compare([first, second])
     assert (comparison.first_better, comparison.second_better) == (1, 0)
     assert second.estimates["exact"].mean == 0
+
+
+def test_rows_of_single_prompts_are_averaged_for_each_question(tmp_path: Path) -> None:
+    whole = Request(uuid="a", segments=("1", "2", "3"), answers=("x",))
+    requests = [*whole.alone(), *replace(whole, uuid="b", segments=("1",)).alone()]
+    with ResultWriter.open(
+        tmp_path / "each.feather", config=RunConfig({}), requests=requests
+    ) as writer:
+        for request, text in zip(requests, "xoxo", strict=True):
+            writer.write([Generation(request, text, (1,), "eos", 1)])
+    each = evaluate(tmp_path / "each.feather", ["exact"])
+    assert (each.rows, each.answers) == (4, {"a": ("x",), "b": ("x",)})
+    assert each.scores["exact"] == [2 / 3, 0.0]
+    assert each.estimates["exact"].mean == 1 / 3
+    both = [whole, replace(whole, uuid="b")]
+    with ResultWriter.open(
+        tmp_path / "one.feather", config=RunConfig({}), requests=both
+    ) as writer:
+        writer.write([Generation(request, "x", (1,), "eos", 1) for request in both])
+    (comparison,) = compare([each, evaluate(tmp_path / "one.feather", ["exact"])])
+    assert comparison.difference.mean == pytest.approx(2 / 3)
+    assert (comparison.first_better, comparison.second_better) == (0, 2)
 
 
 def test_files_of_other_questions_are_not_compared(tmp_path: Path) -> None:

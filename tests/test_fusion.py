@@ -43,9 +43,11 @@ def test_weights_are_those_of_the_column_or_equal():
     assert fusion("mean").weights_of(REQUEST) == (1.0, 1.0, 1.0)
 
 
-def test_missing_weights_name_the_request():
-    with pytest.raises(RequestError, match="request 'b': fusion 'weighted_max' by column needs"):
-        fusion("weighted_max").prompts(Request(("one",), uuid="b"))
+def test_missing_weights_are_refused():
+    with pytest.raises(RequestError, match="fusion 'weighted_max' by column needs weights"):
+        fusion("weighted_max").check(Request(("one",)))
+    fusion("weighted_max").check(REQUEST)
+    fusion("weighted_max", "confidence").check(Request(("one",)))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from flexmask.dataset.inputs import open_input
 from flexmask.dataset.requests import BadRow, PlainRequests, RequestSource, read_requests
 from flexmask.dataset.rows import Row
 from flexmask.errors import OptionError, RequestError
+from flexmask.fusion import Fusion
 from flexmask.request import Request
 
 ROWS: list[dict[str, Any]] = [
@@ -242,6 +243,67 @@ def test_columns_are_read_from_others() -> None:
         make(Row("r:1", 1, {"q0": "x", "q1": "y", "q2": "z"}))
     with pytest.raises(OptionError, match="no column 'question' to be read from another"):
         PlainRequests({"question": ("q0",)})
+
+
+BY_COLUMN = Fusion("weighted_mean", "column")
+
+
+@pytest.mark.parametrize("value", [[0.5, 2], ["0.5", "2"], "[0.5, 2]", (0.5, 2.0)])
+def test_weights_are_numbers_or_text_of_numbers(value: Any) -> None:
+    values = {"segments": ["x", "y"], "weights": value}
+    assert PlainRequests(reads_weights=True)(Row("r:1", 1, values)).weights == (0.5, 2.0)
+    assert PlainRequests()(Row("r:1", 1, values)).weights == ()
+
+
+def test_weights_are_read_from_a_column_for_each_segment() -> None:
+    make = PlainRequests({"weights": ("w0", "w1")}, reads_weights=True)
+    row = Row("r:1", 1, {"segments": ["x", "y"], "w0": "1", "w1": "0"})
+    assert make(row).weights == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("null", "fusion 'weighted_mean' by column needs weights, a number for each segment"),
+        ("[]", "fusion 'weighted_mean' by column needs weights, a number for each segment"),
+        ("[1]", "weights must be a number for each of the 2 segments, got 1"),
+        ("1", "weights must be a number for each of the 2 segments, got 1"),
+        ("[1, -0.5]", "weight 2 must be 0 or more and finite, got -0.5"),
+        ("[NaN, 1]", "weight 1 must be 0 or more and finite, got nan"),
+        ("[0, 0]", "one of the weights must be more than 0"),
+        ('["1", "much"]', "weights must be a list of numbers, got ['1', 'much']"),
+        ("[true, 1]", "weights must be a list of numbers, got [True, 1]"),
+        ("{}", "weights must be a list of numbers, got {}"),
+        ('"1 2"', "weights must be a list of numbers, got '1 2'"),
+    ],
+)
+def test_weights_that_are_none_are_named(tmp_path: Path, weights: str, message: str) -> None:
+    line = f'{{"segments": ["x", "y"], "weights": {weights}}}'
+    make = PlainRequests(reads_weights=True)
+    source = source_of(tmp_path / "rows.jsonl", line, make=make, fusion=BY_COLUMN)
+    with pytest.raises(RequestError) as raised:
+        list(source)
+    assert str(raised.value) == f"{tmp_path / 'rows.jsonl'}:1: {message}"
+
+
+def test_segments_left_out_leave_out_their_weights(tmp_path: Path) -> None:
+    line = '{"segments": ["x", "y", "z"], "weights": [3, 2, 1]}'
+    make = PlainRequests(reads_weights=True)
+    options = {"make": make, "fusion": BY_COLUMN, "num_segments": 2}
+    (request,) = source_of(tmp_path / "rows.jsonl", line, **options)
+    assert isinstance(request, Request)
+    assert (request.segments, request.weights) == (("x", "y"), (3.0, 2.0))
+
+
+def test_a_row_gives_a_request_for_each_segment_where_each_runs_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = list(source_of(path, *LINES, LINES[4], on_error="skip", fusion=Fusion("each")))
+    assert [row.key for row in rows] == [
+        *(("a", 1), (f"{path}:2", None), (f"{path}:3", None), ("d", None)),
+        *(("e", 1), ("e", 2), (f"{path}:6", None)),
+    ]
+    first = source_of(path, *LINES, on_error="skip", fusion=Fusion("none"))
+    assert [row.key for row in first if isinstance(row, Request)] == [("a", 1), ("e", 1)]
 
 
 @pytest.mark.parametrize("name", ["million.parquet", "million.jsonl"])

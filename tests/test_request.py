@@ -53,6 +53,14 @@ def test_a_line_becomes_a_request(path: Path) -> None:
     assert request.label == f"{path}:1"
 
 
+def test_a_segment_alone_keeps_all_but_the_others() -> None:
+    request = Request(("x", "y"), "P", "S", ("z",), "a", weights=(1.0, 2.0), source="f:3")
+    first, second = request.alone()
+    assert second == Request(("y",), "P", "S", ("z",), "a", segment=2)
+    assert (first.key, request.key) == (("a", 1), ("a", None))
+    assert second.label == "f:3, segment 2"
+
+
 def test_all_but_the_segments_may_be_absent_or_null(path: Path) -> None:
     absent = {"segments": ["x"]}
     null = {**absent, "uuid": None, "prefix": None, "suffix": None, "answers": None}

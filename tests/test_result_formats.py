@@ -152,6 +152,8 @@ def test_a_json_line_is_a_row(tmp_path: Path) -> None:
         "generation": " 0\nmore",
         "prefix": "Réponds.\n\n",
         "suffix": "",
+        "segment": None,
+        "weights": None,
         "prompt_tokens": 9,
         "generated_tokens": 2,
         "finish_reason": "length",

@@ -120,6 +120,8 @@ def test_a_result_file_holds_what_was_asked_and_generated(output: Path) -> None:
         "generation": " The 0.\nQ: next",
         "prefix": "Réponds.\n\n",
         "suffix": " →",
+        "segment": None,
+        "weights": None,
         "prompt_tokens": 41,
         "generated_tokens": 2,
         "finish_reason": "stop",
@@ -432,18 +434,50 @@ def test_resuming_elsewhere_is_allowed_and_recorded(output: Path) -> None:
     assert config.earlier_environments == [on_gpu.environment]
 
 
+def test_weights_are_kept_exactly(output: Path) -> None:
+    requests = [replace(request, weights=(0.1, 1 / 3)) for request in make_requests(2)]
+    run(output, requests)
+    before = output.stat()
+    run(output, requests, mode="resume")
+    assert output.stat() == before
+    assert pyarrow.feather.read_table(output)["weights"].to_pylist() == [[0.1, 1 / 3]] * 2
+
+
+def test_segments_run_alone_have_a_row_each_and_are_resumed_one_by_one(
+    output: Path, tmp_path: Path
+) -> None:
+    requests = [alone for request in make_requests(3) for alone in request.alone()]
+    expected = expected_table(requests, tmp_path)
+    assert expected["uuid"].to_pylist() == ["q0", "q0", "q1", "q1", "q2", "q2"]
+    assert expected["segment"].to_pylist() == [1, 2] * 3
+    assert expected["paraphrases"].to_pylist()[1] == ["Q: what is 0?\nA:"]
+    with pytest.raises(KeyboardInterrupt):
+        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
+            writer.write([answer(requests[3]), answer(requests[0]), answer(requests[5])])
+            raise KeyboardInterrupt
+    summary = run(output, requests, mode="resume")
+    assert (summary.rows, summary.resumed) == (6, 3)
+    assert pyarrow.feather.read_table(output).equals(expected)
+    with pytest.raises(OutputError, match=r"no request for \(uuid 'q1' segment 2\)"):
+        run(output, [*requests[:3], *requests[4:]], mode="resume")
+
+
 def test_resuming_without_a_request_that_has_a_row_is_refused(output: Path) -> None:
     run(output, make_requests(6))
     with pytest.raises(OutputError, match=r"no request for \(uuid 'q1', 'q2', 'q3' and 2 more\)"):
         run(output, make_requests(1), mode="resume")
 
 
-@pytest.mark.parametrize("part", [{"prefix": "x"}, {"segments": ("x",)}, {"suffix": "x"}])
+@pytest.mark.parametrize(
+    "part",
+    [{"prefix": "x"}, {"segments": ("x",)}, {"suffix": "x"}, {"weights": (0.5, 1.0)}],
+    ids=lambda part: next(iter(part)),
+)
 def test_resuming_with_a_changed_request_is_refused(output: Path, part: dict[str, Any]) -> None:
     requests = make_requests(3)
     run(output, requests)
     changed = [requests[0], replace(requests[1], **part), requests[2]]
-    with pytest.raises(OutputError, match=r"another prefix, suffix or segments .*\(uuid 'q1'\)"):
+    with pytest.raises(OutputError, match=r"another prefix, suffix, segments or .*\(uuid 'q1'\)"):
         run(output, changed, mode="resume")
 
 
@@ -774,10 +808,12 @@ def test_a_missing_file_cannot_be_read(output: Path) -> None:
         (("squad-1.1", "m", "my strategy/é", 1), "outputs/squad-1.1/m/my_strategy_é-1.feather"),
         (("..", "/", "..", None), "outputs/_/_/_-all.feather"),
         (("a b:c", "..", "x", 2), "outputs/a_b_c/_/x-2.feather"),
+        (("q", "m", "causal", 3, "attention"), "outputs/q/m/causal-3.feather"),
+        (("q", "m", "causal", 3, "mean"), "outputs/q/m/causal-mean-3.feather"),
     ],
 )
 def test_default_paths_are_safe(
-    arguments: tuple[str, str, str, int | None], expected: str
+    arguments: tuple[str, str, str, int | None, str], expected: str
 ) -> None:
     assert str(default_output_path(*arguments)) == expected
 

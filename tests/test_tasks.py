@@ -264,3 +264,20 @@ def test_an_unknown_task_lists_those_there_are() -> None:
 def test_the_answer_section_makes_the_judge(task_of: Callable[[str], Task]) -> None:
     task = task_of(MINIMAL + "[answer]\ncut = 'all'\njudge = 'lemma'\nlanguage = 'de'")
     assert task.judge == Judge("all", "lemma", "de")
+
+
+def test_weights_go_with_the_paraphrases_that_are_selected(task_of: Callable[[str], Task]) -> None:
+    text = MINIMAL.replace('q = "q"', 'a = "a"\nb = ["b", "c"]')
+    values = {"a": ["0", "1"], "b": "2", "c": ["3", "4"], "w": [0, 1, 2, 3, 4]}
+    for select in ("all", "indices 4 1", "sample 1 a + 2 b"):
+        selected = f'[columns]\nweights = "w"\n[paraphrases]\nselect = "{select}"\n{text}'
+        request = request_of(task_of(selected), values, reads_weights=True)
+        assert request.segments == tuple(str(int(weight)) for weight in request.weights)
+        plain = request_of(task_of(selected), values)
+        assert (plain.segments, plain.weights) == (request.segments, ())
+
+
+def test_as_many_weights_as_paraphrases_are_needed(task_of: Callable[[str], Task]) -> None:
+    task = task_of(MINIMAL.replace("[prompt]", '[paraphrases]\nselect = "first 1"\n[prompt]'))
+    with pytest.raises(RequestError, match="a number for each of its 2 paraphrases, got 1"):
+        request_of(task, {"q": ["x", "y"], "weights": [1]}, reads_weights=True)

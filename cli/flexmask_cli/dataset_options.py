@@ -12,6 +12,7 @@ import typer
 from flexmask.dataset.paraphrases import SYNTAX, Selection
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
+from flexmask.fusion import Fusion
 from flexmask_cli.options import split_pairs
 
 if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
@@ -34,7 +35,7 @@ InputSource = Annotated[
         "-i",
         help="JSON Lines, CSV, Parquet, Feather or Arrow; a folder saved by datasets, or a hub "
         "id, either with :split; - for JSON Lines on standard input. Without a task it has "
-        "segments and, as wanted, uuid, prefix, suffix, answers. "
+        "segments and, as wanted, uuid, prefix, suffix, answers, weights. "
         "Default: the task's sample, else the bundled questions.",
     ),
 ]
@@ -75,6 +76,7 @@ class DatasetOptions:
     limit: int | None
     num_segments: int | None
     on_error: OnError
+    fusion: Fusion = Fusion()
 
     def load_task(self) -> Task | None:
         """The task, with what other options change in it.
@@ -111,15 +113,20 @@ class DatasetOptions:
 
         rows = self._rows(task)
         prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
+        by_column = self.fusion.weights == "column"
         make = (
-            PlainRequests(self._column_map(), prefix)
+            PlainRequests(self._column_map(), prefix, by_column)
             if task is None
-            else TaskPrompts(task, rows, prefix=prefix)
+            else TaskPrompts(task, rows, prefix=prefix, reads_weights=by_column)
         )
-        return rows, RequestSource(rows, make, self.limit, self.num_segments, self.on_error)
+        return rows, RequestSource(
+            rows, make, self.limit, self.num_segments, self.on_error, self.fusion
+        )
 
     def _column_map(self) -> dict[str, tuple[str, ...]]:
         pairs = split_pairs(self.columns, "--column", "NAME=COLUMN")
+        if "weights" in pairs and self.fusion.weights != "column":
+            raise OptionError("--column weights=… is read with --fusion-weights column only")
         return {name: tuple(columns.split(",")) for name, columns in pairs.items()}
 
     def _change_examples(self, examples: Examples) -> Examples:

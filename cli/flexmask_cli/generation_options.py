@@ -14,10 +14,12 @@ from flexmask_cli.loading import load_engine
 from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
 
 if TYPE_CHECKING:
-    from flexmask.comparison.cell import Way
     from flexmask.dataset.judge import Judge
     from flexmask.dataset.task import Task
     from flexmask.engine import Engine
+    from flexmask.fusion import Fusion
+    from flexmask.strategy import Strategy
+    from flexmask.tokenization import RequestTokenizer
 
 DEMO = "demo"
 
@@ -55,11 +57,6 @@ class GenerationOptions:
             return self.task is not None and self.task.chat_template
         return self.chat_template
 
-    @property
-    def model_path(self) -> str:
-        """Hub id or folder."""
-        return self.model or str(model_path())
-
     def check(self) -> None:
         """Raise now what would be raised once the model is loaded.
 
@@ -77,23 +74,25 @@ class GenerationOptions:
         """Those that `Engine.generate` takes."""
         return self._that_change_rows() | {"batch_size": parse_batch_size(self.batch_size)}
 
-    def config(self, way: Way, input: str) -> RunConfig:
+    def config(self, reference: str, strategy: Strategy, fusion: Fusion, input: str) -> RunConfig:
         """What a result file records of a run.
 
         Args:
-            way: Strategy and fusion.
+            reference: The strategy as it was asked for.
+            strategy: The same.
+            fusion: What the segments of a request have to do with each other.
             input: Name of the input.
         """
         options = self._that_change_rows()
         return RunConfig(
             run={
-                "strategy": recorded_name(way.contender.reference),
-                "parameters": way.contender.strategy.parameter_values(),
-                "fusion": str(way.fusion),
+                "strategy": recorded_name(reference),
+                "parameters": strategy.parameter_values(),
                 "model": self.model or DEMO,
                 "dtype": self.dtype,
                 "task": self.task and self.task.record(),
                 "judge": asdict(self.judge),
+                "fusion": asdict(fusion),
                 **options,
                 "sampling": asdict(options["sampling"]),
             },
@@ -106,6 +105,14 @@ class GenerationOptions:
 
         versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
         return {**versions, "device": str(resolve_device(self.device))}
+
+    def load_tokenizer(self) -> RequestTokenizer:
+        """Load the model's tokenizer, and not the model."""
+        from flexmask.tokenization import RequestTokenizer, load_tokenizer
+
+        path = self.model or str(model_path())
+        tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        return RequestTokenizer(tokenizer, chat_template=self.uses_chat_template)
 
     def load_engine(self, *, is_verbose: bool) -> Engine:
         """Load the model."""

@@ -27,11 +27,30 @@ Parameters = Annotated[
     typer.Option("--param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy."),
 ]
 
+FusionName = Annotated[
+    str,
+    typer.Option(
+        "--fusion",
+        help="attention: all segments in one prompt, under the strategy's mask. Else each segment "
+        "is a prompt of its own: none (the first alone), each, mean, max, weighted_mean, "
+        "weighted_max (of their logits or probabilities) or vote (on their answers).",
+    ),
+]
+FusionWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--fusion-weights",
+        metavar="column|confidence",
+        help="Weights of weighted_mean and weighted_max: the input's column 'weights', or how "
+        "sure the model is of each prompt's next token.",
+    ),
+]
+
 Model = Annotated[
     str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
-BatchSize = Annotated[str, typer.Option(help="Requests that run together: a number or auto.")]
+BatchSize = Annotated[str, typer.Option(help="Prompts that run together: a number or auto.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str,

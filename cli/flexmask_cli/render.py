@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmask.errors import FlexMaskWarning
+from flexmask.fusion import FUSIONS
 
 if TYPE_CHECKING:
     from flexmask.comparison.table import CellResult
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flexmask.dataset.results import ResultSummary
     from flexmask.doctor import Check
     from flexmask.engine import Engine, RunStats
+    from flexmask.fusion import Fusion
     from flexmask.generation import Generation
     from flexmask.pictures.mask_picture import Picture
     from flexmask.pictures.subject import Subject
@@ -160,7 +162,7 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
             console.print(block_picture(picture, columns, lines, is_coloured=is_coloured))
 
 
-def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
+def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, stats: RunStats) -> None:
     """Say on stderr what is about to run, and how."""
     model, kinds = engine.model, engine.runner.layer_windows
     layers = ", ".join(
@@ -168,9 +170,10 @@ def print_notes(engine: Engine, strategy: Strategy, stats: RunStats) -> None:
     )
     for line in (
         f"strategy: {strategy}",
+        f"fusion: {fusion}, {FUSIONS[fusion.name]}",
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
-        f"batches: {stats.batch_size} rows of up to {stats.capacity} slots",
+        f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
     ):
         print(line, file=sys.stderr)
 
@@ -202,18 +205,22 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
 
 
 def print_prompt(
-    request: Request | BadRow, in_chat: Callable[[Request], Request] | None = None
+    request: Request | BadRow,
+    in_chat: Callable[[Request], Request] | None = None,
+    weight: float | None = None,
 ) -> None:
-    """Print the texts of a request as they are, each between tags."""
+    """Print the texts of a prompt as they are, each between tags."""
     from flexmask.dataset.requests import BadRow
 
     if isinstance(request, BadRow):
         print(f"== {request.uuid}\nfailed: {request.error}\n", flush=True)
         return
-    print(f"== {request.uuid} ({request.source})")
+    alone = "" if request.segment is None else f", segment {request.segment}"
+    weighted = "" if weight is None else f", weight {weight:g}"
+    print(f"== {request.uuid}{alone}{weighted} ({request.source})")
     written = in_chat(request) if in_chat else request
     parts = [("prefix", written.prefix), ("suffix", written.suffix)]
-    segments = enumerate(written.segments, start=1)
+    segments = enumerate(written.segments, start=request.segment or 1)
     parts[1:1] = [(f"segment {number}", text) for number, text in segments]
     for name, text in parts:
         print(f"<{name}>{text}</{name}>")
@@ -222,9 +229,10 @@ def print_prompt(
     print(flush=True)
 
 
-def print_stats(stats: RunStats) -> None:
+def print_stats(stats: RunStats, fusion: Fusion) -> None:
     """Print what the run did and how fast."""
     lines = [
+        f"fusion: {fusion}",
         f"rows: {stats.rows} generated",
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
         f"({stats.computed_tokens} computed, the others copied), "
@@ -244,16 +252,18 @@ def print_stats(stats: RunStats) -> None:
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
     """Print what the result file holds, and how right it is."""
-    from flexmask.dataset.evaluate import estimate_mean
+    from flexmask.dataset.evaluate import estimate_mean, scores_by_question
     from flexmask.dataset.results import read_finished_rows
 
     if results.judged:
-        wrong = results.judged - results.correct
-        exact = estimate_mean([1.0] * results.correct + [0.0] * wrong)
-        print(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact)")
+        rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
+        uuids, correct, scores = rows.to_pydict().values()
+        exact = estimate_mean(scores_by_question(uuids, correct).values())
+        of = "" if len(uuids) == len(set(uuids)) else ", each question counted once"
+        print(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact{of})")
         if judge.metric != "exact":
-            scores = read_finished_rows(path)["score"].drop_null().to_numpy()
-            print(f"{judge.metric}: {percent(estimate_mean(scores))}")
+            estimate = estimate_mean(scores_by_question(uuids, scores).values())
+            print(f"{judge.metric}: {percent(estimate)}")
     if results.failed:
         print(f"failed: {results.failed} rows; the column 'error' says why, --resume tries again")
     print(f"{results.rows} rows in {path}", flush=True)
@@ -285,10 +295,10 @@ def _comparison_row(result: CellResult) -> dict[str, str]:
         "accuracy": percent(result.score) if result.score else "failed" if result.error else "",
         "against the first": percent(against.difference, sign="+") if against else "",
         "tokens/s": number("tokens_per_s", ",.0f"),
-        "ms/row": number("ms_per_row", ",.1f"),
+        "ms/question": number("ms_per_question", ",.1f"),
         "first token ms": number("first_token_ms", ",.1f"),
-        "prompt tokens": number("prompt_tokens_per_row", ",.0f"),
-        "computed": number("computed_tokens_per_row", ",.0f"),
+        "prompt tokens": number("prompt_tokens", ",.0f"),
+        "computed": number("computed_tokens", ",.0f"),
         "peak GB": number("peak_bytes", ".2f", 1e-9),
     }
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from flexmask.comparison.run import ReportFolder
-from flexmask.comparison.table import CellResult
+from flexmask.comparison.table import COSTS, CellResult
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.results import read_finished_rows
 from flexmask.pictures import palette
@@ -106,11 +106,7 @@ def _data(results: Sequence[CellResult], folder: ReportFolder) -> dict[str, Any]
 
 def _figures(result: CellResult) -> dict[str, Any]:
     figures = result.figures()
-    names = (
-        *("name", "num_segments", "same", "error", "score", "difference", "tokens_per_s"),
-        *("ms_per_row", "first_token_ms", "prompt_tokens_per_row", "computed_tokens_per_row"),
-        "peak_bytes",
-    )
+    names = ("name", "num_segments", "same", "error", "score", "difference", *COSTS)
     cell = result.cell
     return {name: figures[name] for name in names} | {
         "title": cell.title,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmask.comparison.cell import Cell
+from flexmask.comparison.cell import Cell, Way
 from flexmask.comparison.measurement import Measurement, Stopwatch
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.requests import BadRow, OnError
@@ -56,6 +56,18 @@ def _cut(request: Request | BadRow, count: int | None, on_error: OnError) -> Req
         if on_error == "stop":
             raise RequestError(f"{reason}; lower --num-segments") from None
         return BadRow(request.uuid, reason, request)
+
+
+def outputs(way: Way, requests: Iterable[Request | BadRow]) -> list[Request | BadRow]:
+    """What rows a way gives: one for each request, or for prompts of it alone."""
+    rows: list[Request | BadRow] = []
+    for request in requests:
+        if isinstance(request, BadRow):
+            rows.append(request)
+        else:
+            weights = request.weights if way.fusion.weights == "column" else ()
+            rows += way.fusion.outputs(replace(request, weights=weights))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class CellRunner:
         load_engine: Gives the engine; called when there is something to generate.
         folder: Where they are written.
         requests_of: The requests, by the number of segments that they are cut to.
-        config_of: What the result file of a cell records.
+        config_of: What a result file records.
         judge: Cuts and judges answers.
         mode: What to do where a result stands.
         machine: Where it runs, for the times.
@@ -118,7 +130,7 @@ class CellRunner:
     load_engine: Callable[[], Engine]
     folder: ReportFolder
     requests_of: Mapping[int | None, Sequence[Request | BadRow]]
-    config_of: Callable[[Cell], RunConfig]
+    config_of: Callable[[Way], RunConfig]
     judge: Judge
     mode: OutputMode
     machine: Mapping[str, Any]
@@ -132,10 +144,10 @@ class CellRunner:
         Raises:
             FlexMaskError: If the cell cannot be run.
         """
-        requests = self.requests_of[cell.way.num_segments]
+        requests = outputs(cell.way, self.requests_of[cell.way.num_segments])
         with ResultWriter.open(
             self.folder.rows(cell),
-            config=self.config_of(cell),
+            config=self.config_of(cell.way),
             requests=requests,
             mode=self.mode,
             judge=self.judge,
@@ -152,7 +164,6 @@ class CellRunner:
             way.contender.strategy,
             writer,
             fusion=way.fusion,
-            answer_of=self.judge.prediction,
             **self.options,
         )
         stopwatch = Stopwatch(self.machine)

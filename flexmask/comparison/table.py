@@ -13,6 +13,12 @@ from flexmask.dataset.evaluate import Comparison, Estimate, Evaluation, compare,
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.results import read_finished_rows
 
+COSTS = (
+    *("tokens_per_s", "ms_per_question", "first_token_ms"),
+    *("prompt_tokens", "computed_tokens", "peak_bytes"),
+)
+"""Figures of a cell that say what it costs."""
+
 
 @dataclass(frozen=True)
 class CellResult:
@@ -21,6 +27,8 @@ class CellResult:
     Attributes:
         cell: What was run.
         error: Why it failed; empty where it did not.
+        rows: Rows of its result file.
+        questions: Questions that they are about: fewer where each prompt has a row.
         evaluation: How right they are; None where it failed or no request has answers.
         against_first: The first cell and this one, question by question; None for the first.
         measurement: What it cost; None where nothing was generated.
@@ -28,41 +36,48 @@ class CellResult:
 
     cell: Cell
     error: str
+    rows: int
+    questions: int
     evaluation: Evaluation | None
     against_first: Comparison | None
     measurement: Measurement | None
 
     def figures(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        way, measured = self.cell.way, self.measurement
+        """All of it as JSON values; costs are per question."""
+        way, against, evaluation = self.cell.way, self.against_first, self.evaluation
         return {
             "name": self.cell.name,
             "num_segments": way.num_segments,
             "strategy": way.contender.reference,
             "parameters": way.contender.strategy.parameter_values(),
-            "fusion": str(way.fusion),
+            "fusion": asdict(way.fusion),
             "same": list(self.cell.same),
             "file": f"{self.cell.stem}.feather",
             "error": self.error or None,
-            "rows": self.evaluation and self.evaluation.rows,
-            "failed": self.evaluation and self.evaluation.failed,
-            **self._scores(),
-            "tokens_per_s": measured and measured.tokens_per_s,
-            "ms_per_row": measured and measured.ms_per_row,
-            "first_token_ms": measured and measured.first_token_ms,
-            "prompt_tokens_per_row": measured and measured.prompt_tokens / measured.rows,
-            "computed_tokens_per_row": measured and measured.computed_tokens / measured.rows,
-            "peak_bytes": measured and (measured.peak_bytes or None),
-            "measured": measured and asdict(measured),
-        }
-
-    def _scores(self) -> dict[str, Any]:
-        against = self.against_first
-        return {
+            "rows": self.rows,
+            "questions": self.questions,
+            "failed_rows": evaluation and evaluation.failed,
             "score": self.score and asdict(self.score),
             "difference": against and asdict(against.difference),
             "first_better": against and against.first_better,
             "better_than_first": against and against.second_better,
+            **self._costs(),
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        measured = self.measurement
+        if measured is None:
+            return dict.fromkeys((*COSTS, "measured"))
+        per_row = self.rows / self.questions if self.questions else 1.0
+        ms_per_row = measured.ms_per_row
+        return {
+            "tokens_per_s": measured.tokens_per_s,
+            "ms_per_question": None if ms_per_row is None else ms_per_row * per_row,
+            "first_token_ms": measured.first_token_ms,
+            "prompt_tokens": measured.prompt_tokens / measured.rows * per_row,
+            "computed_tokens": measured.computed_tokens / measured.rows * per_row,
+            "peak_bytes": measured.peak_bytes or None,
+            "measured": asdict(measured),
         }
 
     @property
@@ -92,8 +107,18 @@ def tabulate(
         evaluation, against = evaluations.get(cell), None
         if first is not None and evaluation is not None and evaluation is not first:
             (against,) = compare([first, evaluation])
-        error, times = errors.get(cell, ""), Measurement.read(folder.times(cell))
-        results.append(CellResult(cell, error, evaluation, against, times))
+        uuids = [] if cell in errors else read_finished_rows(folder.rows(cell))["uuid"].to_pylist()
+        results.append(
+            CellResult(
+                cell=cell,
+                error=errors.get(cell, ""),
+                rows=len(uuids),
+                questions=len(set(uuids)),
+                evaluation=evaluation,
+                against_first=against,
+                measurement=Measurement.read(folder.times(cell)),
+            )
+        )
     return results
 
 

@@ -1,7 +1,8 @@
-"""Takes texts out of the columns of a row; null is as good as absent."""
+"""Takes texts and numbers out of the columns of a row; null is as good as absent."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,28 @@ def texts_of(values: Mapping[str, Any], column: str) -> tuple[str, ...]:
                 f"{column} must be a list of strings, got {type_name(item)} as item {number}"
             )
     return tuple(value)
+
+
+def numbers_of(values: Mapping[str, Any], column: str) -> tuple[float, ...]:
+    """The numbers of a list in a column; a number counts as a list of one.
+
+    They may be written as text, alone or as a JSON list, which is all that CSV has.
+
+    Raises:
+        RequestError: If it is something else.
+    """
+    value = values.get(column)
+    if value is None:
+        return ()
+    try:
+        if isinstance(value, str):
+            value = json.loads(value)
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items):
+            raise ValueError
+        return tuple(map(float, items))
+    except (TypeError, ValueError):
+        raise RequestError(f"{column} must be a list of numbers, got {value!r:.40}") from None
 
 
 def uuid_of(values: Mapping[str, Any], default: str) -> str:

@@ -6,11 +6,12 @@ same questions are drawn for both files, so that what makes a question hard canc
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -58,6 +59,14 @@ def estimate_mean(scores: Iterable[float]) -> Estimate:
     return Estimate(float(shares @ values), float(low), float(high))
 
 
+def scores_by_question(uuids: Iterable[str], scores: Iterable[float]) -> dict[str, float]:
+    """The score of each question: the mean of its rows, where there is one for each prompt."""
+    of_rows = defaultdict(list)
+    for uuid, score in zip(uuids, scores, strict=True):
+        of_rows[uuid].append(score)
+    return {uuid: fmean(values) for uuid, values in of_rows.items()}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What one result file is worth.
@@ -66,8 +75,8 @@ class Evaluation:
         path: The file.
         rows: Its rows.
         failed: Those that could not be generated; wrong where they have answers.
-        answers: By uuid, the accepted answers of the rows that have some.
-        scores: By metric, the score of each of those rows in their order.
+        answers: By uuid, the accepted answers of the questions that have some.
+        scores: By metric, the score of each of those questions in their order.
         estimates: By metric, their mean.
     """
 
@@ -98,7 +107,9 @@ def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> E
     scores = {}
     for metric in metrics:
         judge = Judge(metric=metric, language=language)
-        scores[metric] = [judge.score(prediction, answers) for _, prediction, answers in judged]
+        of_rows = [judge.score(prediction, answers) for _, prediction, answers in judged]
+        by_question = scores_by_question((uuid for uuid, *_ in judged), of_rows)
+        scores[metric] = list(by_question.values())
     return Evaluation(
         path=path,
         rows=table.num_rows,

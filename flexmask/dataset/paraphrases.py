@@ -6,12 +6,14 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flexmask.errors import OptionError, RequestError
 
 SYNTAX = "'all', 'first N', 'indices I J …' or 'sample N GROUP + M GROUP'"
 
-Groups = Mapping[str, Sequence[str]]
+Paraphrase = TypeVar("Paraphrase")
+Groups = Mapping[str, Sequence[Paraphrase]]
 """Paraphrases by the name of their group, such as ``manual`` and ``auto``."""
 
 
@@ -61,7 +63,7 @@ class Selection:
             return f"first {len(self.indices)}"
         return "indices " + " ".join(map(str, self.indices))
 
-    def choose(self, groups: Groups, uuid: str) -> list[str]:
+    def choose(self, groups: Groups[Paraphrase], uuid: str) -> list[Paraphrase]:
         """Take paraphrases of the row ``uuid``.
 
         Raises:
@@ -76,8 +78,8 @@ class Selection:
             raise RequestError(f"{self} of the paraphrases asked for, but it has {len(every)}")
         return [every[index] for index in self.indices]
 
-    def _sample(self, groups: Groups, generator: random.Random) -> list[str]:
-        chosen = []
+    def _sample(self, groups: Groups[Paraphrase], generator: random.Random) -> list[Paraphrase]:
+        chosen: list[Paraphrase] = []
         for number, group in self.samples:
             texts = groups.get(group)
             if texts is None:

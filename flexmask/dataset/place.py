@@ -11,7 +11,9 @@ from flexmask.dataset.formats import EXTENSIONS
 from flexmask.errors import OutputError
 
 
-def default_output_path(stem: str, model: str, strategy: str, num_segments: int | None) -> Path:
+def default_output_path(
+    stem: str, model: str, strategy: str, num_segments: int | None, fusion: str = "attention"
+) -> Path:
     """Where a result goes when no place is given, relative to the working folder.
 
     Args:
@@ -19,13 +21,15 @@ def default_output_path(stem: str, model: str, strategy: str, num_segments: int 
         model: Hub id or folder.
         strategy: Its name.
         num_segments: Segments kept of each request; None for all.
+        fusion: What they have to do with each other; part of the name unless it is attention.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
         'outputs/webqa/Model-3B/causal-5.feather'
     """
     count = "all" if num_segments is None else num_segments
-    return default_folder(stem, model) / f"{path_safe(strategy)}-{count}.feather"
+    how = "" if fusion == "attention" else f"-{fusion}"
+    return default_folder(stem, model) / f"{path_safe(strategy)}{how}-{count}.feather"
 
 
 def default_folder(stem: str, model: str) -> Path:

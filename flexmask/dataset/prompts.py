@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from flexmask.dataset.columns import renamed, texts_of, uuid_of
+from flexmask.dataset.columns import numbers_of, renamed, texts_of, uuid_of
 from flexmask.dataset.inputs import open_input
 from flexmask.dataset.rows import Input, Row, rows_in_memory
 from flexmask.dataset.task import Task
@@ -25,13 +25,22 @@ class TaskPrompts:
         columns: Those of the task.
     """
 
-    def __init__(self, task: Task, data: Input, *, prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        data: Input,
+        *,
+        prefix: str | None = None,
+        reads_weights: bool = False,
+    ) -> None:
         """Compile the templates of ``task``, and draw its examples.
 
         Args:
             task: What to do with a row.
             data: The input, for examples that come from another split of it.
             prefix: Takes the place of what the task's prefix template would give.
+            reads_weights: Whether to read the column ``weights``, one for each paraphrase of the
+                row; those of the selected ones count.
 
         Raises:
             TaskError: If a template is not one, or an example cannot be used.
@@ -41,6 +50,7 @@ class TaskPrompts:
         self._task = task
         self._data = data
         self._fixed_prefix = prefix
+        self._reads_weights = reads_weights
         self._prefix = _template(task, "prompt.prefix", task.prefix)
         self._segment = _template(task, "prompt.segment", task.segment)
         self._suffix = _template(task, "prompt.suffix", task.suffix)
@@ -56,8 +66,8 @@ class TaskPrompts:
         values = renamed(row.values, self._task.columns)
         uuid = uuid_of(values, str(row.number))
         shared = {**values, "instruction": self._task.instruction}
-        paraphrases = self._task.select.choose(self._groups(values), uuid)
-        for number, text in enumerate(paraphrases, start=1):
+        selected = self._task.select.choose(self._weighted(self._groups(values), values), uuid)
+        for number, (text, _) in enumerate(selected, start=1):
             if not text.strip():
                 raise RequestError(f"paraphrase {number} of those selected is empty")
         return Request(
@@ -65,10 +75,11 @@ class TaskPrompts:
             prefix=self._prefix_of(shared),
             segments=tuple(
                 self._render(self._segment, "prompt.segment", {**shared, "paraphrase": text})
-                for text in paraphrases
+                for text, _ in selected
             ),
             suffix=self._render(self._suffix, "prompt.suffix", shared),
             answers=texts_of(values, "answers"),
+            weights=tuple(weight for _, weight in selected) if self._reads_weights else (),
         )
 
     def _prefix_of(self, shared: Mapping[str, Any]) -> str:
@@ -86,6 +97,19 @@ class TaskPrompts:
                 )
             groups[group] = [text for column in columns for text in texts_of(values, column)]
         return groups
+
+    def _weighted(
+        self, groups: Mapping[str, Sequence[str]], values: Mapping[str, Any]
+    ) -> dict[str, list[tuple[str, float]]]:
+        """Each paraphrase with its weight, which is 1 where none are read."""
+        count = sum(map(len, groups.values()))
+        weights = numbers_of(values, "weights") if self._reads_weights else (1.0,) * count
+        if len(weights) != count:
+            raise RequestError(
+                f"weights must be a number for each of its {count} paraphrases, got {len(weights)}"
+            )
+        unused = iter(weights)
+        return {name: [(text, next(unused)) for text in texts] for name, texts in groups.items()}
 
     def _draw_examples(self) -> str:
         examples = self._task.examples

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Protocol
 
-from flexmask.dataset.columns import renamed, text_of, texts_of, uuid_of
+from flexmask.dataset.columns import numbers_of, renamed, text_of, texts_of, uuid_of
 from flexmask.dataset.inputs import open_input
 from flexmask.dataset.rows import Input, Row
 from flexmask.errors import OptionError, RequestError
-from flexmask.request import Request
+from flexmask.fusion import Fusion
+from flexmask.request import Request, RequestKey
 
 OnError = Literal["stop", "skip"]
 """What a bad row does: end the run with an error, or give a `BadRow`."""
 
-FIELDS = ("uuid", "prefix", "segments", "suffix", "answers")
+FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
 """Columns that make a request where there is no task."""
 
 
@@ -34,6 +35,11 @@ class BadRow:
     error: str
     request: Request | None = None
 
+    @property
+    def key(self) -> RequestKey:
+        """As `Request.key`."""
+        return self.uuid, self.request.segment if self.request else None
+
 
 class RequestMaker(Protocol):
     """Makes the request of a row, or raises `RequestError`."""
@@ -50,13 +56,17 @@ class RequestMaker(Protocol):
 class PlainRequests:
     """Makes requests of rows with the columns `FIELDS`, of which only ``segments`` is required.
 
+    ``weights`` is read where it is asked for.
+
     Attributes:
         columns: Other columns to read them from.
         prefix: Takes the place of the rows' own.
+        reads_weights: Whether to read the column ``weights``.
     """
 
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str | None = None
+    reads_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -84,12 +94,15 @@ class PlainRequests:
             suffix=text_of(values, "suffix"),
             answers=texts_of(values, "answers"),
             uuid=uuid_of(values, str(row.number)),
+            weights=numbers_of(values, "weights") if self.reads_weights else (),
         )
 
 
 @dataclass(frozen=True)
 class RequestSource:
-    """The requests of an input, in its order; every iteration reads it again.
+    """What to generate for, in the order of an input; every iteration reads it again.
+
+    That is a request for each row, or one for each of its segments alone, as the fusion has it.
 
     Attributes:
         rows: The input.
@@ -97,6 +110,7 @@ class RequestSource:
         limit: Read this many rows only.
         num_segments: Keep this many segments of each request.
         on_error: What a bad row does.
+        fusion: What the segments of a request have to do with each other.
     """
 
     rows: Input
@@ -104,6 +118,7 @@ class RequestSource:
     limit: int | None = None
     num_segments: int | None = None
     on_error: OnError = "stop"
+    fusion: Fusion = Fusion()
 
     def __iter__(self) -> Iterator[Request | BadRow]:
         """Read from the beginning.
@@ -133,7 +148,7 @@ class RequestSource:
                 yield bad
             else:
                 row_of[request.uuid] = row.number
-                yield request
+                yield from self.fusion.outputs(request)
         if not has_good:
             raise RequestError(
                 f"no row can be used; the first: {first_bad.error}"
@@ -147,6 +162,7 @@ class RequestSource:
         request = self.make(row)
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
+        self.fusion.check(request)
         return replace(request, source=row.where)
 
     def _free_uuid(self, row: Row, taken: Container[str]) -> str:

@@ -39,12 +39,20 @@ from flexmask.dataset.journal import Journal
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.place import check_place
 from flexmask.dataset.requests import BadRow
-from flexmask.dataset.resume import Earlier, OutputMode, Plan, find_earlier, make_plan, values
+from flexmask.dataset.resume import (
+    Earlier,
+    OutputMode,
+    Plan,
+    find_earlier,
+    keys,
+    make_plan,
+    values,
+)
 from flexmask.dataset.run_config import RunConfig
 from flexmask.dataset.schema import FAILED, RUN, SCHEMA, row_of
 from flexmask.errors import OutputError, RequestError
 from flexmask.generation import Generation
-from flexmask.request import Request
+from flexmask.request import Request, RequestKey
 
 _ROWS_PER_BATCH = 4096
 
@@ -108,11 +116,11 @@ class Remaining(Iterable[Request]):
             RequestError: If there are requests that were not there when the writer was opened.
         """
         for request in self._requests:
-            if request.uuid not in self._has_row:
+            if request.key not in self._has_row:
                 raise RequestError(
                     f"the input has changed while it was read: uuid {request.uuid!r} is new"
                 )
-            if isinstance(request, Request) and not self._has_row[request.uuid]:
+            if isinstance(request, Request) and not self._has_row[request.key]:
                 yield request
 
 
@@ -145,8 +153,8 @@ class ResultWriter:
         self._journal = journal
         self._schema = schema
         self.judge = judge
-        self._order: Collection[str] = plan.has_row.keys()
-        self._pending = {uuid for uuid, has_row in plan.has_row.items() if not has_row}
+        self._order: Collection[RequestKey] = plan.has_row.keys()
+        self._pending = {key for key, has_row in plan.has_row.items() if not has_row}
         self._is_untouched = plan.is_complete
 
     @classmethod
@@ -202,13 +210,13 @@ class ResultWriter:
             ValueError: If a row was not asked for, or is already there.
         """
         rows = [row_of(result, self.judge) for result in results]
-        uuids = [row["uuid"] for row in rows]
-        if len(set(uuids)) < len(uuids) or not self._pending.issuperset(uuids):
-            raise ValueError(f"every remaining request takes one row, got uuids {uuids}")
+        given = [(row["uuid"], row["segment"]) for row in rows]
+        if len(set(given)) < len(given) or not self._pending.issuperset(given):
+            raise ValueError(f"every remaining request takes one row, got {given}")
         if rows:
             batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
             self._journal.append(batch)
-            self._pending.difference_update(uuids)
+            self._pending.difference_update(given)
             self.summary = self.summary.plus(
                 [row["correct"] for row in rows], [row["finish_reason"] for row in rows]
             )
@@ -294,18 +302,18 @@ def read_run_config(path: str | Path) -> RunConfig:
     return Earlier.of(path, read_rows(path)).config
 
 
-def _in_order(rows: pa.Table, uuids: Iterable[str]) -> Iterator[pa.Table]:
-    """The rows in the order of ``uuids``, some at a time.
+def _in_order(rows: pa.Table, order: Iterable[RequestKey]) -> Iterator[pa.Table]:
+    """The rows in the order of their keys, some at a time.
 
     Sliced, not taken: `Table.take` fails on columns of more than 2 GiB of text.
     """
     batches = rows.to_batches()
     place_of = {
-        uuid: (number, index)
+        key: (number, index)
         for number, batch in enumerate(batches)
-        for index, uuid in enumerate(batch["uuid"].to_pylist())
+        for index, key in enumerate(keys(batch))
     }
-    places = (place_of[uuid] for uuid in uuids)
+    places = (place_of[key] for key in order)
     while some := list(islice(places, _ROWS_PER_BATCH)):
         slices = [batches[number].slice(start, length) for number, start, length in _runs(some)]
         yield pa.Table.from_batches(slices).combine_chunks()

@@ -16,7 +16,7 @@ from flexmask.dataset.requests import BadRow
 from flexmask.dataset.run_config import RunConfig
 from flexmask.dataset.schema import FAILED, RUN, SCHEMA, verdict
 from flexmask.errors import OutputError, RequestError
-from flexmask.request import Request
+from flexmask.request import Request, RequestKey
 
 OutputMode = Literal["new", "overwrite", "resume"]
 """``new``: nothing may stand there. ``overwrite``: replace it once the new file is complete.
@@ -96,13 +96,13 @@ class Plan:
     """What a run will write.
 
     Attributes:
-        has_row: By uuid, in the order of the file: whether the row stands already.
+        has_row: By key, in the order of the file: whether the row stands already.
         rows: Those that do, with the answers of now.
         bad: Rows that nothing can be generated for.
         is_complete: Whether the result that stands there is what the run would make.
     """
 
-    has_row: Mapping[str, bool]
+    has_row: Mapping[RequestKey, bool]
     rows: pa.Table
     bad: Sequence[BadRow] = field(default=())
     is_complete: bool = False
@@ -121,38 +121,43 @@ def make_plan(
     """
     rows = SCHEMA.empty_table() if earlier is None else _without_failures(earlier.rows)
     hashes = dict(_hashes(rows))
-    has_row: dict[str, bool] = {}
+    has_row: dict[RequestKey, bool] = {}
     bad, changed, corrected = [], [], {}
     for request in requests:
-        if request.uuid in has_row:
+        if request.key in has_row:
             raise RequestError(
                 f"uuid {request.uuid!r} is given to two requests; a row needs one of its own"
             )
-        found = hashes.pop(request.uuid, None)
-        has_row[request.uuid] = found is not None
+        found = hashes.pop(request.key, None)
+        has_row[request.key] = found is not None
         if isinstance(request, BadRow):
             bad.append(request)
         elif found is not None:
-            if found[0] != _content_hash(request.prefix, request.segments, request.suffix):
-                changed.append(request.uuid)
+            if found[0] != hash(_content(request)):
+                changed.append(request.key)
             if found[1] != hash(request.answers):
-                corrected[request.uuid] = request.answers
+                corrected[request.key] = request.answers
     if earlier is not None:
-        changed += [row.uuid for row in bad if has_row[row.uuid]]
+        changed += [row.key for row in bad if has_row[row.key]]
         _check_same_requests(earlier.path, unknown=list(hashes), changed=changed)
     is_complete = (
         earlier is not None
         and earlier.path == output
         and not corrected
-        and values(earlier.rows, "uuid") == list(has_row)
+        and list(keys(earlier.rows)) == list(has_row)
         and all(has_row.values())
     )
     return Plan(has_row, _judged_again(rows, corrected, judge), bad, is_complete)
 
 
-def values(rows: pa.Table, column: str) -> list[Any]:
+def values(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
     """A column as Python values."""
     return rows[column].to_pylist()
+
+
+def keys(rows: pa.Table | pa.RecordBatch) -> Iterator[RequestKey]:
+    """The key of the request of each row."""
+    return zip(values(rows, "uuid"), values(rows, "segment"), strict=True)
 
 
 def _without_failures(rows: pa.Table) -> pa.Table:
@@ -163,20 +168,25 @@ def _without_failures(rows: pa.Table) -> pa.Table:
     return pa.Table.from_batches(batches, rows.schema)
 
 
-def _hashes(rows: pa.Table) -> Iterator[tuple[str, tuple[int, int]]]:
-    """For each uuid a hash of what was asked, and one of its answers."""
-    for batch in rows.select(["uuid", "prefix", "paraphrases", "suffix", "answers"]).to_batches():
-        for uuid, prefix, segments, suffix, answers in zip(
-            *batch.to_pydict().values(), strict=True
+def _hashes(rows: pa.Table) -> Iterator[tuple[RequestKey, tuple[int, int]]]:
+    """For each key a hash of what was asked, and one of its answers."""
+    asked = ["prefix", "paraphrases", "suffix", "weights"]
+    for batch in rows.to_batches():
+        columns = batch.select([*asked, "answers"]).to_pydict().values()
+        for key, (prefix, segments, suffix, weights, answers) in zip(
+            keys(batch), zip(*columns, strict=True), strict=True
         ):
-            yield uuid, (_content_hash(prefix, tuple(segments), suffix), hash(tuple(answers)))
+            content = (prefix, tuple(segments), suffix, tuple(weights or ()))
+            yield key, (hash(content), hash(tuple(answers)))
 
 
-def _content_hash(prefix: str, segments: tuple[str, ...], suffix: str) -> int:
-    return hash((prefix, segments, suffix))
+def _content(request: Request) -> tuple[object, ...]:
+    return request.prefix, request.segments, request.suffix, request.weights
 
 
-def _check_same_requests(path: Path, unknown: Sequence[str], changed: Sequence[str]) -> None:
+def _check_same_requests(
+    path: Path, unknown: Sequence[RequestKey], changed: Sequence[RequestKey]
+) -> None:
     if unknown:
         raise OutputError(
             f"{path}: it has rows that the input has no request for "
@@ -184,13 +194,13 @@ def _check_same_requests(path: Path, unknown: Sequence[str], changed: Sequence[s
         )
     if changed:
         raise OutputError(
-            f"{path}: requests have another prefix, suffix or segments since "
+            f"{path}: requests have another prefix, suffix, segments or weights since "
             f"({_named(changed)}); {START_AGAIN}"
         )
 
 
 def _judged_again(
-    rows: pa.Table, corrected: Mapping[str, tuple[str, ...]], judge: Judge
+    rows: pa.Table, corrected: Mapping[RequestKey, tuple[str, ...]], judge: Judge
 ) -> pa.Table:
     """The rows with the answers of now, which may have changed since they were written."""
     if not corrected:
@@ -199,13 +209,16 @@ def _judged_again(
     for batch in rows.to_batches():
         content = batch.to_pylist()
         for row in content:
-            if (answers := corrected.get(row["uuid"])) is not None:
+            if (answers := corrected.get((row["uuid"], row["segment"]))) is not None:
                 row["answers"] = answers
                 row |= verdict(row["prediction"], answers, judge)
         batches.append(pa.RecordBatch.from_pylist(content, schema=SCHEMA))
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _named(uuids: Sequence[str]) -> str:
-    first = ", ".join(map(repr, uuids[:3]))
-    return f"uuid {first}" + (f" and {len(uuids) - 3} more" if len(uuids) > 3 else "")
+def _named(keys: Sequence[RequestKey]) -> str:
+    first = ", ".join(
+        repr(uuid) if segment is None else f"{uuid!r} segment {segment}"
+        for uuid, segment in keys[:3]
+    )
+    return f"uuid {first}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -49,7 +49,11 @@ class DatasetRun:
         self._refused: list[BadRow] = []
         on_refused = self._refuse if on_error == "skip" else None
         self.generations: GenerationRun = engine.generate(
-            writer.remaining, strategy, on_refused=on_refused, **options
+            writer.remaining,
+            strategy,
+            answer_of=writer.judge.prediction,
+            on_refused=on_refused,
+            **options,
         )
 
     def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Generation]]:

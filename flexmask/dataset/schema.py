@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         ("generation", pa.string()),
         ("prefix", pa.string()),
         ("suffix", pa.string()),
+        ("segment", pa.int32()),
+        ("weights", pa.list_(pa.float64())),
         ("prompt_tokens", pa.int32()),
         ("generated_tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -33,9 +35,10 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Columns of a result file: ``paraphrases`` holds the segments; ``correct`` is exact match and
-``score`` what the judge gives, both null where there are no answers; ``error`` says why a row
-failed, and is null where it did not."""
+"""Columns of a result file: ``paraphrases`` holds the segments; ``segment`` is the number of the
+one that was run alone, else null; ``weights`` are those of the segments, or null; ``correct`` is
+exact match and ``score`` what the judge gives, both null where there are no answers; ``error``
+says why a row failed, and is null where it did not."""
 
 
 def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
@@ -47,6 +50,8 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
         "paraphrases": request.segments if request else (),
         "prefix": request.prefix if request else "",
         "suffix": request.suffix if request else "",
+        "segment": request.segment if request else None,
+        "weights": (request.weights or None) if request else None,
     }
     if isinstance(result, BadRow):
         row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}

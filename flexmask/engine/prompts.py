@@ -97,6 +97,10 @@ class PromptPlanner:
                 yield error if self.on_refused is None else (output, error)
 
     def _prompts(self, output: Request) -> _Prompts:
+        try:
+            self.fusion.check(output)
+        except RequestError as error:
+            raise RequestError(f"{output.label}: {error}") from None
         prompts = self.fusion.prompts(output)
         if self.max_rows is not None and len(prompts) > self.max_rows:
             raise RequestError(

@@ -119,6 +119,12 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     run = read_run_config(source).run
     if missing := [name for name in RUN_KEYS if name not in run]:
         raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
+    fusion = run.get("fusion", {}).get("name", "attention")
+    if fusion not in ("attention", "none", "each"):
+        raise OptionError(
+            f"{source}: its prompts ran apart (fusion {fusion!r}), with no mask between them to "
+            "draw; name the file of the requests"
+        )
     rows = read_finished_rows(source)
     _check_row(source, row, rows.num_rows)
     (values,) = rows.slice(row - 1, 1).to_pylist()

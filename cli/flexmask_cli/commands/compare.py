@@ -6,11 +6,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from flexmask.errors import FlexMaskError, OptionError
+from flexmask.fusion import Fusion, Weights
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from flexmask.comparison.cell import Cell, Way
     from flexmask.comparison.run import CellRunner
     from flexmask.dataset.run import DatasetRun
-    from flexmask.fusion import Fusion
     from flexmask.generation import Generation
 
 Strategies = Annotated[
@@ -139,6 +139,7 @@ def compare(
         limit=limit,
         num_segments=None,
         on_error=on_error.value,
+        fusion=_read_for(ways),
     )
     loaded_task = dataset.load_task()
     rows, requests = dataset.open(loaded_task)
@@ -149,7 +150,6 @@ def compare(
     from flexmask.comparison.sameness import Sameness
     from flexmask.comparison.table import tabulate
     from flexmask.dataset.place import default_folder
-    from flexmask.tokenization import RequestTokenizer, load_tokenizer
 
     options = GenerationOptions(
         task=loaded_task,
@@ -170,11 +170,7 @@ def compare(
     options.check()
     counts = dict.fromkeys(way.num_segments for way in ways)
     requests_of = cut_to_counts(requests, [*counts], on_error.value)
-    tokenizer = RequestTokenizer(
-        load_tokenizer(options.model_path, trust_remote_code=trust_remote_code),
-        chat_template=options.uses_chat_template,
-    )
-    cells = Sameness(requests_of, tokenizer, max_new_tokens).cells(ways)
+    cells = Sameness(requests_of, options.load_tokenizer(), max_new_tokens).cells(ways)
     stem = rows.stem if input or task else DEMO
     folder = ReportFolder(output or default_folder(stem, model or DEMO) / "compare")
     folder.check(cells, mode)
@@ -183,7 +179,9 @@ def compare(
             load_engine=cache(partial(options.load_engine, is_verbose=verbose)),
             folder=folder,
             requests_of=requests_of,
-            config_of=lambda cell: options.config(cell.way, rows.name),
+            config_of=lambda way: options.config(
+                way.contender.reference, way.contender.strategy, way.fusion, rows.name
+            ),
             judge=options.judge,
             mode=mode,
             machine=options.machine(),
@@ -213,10 +211,14 @@ def _plan(strategies: str, fusions: str, num_segments: str) -> list[Way]:
 
 
 def _parse_fusion(text: str) -> Fusion:
-    from flexmask.fusion import Fusion
-
     name, _, weights = text.strip().partition(":")
-    return Fusion(name, weights or None)  # type: ignore[arg-type]  # it checks them
+    return Fusion(name, cast("Weights | None", weights or None))
+
+
+def _read_for(ways: Sequence[Way]) -> Fusion:
+    """A fusion that needs of the input what any of them needs."""
+    weighted = (way.fusion for way in ways if way.fusion.weights == "column")
+    return next(weighted, Fusion())
 
 
 def _parse_count(text: str) -> int | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from importlib.metadata import version
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from flexmask.dataset.run_config import RunConfig
-from flexmask.demo import model_path
-from flexmask.strategy_file import recorded_name
+from flexmask.fusion import Fusion, Weights
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -25,14 +22,16 @@ from flexmask_cli.dataset_options import (
     PrefixFile,
     TaskName,
 )
+from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
-from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
     BadRows,
     BatchSize,
     ChatTemplate,
     Device,
     Dtype,
+    FusionName,
+    FusionWeights,
     MaxNewTokens,
     Model,
     OnBadRow,
@@ -49,9 +48,7 @@ from flexmask_cli.options import (
     TopP,
     TrustRemoteCode,
     Verbose,
-    parse_batch_size,
     parse_mode,
-    parse_prefill_kernel,
 )
 from flexmask_cli.progress import track
 from flexmask_cli.strategy_choice import choose_strategy
@@ -59,11 +56,8 @@ from flexmask_cli.strategy_choice import choose_strategy
 if TYPE_CHECKING:
     from flexmask.dataset.requests import RequestSource
     from flexmask.dataset.results import ResultWriter
-    from flexmask.engine import Engine
+    from flexmask.dataset.run import DatasetRun
     from flexmask.generation import Generation
-    from flexmask.strategy import Strategy
-
-DEMO = "demo"
 
 Output = Annotated[
     Path | None,
@@ -71,7 +65,8 @@ Output = Annotated[
         "--output",
         "-o",
         help="A .feather, .parquet or .jsonl file. "
-        "Default: outputs/<input>/<model>/<strategy>-<segments>.feather.",
+        "Default: outputs/<input>/<model>/<strategy>-<segments>.feather, with the fusion between "
+        "those two unless it is attention.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the prompts and end.")]
@@ -80,6 +75,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the prompts and e
 def generate(
     strategy: StrategyName = "ensemble_isolation",
     param: Parameters = None,
+    fusion: FusionName = "attention",
+    fusion_weights: FusionWeights = None,
     model: Model = None,
     task: TaskName = None,
     input: InputSource = None,
@@ -112,6 +109,7 @@ def generate(
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
+    fused = Fusion(fusion, cast("Weights | None", fusion_weights))
     mode = parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
@@ -124,74 +122,66 @@ def generate(
         limit=limit,
         num_segments=num_segments,
         on_error=on_error.value,
+        fusion=fused,
     )
     loaded_task = dataset.load_task()
     rows, requests = dataset.open(loaded_task)
-    if chat_template is None:
-        chat_template = loaded_task is not None and loaded_task.chat_template
+    options = GenerationOptions(
+        task=loaded_task,
+        model=model,
+        device=device,
+        dtype=dtype,
+        prefill_kernel=prefill_kernel,
+        trust_remote_code=trust_remote_code,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        chat_template=chat_template,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
     if dry_run:
-        _print_prompts(requests, model, chat_template, trust_remote_code)
+        _print_prompts(requests, fused, options)
         return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.dataset.judge import Judge
     from flexmask.dataset.place import default_output_path
     from flexmask.dataset.results import ResultWriter
-    from flexmask.engine.loading import resolve_device, resolve_dtype
-    from flexmask.engine.sampling import Sampling
+    from flexmask.dataset.run import DatasetRun
 
-    judge = loaded_task.judge if loaded_task else Judge()
-    judge.check()
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "sampling": Sampling(temperature, top_k, top_p, seed),
-        "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or []],
-        "chat_template": chat_template,
-    }
-    kernel = parse_prefill_kernel(prefill_kernel)
-    target = resolve_device(device)
-    resolve_dtype(dtype, target)
-    config = RunConfig(
-        run={
-            "strategy": recorded_name(strategy),
-            "parameters": chosen.parameter_values(),
-            "model": model or DEMO,
-            "dtype": dtype,
-            "task": loaded_task and loaded_task.record(),
-            "judge": asdict(judge),
-            **options,
-            "sampling": asdict(options["sampling"]),
-        },
-        environment=_environment(device=str(target), batch_size=batch_size, input=rows.name),
-    )
-    options |= {"batch_size": parse_batch_size(batch_size), "on_error": on_error.value}
+    options.check()
+    judge = options.judge
+    config = options.config(strategy, chosen, fused, rows.name)
     stem = rows.stem if input or task else DEMO
-    path = output or default_output_path(stem, model or DEMO, chosen.name, num_segments)
+    path = output or default_output_path(
+        stem, model or DEMO, chosen.name, num_segments, str(fused)
+    )
     with ResultWriter.open(
         path, config=config, requests=requests, mode=mode, judge=judge
     ) as writer:
         if writer.remaining:
             with render.warnings_as_lines():
-                engine = load_engine(model, device, dtype, trust_remote_code, verbose, kernel)
-                _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
+                engine = options.load_engine(is_verbose=verbose)
+                run = DatasetRun(
+                    engine,
+                    chosen,
+                    writer,
+                    on_error=on_error.value,
+                    fusion=fused,
+                    **options.for_engine(),
+                )
+                if verbose:
+                    render.print_notes(engine, chosen, fused, run.generations.stats)
+                _run(run, writer, fused, is_quiet=quiet)
+                if verbose:
+                    render.print_kernels(engine)
     if not quiet:
         render.print_outcome(path, writer.summary, judge)
 
 
-def _run(
-    engine: Engine,
-    strategy: Strategy,
-    options: dict[str, Any],
-    writer: ResultWriter,
-    *,
-    is_quiet: bool,
-    is_verbose: bool,
-) -> None:
-    from flexmask.dataset.run import DatasetRun
-
-    run = DatasetRun(engine, strategy, writer, **options)
-    if is_verbose:
-        render.print_notes(engine, strategy, run.generations.stats)
+def _run(run: DatasetRun, writer: ResultWriter, fusion: Fusion, *, is_quiet: bool) -> None:
     first: list[Generation] = []
     interrupt = Interrupt()
     try:
@@ -204,26 +194,21 @@ def _run(
         kept = writer.summary.rows
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
-    if is_verbose:
-        render.print_kernels(engine)
     if not is_quiet:
         render.print_answers(first, writer.judge)
-        render.print_stats(run.generations.stats)
+        render.print_stats(run.generations.stats, fusion)
 
 
-def _print_prompts(
-    requests: RequestSource, model: str | None, chat_template: bool, trust_remote_code: bool
-) -> None:
+def _print_prompts(requests: RequestSource, fusion: Fusion, options: GenerationOptions) -> None:
+    from flexmask.dataset.requests import BadRow
+
     in_chat = None
-    if chat_template:
-        from flexmask.tokenization import RequestTokenizer, load_tokenizer
-
-        tokenizer = load_tokenizer(model or str(model_path()), trust_remote_code=trust_remote_code)
-        in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
-    for request in requests:
-        render.print_prompt(request, in_chat)
-
-
-def _environment(**more: str) -> dict[str, str]:
-    versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
-    return {**versions, **more}
+    if options.uses_chat_template:
+        in_chat = options.load_tokenizer().in_chat
+    for output in requests:
+        if isinstance(output, BadRow):
+            render.print_prompt(output)
+            continue
+        weights = output.weights if fusion.weights == "column" else itertools.repeat(None)
+        for prompt, weight in zip(fusion.prompts(output), weights, strict=False):
+            render.print_prompt(prompt, in_chat, weight)

@@ -1,7 +1,7 @@
 const COSTS = [
-  ["ms_per_row", "milliseconds per row"],
-  ["computed_tokens_per_row", "prompt tokens computed per row"],
-  ["prompt_tokens_per_row", "prompt tokens per row"],
+  ["ms_per_question", "milliseconds per question"],
+  ["computed_tokens", "prompt tokens computed per question"],
+  ["prompt_tokens", "prompt tokens per question"],
   ["first_token_ms", "milliseconds to a batch's first tokens"],
   ["peak_bytes", "peak memory, bytes"],
 ];

@@ -52,10 +52,10 @@ function columnsOf(data) {
     mean("score", data.metric, "Over the questions, with its 95% interval", false),
     mean("difference", "against the first", "Percentage points more than the first, question by question", true),
     number("tokens_per_s", "tokens/s", "Generated tokens per second"),
-    number("ms_per_row", "ms/row", "Milliseconds per row"),
+    number("ms_per_question", "ms/question", "Milliseconds per question"),
     number("first_token_ms", "first token, ms", "How long a batch waits for its first tokens"),
-    number("prompt_tokens_per_row", "prompt tokens", "Per row, copies counted"),
-    number("computed_tokens_per_row", "computed", "Prompt tokens per row that were computed and not copied"),
+    number("prompt_tokens", "prompt tokens", "Per question, copies counted"),
+    number("computed_tokens", "computed", "Prompt tokens per question that were computed and not copied"),
     number("peak_bytes", "peak GB", "Most device memory in use", (value) => figure(value / 1e9)),
   ];
   return columns.filter((column) => data.cells.some((cell) => column.value(cell) !== null));
