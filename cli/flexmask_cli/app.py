@@ -11,6 +11,7 @@ import typer
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
 from flexmask.registry import LOAD_PLUGINS
+from flexmask_cli.commands.bench import bench
 from flexmask_cli.commands.check import check
 from flexmask_cli.commands.compare import compare
 from flexmask_cli.commands.doctor import doctor
@@ -60,6 +61,7 @@ def build_app() -> typer.Typer:
     app.command()(generate)
     app.command("eval")(evaluate)
     app.command()(compare)
+    app.command()(bench)
     app.command()(tasks)
     app.command()(warmup)
     app.command()(show)

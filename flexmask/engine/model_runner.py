@@ -74,6 +74,11 @@ def prefill_length(num_tokens: int, tile: int = BLOCK_SIZE) -> int:
     return max(2, -(-num_tokens // tile)) * tile
 
 
+def prefill_tile(kernel: PrefillKernel | None, capacity: int) -> int:
+    """Tile side of prefill: the shorter one where it wins."""
+    return SHORT_BLOCK_SIZE if kernel == "triton" and capacity <= SHORT_CAPACITY else BLOCK_SIZE
+
+
 def bucketed_capacity(num_slots: int) -> int:
     """Cache capacity for rows of up to ``num_slots``: a power of two, and one tile more.
 
@@ -156,8 +161,7 @@ class ModelRunner:
         self._query_slots = torch.zeros_like(self._batch.position_ids)
         mark_static(self._query_slots)
         self.shared_prefix = None
-        is_short = self.prefill_kernel == "triton" and capacity <= SHORT_CAPACITY
-        self._tile = SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
+        self._tile = prefill_tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
         allowed = strategy_mask(strategy, self._batch)
         self._mask_mods: dict[str, MaskMod] = {
