@@ -6,22 +6,40 @@ which segments see each other make the same prompts. Such ways are run once.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 
 import torch
 
 from flexmask.block_mask.equality import masks_are_equal
-from flexmask.comparison.cell import ATTENTION, Cell, Way
+from flexmask.comparison.cell import ATTENTION, Cell, Contender, Way
 from flexmask.dataset.requests import BadRow
-from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
 from flexmask.request import Request
 from flexmask.tokenization import RequestTokenizer
 
+CPU = torch.device("cpu")
 PROMPTS_AT_ONCE = 256
 """How many masks are compared in one go."""
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """All prompts of a way by content; equal where its contender makes the same of them.
+
+    Attributes:
+        fusion: How several become one answer; empty where each generation is of one.
+        tokens: Identifies their tokens and positions.
+        segments: Identifies their segments, on which a mask may depend.
+    """
+
+    fusion: str
+    tokens: bytes
+    segments: bytes
 
 
 class Sameness:
@@ -35,9 +53,11 @@ class Sameness:
     ) -> None:
         """Take the requests by the number of segments that they were cut to."""
         self._requests_of = requests_of
-        self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._digests: dict[Way, bytes] = {}
+        self._tokenized = cache(lambda *texts: tokenizer(Request(texts[1], texts[0], texts[2])))
+        self._digests = cache(self._find_digests)
+        self._prompts = cache(self._find_prompts)
+        self._equal: dict[tuple[Contender, Contender, bytes, bytes], bool] = {}
 
     def cells(self, ways: Sequence[Way]) -> list[Cell]:
         """Join ways that are the same; each cell stands where its first way stood."""
@@ -53,57 +73,71 @@ class Sameness:
 
     def _are_same(self, way: Way, other: Way) -> bool:
         try:
-            return self._digest(way) == self._digest(other) and self._masks_are_equal(way, other)
+            mine, others = self._prompts(way), self._prompts(other)
+            if (mine.fusion, mine.tokens) != (others.fusion, others.tokens):
+                return False
+            key = (way.contender, other.contender, mine.segments, others.segments)
+            if key not in self._equal:
+                self._equal[key] = way.contender == other.contender or self._masks_are_equal(
+                    way, other
+                )
+            return self._equal[key]
         except Exception:  # a strategy's own; its cell will say so
             return False
 
-    def _digest(self, way: Way) -> bytes:
-        """Identifies tokens and positions of all prompts, and how they are fused."""
-        if way not in self._digests:
-            hashed = blake2b(digest_size=16)
-            for layouts in self._layouts(way):
-                fusion = str(way.fusion) if len(layouts) > 1 else ""
-                parts = [(layout.token_ids, layout.position_ids) for layout in layouts]
-                hashed.update(repr((fusion, parts)).encode())
-            self._digests[way] = hashed.digest()
-        return self._digests[way]
+    def _find_prompts(self, way: Way) -> _Prompts:
+        tokens, segments, fusion = blake2b(digest_size=16), blake2b(digest_size=16), ""
+        for prompts in self._requests(way):
+            if len(prompts) > 1:
+                fusion = str(way.fusion)
+            for prompt in prompts:
+                one, other = self._digests(way.contender, *_texts(prompt))
+                tokens.update(one)
+                segments.update(other)
+        return _Prompts(fusion, tokens.digest(), segments.digest())
 
-    def _layouts(self, way: Way) -> Iterator[list[Layout]]:
+    def _find_digests(
+        self, contender: Contender, prefix: str, texts: tuple[str, ...], suffix: str
+    ) -> tuple[bytes, bytes]:
+        layout = contender.strategy.layout(self._tokenized(prefix, texts, suffix))
+        tokens = array("q", (*layout.token_ids, *layout.position_ids))
+        return blake2b(tokens, digest_size=16).digest(), layout.digest
+
+    def _requests(self, way: Way) -> Iterator[list[Request]]:
         """The prompts of each generation."""
         for request in self._requests_of[way.num_segments]:
             if isinstance(request, Request):
-                for output in way.fusion.outputs(request):
-                    prompts = map(self._tokenizer, way.fusion.prompts(output))
-                    yield [*map(way.contender.strategy.layout, prompts)]
+                yield from map(way.fusion.prompts, way.fusion.outputs(request))
 
     def _masks_are_equal(self, way: Way, other: Way) -> bool:
-        if way.contender == other.contender:
-            return True
-        layouts, others = (
-            [layout for some in self._layouts(each) for layout in some] for each in (way, other)
-        )
+        prompts = [prompt for some in self._requests(way) for prompt in some]
+        others = [prompt for some in self._requests(other) for prompt in some]
         return all(
-            self._are_equal_masks(way, layouts[start:stop], other, others[start:stop])
-            for start in range(0, len(layouts), PROMPTS_AT_ONCE)
-            for stop in [start + PROMPTS_AT_ONCE]
+            self._are_equal_masks(
+                (way.contender, prompts[start : start + PROMPTS_AT_ONCE]),
+                (other.contender, others[start : start + PROMPTS_AT_ONCE]),
+            )
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
         )
 
-    def _are_equal_masks(
-        self, way: Way, layouts: Sequence[Layout], other: Way, others: Sequence[Layout]
-    ) -> bool:
-        lengths = [len(layout) for layout in layouts]
-        shape = (len(layouts), max(lengths) + self._max_new_tokens)
-        cpu = torch.device("cpu")
-        masks = []
-        for contender, own in ((way.contender, layouts), (other.contender, others)):
-            batch = LayoutBatch(*shape, cpu)
-            batch.load(own, lengths, [0] * len(own))
+    def _are_equal_masks(self, *sides: tuple[Contender, Sequence[Request]]) -> bool:
+        masks, rows, size = [], 0, 0
+        for contender, prompts in sides:
+            strategy = contender.strategy
+            layouts = [strategy.layout(self._tokenized(*_texts(prompt))) for prompt in prompts]
+            lengths = [len(layout) for layout in layouts]
+            rows, size = len(layouts), max(lengths) + self._max_new_tokens
+            batch = LayoutBatch(rows, size, CPU)
+            batch.load(layouts, lengths, [0] * rows)
             batch.open_tail(lengths)
-            if contender.strategy.score_mod(batch) is not None:
+            if strategy.score_mod(batch) is not None:
                 return False
-            masks.append(strategy_mask(contender.strategy, batch))
-        rows, size = shape
-        return masks_are_equal(masks[0], masks[1], rows, size, size, cpu)
+            masks.append(strategy_mask(strategy, batch))
+        return masks_are_equal(masks[0], masks[1], rows, size, size, CPU)
+
+
+def _texts(prompt: Request) -> tuple[str, tuple[str, ...], str]:
+    return prompt.prefix, prompt.segments, prompt.suffix
 
 
 def _cell(group: Sequence[Way], ways: Sequence[Way]) -> Cell:
