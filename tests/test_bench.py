@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flexmask.strategy import Strategy
 from flexmask_cli.app import main
 from oracles import dense_mask
 
+PAGE = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
 CPU = torch.device("cpu")
 REQUEST = TokenizedRequest((5,) * 30, ((6,) * 40, (7,) * 50), (8,) * 3)
 HEADS = Heads(4, 2, 32)
@@ -72,6 +74,8 @@ def test_a_row_of_an_input_is_timed_and_shown_as_a_table(flexmask, tmp_path, mon
     path = tmp_path / "rows.jsonl"
     path.write_text('{"segments": ["Q: Where?"]}\n{"segments": ["Q: Who is it?", "Q: Who?"]}\n')
     options = ["-i", path, "--row", 2, "--heads", 2, "--head-dim", 16, "--device", "cpu"]
+    (command,) = re.findall(r"\$ flexmask (bench .*)", PAGE)
+    assert "297 tokens, 17.7% of pairs" in flexmask(*command.split(), "--device", "cpu")
     printed = flexmask("bench", "-s", "causal", *options)
     assert "causal: rows.jsonl, row 2" in printed
     assert "2 query and 2 key heads of 16, float32 on cpu" in printed

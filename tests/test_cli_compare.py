@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.feather
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from flexmask.demo import questions_path
 from flexmask_cli.app import main
 
+PAGE = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
 COMMAND = [sys.executable, "-m", "flexmask_cli", "compare", "--device", "cpu"]
 SMALL = ["--limit", "6", "--batch-size", "2", "--max-new-tokens", "4", "--stop", "\\n"]
 
@@ -38,10 +41,10 @@ def error_of(monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What a comparison printed, and its folder."""
+    """The command of the documents on a few questions: what it printed, and its folder."""
     folder = tmp_path_factory.mktemp("compare") / "report"
-    options = ["-s", "ensemble_isolation,ensemble_isolation:positions=sequential"]
-    options += ["--fusions", "none,mean", "--num-segments", "1,2", "-o", folder]
+    (command,) = re.findall(r"\$ flexmask compare (.*) --output report\n", PAGE)
+    options = [*shlex.split(command), "--output", folder]
     result = run(*options)
     assert result.returncode == 0, result.stderr
     return options, folder, result
@@ -67,7 +70,8 @@ def test_the_table_has_a_line_for_each_cell_and_says_what_is_the_same(finished):
         "ensemble_isolation:positions=sequential",
         "mean",
     ]
-    assert "any strategy (1) is also none (1), mean (1), none (2)" in result.stdout
+    (same,) = re.findall(r"```text\n(.*)\n```", PAGE)
+    assert same in lines
     assert lines[-1] == str(folder / "report.html")
     notes = [f"note: {number} of 4: {name}" for number, name in enumerate(NAMES, start=1)]
     assert [line for line in result.stderr.splitlines() if "note" in line] == notes

@@ -1,13 +1,14 @@
 """The table of a comparison and its page, from result files."""
 
 import json
+from dataclasses import replace
 
-import pyarrow.feather
 import pytest
 
-from comparison_folder import made_up_cell, write_cell, write_comparison
-from flexmask.comparison.run import ReportFolder
+from comparison_folder import CONFIG, made_up_cell, write_cell, write_comparison
+from flexmask.comparison.run import CellRunner, ReportFolder
 from flexmask.dataset.evaluate import compare, evaluate
+from flexmask.dataset.judge import Judge
 from flexmask.errors import OptionError, OutputError
 from flexmask.request import Request
 
@@ -75,14 +76,48 @@ def test_a_page_of_a_thousand_questions_and_twenty_cells_stays_small(tmp_path):
     assert [len(cell["answers"]) for cell in data["cells"]] == [1000] * 20 + [0]
 
 
-def test_results_that_stand_there_are_found_before_anything_runs(tmp_path):
-    folder, cell = ReportFolder(tmp_path), made_up_cell("causal", 1)
-    folder.check([cell], "new")
-    write_cell(folder, cell, REQUESTS, ["yes"] * 20)
-    with pytest.raises(OutputError, match="causal-1.feather: exists; pass --resume"):
-        folder.check([cell], "new")
-    folder.check([cell], "resume")
-    assert pyarrow.feather.read_table(folder.rows(cell)).num_rows == 20
+@pytest.fixture
+def runner(tmp_path):
+    """Makes what runs cells; nothing here needs an engine."""
+
+    def get(mode, config=CONFIG):
+        return CellRunner(
+            load_engine=pytest.fail,
+            folder=ReportFolder(tmp_path),
+            requests_of={1: [request.with_segments(1) for request in REQUESTS]},
+            config_of=lambda way: config,
+            judge=Judge(),
+            mode=mode,
+            machine={},
+            options={},
+        )
+
+    return get
+
+
+def test_results_that_stand_there_are_found_before_anything_runs(runner):
+    cell, new = made_up_cell("causal", 1), runner("new")
+    new.check([cell])
+    assert not new.has_result(cell)
+    write_cell(new.folder, cell, REQUESTS, ["yes"] * 20)
+    with pytest.raises(OutputError, match=r"causal-1.feather: exists; pass --resume"):
+        new.check([cell])
+    assert not runner("overwrite").has_result(cell)
+    resumed = runner("resume")
+    resumed.check([cell])
+    assert resumed.has_result(cell)
+    before = resumed.folder.rows(cell).read_bytes(), resumed.folder.times(cell).read_bytes()
+    resumed.run(cell, watch=pytest.fail)
+    assert before == (
+        resumed.folder.rows(cell).read_bytes(),
+        resumed.folder.times(cell).read_bytes(),
+    )
+    other = replace(CONFIG, run={**CONFIG.run, "max_new_tokens": 5})
+    with pytest.raises(OutputError, match=r"different run \(max_new_tokens: 4 → 5\)"):
+        runner("resume", other).check([cell])
+
+
+def test_two_cells_with_one_file_name_are_refused(runner):
     one, other = made_up_cell("a:b", 1), made_up_cell("a_b", 1)
     with pytest.raises(OptionError, match=r"a:b \(1\) and a_b \(1\) would both be written to"):
-        folder.check([one, other], "new")
+        runner("new").check([one, other])

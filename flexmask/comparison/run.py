@@ -94,23 +94,6 @@ class ReportFolder:
         """What was measured of a cell."""
         return self.path / f"{cell.stem}.times.json"
 
-    def check(self, cells: Sequence[Cell], mode: OutputMode) -> None:
-        """Find out whether all can be written, before anything costly.
-
-        Raises:
-            OutputError: If not; if results stand in the way of ``mode``.
-            OptionError: If two cells would be written to one file.
-        """
-        by_stem: dict[str, Cell] = {}
-        for cell in cells:
-            other = by_stem.setdefault(cell.stem, cell)
-            if other is not cell:
-                raise OptionError(
-                    f"{other.title} and {cell.title} would both be written to "
-                    f"{self.rows(cell)}; compare them in two reports"
-                )
-            check_output(self.rows(cell), mode)
-
 
 @dataclass(frozen=True)
 class CellRunner:
@@ -135,6 +118,27 @@ class CellRunner:
     mode: OutputMode
     machine: Mapping[str, Any]
     options: Mapping[str, Any]
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Find out whether all can be written, before anything costly.
+
+        Raises:
+            OutputError: If not; if results stand in the way, or are those of other runs.
+            OptionError: If two cells would be written to one file.
+        """
+        by_stem: dict[str, Cell] = {}
+        for cell in cells:
+            other = by_stem.setdefault(cell.stem, cell)
+            if other is not cell:
+                raise OptionError(
+                    f"{other.title} and {cell.title} would both be written to "
+                    f"{self.folder.rows(cell)}; compare them in two reports"
+                )
+            check_output(self.folder.rows(cell), self.mode, self.config_of(cell.way))
+
+    def has_result(self, cell: Cell) -> bool:
+        """Whether a result file stands there that is not to be replaced."""
+        return self.mode != "overwrite" and self.folder.rows(cell).exists()
 
     def run(self, cell: Cell, watch: Watch) -> None:
         """Generate what is left to do of a cell, and measure it.

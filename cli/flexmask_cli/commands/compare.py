@@ -45,7 +45,6 @@ from flexmask_cli.options import (
     TopK,
     TopP,
     TrustRemoteCode,
-    Verbose,
     parse_mode,
 )
 from flexmask_cli.progress import track
@@ -122,7 +121,6 @@ def compare(
     prefill_kernel: PrefillKernelName = "auto",
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare strategies, fusions and numbers of segments on one data set."""
@@ -173,20 +171,22 @@ def compare(
     cells = Sameness(requests_of, options.load_tokenizer(), max_new_tokens).cells(ways)
     stem = rows.stem if input or task else DEMO
     folder = ReportFolder(output or default_folder(stem, model or DEMO) / "compare")
-    folder.check(cells, mode)
+    runner = CellRunner(
+        load_engine=cache(partial(options.load_engine, is_verbose=False)),
+        folder=folder,
+        requests_of=requests_of,
+        config_of=lambda way: options.config(
+            way.contender.reference, way.contender.strategy, way.fusion, rows.name
+        ),
+        judge=options.judge,
+        mode=mode,
+        machine=options.machine(),
+        options=options.for_engine() | {"on_error": on_error.value},
+    )
+    runner.check(cells)
     with render.warnings_as_lines():
-        runner = CellRunner(
-            load_engine=cache(partial(options.load_engine, is_verbose=verbose)),
-            folder=folder,
-            requests_of=requests_of,
-            config_of=lambda way: options.config(
-                way.contender.reference, way.contender.strategy, way.fusion, rows.name
-            ),
-            judge=options.judge,
-            mode=mode,
-            machine=options.machine(),
-            options=options.for_engine() | {"on_error": on_error.value},
-        )
+        if not all(map(runner.has_result, cells)):
+            runner.load_engine()  # one that fails ends the run, and not each cell by itself
         errors = _run(runner, cells, is_quiet=quiet)
     results = tabulate(cells, folder, options.judge, errors)
     save_report(results, folder, options.judge)
