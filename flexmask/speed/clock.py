@@ -36,7 +36,11 @@ def time_call(call: Callable[[], object], device: torch.device, repeats: int = 2
         device: Where it runs.
         repeats: How often.
     """
-    times = _graph_ms(call, repeats) if device.type == "cuda" else _wall_ms(call, repeats)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            times = _graph_ms(call, repeats)
+    else:
+        times = _wall_ms(call, repeats)
     low, median, high = statistics.quantiles(times, n=4)
     return Spread(median, low, high)
 
