@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flexmask.dataset.judge import normalize_answer
 from flexmask.errors import OptionError, RequestError
@@ -32,8 +31,6 @@ WEIGHTS = ("column", "confidence")
 """Where weights come from: the request's own, which a column of the input holds; or at each step
 the probability of the token that the prompt finds most likely."""
 
-Weights = Literal["column", "confidence"]
-
 
 @dataclass(frozen=True)
 class Fusion:
@@ -45,7 +42,7 @@ class Fusion:
     """
 
     name: str = "attention"
-    weights: Weights | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in FUSIONS:

@@ -6,9 +6,11 @@ import torch
 from flexmask.attention.backend import _padded_groups, _without_padding
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning
+from flexmask.fusion import Fusion
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 
@@ -46,6 +48,27 @@ def test_the_graph_gives_what_steps_without_it_give(runner, sampling):
     assert decode(runner, loop) == expected  # replayed from the start
     assert loop.no_graph_reason == ""
     assert len(expected) == STEPS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fusion", [Fusion("mean"), Fusion("weighted_max", "confidence")], ids=str)
+def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
+    def fusing_loop():
+        runner.prepare(PrefixSegment(), len(LAYOUTS), 640)
+        fuse = LogitFusion(fusion, 2, len(LAYOUTS), runner.device)
+        return DecodeLoop(runner, Sampling(), STEPS, (), fuse)
+
+    def decode_in(groups, loop):
+        runner.prefill(LAYOUTS)
+        return list(loop.run([layout.token_ids[-1] for layout in LAYOUTS], UUIDS, groups))
+
+    together, apart = [(1.0, 2.0)], [(1.0,), (1.0,)]
+    loop = fusing_loop()
+    for groups in (together, apart, together):
+        assert decode_in(groups, loop) == decode_in(groups, without_graph(fusing_loop()))
+    assert loop.no_graph_reason == ""
+    assert all(first == second for first, second in decode_in(together, loop))
+    assert decode_in(apart, loop) == decode(runner, new_loop(runner))
 
 
 @pytest.mark.gpu

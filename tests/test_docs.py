@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import flexmask
+from flexmask.fusion import FUSIONS
 from flexmask.registry import load_registry, make_strategy
 from flexmask.strategy_file import names_in_file, strategy_of_file
 from flexmask.testing import RULES, run_rules
@@ -74,6 +75,15 @@ def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeyp
         *("answers.parquet", "concatenated.jsonl", "concatenated.run.json"),
         *("questions.csv", "trivia.toml"),
     ]
+
+
+def test_the_page_on_fusion_explains_each_and_its_python_runs(capsys):
+    page = (ROOT / "docs" / "fusion.md").read_text()
+    for name in FUSIONS:
+        assert f"| `{name}` | " in page
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.split() == ["Fumholm", "Fumholm"]
 
 
 GUIDE = (ROOT / "docs" / "writing-a-strategy.md").read_text()

@@ -273,6 +273,7 @@ def test_weights_are_read_from_a_column_for_each_segment() -> None:
         ("[0, 0]", "one of the weights must be more than 0"),
         ('["1", "much"]', "weights must be a list of numbers, got ['1', 'much']"),
         ("[true, 1]", "weights must be a list of numbers, got [True, 1]"),
+        (f"[1{'0' * 400}, 1]", f"weights must be a list of numbers, got [1{'0' * 38}"),
         ("{}", "weights must be a list of numbers, got {}"),
         ('"1 2"', "weights must be a list of numbers, got '1 2'"),
     ],

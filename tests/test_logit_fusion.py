@@ -27,7 +27,8 @@ OF_LOGITS = [
 
 def request(seed, num_segments):
     plain = random_text_request(seed, num_segments, length=5 + 3 * seed)
-    return dataclasses.replace(plain, weights=WEIGHTS[:num_segments])
+    weights = tuple(WEIGHTS[index % len(WEIGHTS)] for index in range(num_segments))
+    return dataclasses.replace(plain, weights=weights)
 
 
 REQUESTS = [request(seed, count) for seed, count in enumerate((3, 1, 4, 2, 4, 3))]
@@ -194,10 +195,14 @@ def test_a_batch_never_splits_a_request(engine):
 
 
 def test_a_batch_size_of_its_own_choice_holds_whole_requests(engine):
-    five = [request(seed, 4) for seed in range(4)]
-    assert run(engine, "mean", five, batch_size=None).stats.batch_size == 8
-    assert run(engine, "mean", five[:1], batch_size=None).stats.batch_size == 4
-    assert run(engine, "mean", REQUESTS[:1], batch_size=None).stats.batch_size == 3
+    of_three = [request(seed, 3) for seed in range(4)]
+    assert run(engine, "mean", of_three, batch_size=None).stats.batch_size == 6
+    assert run(engine, "mean", REQUESTS[:3], batch_size=None).stats.batch_size == 8
+    assert run(engine, "mean", REQUESTS, batch_size=None).stats.batch_size == 8
+    assert run(engine, "mean", REQUESTS[:2], batch_size=None).stats.batch_size == 4
+    nine = [request(1, 9)]
+    assert run(engine, "mean", nine, batch_size=None).stats.batch_size == 9
+    assert run(engine, "each", nine, batch_size=None).stats.batch_size == 8
 
 
 def test_a_request_of_more_prompts_than_a_batch_has_rows_is_refused(engine):
@@ -261,3 +266,14 @@ def test_what_one_group_cannot_have_does_not_reach_another(fusion):
     assert first.isfinite().all()
     logits[3:] = 0.0
     assert torch.equal(fuse(logits)[:3], first)
+
+
+@pytest.mark.parametrize("fusion", OF_LOGITS, ids=str)
+def test_only_the_proportions_of_weights_count(fusion):
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    fuse = LogitFusion(fusion, 3, 3, torch.device("cpu"))
+    fuse.load([(1.0, 0.5, 0.25)])
+    scores = fuse(logits)
+    for scale in (1e-60, 1e-300, 1e300):
+        fuse.load([(scale, 0.5 * scale, 0.25 * scale)])
+        assert torch.equal(fuse(logits), scores)

@@ -31,9 +31,10 @@ FusionName = Annotated[
     str,
     typer.Option(
         "--fusion",
-        help="attention: all segments in one prompt, under the strategy's mask. Else each segment "
-        "is a prompt of its own: none (the first alone), each, mean, max, weighted_mean, "
-        "weighted_max (of their logits or probabilities) or vote (on their answers).",
+        help="attention: all segments in one prompt, under the strategy's mask. With any other, "
+        "each segment is a prompt of its own. One generation from the logits of all: mean, max, "
+        "weighted_mean, weighted_max. Or of prompts alone: none (the first), each, vote (the "
+        "answer of most).",
     ),
 ]
 FusionWeights = Annotated[

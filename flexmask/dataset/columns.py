@@ -91,7 +91,7 @@ def numbers_of(values: Mapping[str, Any], column: str) -> tuple[float, ...]:
         if any(isinstance(item, bool) for item in items):
             raise ValueError
         return tuple(map(float, items))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise RequestError(f"{column} must be a list of numbers, got {value!r:.40}") from None
 
 

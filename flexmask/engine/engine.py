@@ -207,7 +207,7 @@ class Engine:
         Args:
             num_rows: Rows that there are.
             capacity: Slots of each.
-            group_size: How many of them stay together; the batch size is a multiple of it.
+            group_size: How many of them stay together, at most.
         """
         device = self.model.device
         largest = CPU_AUTO_BATCH_SIZE
@@ -221,7 +221,7 @@ class Engine:
                     f"not enough GPU memory for one row of {capacity} slots; shorten the prompts"
                 )
         rows = max(1, min(1 << (largest.bit_length() - 1), num_rows))
-        return max(1, rows // group_size) * group_size
+        return rows if rows == num_rows else max(1, rows // group_size) * group_size
 
     def prepare(
         self,

@@ -53,7 +53,8 @@ class LogitFusion:
             rows = slice(start, start + len(group))
             members[rows] = start
             members[rows, : len(group)] = torch.arange(start, rows.stop)
-            weights[rows, : len(group)] = torch.tensor(group, dtype=torch.float)
+            # Only their proportions count; as they are, float32 might not hold them.
+            weights[rows, : len(group)] = torch.tensor([w / max(group) for w in group])
             start = rows.stop
         self._members.copy_(members)
         self._weights.copy_(weights)
@@ -79,8 +80,9 @@ class LogitFusion:
         shares = (weights / weights.sum(-1, keepdim=True))[..., None]
         mean = torch.zeros_like(logits)
         for members, share in zip(self._members.unbind(1), shares.unbind(1), strict=True):
-            # What is no member has no share, not even in a NaN that an infinite logit makes.
-            mean += torch.where(share > 0, share * logits.index_select(0, members), 0.0)
+            # What is no member has no part, not even by the NaN that an infinite logit makes.
+            part = share * logits.index_select(0, members)
+            mean += part.masked_fill_(share == 0, 0.0)
         return mean
 
     def _max(self, logits: Tensor, weights: Tensor) -> Tensor:

@@ -262,17 +262,17 @@ class GenerationRun(Iterator[Generation]):
         return {job.number: self._generation(job, rows_of[job.number]) for job in by_number}
 
     def _decode(self, jobs: Sequence[Job], padded: Sequence[Layout]) -> list[_Row]:
-        rows = [_Row(self._options, self._engine.eos_token_ids()) for _ in padded]
         seeds = [seed for job in jobs for seed in job.seeds]
         groups = [self._options.fusion.weights_of(job.request) for job in jobs]
         spare = len(padded) - len(seeds)
         last = [layout.token_ids[-1] for layout in padded]
+        rows = [_Row(self._options, self._engine.eos_token_ids()) for _ in seeds]
         assert self._loop is not None
         steps = self._loop.run(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])
         for number, token_ids in enumerate(steps):
             if number == 0:
                 self._first_tokens_at = time.perf_counter()
-            for row, token_id in zip(rows, token_ids, strict=True):
+            for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
                 row.append(token_id, self._tokenizer)
             if all(row.finish_reason for row in rows):
                 break

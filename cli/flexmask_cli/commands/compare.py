@@ -6,12 +6,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexmask.errors import FlexMaskError, OptionError
-from flexmask.fusion import Fusion, Weights
+from flexmask.fusion import Fusion
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -212,7 +212,7 @@ def _plan(strategies: str, fusions: str, num_segments: str) -> list[Way]:
 
 def _parse_fusion(text: str) -> Fusion:
     name, _, weights = text.strip().partition(":")
-    return Fusion(name, cast("Weights | None", weights or None))
+    return Fusion(name, weights or None)
 
 
 def _read_for(ways: Sequence[Way]) -> Fusion:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexmask.fusion import Fusion, Weights
+from flexmask.fusion import Fusion
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -109,7 +109,7 @@ def generate(
 ) -> None:
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
-    fused = Fusion(fusion, cast("Weights | None", fusion_weights))
+    fused = Fusion(fusion, fusion_weights)
     mode = parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
