@@ -34,10 +34,10 @@ def contender(name, **parameters):
     return Contender(name, make_strategy(name, parameters))
 
 
-def names_of_cells(contenders, fusions, counts, requests=REQUESTS):
+def names_of_cells(contenders, fusions, counts, requests=REQUESTS, **options):
     ways = plan_ways(contenders, fusions, counts)
     tokenizer = RequestTokenizer(load_tokenizer(str(model_path())))
-    sameness = Sameness(cut_to_counts(requests, counts), tokenizer, max_new_tokens=4)
+    sameness = Sameness(cut_to_counts(requests, counts), tokenizer, 4, **options)
     return [(cell.title, cell.same) for cell in sameness.cells(ways)]
 
 
@@ -78,6 +78,14 @@ def test_one_segment_is_one_cell_and_prompts_alone_are_one_for_all_strategies():
         ("prefix_segment (3)", ()),
         ("ensemble_isolation (3)", ()),
         ("mean (3)", ()),
+    ]
+
+
+def test_ways_that_draw_with_other_seeds_are_not_the_same():
+    fusions = [Fusion("none"), Fusion("mean"), Fusion("vote")]
+    assert names_of_cells([contender("causal")], fusions, [1], is_greedy=False) == [
+        ("causal (1)", ("mean of causal (1)",)),
+        ("none of causal (1)", ("vote of causal (1)",)),
     ]
 
 

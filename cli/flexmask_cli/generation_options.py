@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flexmask.dataset.judge import Judge
     from flexmask.dataset.task import Task
     from flexmask.engine import Engine
+    from flexmask.engine.sampling import Sampling
     from flexmask.fusion import Fusion
     from flexmask.strategy import Strategy
     from flexmask.tokenization import RequestTokenizer
@@ -57,6 +58,13 @@ class GenerationOptions:
             return self.task is not None and self.task.chat_template
         return self.chat_template
 
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        from flexmask.engine.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
     def check(self) -> None:
         """Raise now what would be raised once the model is loaded.
 
@@ -83,7 +91,6 @@ class GenerationOptions:
             fusion: What the segments of a request have to do with each other.
             input: Name of the input.
         """
-        options = self._that_change_rows()
         return RunConfig(
             run={
                 "strategy": recorded_name(reference),
@@ -93,8 +100,8 @@ class GenerationOptions:
                 "task": self.task and self.task.record(),
                 "judge": asdict(self.judge),
                 "fusion": asdict(fusion),
-                **options,
-                "sampling": asdict(options["sampling"]),
+                **self._that_change_rows(),
+                "sampling": asdict(self.sampling),
             },
             environment={**self.machine(), "batch_size": self.batch_size, "input": input},
         )
@@ -126,11 +133,9 @@ class GenerationOptions:
         )
 
     def _that_change_rows(self) -> dict[str, Any]:
-        from flexmask.engine.sampling import Sampling
-
         return {
             "max_new_tokens": self.max_new_tokens,
-            "sampling": Sampling(self.temperature, self.top_k, self.top_p, self.seed),
+            "sampling": self.sampling,
             "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop],
             "chat_template": self.uses_chat_template,
         }

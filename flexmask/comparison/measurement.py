@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
+from flexmask.dataset.journal import os_errors, temporary_path
 from flexmask.errors import OutputError
 
 if TYPE_CHECKING:
@@ -94,8 +95,15 @@ class Measurement:
             raise OutputError(f"{path}: not the times of a cell ({error}); remove it") from None
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write it as JSON; a killed process leaves the old or the new.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        temporary = temporary_path(path)
+        with os_errors(path, "cannot be written ({})"):
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
 
 
 class Stopwatch:

@@ -33,7 +33,7 @@ class _Prompts:
 
     Attributes:
         fusion: How several become one answer; empty where each generation is of one.
-        tokens: Identifies their tokens and positions.
+        tokens: Identifies their tokens and positions, and what seeds sampling.
         segments: Identifies their segments, on which a mask may depend.
     """
 
@@ -50,8 +50,18 @@ class Sameness:
         requests_of: Mapping[int | None, Sequence[Request | BadRow]],
         tokenizer: RequestTokenizer,
         max_new_tokens: int,
+        *,
+        is_greedy: bool = True,
     ) -> None:
-        """Take the requests by the number of segments that they were cut to."""
+        """Prepare to compare.
+
+        Args:
+            requests_of: The requests, by the number of segments that they were cut to.
+            tokenizer: Makes tokens of texts.
+            max_new_tokens: Most tokens that are generated per request.
+            is_greedy: Whether tokens are not drawn; else ways that draw with other seeds differ.
+        """
+        self._is_greedy = is_greedy
         self._requests_of = requests_of
         self._max_new_tokens = max_new_tokens
         self._tokenized = cache(lambda *texts: tokenizer(Request(texts[1], texts[0], texts[2])))
@@ -87,13 +97,16 @@ class Sameness:
 
     def _find_prompts(self, way: Way) -> _Prompts:
         tokens, segments, fusion = blake2b(digest_size=16), blake2b(digest_size=16), ""
-        for prompts in self._requests(way):
+        for output, prompts in self._requests(way):
             if len(prompts) > 1:
                 fusion = str(way.fusion)
             for prompt in prompts:
                 one, other = self._digests(way.contender, *_texts(prompt))
                 tokens.update(one)
                 segments.update(other)
+                if not self._is_greedy:
+                    drawn_for = output if way.fusion.is_of_logits else prompt
+                    tokens.update(repr(drawn_for.key).encode())
         return _Prompts(fusion, tokens.digest(), segments.digest())
 
     def _find_digests(
@@ -103,15 +116,16 @@ class Sameness:
         tokens = array("q", (*layout.token_ids, *layout.position_ids))
         return blake2b(tokens, digest_size=16).digest(), layout.digest
 
-    def _requests(self, way: Way) -> Iterator[list[Request]]:
-        """The prompts of each generation."""
+    def _requests(self, way: Way) -> Iterator[tuple[Request, list[Request]]]:
+        """What each generation is for, and its prompts."""
         for request in self._requests_of[way.num_segments]:
             if isinstance(request, Request):
-                yield from map(way.fusion.prompts, way.fusion.outputs(request))
+                for output in way.fusion.outputs(request):
+                    yield output, way.fusion.prompts(output)
 
     def _masks_are_equal(self, way: Way, other: Way) -> bool:
-        prompts = [prompt for some in self._requests(way) for prompt in some]
-        others = [prompt for some in self._requests(other) for prompt in some]
+        prompts = [prompt for _, some in self._requests(way) for prompt in some]
+        others = [prompt for _, some in self._requests(other) for prompt in some]
         return all(
             self._are_equal_masks(
                 (way.contender, prompts[start : start + PROMPTS_AT_ONCE]),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from flexmask.attention.backend import (
     AttentionShape,
@@ -127,7 +127,6 @@ class AttentionBench:
         self.length = len(layout)
         self._heads, self._device, self._dtype = heads, device, dtype
         self._kernel: PrefillKernel | None = "triton" if device.type == "cuda" else None
-        self._tile = prefill_tile(self._kernel, self.length)
         self._padded = prefill_length(self.length, BLOCK_SIZE)
         batch = LayoutBatch(1, self._padded, device)
         batch.load([layout], [self.length], [0])
@@ -161,10 +160,9 @@ class AttentionBench:
             yield self._timed("SDPA, dense mask", self._sdpa_dense(), allowed)
         yield self._timed(CAUSAL, self._sdpa_causal(), every, note="another mask")
         yield self._timed("flex_attention", self._flex(), allowed)
-        note = f"{self._padded:,} slots in tiles of {self._tile}"
-        yield self._timed("flexmask", self._flexmask(self._kernel), allowed, note)
+        yield self._own_timing("flexmask", self._kernel)
         if self._can_flash():
-            yield self._timed("flexmask, FLASH", self._flexmask("flash"), allowed, note)
+            yield self._own_timing("flexmask, FLASH", "flash")
 
     def floor(self) -> Floor:
         """Measure what the device can do, and derive the least time of a call."""
@@ -174,6 +172,11 @@ class AttentionBench:
         compute_ms = 1e3 * self._flops(self.report.allowed_pairs) / flops_per_s
         read_ms = 1e3 * (2 * query.nbytes + key.nbytes + value.nbytes) / bytes_per_s
         return Floor(max(compute_ms, read_ms), compute_ms, read_ms, flops_per_s, bytes_per_s)
+
+    def _own_timing(self, way: str, kernel: PrefillKernel | None) -> Timing:
+        tile = prefill_tile(kernel, self.length)
+        note = f"{self._padded:,} slots in tiles of {tile}"
+        return self._timed(way, self._flexmask(kernel, tile), self.report.allowed_pairs, note)
 
     def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
         with compile_settings():
@@ -254,11 +257,13 @@ class AttentionBench:
             enable_gqa=self._heads.are_grouped,
         )
 
-    def _flexmask(self, kernel: PrefillKernel | None) -> Callable[[], Tensor]:
+    def _flexmask(self, kernel: PrefillKernel | None, tile: int) -> Callable[[], Tensor]:
         """What the engine runs: the backend, over whole tiles."""
         extra = self._padded - self.length
         query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in self._inputs)
-        mask = self._padded_mask(kernel)
+        mask = create_block_mask(
+            self._mask_mod, 1, None, self._padded, self._padded, self._device, tile
+        )
         module = nn.Module()
 
         def attend() -> Tensor:
@@ -274,12 +279,6 @@ class AttentionBench:
             return output.transpose(1, 2)
 
         return attend
-
-    def _padded_mask(self, kernel: PrefillKernel | None) -> BlockMask:
-        tile = prefill_tile(kernel, self.length)
-        return create_block_mask(
-            self._mask_mod, 1, None, self._padded, self._padded, self._device, tile
-        )
 
     def _can_flash(self) -> bool:
         dim = self._heads.dim

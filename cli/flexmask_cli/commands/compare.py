@@ -168,7 +168,14 @@ def compare(
     options.check()
     counts = dict.fromkeys(way.num_segments for way in ways)
     requests_of = cut_to_counts(requests, [*counts], on_error.value)
-    cells = Sameness(requests_of, options.load_tokenizer(), max_new_tokens).cells(ways)
+    sameness = Sameness(
+        requests_of,
+        options.load_tokenizer(),
+        max_new_tokens,
+        is_greedy=options.sampling.is_greedy,
+    )
+    with render.warnings_as_lines():
+        cells = sameness.cells(ways)
     stem = rows.stem if input or task else DEMO
     folder = ReportFolder(output or default_folder(stem, model or DEMO) / "compare")
     runner = CellRunner(
