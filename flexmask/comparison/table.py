@@ -77,7 +77,7 @@ class CellResult:
             "prompt_tokens": measured.prompt_tokens / measured.rows * per_row,
             "computed_tokens": measured.computed_tokens / measured.rows * per_row,
             "peak_bytes": measured.peak_bytes or None,
-            "measured": asdict(measured),
+            "measured": {n: v for n, v in asdict(measured).items() if n != "first_token_s"},
         }
 
     @property
