@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -64,7 +64,7 @@ class RequestTokenizer:
         """
         request = self.in_chat(request)
         return TokenizedRequest.from_token_ids(
-            prefix=self._begin + self._encode_shared(request.prefix),
+            prefix=self._begin() + self._encode_shared(request.prefix),
             segments=[self._encode(segment) for segment in request.segments],
             suffix=self._encode_shared(request.suffix),
         )
@@ -107,7 +107,6 @@ class RequestTokenizer:
             return ()
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    @cached_property
     def _begin(self) -> tuple[int, ...]:
         bos = self._tokenizer.bos_token_id
         # A chat template writes the token itself.
