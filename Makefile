@@ -30,6 +30,7 @@ format: $(INSTALLED)  ## bring the code into style
 docs: $(INSTALLED)  ## make what programs make of the documents
 	$(BIN)/python docs/plugin_api.py
 	$(BIN)/python docs/performance_tables.py
+	$(BIN)/python docs/compare_table.py
 	$(BIN)/python docs/strategy_pictures.py docs/strategies
 
 clean:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from generation import read_bandwidth
 from stamp import environment_stamp
 from torch import Tensor
 from torch._dynamo import mark_static
@@ -28,12 +26,13 @@ from flexmask import create_block_mask, explain_mask
 from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape
 from flexmask.engine.prefill_kernel import flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
+from flexmask.speed.ceilings import read_bandwidth
+from flexmask.speed.clock import time_call
 
 HEADS, KV_HEADS, DIM = 24, 8, 128
 SEGMENTS, TAIL = 5, 128
 SHORT_TILE, LONG_TILE = 64, 128
 LONGEST_DENSE = 16_384
-CALLS_PER_GRAPH = 4
 PREFILL_CASES = ["64x1280", "1x4096", "1x16384", "1x65536"]
 DECODE_CASES = ["1x1024", "1x16384", "8x1024", "64x1024"]
 
@@ -58,28 +57,9 @@ class Timing:
     relative_error: float | None
 
 
-def graph_ms(call: Callable[[], object], repeats: int = 10) -> float:
-    """Milliseconds of ``call`` on the device, launches left out."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_PER_GRAPH):
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS_PER_GRAPH)
-    return statistics.median(times)
+def graph_ms(call: Callable[[], object]) -> float:
+    """Median milliseconds of ``call`` on the device, launches left out."""
+    return time_call(call, torch.device("cuda"), repeats=10).median
 
 
 def segments_mask(length: int) -> Callable[..., Tensor]:
@@ -225,7 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--decode", nargs="*", default=["1x1024", "1x16384", "8x1024", "64x1024"])
     arguments = parser.parse_args()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(torch.device("cuda"))
     torch.cuda.empty_cache()
     print(f"{'case':18} {'way':26} {'ms':>9} {'TFLOP/s':>9} {'rel. error':>10}")
     timings = []

@@ -29,6 +29,7 @@ from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.engine.sampling import Sampling
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
+from flexmask.speed.ceilings import read_bandwidth
 
 SEGMENTS = 5
 REPEATS = 3
@@ -85,14 +86,6 @@ def reset_peak_memory() -> None:
     """Count the GPU's peak memory from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def read_bandwidth(device: str = "cuda") -> float:
-    """Bytes per second at which a sum reads 8 GB, or 1 GB on a CPU."""
-    count = 2 * 10**9 if device == "cuda" else 2**28
-    values = torch.ones(count, dtype=torch.float32, device=device)
-    values.sum()
-    return values.nbytes / statistics.median(seconds(values.sum) for _ in range(10))
 
 
 def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: float) -> float:
@@ -216,7 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     arguments = parser.parse_args()
 
-    bandwidth = read_bandwidth(arguments.device)
+    bandwidth = read_bandwidth(torch.device(arguments.device))
     print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
     print(f"{'way':32} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
           f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip

@@ -179,6 +179,10 @@ def test_the_tables_of_the_page_on_performance_are_those_of_the_results():
     assert text == tables.page(text), "run: make docs"
 
 
+def test_the_table_of_strategies_and_fusions_in_the_readme_is_that_of_the_result():
+    assert program("compare_table").page(README) == README, "run: make docs"
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_picture_of_each_strategy_in_the_readme_is_current(name):
     path = ROOT / "docs" / "strategies" / f"{name}.svg"

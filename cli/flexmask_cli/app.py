@@ -11,7 +11,9 @@ import typer
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
 from flexmask.registry import LOAD_PLUGINS
+from flexmask_cli.commands.bench import bench
 from flexmask_cli.commands.check import check
+from flexmask_cli.commands.compare import compare
 from flexmask_cli.commands.doctor import doctor
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
@@ -58,6 +60,8 @@ def build_app() -> typer.Typer:
     app.callback()(_options)
     app.command()(generate)
     app.command("eval")(evaluate)
+    app.command()(compare)
+    app.command()(bench)
     app.command()(tasks)
     app.command()(warmup)
     app.command()(show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -11,9 +12,7 @@ from flexmask.errors import OptionError
 
 if TYPE_CHECKING:
     from flexmask.attention.backend import PrefillKernel
-
-if TYPE_CHECKING:
-    pass
+    from flexmask.dataset.resume import OutputMode
 
 StrategyName = Annotated[
     str,
@@ -75,6 +74,46 @@ PrefillKernelName = Annotated[
 ]
 
 
+class BadRows(StrEnum):
+    """What ``--on-error`` takes."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+OnBadRow = Annotated[
+    BadRows,
+    typer.Option(
+        "--on-error",
+        help="What a row does that cannot be used: stop the run, or stand in the output with "
+        "its reason.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the most likely token; more is more random.")
+]
+TopP = Annotated[float, typer.Option(help="Sample among tokens that reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that ends a generation; \\n is a newline. Repeatable."),
+]
+ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Use the model's chat template. Default: as the task says, else no.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, and how.")]
+
+
 def split_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, str]:
     """Turn texts with a ``=`` into a mapping.
 
@@ -130,3 +169,10 @@ def parse_prefill_kernel(text: str) -> PrefillKernel | None:
     if text not in ("triton", "flash"):
         raise OptionError(f"--prefill-kernel must be auto, triton or flash, got {text!r}")
     return cast("PrefillKernel", text)
+
+
+def parse_mode(resume: bool, overwrite: bool) -> OutputMode:
+    """What to do where results stand."""
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other")
+    return "resume" if resume else "overwrite" if overwrite else "new"

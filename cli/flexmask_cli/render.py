@@ -15,6 +15,7 @@ from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import FUSIONS
 
 if TYPE_CHECKING:
+    from flexmask.comparison.table import CellResult
     from flexmask.dataset.evaluate import Estimate
     from flexmask.dataset.judge import Judge
     from flexmask.dataset.requests import BadRow
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flexmask.pictures.mask_picture import Picture
     from flexmask.pictures.subject import Subject
     from flexmask.request import Request
+    from flexmask.speed.attention import AttentionBench, Floor, Timing
     from flexmask.strategy import Strategy
 
 UNLIMITED = 1_000_000
@@ -266,6 +268,81 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
     if results.failed:
         print(f"failed: {results.failed} rows; the column 'error' says why, --resume tries again")
     print(f"{results.rows} rows in {path}", flush=True)
+
+
+def print_comparison(results: Sequence[CellResult]) -> None:
+    """Print what came of each cell of a comparison."""
+    rows = [_comparison_row(result) for result in results]
+    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    print_table([{name: row[name] for name in used} for row in rows], wrapped=["what"])
+    for result in results:
+        if result.cell.same:
+            print(f"{result.cell.title} is also {', '.join(result.cell.same)}")
+    for result in results:
+        if result.error:
+            print_warnings([f"{result.cell.title} failed: {result.error}"])
+
+
+def _comparison_row(result: CellResult) -> dict[str, str]:
+    figures = result.figures()
+
+    def number(name: str, form: str, factor: float = 1.0) -> str:
+        return "" if figures[name] is None else format(figures[name] * factor, form)
+
+    against = result.against_first
+    return {
+        "what": result.cell.name,
+        "segments": result.cell.way.segments,
+        "accuracy": percent(result.score) if result.score else "failed" if result.error else "",
+        "against the first": percent(against.difference, sign="+") if against else "",
+        "tokens/s": number("tokens_per_s", ",.0f"),
+        "ms/question": number("ms_per_question", ",.1f"),
+        "first token ms": number("first_token_ms", ",.1f"),
+        "prompt tokens": number("prompt_tokens", ",.0f"),
+        "computed": number("computed_tokens", ",.0f"),
+        "peak GB": number("peak_bytes", ".2f", 1e-9),
+    }
+
+
+def print_attention_case(subject: Subject, strategy: Strategy, case: AttentionBench) -> None:
+    """Print what `flexmask bench` measures."""
+    from flexmask.pictures.mask_picture import strategy_title
+
+    figures = case.figures()
+    heads = figures["heads"]
+    print(
+        f"{strategy_title(strategy)}: {subject.heading}\n"
+        f"{figures['tokens']:,} tokens, {figures['density']:.1%} of pairs allowed; "
+        f"{heads['query']} query and {heads['key']} key heads of {heads['dim']}, "
+        f"{figures['dtype']} on {figures['device']}\n",
+        flush=True,
+    )
+
+
+def print_attention_timings(timings: Sequence[Timing], floor: Floor) -> None:
+    """Print what `flexmask bench` found."""
+    rows = [_timing_row(timing, floor) for timing in timings]
+    bound = "operations" if floor.compute_ms >= floor.read_ms else "memory"
+    last = {
+        "way": "floor",
+        "ms": f"{floor.ms:.3f}",
+        "note": f"{bound}; measured {floor.flops_per_s / 1e12:.3g} TFLOP/s, "
+        f"{floor.bytes_per_s / 1e9:.3g} GB/s",
+    }
+    print_table([*rows, {name: last.get(name, "") for name in rows[0]}], wrapped=["note"])
+
+
+def _timing_row(timing: Timing, floor: Floor) -> dict[str, str]:
+    ms, error = timing.ms, timing.relative_error
+    return {
+        "way": timing.way,
+        "ms": f"{ms.median:.3f}" if ms else "",
+        "quartiles": f"{ms.low:.3f} to {ms.high:.3f}" if ms else "",
+        "TFLOP/s": "" if timing.tflops is None else f"{timing.tflops:.3g}",
+        "of the floor": f"{floor.ms / ms.median:.0%}" if ms else "",
+        "relative error": "" if error is None else f"{error:.0e}",
+        "note": timing.note,
+    }
 
 
 def percent(estimate: Estimate, sign: str = "") -> str:

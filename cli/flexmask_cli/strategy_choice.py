@@ -55,12 +55,22 @@ def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
 
 
 def choose_several(texts: Sequence[str], parameters: Mapping[str, str]) -> list[Strategy]:
+    """As `choose_named`, the strategies alone."""
+    return [strategy for _, strategy in choose_named(texts, parameters)]
+
+
+def choose_named(
+    texts: Sequence[str], parameters: Mapping[str, str]
+) -> list[tuple[str, Strategy]]:
     """Make strategies from texts such as ``causal,prefix_segment:positions=sequential``.
 
     Args:
         texts: Names, or strategies of a file as ``path/to/file.py:name``, separated by commas,
             each with parameters of its own after colons.
         parameters: Given to every strategy that takes them and has none of its own.
+
+    Returns:
+        The name without parameters, and the strategy.
 
     Raises:
         OptionError: If no strategy takes one of the parameters, or a text is malformed.
@@ -76,10 +86,11 @@ def choose_several(texts: Sequence[str], parameters: Mapping[str, str]) -> list[
         taken = {parameter.name for parameter in _strategy_class(name).parameters()}
         shared = {key: value for key, value in parameters.items() if key in taken}
         own = shared | parse_parameters(pairs)
-        strategies.append(choose_strategy(name, [f"{k}={v}" for k, v in own.items()]))
+        strategy = choose_strategy(name, [f"{k}={v}" for k, v in own.items()])
+        strategies.append((name, strategy))
         unused = {key: value for key, value in unused.items() if key not in shared}
     if unused and len(strategies) == 1:
-        make_strategy(strategies[0].name, unused)  # says what the strategy takes
+        make_strategy(strategies[0][0], unused)  # says what the strategy takes
     if unused:
         raise OptionError(f"--param {next(iter(unused))}: none of the strategies takes it")
     return strategies

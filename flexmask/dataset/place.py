@@ -29,11 +29,16 @@ def default_output_path(
     """
     count = "all" if num_segments is None else num_segments
     how = "" if fusion == "attention" else f"-{fusion}"
-    name = f"{_path_safe(strategy)}{how}-{count}.feather"
-    return Path("outputs", _path_safe(stem), _path_safe(Path(model).name), name)
+    return default_folder(stem, model) / f"{path_safe(strategy)}{how}-{count}.feather"
 
 
-def _path_safe(text: str) -> str:
+def default_folder(stem: str, model: str) -> Path:
+    """The folder of `default_output_path`."""
+    return Path("outputs", path_safe(stem), path_safe(Path(model).name))
+
+
+def path_safe(text: str) -> str:
+    """A file name that reads like ``text`` and is one everywhere."""
     return re.sub(r"[^\w.+-]+", "_", text).lstrip(".") or "_"
 
 

@@ -259,10 +259,15 @@ class ResultWriter:
         write_rows(self._output, self._schema, _in_order(rows, self._order))
 
 
-def check_output(path: str | Path, mode: OutputMode) -> None:
+def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = None) -> None:
     """Find out whether a run could write its result, before anything costly.
 
     Missing folders are created, and a file is really written in the output's.
+
+    Args:
+        path: The output.
+        mode: What to do where a result or a journal stands.
+        config: What the run would record, to be the same in what it resumes.
 
     Raises:
         OutputError: If the output cannot be written, is written by another process, or stands in
@@ -272,7 +277,9 @@ def check_output(path: str | Path, mode: OutputMode) -> None:
     check_place(output)
     journal = Journal.acquire(output)
     try:
-        find_earlier(output, journal, mode)
+        earlier = find_earlier(output, journal, mode)
+        if earlier is not None and config is not None:
+            earlier.check_same_run(config)
     finally:
         journal.close()
 

@@ -46,6 +46,7 @@ class RunStats:
         generated_tokens: Their tokens; one that several prompts share counts once.
         prefill_s: Seconds in prefill, compilation included.
         decode_s: Seconds in decode, compilation included.
+        first_token_s: Seconds from the start of each batch until its first tokens, summed.
         compilations: Graphs compiled in the run.
         warm_compilations: Those of them compiled after the first batch.
         mask_hits: BlockMasks found in the cache.
@@ -63,6 +64,7 @@ class RunStats:
     generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    first_token_s: float = 0.0
     compilations: int = 0
     warm_compilations: int = 0
     mask_hits: int = 0
@@ -132,6 +134,7 @@ class GenerationRun(Iterator[Generation]):
         self._counted_from = (engine.mask_cache.stats, compilations())
         self._is_ready = False
         self._loop: DecodeLoop | None = None
+        self._first_tokens_at = 0.0
         self._finished = self._run()
         self._waiting: dict[int, Generation] = {}
         self._next_number = 0
@@ -251,6 +254,7 @@ class GenerationRun(Iterator[Generation]):
             + sum(runner.computed_tokens[: len(layouts)]),
             prefill_s=self.stats.prefill_s + prefilled - started,
             decode_s=self.stats.decode_s + time.perf_counter() - prefilled,
+            first_token_s=self.stats.first_token_s + self._first_tokens_at - started,
         )
         unread = iter(rows)
         rows_of = {job.number: list(islice(unread, len(job.layouts))) for job in jobs}
@@ -265,7 +269,9 @@ class GenerationRun(Iterator[Generation]):
         rows = [_Row(self._options, self._engine.eos_token_ids()) for _ in seeds]
         assert self._loop is not None
         steps = self._loop.run(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])
-        for token_ids in steps:
+        for number, token_ids in enumerate(steps):
+            if number == 0:
+                self._first_tokens_at = time.perf_counter()
             for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
                 row.append(token_id, self._tokenizer)
             if all(row.finish_reason for row in rows):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from flexmask.pictures.mask_picture import MaskDifference, Picture
 from flexmask.pictures.subject import Answer, Subject
 from flexmask.pictures.tile_mask import TileMask
 from flexmask.pictures.tokens import DrawnTokens
+from flexmask.web_page import fill_page
 
 SCRIPTS = ("tile_mask.js", "matrix.js", "token_list.js", "page.js")
 """In the order in which they are joined: each uses names of those before it."""
@@ -37,20 +36,13 @@ def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
         pictures: What to show side by side, over one request.
         subject: The request, and what a run answered.
     """
-    source = files("flexmask.pictures") / "templates"
-    script = "\n".join((source / name).read_text(encoding="utf-8") for name in SCRIPTS)
     parts = {
         "TITLE": html.escape(subject.heading),
         "ANSWER": _answer(subject.answer) if subject.answer else "",
-        "STYLE": _colours() + (source / "page.css").read_text(encoding="utf-8"),
-        "DATA": _json({"panels": [_panel(picture) for picture in pictures]}),
-        "SCRIPT": script,
+        "STYLE": _colours(),
     }
-    page = (source / "page.html").read_text(encoding="utf-8")
-    before, *rest = page.split("{{")
-    return before + "".join(
-        parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest)
-    )
+    data = {"panels": [_panel(picture) for picture in pictures]}
+    return fill_page("flexmask.pictures", parts, data, SCRIPTS)
 
 
 def save_page(pictures: Sequence[Picture], subject: Subject, path: Path) -> None:
@@ -71,12 +63,6 @@ def _answer(answer: Answer) -> str:
     }
     listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
     return f"<dl>{listed}</dl>"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand in a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
 
 
 def _colours() -> str:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
-from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexmask.dataset.run_config import RunConfig
-from flexmask.demo import model_path
-from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
-from flexmask.strategy_file import recorded_name
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -29,22 +22,33 @@ from flexmask_cli.dataset_options import (
     PrefixFile,
     TaskName,
 )
+from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
-from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
+    BadRows,
     BatchSize,
+    ChatTemplate,
     Device,
     Dtype,
     FusionName,
     FusionWeights,
     MaxNewTokens,
     Model,
+    OnBadRow,
+    Overwrite,
     Parameters,
     PrefillKernelName,
+    Quiet,
+    Resume,
+    Seed,
+    Stop,
     StrategyName,
+    Temperature,
+    TopK,
+    TopP,
     TrustRemoteCode,
-    parse_batch_size,
-    parse_prefill_kernel,
+    Verbose,
+    parse_mode,
 )
 from flexmask_cli.progress import track
 from flexmask_cli.strategy_choice import choose_strategy
@@ -52,20 +56,8 @@ from flexmask_cli.strategy_choice import choose_strategy
 if TYPE_CHECKING:
     from flexmask.dataset.requests import RequestSource
     from flexmask.dataset.results import ResultWriter
-    from flexmask.dataset.resume import OutputMode
-    from flexmask.engine import Engine
+    from flexmask.dataset.run import DatasetRun
     from flexmask.generation import Generation
-    from flexmask.strategy import Strategy
-
-DEMO = "demo"
-
-
-class BadRows(StrEnum):
-    """What ``--on-error`` takes."""
-
-    STOP = "stop"
-    SKIP = "skip"
-
 
 Output = Annotated[
     Path | None,
@@ -77,38 +69,7 @@ Output = Annotated[
         "those two unless it is attention.",
     ),
 ]
-OnBadRow = Annotated[
-    BadRows,
-    typer.Option(
-        "--on-error",
-        help="What a row does that cannot be used: stop the run, or stand in the output with "
-        "its reason.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Temperature = Annotated[
-    float, typer.Option(help="0 takes the most likely token; more is more random.")
-]
-TopP = Annotated[float, typer.Option(help="Sample among tokens that reach this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="Text that ends a generation; \\n is a newline. Repeatable."),
-]
-ChatTemplate = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Use the model's chat template. Default: as the task says, else no.",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the prompts and end.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, and how.")]
 
 
 def generate(
@@ -149,7 +110,7 @@ def generate(
     """Generate for each row of a data set under a mask strategy."""
     chosen = choose_strategy(strategy, param)
     fused = Fusion(fusion, fusion_weights)
-    mode = _parse_mode(resume, overwrite)
+    mode = parse_mode(resume, overwrite)
     dataset = DatasetOptions(
         task=task,
         input=input,
@@ -165,46 +126,34 @@ def generate(
     )
     loaded_task = dataset.load_task()
     rows, requests = dataset.open(loaded_task)
-    if chat_template is None:
-        chat_template = loaded_task is not None and loaded_task.chat_template
+    options = GenerationOptions(
+        task=loaded_task,
+        model=model,
+        device=device,
+        dtype=dtype,
+        prefill_kernel=prefill_kernel,
+        trust_remote_code=trust_remote_code,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop=stop or [],
+        chat_template=chat_template,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
     if dry_run:
-        _print_prompts(requests, fused, model, chat_template, trust_remote_code)
+        _print_prompts(requests, fused, options)
         return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.dataset.judge import Judge
     from flexmask.dataset.place import default_output_path
     from flexmask.dataset.results import ResultWriter
-    from flexmask.engine.loading import resolve_device, resolve_dtype
-    from flexmask.engine.sampling import Sampling
+    from flexmask.dataset.run import DatasetRun
 
-    judge = loaded_task.judge if loaded_task else Judge()
-    judge.check()
-    options: dict[str, Any] = {
-        "fusion": fused,
-        "max_new_tokens": max_new_tokens,
-        "sampling": Sampling(temperature, top_k, top_p, seed),
-        "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or []],
-        "chat_template": chat_template,
-    }
-    kernel = parse_prefill_kernel(prefill_kernel)
-    target = resolve_device(device)
-    resolve_dtype(dtype, target)
-    config = RunConfig(
-        run={
-            "strategy": recorded_name(strategy),
-            "parameters": chosen.parameter_values(),
-            "model": model or DEMO,
-            "dtype": dtype,
-            "task": loaded_task and loaded_task.record(),
-            "judge": asdict(judge),
-            **options,
-            "fusion": asdict(fused),
-            "sampling": asdict(options["sampling"]),
-        },
-        environment=_environment(device=str(target), batch_size=batch_size, input=rows.name),
-    )
-    options |= {"batch_size": parse_batch_size(batch_size), "on_error": on_error.value}
+    options.check()
+    judge = options.judge
+    config = options.config(strategy, chosen, fused, rows.name)
     stem = rows.stem if input or task else DEMO
     path = output or default_output_path(
         stem, model or DEMO, chosen.name, num_segments, str(fused)
@@ -214,26 +163,25 @@ def generate(
     ) as writer:
         if writer.remaining:
             with render.warnings_as_lines():
-                engine = load_engine(model, device, dtype, trust_remote_code, verbose, kernel)
-                _run(engine, chosen, options, writer, is_quiet=quiet, is_verbose=verbose)
+                engine = options.load_engine(is_verbose=verbose)
+                run = DatasetRun(
+                    engine,
+                    chosen,
+                    writer,
+                    on_error=on_error.value,
+                    fusion=fused,
+                    **options.for_engine(),
+                )
+                if verbose:
+                    render.print_notes(engine, chosen, fused, run.generations.stats)
+                _run(run, writer, fused, is_quiet=quiet)
+                if verbose:
+                    render.print_kernels(engine)
     if not quiet:
         render.print_outcome(path, writer.summary, judge)
 
 
-def _run(
-    engine: Engine,
-    strategy: Strategy,
-    options: dict[str, Any],
-    writer: ResultWriter,
-    *,
-    is_quiet: bool,
-    is_verbose: bool,
-) -> None:
-    from flexmask.dataset.run import DatasetRun
-
-    run = DatasetRun(engine, strategy, writer, **options)
-    if is_verbose:
-        render.print_notes(engine, strategy, options["fusion"], run.generations.stats)
+def _run(run: DatasetRun, writer: ResultWriter, fusion: Fusion, *, is_quiet: bool) -> None:
     first: list[Generation] = []
     interrupt = Interrupt()
     try:
@@ -246,28 +194,17 @@ def _run(
         kept = writer.summary.rows
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
-    if is_verbose:
-        render.print_kernels(engine)
     if not is_quiet:
         render.print_answers(first, writer.judge)
-        render.print_stats(run.generations.stats, options["fusion"])
+        render.print_stats(run.generations.stats, fusion)
 
 
-def _print_prompts(
-    requests: RequestSource,
-    fusion: Fusion,
-    model: str | None,
-    chat_template: bool,
-    trust_remote_code: bool,
-) -> None:
+def _print_prompts(requests: RequestSource, fusion: Fusion, options: GenerationOptions) -> None:
     from flexmask.dataset.requests import BadRow
 
     in_chat = None
-    if chat_template:
-        from flexmask.tokenization import RequestTokenizer, load_tokenizer
-
-        tokenizer = load_tokenizer(model or str(model_path()), trust_remote_code=trust_remote_code)
-        in_chat = RequestTokenizer(tokenizer, chat_template=True).in_chat
+    if options.uses_chat_template:
+        in_chat = options.load_tokenizer().in_chat
     for output in requests:
         if isinstance(output, BadRow):
             render.print_prompt(output)
@@ -275,14 +212,3 @@ def _print_prompts(
         weights = output.weights if fusion.weights == "column" else itertools.repeat(None)
         for prompt, weight in zip(fusion.prompts(output), weights, strict=False):
             render.print_prompt(prompt, in_chat, weight)
-
-
-def _parse_mode(resume: bool, overwrite: bool) -> OutputMode:
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other")
-    return "resume" if resume else "overwrite" if overwrite else "new"
-
-
-def _environment(**more: str) -> dict[str, str]:
-    versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
-    return {**versions, **more}

@@ -1,0 +1,141 @@
+"""Options that say how tokens are generated, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from flexmask.dataset.run_config import RunConfig
+from flexmask.demo import model_path
+from flexmask.strategy_file import recorded_name
+from flexmask_cli.loading import load_engine
+from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
+
+if TYPE_CHECKING:
+    from flexmask.dataset.judge import Judge
+    from flexmask.dataset.task import Task
+    from flexmask.engine import Engine
+    from flexmask.engine.sampling import Sampling
+    from flexmask.fusion import Fusion
+    from flexmask.strategy import Strategy
+    from flexmask.tokenization import RequestTokenizer
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What was asked for."""
+
+    task: Task | None
+    model: str | None
+    device: str
+    dtype: str
+    prefill_kernel: str
+    trust_remote_code: bool
+    batch_size: str
+    max_new_tokens: int
+    stop: Sequence[str]
+    chat_template: bool | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+    @property
+    def judge(self) -> Judge:
+        """The task's, else that of all."""
+        from flexmask.dataset.judge import Judge
+
+        return self.task.judge if self.task else Judge()
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """As asked for, else as the task says."""
+        if self.chat_template is None:
+            return self.task is not None and self.task.chat_template
+        return self.chat_template
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        from flexmask.engine.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+    def check(self) -> None:
+        """Raise now what would be raised once the model is loaded.
+
+        Raises:
+            OptionError: If an option has an impossible value, or cannot be had here.
+        """
+        from flexmask.engine.loading import resolve_device, resolve_dtype
+
+        self.judge.check()
+        self.for_engine()
+        parse_prefill_kernel(self.prefill_kernel)
+        resolve_dtype(self.dtype, resolve_device(self.device))
+
+    def for_engine(self) -> dict[str, Any]:
+        """Those that `Engine.generate` takes."""
+        return self._that_change_rows() | {"batch_size": parse_batch_size(self.batch_size)}
+
+    def config(self, reference: str, strategy: Strategy, fusion: Fusion, input: str) -> RunConfig:
+        """What a result file records of a run.
+
+        Args:
+            reference: The strategy as it was asked for.
+            strategy: The same.
+            fusion: What the segments of a request have to do with each other.
+            input: Name of the input.
+        """
+        return RunConfig(
+            run={
+                "strategy": recorded_name(reference),
+                "parameters": strategy.parameter_values(),
+                "model": self.model or DEMO,
+                "dtype": self.dtype,
+                "task": self.task and self.task.record(),
+                "judge": asdict(self.judge),
+                "fusion": asdict(fusion),
+                **self._that_change_rows(),
+                "sampling": asdict(self.sampling),
+            },
+            environment={**self.machine(), "batch_size": self.batch_size, "input": input},
+        )
+
+    def machine(self) -> Mapping[str, str]:
+        """Versions and device."""
+        from flexmask.engine.loading import resolve_device
+
+        versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
+        return {**versions, "device": str(resolve_device(self.device))}
+
+    def load_tokenizer(self) -> RequestTokenizer:
+        """Load the model's tokenizer, and not the model."""
+        from flexmask.tokenization import RequestTokenizer, load_tokenizer
+
+        path = self.model or str(model_path())
+        tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        return RequestTokenizer(tokenizer, chat_template=self.uses_chat_template)
+
+    def load_engine(self, *, is_verbose: bool) -> Engine:
+        """Load the model."""
+        return load_engine(
+            self.model,
+            self.device,
+            self.dtype,
+            self.trust_remote_code,
+            is_verbose,
+            parse_prefill_kernel(self.prefill_kernel),
+        )
+
+    def _that_change_rows(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "sampling": self.sampling,
+            "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop],
+            "chat_template": self.uses_chat_template,
+        }

@@ -1,0 +1,52 @@
+"""Writes the README's table of strategies and fusions from benchmarks/results: ``make docs``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "README.md"
+RESULT = ROOT / "benchmarks" / "results" / "compare-cpu-demo.json"
+COUNTS = (1, 3, 5)
+HEAD = ("", "1", "3", "5", "5 less the first alone", "prompt tokens", "computed", "ms/question")
+
+
+def table() -> str:
+    """A line for each strategy and fusion; the last columns are those of most paraphrases."""
+    cells = json.loads(RESULT.read_text())["cells"]
+    names = dict.fromkeys(cell["name"] for cell in cells)
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for name in names:
+        of_count = {cell["num_segments"]: cell for cell in cells if cell["name"] == name}
+        most = of_count.get(COUNTS[-1])
+        scores = [_percent(of_count[n]["score"]) if n in of_count else "" for n in COUNTS]
+        lines.append([f"`{name}`", *scores, *(_last_columns(most) if most else [""] * 4)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(text: str) -> str:
+    """The README with its table written anew."""
+    pattern = r"(<!-- compare -->\n).*?(<!-- end -->)"
+    found, count = re.subn(pattern, rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{TARGET}: expected one table, found {count}")
+    return found
+
+
+def _last_columns(cell: dict[str, Any]) -> list[str]:
+    return [
+        _percent(cell["difference"], "+"),
+        *(f"{cell[name]:.0f}" for name in ("prompt_tokens", "computed_tokens", "ms_per_question")),
+    ]
+
+
+def _percent(estimate: dict[str, float], sign: str = "") -> str:
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(TARGET.read_text()))

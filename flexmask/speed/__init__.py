@@ -1,0 +1,1 @@
+"""How fast attention is on one layout, beside its peers and the floor. docs/compare.md."""
