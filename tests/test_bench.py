@@ -109,6 +109,15 @@ def test_a_strategy_that_changes_scores_is_held_against_dense_scores():
     assert flex.relative_error < 1e-5 and own.relative_error < 1e-5
 
 
+def test_a_part_of_the_keys_that_is_scaled_is_held_against_dense_scores():
+    strategy = make_strategy("adaptive_parallel", {"scale": 0.5})
+    case = AttentionBench(strategy, strategy.layout(REQUEST), HEADS, CPU, torch.float32)
+    dense, _, flex, own = case.timings()
+    assert dense.ms is None and flex.ms is None
+    assert "scales a part of the keys" in flex.note
+    assert own.relative_error < 1e-5
+
+
 def test_a_mask_that_is_too_large_is_not_made_dense(monkeypatch):
     monkeypatch.setitem(attention_bench.LONGEST_DENSE, "cpu", 100)
     strategy = make_strategy("causal", {})

@@ -10,6 +10,7 @@ from flexmask.doctor import Check, run_checks
 from flexmask.doctor import attention as attention_checks
 from flexmask.doctor import environment as environment_checks
 from flexmask.doctor.check import tried
+from flexmask.doctor.kernels import check_decode_kernels
 from flexmask.registry import PluginRecord, Registry
 from flexmask_cli.app import main
 
@@ -107,6 +108,7 @@ def test_without_a_gpu_its_paths_are_unavailable_and_not_broken(monkeypatch):
     cpu = torch.device("cpu")
     assert attention_checks.check_flash(cpu).state == "unavailable"
     assert attention_checks.check_cuda_graph(cpu).state == "unavailable"
+    assert check_decode_kernels(cpu).state == "unavailable"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert environment_checks.check_gpu().state == "unavailable"
 
@@ -114,7 +116,7 @@ def test_without_a_gpu_its_paths_are_unavailable_and_not_broken(monkeypatch):
 @pytest.mark.gpu
 def test_the_paths_of_a_gpu_are_tried():
     found = {check.name: check.state for check in run_checks()}
-    assert found["gpu"] == found["CUDA graph"] == "ok"
+    assert found["gpu"] == found["CUDA graph"] == found["decode kernels"] == "ok"
     assert found["attention, FLASH"] in ("ok", "unavailable")
 
 

@@ -10,6 +10,10 @@ State = Literal["ok", "unavailable", "broken"]
 """``unavailable``: does not work here, and flexmask does without. ``broken``: it is needed."""
 
 
+class WrongResult(Exception):
+    """What was tried ran, and computed something else than its plain twin."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What was found of one thing that flexmask needs or can use.

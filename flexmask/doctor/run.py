@@ -43,10 +43,12 @@ def _check_attention() -> Iterator[Check]:
         check_flash,
         check_prefill,
     )
+    from flexmask.doctor.kernels import check_decode_kernels
     from flexmask.engine.loading import resolve_device
 
     device = resolve_device("auto")
     yield check_prefill(device)
     yield check_decode(device)
+    yield check_decode_kernels(device)
     yield check_flash(device)
     yield check_cuda_graph(device)

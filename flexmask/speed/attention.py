@@ -19,6 +19,7 @@ from flexmask.attention.backend import (
     dense_attention,
     flexmask_attention,
 )
+from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
 from flexmask.engine.model_runner import prefill_length
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, flash_can_attend, prefill_tile
@@ -132,6 +133,8 @@ class AttentionBench:
         batch.load([layout], [self.length], [0])
         self._mask_mod = strategy_mask(strategy, batch)
         self._score_mod = strategy.score_mod(batch)
+        slots = torch.arange(self._padded, device=device)[None]
+        self._scaled_part = place_part(strategy.scaled_part(batch), slots)
         self.report: MaskReport = explain_mask(
             self._mask_mod, 1, None, self.length, self.length, device
         )
@@ -159,7 +162,11 @@ class AttentionBench:
         else:
             yield self._timed("SDPA, dense mask", self._sdpa_dense(), allowed)
         yield self._timed(CAUSAL, self._sdpa_causal(), every, note="another mask")
-        yield self._timed("flex_attention", self._flex(), allowed)
+        if self._scaled_part is not None:
+            reason = "the strategy scales a part of the keys, which one call does not"
+            yield Timing("flex_attention", note=f"not run: {reason}")
+        else:
+            yield self._timed("flex_attention", self._flex(), allowed)
         yield self._own_timing("flexmask", self._kernel)
         if self._can_flash():
             yield self._own_timing("flexmask, FLASH", "flash")
@@ -210,14 +217,24 @@ class AttentionBench:
     def _wanted(self) -> Tensor | None:
         """Attention in float32 with the dense mask; None where that is too large."""
         query, key, value = (x.float() for x in self._expanded())
-        if self._score_mod is None and self.length <= LONGEST_DENSE[self._device.type]:
+        if not self._changes_scores and self.length <= LONGEST_DENSE[self._device.type]:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=self._dense_mask)
-        if self._score_mod is not None and self.length <= LONGEST_SCORES:
+        if self._changes_scores and self.length <= LONGEST_SCORES:
             output, _ = dense_attention(
-                nn.Module(), query, key, value, self._dense_mask, score_mod=self._score_mod
+                nn.Module(),
+                query,
+                key,
+                value,
+                self._dense_mask,
+                score_mod=self._score_mod,
+                scaled_part=self._scaled_part,
             )
             return output.transpose(1, 2)
         return None
+
+    @property
+    def _changes_scores(self) -> bool:
+        return self._score_mod is not None or self._scaled_part is not None
 
     def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values once for each query head: what dense SDPA's fast kernels take."""
@@ -228,7 +245,7 @@ class AttentionBench:
     def _no_dense_sdpa(self) -> str:
         """Why SDPA cannot be run with the dense mask; nothing if it can."""
         longest = LONGEST_DENSE[self._device.type]
-        if self._score_mod is not None:
+        if self._changes_scores:
             return "the strategy changes scores, which SDPA does not"
         if self.length > longest:
             gigabytes = self.length**2 / 1e9
@@ -275,6 +292,7 @@ class AttentionBench:
                 mask,
                 prefill_kernel=kernel,
                 score_mod=self._score_mod,
+                scaled_part=self._scaled_part,
             )
             return output.transpose(1, 2)
 
@@ -285,7 +303,7 @@ class AttentionBench:
         shape = AttentionShape(self._heads.key, dim, dim, has_softcap=False)
         return (
             self._kernel is not None
-            and self._score_mod is None
+            and not self._changes_scores
             and flash_can_attend(shape, self._dtype, self._device)
         )
 
