@@ -126,6 +126,6 @@ def test_a_missing_mask_is_never_taken_for_full_attention():
 
 def test_compile_settings_are_put_back():
     before = torch._dynamo.config.specialize_int
-    with compile_settings():
+    with compile_settings(torch.device("cpu")):
         assert torch._dynamo.config.specialize_int
     assert torch._dynamo.config.specialize_int == before

@@ -52,17 +52,19 @@ class CausalRows(BlockMask):
 
 
 @contextmanager
-def compile_settings() -> Iterator[None]:
-    """Torch's settings for compiled attention, for the duration of a call.
+def compile_settings(device: torch.device) -> Iterator[None]:
+    """Torch's settings for compiled attention on a device, for the duration of a call.
 
     Every model shape and mask compiles once, and dynamo's limit of 8 is for code that should
     not have compiled again. Numbers that a mask_mod or score_mod captures are constants: flex
     refuses symbolic floats. Lengths of queries and keys that happen to be equal at first are
-    not equal for ever.
+    not equal for ever; but torch before 2.13 gives two sizes of one C++ kernel the same name
+    where equal ones have symbols of their own.
     """
+    has_symbol_each = device.type == "cuda" or torch.__version__ >= "2.13"
     with (
         dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
-        cast(Any, shape_config).patch(use_duck_shape=False),
+        cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
     ):
         yield
 
@@ -331,7 +333,7 @@ def _compiled_attend() -> Callable[..., Tensor]:
 
 
 def _attend_compiled(*args: Any) -> Tensor:
-    with compile_settings():
+    with compile_settings(args[0].device):
         return _compiled_attend()(*args)
 
 

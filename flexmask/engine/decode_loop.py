@@ -110,7 +110,7 @@ class DecodeLoop:
             logits = self._fusion(logits)
         state = (self._token_ids, self._has_ended, self._step_number)
         if self._sampler.is_greedy and logits.is_cuda:
-            with compile_settings():
+            with compile_settings(logits.device):
                 return _compiled_end_of_step()(logits, self._eos, *state)
         _take(self._sampler(logits, self._step_number), self._eos, *state)
 

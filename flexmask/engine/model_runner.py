@@ -285,7 +285,7 @@ class ModelRunner:
             kind: self._prefill_mask(kind, layouts, length, kv_length, reused)
             for kind in self._mask_mods
         }
-        with compile_settings():
+        with compile_settings(self.device):
             self._prefill_model.base_model(
                 input_ids=input_ids.to(self.device),
                 position_ids=self._batch.position_ids[: len(layouts)]
@@ -347,7 +347,7 @@ class ModelRunner:
         masks = {
             kind: self._decode_mask(kind, kernel) for kind, kernel in self.decode_kernels.items()
         }
-        with compile_settings():
+        with compile_settings(self.device):
             output = self._decode_model(
                 input_ids=token_ids,
                 position_ids=self._batch.positions_at(self.slots),

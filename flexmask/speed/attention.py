@@ -186,7 +186,7 @@ class AttentionBench:
         return self._timed(way, self._flexmask(kernel, tile), self.report.allowed_pairs, note)
 
     def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
-        with compile_settings():
+        with compile_settings(self._device):
             output = call()[:, :, : self.length]
             ms = time_call(call, self._device)
         wanted = None if way == CAUSAL else self._wanted
