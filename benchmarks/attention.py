@@ -200,10 +200,8 @@ def print_row(timing: Timing) -> None:
 def main() -> None:
     """Print a table, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--prefill", nargs="*", default=["64x1280", "1x4096", "1x16384", "1x65536"]
-    )
-    parser.add_argument("--decode", nargs="*", default=["1x1024", "1x16384", "8x1024", "64x1024"])
+    parser.add_argument("--prefill", nargs="*", default=PREFILL_CASES)
+    parser.add_argument("--decode", nargs="*", default=DECODE_CASES)
     arguments = parser.parse_args()
     bandwidth = read_bandwidth(torch.device("cuda"))
     torch.cuda.empty_cache()

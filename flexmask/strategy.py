@@ -154,6 +154,10 @@ class Strategy(ABC):
         """
         return None
 
+    def changes_scores(self, batch: LayoutBatch) -> bool:
+        """Whether there is more to the strategy than who sees whom."""
+        return self.score_mod(batch) is not None or self.scaled_part(batch) is not None
+
     def layout(self, request: TokenizedRequest) -> Layout:
         """Plan a request: storage order and positions. Default: as `causal` has it."""
         return shared_prefix_layout(request, "sequential")

@@ -105,7 +105,7 @@ def use_strategy(
     """
     active = ActiveStrategy(strategy, layouts, torch.device(device))
     batch = active.batch(active.length)
-    if strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None:
+    if strategy.changes_scores(batch):
         raise AttentionError(
             f"strategy {strategy.name!r} changes scores, which model.generate cannot be told; "
             "use flexmask.Engine"

@@ -144,7 +144,7 @@ class Sameness:
             batch = LayoutBatch(rows, size, CPU)
             batch.load(layouts, lengths, [0] * rows)
             batch.open_tail(lengths)
-            if strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None:
+            if strategy.changes_scores(batch):
                 return False
             masks.append(strategy_mask(strategy, batch))
         return masks_are_equal(masks[0], masks[1], rows, size, size, CPU)

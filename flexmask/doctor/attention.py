@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.rules import MaskMod
 from flexmask.doctor.check import Check, WrongResult, tried
+from flexmask.engine.prefill_kernel import has_flash
 from flexmask.layout import TokenizedRequest, shared_prefix_layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import (
@@ -56,7 +56,7 @@ def check_flash(device: torch.device) -> Check:
     name = "attention, FLASH"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return Check(name, "unavailable", "needs a GPU of capability 9.0 or more")
-    if not _has_flash():
+    if not has_flash():
         advice = "pip install flash-attn-4 for faster long prompts"
         return Check(name, "unavailable", "flash-attn-4 is not installed", advice)
     return tried(
@@ -106,13 +106,6 @@ def _flash_compared(device: torch.device) -> str:
         dense = _dense_mask(causal, torch.arange(LENGTH, device=device))
         wanted, _ = dense_attention(nn.Module(), query.float(), key.float(), value.float(), dense)
     return _agreement(found.transpose(1, 2), wanted)
-
-
-def _has_flash() -> bool:
-    try:
-        return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:  # no flash_attn at all
-        return False
 
 
 def _replayed(device: torch.device) -> str:

@@ -71,11 +71,16 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int) -> int:
     return SHORT_BLOCK_SIZE if is_short else BLOCK_SIZE
 
 
+def has_flash() -> bool:
+    """Whether flash-attn-4 is installed."""
+    # The name inside a package can only be looked for where there is the package.
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+
+
 def flash_can_attend(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether FlexAttention's FLASH backend is installed, and serves heads of this shape."""
     return (
-        find_spec("flash_attn") is not None
-        and find_spec("flash_attn.cute") is not None
+        has_flash()
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and dtype in (torch.bfloat16, torch.float16)
         and shape.key_dim == shape.value_dim
