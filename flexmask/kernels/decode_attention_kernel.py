@@ -59,7 +59,7 @@ def decode_attention_kernel(
     kv_head = pair % KV_HEADS
     g = tl.arange(0, BLOCK_G)
     is_head = g < GROUP
-    head = kv_head * GROUP + g
+    head = kv_head * GROUP + tl.minimum(g, GROUP - 1)
     d = tl.arange(0, BLOCK_K)
     e = tl.arange(0, BLOCK_V)
     slot = tl.load(slots_ptr + b)
