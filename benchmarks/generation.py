@@ -137,16 +137,20 @@ def decode_flexmask(
     last = [layout.token_ids[-1] for layout in layouts]
     uuids = [str(row) for row in range(batch_size)]
 
+    def prefill(loop: DecodeLoop) -> None:
+        loop.load(last, uuids)
+        runner.prefill(runner.plan(layouts))
+
     def start() -> DecodeLoop:
         runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))
-        runner.prefill(layouts)
         loop = DecodeLoop(runner, Sampling(), steps, ())
-        next(loop.run(last, uuids))
+        prefill(loop)
+        next(loop.run())
         return loop
 
     def timed() -> float:
-        runner.prefill(layouts)
-        return seconds(lambda: deque(loop.run(last, uuids), maxlen=0))
+        prefill(loop)
+        return seconds(lambda: deque(loop.run(), maxlen=0))
 
     synchronize()
     started = time.perf_counter()

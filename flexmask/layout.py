@@ -171,8 +171,10 @@ class Layout:
 
         Token ids do not enter: a mask does not depend on them.
         """
-        content = array("q", (len(self), *self.segment_ids, *self.position_ids))
-        return blake2b(content, digest_size=16).digest()
+        content = blake2b(digest_size=16)
+        for tensor in (self.segment_tensor, self.position_tensor):
+            content.update(tensor.numpy().tobytes())
+        return content.digest()
 
     @cached_property
     def token_tensor(self) -> Tensor:

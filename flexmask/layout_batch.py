@@ -7,7 +7,7 @@ captured them is never compiled again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,31 +61,66 @@ class LayoutBatch:
         Raises:
             LayoutError: If there are more than ``B`` layouts, or one does not fit.
         """
-        batch_size, capacity = self.segment_ids.shape
-        if len(layouts) > batch_size:
-            raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
-        segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
-        position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
-        slots = torch.arange(capacity, dtype=torch.int32)
-        for row, (layout, count, start) in enumerate(
-            zip(layouts, num_tokens, starts, strict=True)
-        ):
-            stop = start + len(layout)
-            if stop > capacity:
-                raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
-            segment_ids[row, start : start + count] = layout.segment_tensor[:count]
-            torch.add(slots, layout.next_position - stop, out=position_ids[row])
-            position_ids[row, :start] = 0
-            position_ids[row, start:stop] = layout.position_tensor
-        self.segment_ids.copy_(segment_ids)
-        self.position_ids.copy_(position_ids)
+        self.copy_from(layout_tables(layouts, num_tokens, starts, *self.segment_ids.shape))
 
-    def open_tail(self, first_slots: Sequence[int]) -> None:
+    def copy_from(self, tables: LayoutTables) -> None:
+        """Place what `layout_tables` made for batches of this shape."""
+        self.segment_ids.copy_(tables.segment_ids)
+        self.position_ids.copy_(tables.position_ids)
+
+    def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Make the slots from ``first_slots[b]`` on the fusion tail, ready for new tokens."""
-        first = torch.tensor(first_slots, device=self.segment_ids.device)
-        slots = torch.arange(self.segment_ids.shape[1], device=self.segment_ids.device)
-        self.segment_ids.masked_fill_(slots >= first[:, None], TAIL)
+        self._fill_from(first_slots, TAIL)
+
+    def close_tail(self, first_slots: Sequence[int] | Tensor) -> None:
+        """Make the slots from ``first_slots[b]`` on padding again."""
+        self._fill_from(first_slots, PADDING)
+
+    def _fill_from(self, first_slots: Sequence[int] | Tensor, segment_id: int) -> None:
+        first = torch.as_tensor(first_slots, device=self.device)
+        slots = torch.arange(self.segment_ids.shape[1], device=self.device)
+        self.segment_ids.masked_fill_(slots >= first[:, None], segment_id)
 
     def positions_at(self, slots: Tensor) -> Tensor:
         """Position of one slot per row: ``(B,)`` slots to ``(B, 1)`` positions."""
         return self.position_ids.gather(1, slots[:, None]).long()
+
+
+class LayoutTables(NamedTuple):
+    """What a `LayoutBatch` holds, on the CPU.
+
+    Attributes:
+        segment_ids: ``(B, capacity)`` int32.
+        position_ids: ``(B, capacity)`` int32.
+    """
+
+    segment_ids: Tensor
+    position_ids: Tensor
+
+
+def layout_tables(
+    layouts: Sequence[Layout],
+    num_tokens: Sequence[int],
+    starts: Sequence[int],
+    batch_size: int,
+    capacity: int,
+) -> LayoutTables:
+    """Make what `LayoutBatch.load` places, for ``batch_size`` rows of ``capacity`` slots.
+
+    Raises:
+        LayoutError: If there are more layouts than rows, or one does not fit.
+    """
+    if len(layouts) > batch_size:
+        raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
+    segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
+    position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
+    slots = torch.arange(capacity, dtype=torch.int32)
+    for row, (layout, count, start) in enumerate(zip(layouts, num_tokens, starts, strict=True)):
+        stop = start + len(layout)
+        if stop > capacity:
+            raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
+        segment_ids[row, start : start + count] = layout.segment_tensor[:count]
+        torch.add(slots, layout.next_position - stop, out=position_ids[row])
+        position_ids[row, :start] = 0
+        position_ids[row, start:stop] = layout.position_tensor
+    return LayoutTables(segment_ids, position_ids)

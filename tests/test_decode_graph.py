@@ -15,6 +15,7 @@ from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 
 LAYOUTS = [PrefixSegment().layout(random_request(seed, 9, [20, 30], 2)) for seed in (1, 2)]
+LAST_TOKENS = [layout.token_ids[-1] for layout in LAYOUTS]
 UUIDS = ["a", "b"]
 STEPS = 12
 
@@ -25,8 +26,9 @@ def runner(models):
 
 
 def decode(runner, loop):
-    runner.prefill(LAYOUTS)
-    return list(loop.run([layout.token_ids[-1] for layout in LAYOUTS], UUIDS))
+    loop.load(LAST_TOKENS, UUIDS)
+    runner.prefill(runner.plan(LAYOUTS))
+    return list(loop.run())
 
 
 def new_loop(runner, sampling=Sampling(), eos=()):  # noqa: B008
@@ -59,8 +61,9 @@ def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
         return DecodeLoop(runner, Sampling(), STEPS, (), fuse)
 
     def decode_in(groups, loop):
-        runner.prefill(LAYOUTS)
-        return list(loop.run([layout.token_ids[-1] for layout in LAYOUTS], UUIDS, groups))
+        loop.load(LAST_TOKENS, UUIDS, groups)
+        runner.prefill(runner.plan(LAYOUTS))
+        return list(loop.run())
 
     together, apart = [(1.0, 2.0)], [(1.0,), (1.0,)]
     loop = fusing_loop()

@@ -205,11 +205,11 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
     expected = run(engine)
     prefill, sizes = engine.runner.prefill, []
 
-    def prefill_with_little_memory(layouts):
-        sizes.append(len(layouts))
-        if len(layouts) > 2:
+    def prefill_with_little_memory(plan):
+        sizes.append(len(plan.layouts))
+        if len(plan.layouts) > 2:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        prefill(layouts)
+        return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=4)
@@ -219,8 +219,52 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
     assert (results.stats.batch_size, results.stats.halvings) == (2, 1)
 
 
+@pytest.fixture
+def overlapping(engine, monkeypatch):
+    """A run as on a GPU, which works on a batch while the host hands out the one before."""
+    prefill, events = engine.runner.prefill, []
+
+    def noted_prefill(plan):
+        events.append("prefill")
+        return prefill(plan)
+
+    monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
+    results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=3)
+    results._overlaps = True
+    return results, events
+
+
+def test_a_batch_is_handed_out_when_the_next_has_started(engine, overlapping):
+    results, events = overlapping
+    for batch in results.batches():
+        events.append(len(batch))
+    assert events == ["prefill", "prefill", 3, "prefill", 3, 1]
+
+
+def test_batches_planned_ahead_give_the_same(engine, overlapping):
+    results, _ = overlapping
+    assert list(results) == run(engine)
+
+
+def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, monkeypatch):
+    results, _ = overlapping
+    batches = results.batches()
+    start, calls = results._start_batch, []
+
+    def fail_at_the_second(jobs):
+        calls.append(jobs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return start(jobs)
+
+    monkeypatch.setattr(results, "_start_batch", fail_at_the_second)
+    assert len(next(batches)) == 3
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+
 def test_a_row_too_large_for_the_memory_says_so(engine, monkeypatch):
-    def prefill_without_memory(layouts):
+    def prefill_without_memory(plan):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_without_memory)

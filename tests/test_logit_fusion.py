@@ -220,11 +220,11 @@ def test_out_of_memory_keeps_the_prompts_of_a_request_together(engine, monkeypat
     expected = list(run(engine, "mean", max_new_tokens=4))
     prefill, sizes = engine.runner.prefill, []
 
-    def prefill_with_little_memory(layouts):
-        sizes.append(len(layouts))
-        if len(layouts) > 5:
+    def prefill_with_little_memory(plan):
+        sizes.append(len(plan.layouts))
+        if len(plan.layouts) > 5:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        prefill(layouts)
+        return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
     results = run(engine, "mean", max_new_tokens=4, batch_size=10)
@@ -234,7 +234,7 @@ def test_out_of_memory_keeps_the_prompts_of_a_request_together(engine, monkeypat
 
 
 def test_a_request_too_large_for_the_memory_says_so(engine, monkeypatch):
-    def prefill_without_memory(layouts):
+    def prefill_without_memory(plan):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_without_memory)

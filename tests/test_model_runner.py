@@ -73,7 +73,7 @@ def runners(models):
 def decode(runner, strategy, layouts, steps=STEPS):
     """Greedy tokens ``(B, steps)`` and their logits ``(B, steps, V)``."""
     runner.prepare(strategy, len(layouts), CAPACITY)
-    runner.prefill(layouts)
+    runner.prefill(runner.plan(layouts))
     token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
     tokens, logits = [], []
     for _ in range(steps):
@@ -115,10 +115,10 @@ def test_keys_and_values_of_a_segment_equal_those_of_its_text_run_alone(runners,
         for segment in request.segments
     ]
     runner.prepare(strategy, 3, CAPACITY)
-    runner.prefill(rows)
+    runner.prefill(runner.plan(rows))
     cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
     runner.prepare(Causal(), 3, CAPACITY)
-    runner.prefill(alone)
+    runner.prefill(runner.plan(alone))
     for number, layout in enumerate(alone, start=1):
         own = [slot for slot, s in enumerate(together.segment_ids) if s == number]
         by_position = slice(len(layout) - 1 - len(own), len(layout) - 1)
@@ -143,12 +143,11 @@ def test_blocks_at_consecutive_positions_are_blocks_alone_re_encoded(runners, mo
     runner, request = runners("llama", device), REQUESTS[0]
     together = BlockAttention().layout(request)
     runner.prepare(BlockAttention(), 3, CAPACITY)
-    runner.prefill([together] * 3)
+    runner.prefill(runner.plan([together] * 3))
     cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
     runner.prepare(Causal(), 3, CAPACITY)
-    runner.prefill(
-        [Causal().layout(TokenizedRequest((), (block,), (5,))) for block in request.segments]
-    )
+    alone = [Causal().layout(TokenizedRequest((), (block,), (5,))) for block in request.segments]
+    runner.prefill(runner.plan(alone))
     rotate = models("llama", "flexmask", device).model.rotary_emb
     for number, block in enumerate(request.segments, start=1):
         first = together.segment_ids.index(number)
@@ -214,7 +213,7 @@ def test_a_prompt_of_one_token_is_refused(runners):
     runner = runners("llama")
     runner.prepare(Causal(), 1, CAPACITY)
     with pytest.raises(LayoutError, match="at least two tokens"):
-        runner.prefill([Layout((5,), (-1,), (0,))])
+        runner.prefill(runner.plan([Layout((5,), (-1,), (0,))]))
 
 
 def test_a_model_that_attends_elsewhere_is_refused(models):
@@ -232,7 +231,7 @@ def test_a_prompt_that_fills_the_cache_is_refused(runners):
     runner = runners("llama")
     runner.prepare(Causal(), 1, 256)
     with pytest.raises(LayoutError, match="a prefill of 256 slots needs a larger capacity"):
-        runner.prefill([Causal().layout(random_request(1, 9, [5], 1))])
+        runner.prefill(runner.plan([Causal().layout(random_request(1, 9, [5], 1))]))
 
 
 @pytest.mark.parametrize("slots", [2, 511, 512, 513, 1024, 3000])
@@ -289,7 +288,7 @@ def test_flash_computes_what_tritons_kernel_computes(strategy):
     for kernel in ("flash", "triton"):
         runner = ModelRunner(model, BlockMaskCache(), kernel)
         runner.prepare(strategy, 2, bucketed_capacity(5000))
-        runner.prefill(layouts)
+        runner.prefill(runner.plan(layouts))
         cached = [pair for row in (0, 1) for pair in runner.cache.of_row(row, 4000)]
         computed[kernel] = [values.clone() for pair in cached for values in pair]
     for flash, triton in zip(*computed.values(), strict=True):

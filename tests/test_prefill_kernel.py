@@ -1,19 +1,36 @@
 """Which kernel computes prompts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 from flexmask.attention.backend import AttentionShape
+from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine import prefill_kernel
-from flexmask.engine.prefill_kernel import PrefillKernels, prefill_tile
-from flexmask.errors import AttentionError
+from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.prefill_kernel import (
+    BLOCK_SIZE,
+    FLASH_CAPACITY,
+    PrefillKernels,
+    prefill_tile,
+)
+from flexmask.errors import AttentionError, FlexMaskWarning
+from flexmask_strategies.causal import Causal
+from oracles import random_request
 
 SHAPE = AttentionShape(8, 128, 128, has_softcap=False)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LONG = FLASH_CAPACITY + BLOCK_SIZE
 
 
 def kernels(asked=None, device=GPU):
     return PrefillKernels(asked, [SHAPE], torch.bfloat16, device)
+
+
+def choose(kernels, capacity=LONG, *, changes_scores=False):
+    return kernels.choose(Causal(), capacity, changes_scores=changes_scores)
 
 
 @pytest.fixture(params=[True, False], ids=["flash", "no-flash"])
@@ -23,21 +40,65 @@ def has_flash(request, monkeypatch):
 
 
 def test_what_is_asked_for_is_had_or_refused(has_flash):
-    assert kernels().choose(changes_scores=True) == "triton"
-    assert kernels("triton").choose(changes_scores=False) == "triton"
+    assert choose(kernels("triton")) == "triton"
     if not has_flash:
         with pytest.raises(AttentionError, match=r"needs flexmask\[flash\] installed"):
             kernels("flash")
         return
-    assert kernels("flash").choose(changes_scores=False) == "flash"
+    assert choose(kernels("flash"), 640) == "flash"
     with pytest.raises(AttentionError, match="the strategy changes scores"):
-        kernels("flash").choose(changes_scores=True)
+        choose(kernels("flash"), changes_scores=True)
+
+
+def test_flash_is_chosen_where_it_is_there_and_legal_and_faster(has_flash):
+    assert choose(kernels()) == ("flash" if has_flash else "triton")
+    assert choose(kernels(), 4224) == "triton"
+    assert choose(kernels(), changes_scores=True) == "triton"
 
 
 def test_a_cpu_has_one_kernel():
-    assert kernels(device=CPU).choose(changes_scores=False) is None
+    assert choose(kernels(device=CPU)) is None
     with pytest.raises(AttentionError, match="'triton' runs on a GPU only"):
         kernels("triton", CPU)
+
+
+@pytest.fixture
+def refused(models, monkeypatch):
+    """Kernels of which FLASH compiles no mask, and a runner that has them."""
+    monkeypatch.setattr(prefill_kernel, "flash_can_attend", lambda *_: True)
+    runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
+    runner.prepare(Causal(), 2, 640)
+    asked = []
+
+    def compute(prefill_kernel, **arguments):
+        asked.append(prefill_kernel)
+        if prefill_kernel == "flash":
+            raise InductorError(RuntimeError("UNSUPPORTED OPERATION: 'maximum'"), None)
+
+    monkeypatch.setattr(runner, "_prefill_model", SimpleNamespace(base_model=compute))
+    return runner, asked
+
+
+def prefill_with_flash(runner, asked_for):
+    runner._kernels = kernels(asked_for)
+    runner.prefill_kernel = choose(runner._kernels)
+    layouts = [Causal().layout(random_request(seed, 9, [5], 1)) for seed in (1, 2)]
+    runner.prefill(runner.plan(layouts))
+
+
+def test_where_flash_cannot_compile_a_mask_triton_goes_on_and_a_warning_says_so(refused):
+    runner, asked = refused
+    with pytest.warns(FlexMaskWarning, match="cannot compile the mask of strategy 'causal'"):
+        prefill_with_flash(runner, None)
+    assert asked == ["flash", "triton"]
+    assert runner.prefill_kernel == choose(runner._kernels) == "triton"
+
+
+def test_flash_that_was_asked_for_and_cannot_compile_a_mask_is_an_error(refused):
+    runner, asked = refused
+    with pytest.raises(AttentionError, match="'flash' cannot compile .* 'maximum'"):
+        prefill_with_flash(runner, "flash")
+    assert asked == ["flash"]
 
 
 def test_short_prompts_have_small_tiles_with_tritons_kernel():

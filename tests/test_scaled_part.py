@@ -73,7 +73,7 @@ def reference():
 
 def decode(runner, strategy, layouts):
     runner.prepare(strategy, len(layouts), CAPACITY)
-    runner.prefill(layouts)
+    runner.prefill(runner.plan(layouts))
     token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
     logits = []
     for _ in range(STEPS):

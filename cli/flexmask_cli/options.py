@@ -69,7 +69,7 @@ PrefillKernelName = Annotated[
     typer.Option(
         "--prefill-kernel",
         help="What computes prompts on a GPU: auto, triton or flash; flash needs "
-        "flexmask[flash]. auto is triton.",
+        "flexmask[flash]. auto takes it for long prompts where it is installed.",
     ),
 ]
 

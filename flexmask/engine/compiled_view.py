@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 
-# A kernel starts while the one before it ends.
-STEP_OPTIONS: dict[str, Any] = {"triton.enable_pdl": True}
-
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
 # there are. The first searches tile sizes, the second joins independent kernels in one launch.
-LAYER_OPTIONS = STEP_OPTIONS | {"coordinate_descent_tuning": True, "combo_kernels": True}
+LAYER_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True, "combo_kernels": True}
+
+# A kernel starts while the one before it ends. Not within layers: inductor's kernels wait only for
+# what the one before them writes, and take it that this one waited before it let others start; the
+# kernels of flexmask.kernels let others start first.
+STEP_OPTIONS: dict[str, Any] = {"triton.enable_pdl": True}
 
 
 def fused_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -22,6 +22,9 @@ LAG = 2
 """Steps that the device runs ahead of the host, which looks whether rows have ended."""
 
 
+_StepResult = tuple[Tensor, torch.cuda.Event | None]
+
+
 class DecodeLoop:
     """Decodes batches of one size; a step samples, notes ended rows, and feeds the next.
 
@@ -52,21 +55,18 @@ class DecodeLoop:
         self._graphs: dict[tuple[str, ...], DecodeGraph] = {}
         self.no_graph_reason = ""
 
-    def run(
+    def load(
         self,
         last_token_ids: Sequence[int],
         seeds: Sequence[str],
         groups: Sequence[Sequence[float]] = (),
-    ) -> Iterator[list[int]]:
-        """Decode the batch that the runner has prefilled.
+    ) -> None:
+        """Take in a batch; done before its prefill, nothing has to wait for that.
 
         Args:
             last_token_ids: The last token of each prompt.
             seeds: One per row; with the seed of sampling they determine what is sampled.
             groups: Where logits are fused, which rows are (`LogitFusion.load`).
-
-        Yields:
-            The next token of each row, step by step. Tokens after a row's end mean nothing.
         """
         self._sampler.load(seeds)
         if self._fusion is not None:
@@ -74,14 +74,25 @@ class DecodeLoop:
         self._token_ids.copy_(torch.tensor(last_token_ids)[:, None])
         self._has_ended.zero_()
         self._step_number.zero_()
-        on_their_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        for _ in range(self._max_new_tokens):
-            self._advance()
-            on_their_way.append(self._fetch())
-            if len(on_their_way) > (LAG if self._token_ids.is_cuda else 0):
-                yield _arrived(*on_their_way.popleft())
-        while on_their_way:
-            yield _arrived(*on_their_way.popleft())
+
+    def run(self) -> Iterator[list[int]]:
+        """Decode the batch that was loaded and that the runner has prefilled.
+
+        On a GPU the first steps are queued when this returns.
+
+        Returns:
+            The next token of each row, step by step. Tokens after a row's end mean nothing.
+        """
+        lag = LAG if self._token_ids.is_cuda else 0
+        queued = deque(self._step_result() for _ in range(min(lag, self._max_new_tokens)))
+        return self._results(queued)
+
+    def _results(self, queued: deque[_StepResult]) -> Iterator[list[int]]:
+        for _ in range(self._max_new_tokens - len(queued)):
+            queued.append(self._step_result())
+            yield _arrived(*queued.popleft())
+        while queued:
+            yield _arrived(*queued.popleft())
 
     def _advance(self) -> None:
         if not self._token_ids.is_cuda or self.no_graph_reason:
@@ -114,7 +125,9 @@ class DecodeLoop:
                 return _compiled_end_of_step()(logits, self._eos, *state)
         _take(self._sampler(logits, self._step_number), self._eos, *state)
 
-    def _fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _step_result(self) -> _StepResult:
+        """Queue a step, and the copy of its tokens to the host."""
+        self._advance()
         if not self._token_ids.is_cuda:
             return self._token_ids.clone(), None
         tokens = torch.empty(self._token_ids.shape, dtype=torch.long, pin_memory=True)

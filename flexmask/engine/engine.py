@@ -16,7 +16,8 @@ from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prompts import Job, PromptPlanner
-from flexmask.engine.run import GenerationRun, RunOptions, RunStats
+from flexmask.engine.run import GenerationRun, RunOptions
+from flexmask.engine.run_stats import RunStats
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
@@ -50,7 +51,7 @@ class Engine:
             model: The model.
             tokenizer: Its tokenizer.
             prefill_kernel: What computes prompts on a GPU: ``triton`` or ``flash``, which needs
-                ``flexmask[flash]``; None for Triton's.
+                ``flexmask[flash]``; None to choose.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel cannot

@@ -8,13 +8,14 @@ decode for the shapes of the run.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch._dynamo import mark_static
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,6 +36,7 @@ from flexmask.engine.compiled_view import (
 )
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels, prefill_tile
+from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
 from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
 from flexmask.errors import AttentionError, LayoutError
@@ -57,15 +59,6 @@ SLIDING_ATTENTION = "sliding_attention"
 def compilations() -> int:
     """Number of graphs that torch.compile has compiled in this process."""
     return int(counters["stats"]["unique_graphs"])
-
-
-def prefill_length(num_tokens: int, tile: int = BLOCK_SIZE) -> int:
-    """Number of slots that ``num_tokens`` are padded to: whole tiles, and two at least.
-
-    One tile would specialise the graph on a dimension of one, and two lengths would compile
-    twice.
-    """
-    return max(2, -(-num_tokens // tile)) * tile
 
 
 def bucketed_capacity(num_slots: int) -> int:
@@ -109,7 +102,7 @@ class ModelRunner:
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``.
             mask_cache: Where BlockMasks are kept.
-            prefill_kernel: What computes prompts on a GPU; None for Triton's.
+            prefill_kernel: What computes prompts on a GPU; None to choose.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel cannot
@@ -154,7 +147,9 @@ class ModelRunner:
         mark_static(self._query_slots)
         self.shared_prefix = None
         self._set_score_mods(strategy)
-        self.prefill_kernel = self._kernels.choose(self._changes_scores)
+        self.prefill_kernel = self._kernels.choose(
+            strategy, capacity, changes_scores=self._changes_scores
+        )
         self._tile = prefill_tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
         allowed = strategy_mask(strategy, self._batch)
@@ -218,19 +213,17 @@ class ModelRunner:
         if self._changes_scores:
             return False
         size = min(2, self.batch_size)  # one of several rows would be another graph
-        rows, counts = [layout] * size, [length, 0][:size]
-        self._batch.load(rows, counts, [0] * size)
-        if not self._see_only_themselves([[0]], length, prefill_length(length, self._tile)):
+        plan = self._plan([layout] * size, [length, 0][:size], [()] * size)
+        self._batch.copy_from(plan.tables)
+        if not self._see_only_themselves([[0]], length, plan.kv_length):
             return False
-        slots = [torch.arange(count) for count in counts]
-        self.computed_tokens = [length]
-        self._compute(rows, slots, counts, reused=("prefix", length))
+        self._compute(plan)
         values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
         self.shared_prefix = SharedPrefix(layout.token_ids[:length], values)
         return True
 
-    def prefill(self, layouts: Sequence[Layout]) -> None:
-        """Compute keys and values of each prompt but its last token, which `decode` starts with.
+    def plan(self, layouts: Sequence[Layout]) -> PrefillPlan:
+        """Work out on the host what `prefill` does for prompts: all of each but its last token.
 
         Args:
             layouts: One per row.
@@ -246,77 +239,82 @@ class ModelRunner:
             raise LayoutError(
                 f"a prefill of {length} slots needs a larger capacity, got {self._capacity}"
             )
-        self._batch.load(layouts, counts, [0] * len(layouts))
-        starts = self._copy_shared_prefix(layouts, length)
-        slots = [
-            _slots_outside(count, row_starts, self._shared_length)
-            for count, row_starts in zip(counts, starts, strict=True)
-        ]
-        self.computed_tokens = [len(computed) for computed in slots]
-        self._compute(layouts, slots, counts, reused=(self._shared_length, starts))
-        self._batch.open_tail(counts)
-        self.slots.copy_(torch.tensor(counts))
+        shared = self.shared_prefix
+        starts = [() if shared is None else shared.starts_in(layout) for layout in layouts]
+        return self._plan(layouts, counts, starts)
+
+    def _plan(
+        self,
+        layouts: Sequence[Layout],
+        counts: Sequence[int],
+        starts: Sequence[Sequence[int]],
+    ) -> PrefillPlan:
+        shared_length = 0 if self.shared_prefix is None else len(self.shared_prefix.token_ids)
+        return plan_prefill(
+            layouts,
+            counts,
+            starts,
+            shared_length,
+            batch_size=self.batch_size,
+            capacity=self._capacity,
+            tile=self._tile,
+        )
+
+    @torch.no_grad()
+    def prefill(self, plan: PrefillPlan) -> PrefillPlan:
+        """Compute keys and values of each prompt but its last token, which `decode` starts with.
+
+        On a GPU this returns while they are computed.
+
+        Args:
+            plan: What `plan` made of the prompts.
+
+        Returns:
+            The plan that was followed: where a prefix turns out to see more than itself it is
+            not copied.
+        """
+        self._batch.copy_from(plan.tables)
+        self.slots.copy_(torch.tensor(plan.counts))
+        # Before the computation is queued, because asking waits for the device.
+        self._batch.open_tail(self.slots)
         self.decode_kernels = {
             kind: self._decode_kernel(mask_mod) for kind, mask_mod in self._mask_mods.items()
         }
+        self._batch.close_tail(self.slots)
+        if any(plan.starts):
+            if self._see_only_themselves(plan.starts, plan.shared_length, plan.kv_length):
+                assert self.shared_prefix is not None
+                self.cache.write_runs(*self._runs(plan.starts), self.shared_prefix.cache)
+            else:
+                plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.layouts))
+        self._compute(plan)
+        self._batch.open_tail(self.slots)
+        return plan
 
     @torch.no_grad()
-    def _compute(
-        self,
-        layouts: Sequence[Layout],
-        slots: Sequence[Tensor],
-        counts: Sequence[int],
-        reused: Hashable,
-    ) -> None:
-        """Compute keys and values at some slots of each row, among its first ``counts``."""
-        length = prefill_length(max(map(len, slots)), self._tile)
-        kv_length = prefill_length(max(counts), self._tile)
-        input_ids = torch.zeros(len(layouts), length, dtype=torch.long)
-        query_slots = torch.empty(len(layouts), length, dtype=torch.long)
-        for row, (layout, computed) in enumerate(zip(layouts, slots, strict=True)):
-            size = len(computed)
-            input_ids[row, :size] = layout.token_tensor[computed]
-            query_slots[row, :size] = computed
-            # What pads a row goes to slots that hold no token yet.
-            query_slots[row, size:] = counts[row] + torch.arange(length - size)
-        query_slots = query_slots.clamp_(max=self._capacity - 1).to(self.device)
-        self._query_slots[: len(layouts), :length] = query_slots
-        masks = {
-            kind: self._prefill_mask(kind, layouts, length, kv_length, reused)
-            for kind in self._mask_mods
-        }
+    def _compute(self, plan: PrefillPlan) -> None:
+        rows, length = plan.input_ids.shape
+        query_slots = plan.query_slots.to(self.device)
+        self._query_slots[:rows, :length] = query_slots
+        masks = {kind: self._prefill_mask(kind, plan) for kind in self._mask_mods}
+        arguments = dict(
+            input_ids=plan.input_ids.to(self.device),
+            position_ids=self._batch.position_ids[:rows].gather(1, query_slots).long(),
+            attention_mask=self._for_model(masks),
+            use_cache=False,
+            cache_slots=query_slots,
+            score_mod=self._query_score_mod,
+            scaled_part=self._query_part,
+        )
+        compute = self._prefill_model.base_model
         with compile_settings(self.device):
-            self._prefill_model.base_model(
-                input_ids=input_ids.to(self.device),
-                position_ids=self._batch.position_ids[: len(layouts)]
-                .gather(1, query_slots)
-                .long(),
-                attention_mask=self._for_model(masks),
-                use_cache=False,
-                cache_slots=query_slots,
-                prefill_kernel=self.prefill_kernel,
-                score_mod=self._query_score_mod,
-                scaled_part=self._query_part,
-            )
-
-    @property
-    def _shared_length(self) -> int:
-        return 0 if self.shared_prefix is None else len(self.shared_prefix.token_ids)
-
-    @torch.no_grad()
-    def _copy_shared_prefix(
-        self, layouts: Sequence[Layout], kv_length: int
-    ) -> tuple[tuple[int, ...], ...]:
-        """Copy the shared prefix to where it stands; return the slots at which it begins."""
-        nowhere: tuple[tuple[int, ...], ...] = ((),) * len(layouts)
-        if self.shared_prefix is None:
-            return nowhere
-        starts = tuple(tuple(self.shared_prefix.starts_in(layout)) for layout in layouts)
-        length = self._shared_length
-        if not any(starts) or not self._see_only_themselves(starts, length, kv_length):
-            return nowhere
-        self.cache.write_runs(*self._runs(starts), self.shared_prefix.cache)
-        return starts
+            try:
+                compute(prefill_kernel=self.prefill_kernel, **arguments)
+            except InductorError as error:
+                if self.prefill_kernel != "flash":
+                    raise
+                self.prefill_kernel = self._kernels.replace_flash(self._strategy, error)
+                compute(prefill_kernel=self.prefill_kernel, **arguments)
 
     def _runs(self, starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         runs = [(row, start) for row, own in enumerate(starts) for start in own]
@@ -374,35 +372,26 @@ class ModelRunner:
         self._decode_masks[kind].update(self.slots)
         return self._decode_masks[kind].block_mask
 
-    def _prefill_mask(
-        self, kind: str, layouts: Sequence[Layout], length: int, kv_length: int, reused: Hashable
-    ) -> BlockMask:
+    def _prefill_mask(self, kind: str, plan: PrefillPlan) -> BlockMask:
         mask_mod = self._query_masks[kind]
+        rows, length = plan.input_ids.shape
         key = BlockMaskKey(
             strategy=self._strategy,
-            layouts=tuple(layout.digest for layout in layouts),
+            layouts=tuple(layout.digest for layout in plan.layouts),
             window=self.layer_windows[kind],
             q_length=length,
-            kv_length=kv_length,
-            reused=reused,
-            block_size=self._tile,
+            kv_length=plan.kv_length,
+            reused=(plan.counts, plan.starts, plan.shared_length),
+            block_size=plan.tile,
             device=str(self.device),
         )
 
         def build() -> BlockMask:
             return create_block_mask(
-                mask_mod, len(layouts), None, length, kv_length, self.device, self._tile
+                mask_mod, rows, None, length, plan.kv_length, self.device, plan.tile
             )
 
         return self._mask_cache.get(key, mask_mod, build)
 
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
         return masks if self._by_layer_type else next(iter(masks.values()))
-
-
-def _slots_outside(count: int, starts: Sequence[int], length: int) -> Tensor:
-    """The first ``count`` slots but for runs of ``length`` from each of ``starts`` on."""
-    is_computed = torch.ones(count, dtype=torch.bool)
-    for start in starts:
-        is_computed[start : start + length] = False
-    return is_computed.nonzero()[:, 0]

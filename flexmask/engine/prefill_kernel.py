@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
 
 from flexmask.attention.backend import AttentionShape, PrefillKernel
-from flexmask.errors import AttentionError
+from flexmask.errors import AttentionError, FlexMaskWarning
+from flexmask.strategy import Strategy
 
 BLOCK_SIZE = 128
 """Tile side; prefill lengths are multiples of it."""
@@ -18,6 +20,10 @@ SHORT_BLOCK_SIZE = 64
 
 SHORT_CAPACITY = (1 << 15) + BLOCK_SIZE
 """Up to here the short tile wins with Triton's kernel (17% at 16k slots, H200)."""
+
+FLASH_CAPACITY = 1 << 14
+"""From here on FLASH is chosen where it can be had: a quarter faster at 16k slots, no faster at 4k
+(H200), and it is compiled in every process anew."""
 
 
 class PrefillKernels:
@@ -33,7 +39,7 @@ class PrefillKernels:
         """Find out what there is.
 
         Args:
-            asked: The kernel asked for; None for Triton's.
+            asked: The kernel asked for; None to choose.
             shapes: Those of the model's attention modules.
             dtype: The model's.
             device: The model's.
@@ -41,28 +47,63 @@ class PrefillKernels:
         Raises:
             AttentionError: If the kernel asked for cannot be had.
         """
-        self._asked = asked
+        self.asked = asked
         self._is_cuda = device.type == "cuda"
+        self._flash_refuses: set[Strategy] = set()
         if asked is not None and not self._is_cuda:
             raise AttentionError(f"prefill kernel {asked!r} runs on a GPU only")
-        if asked == "flash" and not all(flash_can_attend(s, dtype, device) for s in shapes):
+        self._has_flash = self._is_cuda and all(flash_can_attend(s, dtype, device) for s in shapes)
+        if asked == "flash" and not self._has_flash:
             raise AttentionError(
                 "prefill kernel 'flash' needs flexmask[flash] installed, a Hopper GPU or later, "
                 "bfloat16 or float16, heads of 64 or 128, and no soft-capping"
             )
 
-    def choose(self, changes_scores: bool) -> PrefillKernel | None:
-        """Choose for a strategy; None on a CPU, which has one kernel.
+    def choose(
+        self, strategy: Strategy, capacity: int, *, changes_scores: bool
+    ) -> PrefillKernel | None:
+        """Choose for rows of ``capacity`` slots; None on a CPU, which has one kernel.
 
         Raises:
             AttentionError: If the kernel asked for does not compute what the strategy does.
         """
-        if self._asked == "flash" and changes_scores:
+        if self.asked == "flash" and changes_scores:
             raise AttentionError(
                 "the strategy changes scores, which prefill kernel 'flash' does not compute; "
                 "leave the kernel to be chosen"
             )
-        return self._asked or ("triton" if self._is_cuda else None)
+        if self.asked is not None or not self._is_cuda:
+            return self.asked
+        is_legal = not changes_scores and strategy not in self._flash_refuses
+        is_faster = capacity >= FLASH_CAPACITY
+        return "flash" if self._has_flash and is_legal and is_faster else "triton"
+
+    def replace_flash(self, strategy: Strategy, error: Exception) -> PrefillKernel:
+        """Choose another kernel for a strategy whose mask FLASH turned out not to compile.
+
+        Raises:
+            AttentionError: If FLASH was asked for.
+        """
+        reason = _first_words(error)
+        if self.asked == "flash":
+            raise AttentionError(
+                f"prefill kernel 'flash' cannot compile the mask of strategy {strategy.name!r}: "
+                f"{reason}; leave the kernel to be chosen"
+            ) from error
+        self._flash_refuses.add(strategy)
+        warnings.warn(
+            f"prefill kernel 'flash' cannot compile the mask of strategy {strategy.name!r}, so "
+            f"Triton's computes the prompts: {reason}",
+            FlexMaskWarning,
+            stacklevel=2,
+        )
+        return "triton"
+
+
+def _first_words(error: Exception) -> str:
+    """What an error of the compiler says, without the graph that it prints."""
+    words = " ".join(str(error).replace("=", " ").split())
+    return words if len(words) <= 200 else f"{words[:200]} …"
 
 
 def prefill_tile(kernel: PrefillKernel | None, capacity: int) -> int:

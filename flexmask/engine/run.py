@@ -16,68 +16,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.device_clock import DeviceClock, Mark
 from flexmask.engine.model_runner import bucketed_capacity, compilations
+from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_reuse import pays_off, shared_beginning
 from flexmask.engine.prompts import Job
+from flexmask.engine.row import Row
+from flexmask.engine.run_stats import RunStats
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning, ModelError
 from flexmask.fusion import Fusion, majority
-from flexmask.generation import FinishReason, Generation
+from flexmask.generation import Generation
 from flexmask.layout import Layout
-from flexmask.request import Request
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
     from flexmask.engine.engine import Engine
-
-
-@dataclass(frozen=True)
-class RunStats:
-    """What a run has done so far.
-
-    Attributes:
-        batch_size: Prompts that run together.
-        capacity: Slots of the key-value cache for each.
-        rows: Generations finished.
-        prompt_tokens: Slots of their prompts, copies of the prefix counted.
-        computed_tokens: Those that prefill computed; the others begin as all prompts do, and
-            were copied.
-        generated_tokens: Their tokens; one that several prompts share counts once.
-        prefill_s: Seconds in prefill, compilation included.
-        decode_s: Seconds in decode, compilation included.
-        first_token_s: Seconds from the start of each batch until its first tokens, summed.
-        compilations: Graphs compiled in the run.
-        warm_compilations: Those of them compiled after the first batch.
-        mask_hits: BlockMasks found in the cache.
-        mask_misses: BlockMasks built.
-        prefill_peak_bytes: Most device memory in use during prefill; 0 on CPU.
-        decode_peak_bytes: The same during decode.
-        halvings: How often memory did not suffice and batches became half as large.
-    """
-
-    batch_size: int
-    capacity: int
-    rows: int = 0
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    first_token_s: float = 0.0
-    compilations: int = 0
-    warm_compilations: int = 0
-    mask_hits: int = 0
-    mask_misses: int = 0
-    prefill_peak_bytes: int = 0
-    decode_peak_bytes: int = 0
-    halvings: int = 0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens per second of prefill and decode."""
-        seconds = self.prefill_s + self.decode_s
-        return self.generated_tokens / seconds if seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +89,9 @@ class GenerationRun(Iterator[Generation]):
         self._counted_from = (engine.mask_cache.stats, compilations())
         self._is_ready = False
         self._loop: DecodeLoop | None = None
-        self._first_tokens_at = 0.0
+        self._clock = DeviceClock(engine.model.device)
+        self._overlaps = engine.model.device.type == "cuda"
+        self._planned: tuple[Sequence[Job], PrefillPlan] | None = None
         self._finished = self._run()
         self._waiting: dict[int, Generation] = {}
         self._next_number = 0
@@ -152,21 +109,31 @@ class GenerationRun(Iterator[Generation]):
             yield list(finished.values())
 
     def _run(self) -> Iterator[dict[int, Generation]]:
-        compiled_by_first_batch = None
         for window in self._windows:
             self._make_room(window)
             # The longest first: where memory does not suffice, that shows at once.
             todo = deque(sorted(window, key=lambda job: -job.longest))
+            finished: dict[int, Generation] | None = None
             while todo:
-                batch = self._take_batch(todo)
-                finished = self._attempt(batch, window)
+                jobs = self._take_batch(todo)
+                try:
+                    running = self._start(jobs, window)
+                finally:
+                    if finished is not None:
+                        # What takes them in works while the device does.
+                        yield finished
+                finished = None
+                if running is not None:
+                    self._plan_ahead(todo)
+                    finished = self._finish(running)
+                    running = None  # whose memory may be wanted
                 if finished is None:
-                    todo.extendleft(reversed(batch))
+                    todo.extendleft(reversed(jobs))
                     self._halve(window)
-                    continue
-                if compiled_by_first_batch is None:
-                    compiled_by_first_batch = compilations()
-                self._count(list(finished.values()), compiled_by_first_batch)
+                elif not self._overlaps:
+                    yield finished
+                    finished = None
+            if finished is not None:
                 yield finished
 
     def _make_room(self, window: Sequence[Job]) -> None:
@@ -186,14 +153,26 @@ class GenerationRun(Iterator[Generation]):
             batch.append(todo.popleft())
         return batch
 
-    def _attempt(
-        self, batch: Sequence[Job], window: Sequence[Job]
-    ) -> dict[int, Generation] | None:
-        """Run a batch; None if the device's memory does not suffice."""
+    def _plan_ahead(self, todo: deque[Job]) -> None:
+        """Plan the next batch while the device is busy with this one."""
+        self._planned = None
+        if todo and self._overlaps:
+            jobs = self._take_batch(deque(todo))
+            self._planned = (jobs, self._engine.runner.plan(self._padded(jobs)))
+
+    def _start(self, jobs: Sequence[Job], window: Sequence[Job]) -> _RunningBatch | None:
+        """Start a batch; None if the device's memory does not suffice."""
         try:
             if not self._is_ready:
                 self._make_ready(window)
-            return self._run_batch(batch)
+            return self._start_batch(jobs)
+        except torch.cuda.OutOfMemoryError:
+            return None
+
+    def _finish(self, batch: _RunningBatch) -> dict[int, Generation] | None:
+        """Run a batch to its end; None if the device's memory does not suffice."""
+        try:
+            return self._finish_batch(batch)
         except torch.cuda.OutOfMemoryError:
             return None
 
@@ -205,7 +184,7 @@ class GenerationRun(Iterator[Generation]):
         started, runner = time.perf_counter(), self._engine.runner
         layouts = [layout for job in window for layout in job.layouts]
         length = shared_beginning(layouts)
-        runner.shared_prefix = None
+        runner.shared_prefix = self._planned = None
         pays = length > 0 and pays_off(layouts, length, stats.batch_size)
         if pays and runner.share_prefix(layouts[0], length):
             stats = replace(stats, computed_tokens=stats.computed_tokens + length)
@@ -238,56 +217,73 @@ class GenerationRun(Iterator[Generation]):
         halvings = self.stats.halvings + 1
         self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
 
-    def _run_batch(self, jobs: Sequence[Job]) -> dict[int, Generation]:
+    def _padded(self, jobs: Sequence[Job]) -> list[Layout]:
+        """A layout for each row: a constant number of rows compiles once."""
         layouts = [layout for job in jobs for layout in job.layouts]
-        spare = self.stats.batch_size - len(layouts)
-        padded = [*layouts, *layouts[-1:] * spare]  # a constant number of rows compiles once
-        runner, started = self._engine.runner, time.perf_counter()
+        return [*layouts, *layouts[-1:] * (self.stats.batch_size - len(layouts))]
+
+    def _start_batch(self, jobs: Sequence[Job]) -> _RunningBatch:
+        """Queue prefill and first steps."""
+        runner, loop, started = self._engine.runner, self._loop, time.perf_counter()
+        assert loop is not None
+        if self._planned is None or self._planned[0] != jobs:
+            self._planned = (jobs, runner.plan(self._padded(jobs)))
+        plan = self._planned[1]
+        seeds = [seed for job in jobs for seed in job.seeds]
+        spare = len(plan.layouts) - len(seeds)
+        groups = [self._options.fusion.weights_of(job.request) for job in jobs]
+        last = [layout.token_ids[-1] for layout in plan.layouts]
+        loop.load(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])
+        marks = [self._clock.mark()]
         with self._peak_bytes("prefill_peak_bytes"):
-            runner.prefill(padded)
-        prefilled = time.perf_counter()
+            plan = runner.prefill(plan)
+        marks.append(self._clock.mark())
         with self._peak_bytes("decode_peak_bytes"):
-            rows = self._decode(jobs, padded)
+            steps = loop.run()
+        return _RunningBatch(jobs, sum(plan.computed_tokens[: len(seeds)]), steps, started, marks)
+
+    def _finish_batch(self, batch: _RunningBatch) -> dict[int, Generation]:
+        options, eos_token_ids = self._options, self._engine.eos_token_ids()
+        rows = [
+            Row(self._tokenizer, options.max_new_tokens, options.stop, eos_token_ids)
+            for job in batch.jobs
+            for _ in job.layouts
+        ]
+        first_token_s = 0.0
+        with self._peak_bytes("decode_peak_bytes"):
+            for token_ids in batch.steps:
+                first_token_s = first_token_s or time.perf_counter() - batch.started
+                for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
+                    row.append(token_id)
+                if all(row.finish_reason for row in rows):
+                    break
+        start, prefilled, end = *batch.marks, self._clock.mark()
         self.stats = replace(
             self.stats,
-            computed_tokens=self.stats.computed_tokens
-            + sum(runner.computed_tokens[: len(layouts)]),
-            prefill_s=self.stats.prefill_s + prefilled - started,
-            decode_s=self.stats.decode_s + time.perf_counter() - prefilled,
-            first_token_s=self.stats.first_token_s + self._first_tokens_at - started,
+            computed_tokens=self.stats.computed_tokens + batch.computed_tokens,
+            prefill_s=self.stats.prefill_s + self._clock.seconds(start, prefilled),
+            decode_s=self.stats.decode_s + self._clock.seconds(prefilled, end),
+            first_token_s=self.stats.first_token_s + first_token_s,
         )
         unread = iter(rows)
-        rows_of = {job.number: list(islice(unread, len(job.layouts))) for job in jobs}
-        by_number = sorted(jobs, key=attrgetter("number"))
-        return {job.number: self._generation(job, rows_of[job.number]) for job in by_number}
+        rows_of = {job.number: list(islice(unread, len(job.layouts))) for job in batch.jobs}
+        by_number = sorted(batch.jobs, key=attrgetter("number"))
+        finished = {job.number: self._generation(job, rows_of[job.number]) for job in by_number}
+        self._count(list(finished.values()))
+        return finished
 
-    def _decode(self, jobs: Sequence[Job], padded: Sequence[Layout]) -> list[_Row]:
-        seeds = [seed for job in jobs for seed in job.seeds]
-        groups = [self._options.fusion.weights_of(job.request) for job in jobs]
-        spare = len(padded) - len(seeds)
-        last = [layout.token_ids[-1] for layout in padded]
-        rows = [_Row(self._options, self._engine.eos_token_ids()) for _ in seeds]
-        assert self._loop is not None
-        steps = self._loop.run(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])
-        for number, token_ids in enumerate(steps):
-            if number == 0:
-                self._first_tokens_at = time.perf_counter()
-            for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
-                row.append(token_id, self._tokenizer)
-            if all(row.finish_reason for row in rows):
-                break
-        return rows
-
-    def _generation(self, job: Job, rows: Sequence[_Row]) -> Generation:
+    def _generation(self, job: Job, rows: Sequence[Row]) -> Generation:
         """What the rows of a job come to: the same in all of them, or the answer of most."""
         request, prompt_tokens = job.request, sum(map(len, job.layouts))
-        generations = [row.generation(request, prompt_tokens, self._tokenizer) for row in rows]
+        generations = [row.generation(request, prompt_tokens) for row in rows]
         if self._options.fusion.name != "vote":
             return generations[0]
         return generations[majority([*map(self._options.answer_of, generations)])]
 
-    def _count(self, generations: Sequence[Generation], compiled_by_first_batch: int) -> None:
+    def _count(self, generations: Sequence[Generation]) -> None:
         stats = self.stats
+        if stats.rows == 0:
+            self._compiled_by_first_batch = compilations()
         (cache_before, compiled), cache = self._counted_from, self._engine.mask_cache.stats
         self.stats = replace(
             stats,
@@ -295,7 +291,7 @@ class GenerationRun(Iterator[Generation]):
             prompt_tokens=stats.prompt_tokens + sum(g.prompt_tokens for g in generations),
             generated_tokens=stats.generated_tokens + sum(len(g.token_ids) for g in generations),
             compilations=compilations() - compiled,
-            warm_compilations=compilations() - compiled_by_first_batch,
+            warm_compilations=compilations() - self._compiled_by_first_batch,
             mask_hits=cache.hits - cache_before.hits,
             mask_misses=cache.misses - cache_before.misses,
         )
@@ -306,12 +302,11 @@ class GenerationRun(Iterator[Generation]):
 
     @contextmanager
     def _peak_bytes(self, name: str) -> Iterator[None]:
-        """Note the most memory in use during a phase, and wait for its end."""
+        """Note the most memory that a phase allocates, which is when its work is queued."""
         device = self._engine.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         yield
-        self._synchronize()
         if device.type == "cuda":
             peak = max(getattr(self.stats, name), torch.cuda.max_memory_allocated(device))
             self.stats = replace(self.stats, **{name: peak})
@@ -321,46 +316,23 @@ class GenerationRun(Iterator[Generation]):
             torch.cuda.synchronize(self._engine.model.device)
 
 
-class _Row:
-    """The tokens generated for one prompt, and whether they are complete."""
+@dataclass(frozen=True)
+class _RunningBatch:
+    """A batch on its way.
 
-    def __init__(self, options: RunOptions, eos_token_ids: frozenset[int]) -> None:
-        self._options = options
-        self._eos_token_ids = eos_token_ids
-        self._token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
+    Attributes:
+        jobs: What is generated for.
+        computed_tokens: What its prefill computes.
+        steps: The next token of each row, step by step.
+        started: When the host began with it.
+        marks: When the device began with prefill and with decoding.
+    """
 
-    def append(self, token_id: int, tokenizer: RequestTokenizer) -> None:
-        if self.finish_reason:
-            return
-        self._token_ids.append(token_id)
-        if token_id in self._eos_token_ids:
-            self.finish_reason = "eos"
-        elif self._stop_index(self._text(tokenizer) if self._options.stop else "") is not None:
-            self.finish_reason = "stop"
-        elif len(self._token_ids) == self._options.max_new_tokens:
-            self.finish_reason = "length"
-
-    def generation(
-        self, request: Request, prompt_tokens: int, tokenizer: RequestTokenizer
-    ) -> Generation:
-        assert self.finish_reason is not None
-        text = self._text(tokenizer)
-        return Generation(
-            request=request,
-            text=text[: self._stop_index(text)],
-            token_ids=tuple(self._token_ids),
-            finish_reason=self.finish_reason,
-            prompt_tokens=prompt_tokens,
-        )
-
-    def _text(self, tokenizer: RequestTokenizer) -> str:
-        ended = self.finish_reason == "eos"
-        return tokenizer.decode(tuple(self._token_ids[:-1] if ended else self._token_ids))
-
-    def _stop_index(self, text: str) -> int | None:
-        found = [index for stop in self._options.stop if (index := text.find(stop)) >= 0]
-        return min(found, default=None)
+    jobs: Sequence[Job]
+    computed_tokens: int
+    steps: Iterator[list[int]]
+    started: float
+    marks: Sequence[Mark]
 
 
 def _largest(jobs: Sequence[Job]) -> int:

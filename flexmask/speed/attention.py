@@ -21,8 +21,8 @@ from flexmask.attention.backend import (
 )
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
-from flexmask.engine.model_runner import prefill_length
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, flash_can_attend, prefill_tile
+from flexmask.engine.prefill_plan import prefill_length
 from flexmask.errors import OptionError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch

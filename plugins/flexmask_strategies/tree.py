@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from flexmask.errors import RequestError, StrategyError
 from flexmask.hookspecs import hookimpl
-from flexmask.layout import TAIL, Layout, TokenizedRequest, placed_layout
+from flexmask.layout import PADDING, TAIL, Layout, TokenizedRequest, placed_layout
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, or_masks
 from flexmask.strategy import Strategy, parameter
 
@@ -80,19 +80,20 @@ class Tree(Strategy):
         segment_ids, on_path = batch.segment_ids, batch.table(self._paths())
 
         def is_on_path(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            q_segment, kv_segment = segment_ids[b, q_idx], segment_ids[b, kv_idx]
-            return on_path[q_segment.clamp(min=0), kv_segment.clamp(min=0)]
+            return on_path[segment_ids[b, q_idx] - PADDING, segment_ids[b, kv_idx] - PADDING]
 
         return and_masks(causal, or_masks(is_on_path, is_fusion_tail(batch)))
 
     def _paths(self) -> list[list[bool]]:
-        """For each segment, the prefix being 0, which ones its path from the prefix holds."""
-        parents = self._parents()
-        size = range(len(parents) + 1)
+        """Whether the path to one node holds another, by segment id from `PADDING` on.
+
+        What is no segment is taken for the prefix, the root.
+        """
         paths: list[set[int]] = [{0}]
-        for number, parent in enumerate(parents, start=1):
+        for number, parent in enumerate(self._parents(), start=1):
             paths.append(paths[parent] | {number})
-        return [[kv in path for kv in size] for path in paths]
+        nodes = [max(segment_id, 0) for segment_id in range(PADDING, len(paths))]
+        return [[kv in paths[q] for kv in nodes] for q in nodes]
 
     def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
         q_segment, kv_segment = layout.segment_ids[q_idx], layout.segment_ids[kv_idx]

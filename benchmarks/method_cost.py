@@ -1,0 +1,125 @@
+"""What each strategy and each fusion costs on one file, with a model of random weights.
+
+Answers of random weights mean nothing; times and counts are those of trained ones
+(``dataset_run.py``). Each way runs a batch to compile, and then the whole file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from dataset_run import SHAPES, random_engine
+from stamp import environment_stamp
+
+from flexmask import Engine, Fusion, Request
+from flexmask.dataset.requests import read_requests
+from flexmask.engine import RunStats
+from flexmask.registry import load_registry, make_strategy
+
+FUSIONS = (
+    Fusion("none"),
+    Fusion("each"),
+    Fusion("mean"),
+    Fusion("max"),
+    Fusion("weighted_mean", "confidence"),
+    Fusion("weighted_max", "confidence"),
+    Fusion("vote"),
+)
+"""Those of which every segment is a prompt of its own."""
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """What one way took for all requests.
+
+    Attributes:
+        way: Strategy, or fusion of prompts under `causal`.
+        total_s: From the requests to the last generation.
+        first_s: The batch that compiled.
+        stats: What the engine counted.
+    """
+
+    way: str
+    total_s: float
+    first_s: float
+    stats: RunStats
+
+    def row(self) -> str:
+        """A line of the table."""
+        stats = self.stats
+        return (
+            f"{self.way:28} {self.total_s:7.2f} {stats.tokens_per_s:9,.0f} "
+            f"{stats.prompt_tokens:11,} {stats.computed_tokens:11,} {stats.prefill_s:7.2f} "
+            f"{stats.decode_s:7.2f} {stats.warm_compilations:3} {self.first_s:7.1f}"
+        )
+
+
+def measure(
+    engine: Engine, requests: list[Request], way: str, max_new_tokens: int, batch_size: int | None
+) -> MethodCost:
+    """Run all requests one way, warm."""
+    fusions = {str(fusion): fusion for fusion in FUSIONS}
+    fusion = fusions.get(way, Fusion())
+    strategy = make_strategy("causal" if way in fusions else way, {})
+
+    def run(rows: list[Request]) -> tuple[float, RunStats]:
+        started = time.perf_counter()
+        results = engine.generate(
+            rows,
+            strategy,
+            fusion=fusion,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        for _ in results.batches():
+            pass
+        return time.perf_counter() - started, results.stats
+
+    # The longest need the largest cache, which is what all need.
+    longest = sorted(requests, key=lambda r: -sum(map(len, r.segments)))
+    first_s, _ = run(longest[:128])
+    total_s, stats = run(requests)
+    return MethodCost(way, total_s, first_s, stats)
+
+
+def main() -> None:
+    """Print a line for each way, then a JSON line."""
+    strategies = [registered.cls.name for registered in load_registry().strategies()]
+    ways = [*strategies, *map(str, FUSIONS)]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways, metavar="WAY")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    arguments = parser.parse_args()
+
+    requests = read_requests(str(arguments.requests))[: arguments.rows]
+    engine = random_engine(arguments.shape, arguments.device, getattr(torch, arguments.dtype))
+    print(
+        f"{'':28} {'s':>7} {'tokens/s':>9} {'slots':>11} {'computed':>11} {'prefill':>7} "
+        f"{'decode':>7} {'new':>3} {'first s':>7}"
+    )
+    costs = []
+    for way in arguments.ways:
+        cost = measure(engine, requests, way, arguments.max_new_tokens, arguments.batch_size)
+        costs.append(cost)
+        print(cost.row(), flush=True)
+        engine.release()
+        gc.collect()
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    record = {"ways": [asdict(cost) for cost in costs], "settings": settings}
+    print(json.dumps(record | {"environment": environment_stamp()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a prefill computes, worked out on the host while the device is busy with another batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flexmask.engine.prefill_kernel import BLOCK_SIZE
+from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutTables, layout_tables
+
+
+def prefill_length(num_tokens: int, tile: int = BLOCK_SIZE) -> int:
+    """Number of slots that ``num_tokens`` are padded to: whole tiles, and two at least.
+
+    One tile would specialise the graph on a dimension of one, and two lengths would compile
+    twice.
+    """
+    return max(2, -(-num_tokens // tile)) * tile
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Which tokens of a batch are computed, and where they go; all tensors on the CPU.
+
+    Attributes:
+        layouts: One per row.
+        counts: Tokens of each row whose keys and values are wanted.
+        starts: Slots of each row at which a shared prefix stands, which is copied.
+        shared_length: Tokens of that prefix.
+        tile: Side of the tiles that lengths are multiples of.
+        tables: Segment ids and positions of the batch.
+        input_ids: ``(B, Q)`` tokens to compute, padded.
+        query_slots: ``(B, Q)`` their slots.
+        computed_tokens: How many of each row are no padding.
+    """
+
+    layouts: tuple[Layout, ...]
+    counts: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    shared_length: int
+    tile: int
+    tables: LayoutTables
+    input_ids: Tensor
+    query_slots: Tensor
+    computed_tokens: tuple[int, ...]
+
+    @cached_property
+    def kv_length(self) -> int:
+        """Slots that queries may see: as many as the longest row has tokens, in whole tiles."""
+        return prefill_length(max(self.counts), self.tile)
+
+
+def plan_prefill(
+    layouts: Sequence[Layout],
+    counts: Sequence[int],
+    starts: Sequence[Sequence[int]],
+    shared_length: int,
+    *,
+    batch_size: int,
+    capacity: int,
+    tile: int,
+) -> PrefillPlan:
+    """Plan to compute the first ``counts[b]`` tokens of each layout, but for a shared prefix.
+
+    Args:
+        layouts: One per row, ``batch_size`` at most.
+        counts: Tokens of each that are wanted.
+        starts: Slots of each row at which the shared prefix stands.
+        shared_length: Its tokens.
+        batch_size: Rows of the cache.
+        capacity: Slots of each.
+        tile: Side of the tiles.
+
+    Raises:
+        LayoutError: If there are more layouts than rows, or one does not fit.
+    """
+    slots = [
+        _slots_outside(count, row_starts, shared_length)
+        for count, row_starts in zip(counts, starts, strict=True)
+    ]
+    length = prefill_length(max(map(len, slots)), tile)
+    input_ids = torch.zeros(len(layouts), length, dtype=torch.long)
+    query_slots = torch.empty(len(layouts), length, dtype=torch.long)
+    padding = torch.arange(length)
+    for row, (layout, computed) in enumerate(zip(layouts, slots, strict=True)):
+        size = len(computed)
+        input_ids[row, :size] = layout.token_tensor[computed]
+        query_slots[row, :size] = computed
+        # What pads a row goes to slots that hold no token yet.
+        query_slots[row, size:] = counts[row] + padding[: length - size]
+    return PrefillPlan(
+        layouts=tuple(layouts),
+        counts=tuple(counts),
+        starts=tuple(map(tuple, starts)),
+        shared_length=shared_length,
+        tile=tile,
+        tables=layout_tables(layouts, counts, [0] * len(layouts), batch_size, capacity),
+        input_ids=input_ids,
+        query_slots=query_slots.clamp_(max=capacity - 1),
+        computed_tokens=tuple(map(len, slots)),
+    )
+
+
+def _slots_outside(count: int, starts: Sequence[int], length: int) -> Tensor:
+    """The first ``count`` slots but for runs of ``length`` from each of ``starts`` on."""
+    is_computed = torch.ones(count, dtype=torch.bool)
+    for start in starts:
+        is_computed[start : start + length] = False
+    return is_computed.nonzero()[:, 0]

@@ -1,0 +1,53 @@
+"""What a run of the engine has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """What a run has done so far.
+
+    Attributes:
+        batch_size: Prompts that run together.
+        capacity: Slots of the key-value cache for each.
+        rows: Generations finished.
+        prompt_tokens: Slots of their prompts, copies of the prefix counted.
+        computed_tokens: Those that prefill computed; the others begin as all prompts do, and
+            were copied.
+        generated_tokens: Their tokens; one that several prompts share counts once.
+        prefill_s: Seconds in prefill, compilation included.
+        decode_s: Seconds in decode, compilation included.
+        first_token_s: Seconds from the start of each batch until its first tokens, summed.
+        compilations: Graphs compiled in the run.
+        warm_compilations: Those of them compiled after the first batch.
+        mask_hits: BlockMasks found in the cache.
+        mask_misses: BlockMasks built.
+        prefill_peak_bytes: Most device memory in use during prefill; 0 on CPU.
+        decode_peak_bytes: The same during decode.
+        halvings: How often memory did not suffice and batches became half as large.
+    """
+
+    batch_size: int
+    capacity: int
+    rows: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    compilations: int = 0
+    warm_compilations: int = 0
+    mask_hits: int = 0
+    mask_misses: int = 0
+    prefill_peak_bytes: int = 0
+    decode_peak_bytes: int = 0
+    halvings: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of prefill and decode."""
+        seconds = self.prefill_s + self.decode_s
+        return self.generated_tokens / seconds if seconds else 0.0
