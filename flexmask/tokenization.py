@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 
@@ -56,6 +56,12 @@ class RequestTokenizer:
         # Few-shot prefixes and suffixes repeat from row to row.
         self._encode_shared = lru_cache(maxsize=256)(self._encode)
         self._in_user_turn = lru_cache(maxsize=256)(self._apply_chat_template)
+        self._ahead: dict[str, tuple[int, ...]] = {}
+
+    def read_ahead(self, requests: Iterable[Request]) -> None:
+        """Encode the segments of requests that are about to be tokenized, all in one call."""
+        texts = list({segment for request in requests for segment in request.segments})
+        self._ahead = dict(zip(texts, self._encode_all(texts), strict=True))
 
     def __call__(self, request: Request) -> TokenizedRequest:
         """Tokenize ``request``.
@@ -66,7 +72,7 @@ class RequestTokenizer:
         request = self.in_chat(request)
         return TokenizedRequest.from_token_ids(
             prefix=self._begin + self._encode_shared(request.prefix),
-            segments=self._encode_all(request.segments),
+            segments=[self._ahead.get(text) or self._encode(text) for text in request.segments],
             suffix=self._encode_shared(request.suffix),
         )
 
@@ -107,7 +113,8 @@ class RequestTokenizer:
         return self._encode_all([text])[0] if text else ()
 
     def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        # In one call, of which each has a cost of its own.
+        if not texts:
+            return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False)
         return [tuple(token_ids) for token_ids in encoded["input_ids"]]
 

@@ -21,6 +21,9 @@ _Prompts = tuple[tuple[Layout, ...], tuple[str, ...]]
 
 THREAD_NAME = "flexmask-prompts"
 
+TOKENIZED_TOGETHER = 256
+"""Requests whose segments are tokenized in one call, which uses every core."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -72,7 +75,7 @@ class PromptPlanner:
         Raises:
             RequestError: If a request cannot be run and there is no ``on_refused``.
         """
-        planned = self._planned(requests)
+        planned = self._planned(requests, min(size, TOKENIZED_TOGETHER))
         background = ThreadPoolExecutor(1, THREAD_NAME)
         try:
             number = 0
@@ -97,13 +100,16 @@ class PromptPlanner:
             background.shutdown(wait=not is_background)
 
     def _planned(
-        self, requests: Iterable[Request]
+        self, requests: Iterable[Request], size: int
     ) -> Iterator[tuple[Request, _Prompts | RequestError] | RequestError]:
-        for output in chain.from_iterable(map(self.fusion.outputs, requests)):
-            try:
-                yield output, self._prompts(output)
-            except RequestError as error:
-                yield error if self.on_refused is None else (output, error)
+        outputs = chain.from_iterable(map(self.fusion.outputs, requests))
+        while together := list(islice(outputs, size)):
+            self.tokenizer.read_ahead(together)
+            for output in together:
+                try:
+                    yield output, self._prompts(output)
+                except RequestError as error:
+                    yield error if self.on_refused is None else (output, error)
 
     def _prompts(self, output: Request) -> _Prompts:
         try:
