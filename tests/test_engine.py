@@ -66,7 +66,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     requests = [dataclasses.replace(one, prefix=prefix) for one in REQUESTS]
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
-    monkeypatch.setattr("flexmask.engine.run.shared_beginning", lambda layouts: 0)
+    monkeypatch.setattr("flexmask.engine.batch_runner.shared_beginning", lambda layouts: 0)
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens == plain.stats.prompt_tokens - len(requests)
@@ -249,7 +249,7 @@ def test_batches_planned_ahead_give_the_same(engine, overlapping):
 def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, monkeypatch):
     results, _ = overlapping
     batches = results.batches()
-    start, calls = results._start_batch, []
+    start, calls = results._runner.start, []
 
     def fail_at_the_second(jobs):
         calls.append(jobs)
@@ -257,7 +257,7 @@ def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, m
             raise KeyboardInterrupt
         return start(jobs)
 
-    monkeypatch.setattr(results, "_start_batch", fail_at_the_second)
+    monkeypatch.setattr(results._runner, "start", fail_at_the_second)
     assert len(next(batches)) == 3
     with pytest.raises(KeyboardInterrupt):
         next(batches)

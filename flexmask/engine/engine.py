@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.backend import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.batch_runner import RunOptions
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prompts import Job, PromptPlanner
-from flexmask.engine.run import GenerationRun, RunOptions
+from flexmask.engine.run import GenerationRun
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
