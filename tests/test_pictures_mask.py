@@ -46,16 +46,16 @@ def test_a_picture_shows_the_masks_that_the_engine_runs_with(name, models):
 
     runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
     runner.prepare(strategy, batch_size=1, capacity=1024)
-    runner._batch.load([layout], [len(layout) - 1], [0])
-    mask_mod = runner._mask_mods["full_attention"]
+    runner.placed.batch.load([layout], [len(layout) - 1], [0])
+    mask_mod = runner.placed._mask_mods["full_attention"]
     prefill = create_block_mask(mask_mod, 1, None, 640, 640, "cpu", BLOCK_SIZE)
-    runner._batch.open_tail([len(layout) - 1])
+    runner.placed.batch.open_tail([len(layout) - 1])
     assert picture.mask.tile == BLOCK_SIZE == TILE
     whole_tiles = (len(layout) - 1) // TILE  # those that hold prompt tokens only
     engines = states_of(prefill)[:whole_tiles, :whole_tiles]
     assert engines.equal(picture.mask.states[:whole_tiles, :whole_tiles])
 
-    (decode,) = runner._decode_masks.values()
+    (decode,) = runner.placed._decode_masks.values()
     for slot in range(len(layout) - 1, len(layout) + shown.new_tokens):
         decode.update(torch.tensor([slot]))
         keys = torch.arange(1024)

@@ -44,7 +44,7 @@ class DecodeLoop:
     ) -> None:
         """Allocate what a step reads and writes, for the batch that ``runner`` is prepared for."""
         self._runner = runner
-        rows, device = runner.batch_size, runner.device
+        rows, device = runner.placed.batch_size, runner.device
         self._fusion = fusion
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
@@ -99,7 +99,12 @@ class DecodeLoop:
             return self._step()
         kernels = tuple(self._runner.decode_kernels.values())
         if kernels not in self._graphs:
-            state = (self._runner.slots, self._token_ids, self._has_ended, self._step_number)
+            state = (
+                self._runner.placed.slots,
+                self._token_ids,
+                self._has_ended,
+                self._step_number,
+            )
             try:
                 self._graphs[kernels] = DecodeGraph(self._step, state)
             except torch.cuda.OutOfMemoryError:

@@ -9,48 +9,36 @@ decode for the shapes of the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_static
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmask.attention.backend import (
-    CausalRows,
     PrefillKernel,
     compile_settings,
     find_attention_modules,
 )
-from flexmask.attention.scaled_part import place_part
-from flexmask.block_mask import DecodeRowMask, create_block_mask
+from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
-from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
     fused_backend,
 )
 from flexmask.engine.kv_cache import KVCache
+from flexmask.engine.placed_strategy import DecodeKernel, PlacedStrategy, runs_of
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels, prefill_tile
 from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
 from flexmask.engine.prefix_reuse import SharedPrefix
-from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.layout import Layout
-from flexmask.layout_batch import LayoutBatch
-from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
 
-if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod, ScoreMod
-
 MIN_CAPACITY = 512
-
-DecodeKernel = Literal["flex_attention", "decode_attention"]
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -124,79 +112,49 @@ class ModelRunner:
         if on_gpu:
             compile_beside_layers(self._decode_model, list(shapes))
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
-        self._prepared: tuple[Strategy, int, int] | None = None
+        self._placed: PlacedStrategy | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.shared_prefix: SharedPrefix | None = None
-        self._decode_masks: dict[str, DecodeRowMask] = {}
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
 
         Returns:
             False if they were there already.
-        """
-        if self._prepared == (strategy, batch_size, capacity):
-            return False
-        self._prepared = None
-        self._strategy = strategy
-        self._capacity = capacity
-        self.batch_size = batch_size
-        self._batch = LayoutBatch(batch_size, capacity, self.device)
-        self.slots = torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        self._query_slots = torch.zeros_like(self._batch.position_ids)
-        mark_static(self._query_slots)
-        self.shared_prefix = None
-        self._set_score_mods(strategy)
-        self.prefill_kernel = self._kernels.choose(
-            strategy, capacity, changes_scores=self._changes_scores
-        )
-        self._tile = prefill_tile(self.prefill_kernel, capacity)
-        self.cache.bind(batch_size, capacity)
-        allowed = strategy_mask(strategy, self._batch)
-        self._mask_mods: dict[str, MaskMod] = {
-            kind: allowed
-            if window is None
-            else and_masks(allowed, within_window(self._batch, window))
-            for kind, window in self.layer_windows.items()
-        }
-        self._query_masks = {
-            kind: mask_at_slots(mask_mod, self._query_slots)
-            for kind, mask_mod in self._mask_mods.items()
-        }
-        self._decode_masks = {
-            kind: DecodeRowMask(mask_mod, batch_size, capacity, self.device)
-            for kind, mask_mod in self._mask_mods.items()
-        }
-        none = torch.zeros(batch_size, 1, 1, 1, dtype=torch.int32, device=self.device)
-        self._causal_rows = CausalRows.from_kv_blocks(
-            none[..., 0], none, seq_lengths=(1, capacity), compute_q_blocks=False
-        )
-        self._prepared = (strategy, batch_size, capacity)
-        return True
 
-    def _set_score_mods(self, strategy: Strategy) -> None:
-        score_mod, part = strategy.score_mod(self._batch), strategy.scaled_part(self._batch)
-        self._changes_scores = score_mod is not None or part is not None
-        self._query_score_mod: ScoreMod | None = None
-        self._decode_score_mod: ScoreMod | None = None
-        self._query_part = place_part(part, self._query_slots)
-        self._decode_part = place_part(part, self.slots[:, None])
-        if not self._changes_scores:
-            return
-        if self._query_part is not None and self._dtype == torch.float16:
+        Raises:
+            AttentionError: If the strategy needs what the dtype or the prefill kernel cannot
+                give.
+        """
+        placed = self._placed
+        if placed is not None:
+            there = (placed.strategy, placed.batch_size, placed.capacity)
+            if there == (strategy, batch_size, capacity):
+                return False
+        self.release()
+        placed = PlacedStrategy(strategy, batch_size, capacity, self.device, self.layer_windows)
+        if placed.query_part is not None and self._dtype == torch.float16:
             raise AttentionError(
                 f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
                 "narrow; load the model in bfloat16 or float32"
             )
-        if score_mod is not None:
-            mark_static(self.slots)
-            self._query_score_mod = score_at_slots(score_mod, self._query_slots)
-            self._decode_score_mod = score_from_slots(score_mod, self.slots)
+        self.prefill_kernel = self._kernels.choose(
+            strategy, capacity, changes_scores=placed.changes_scores
+        )
+        self._tile = prefill_tile(self.prefill_kernel, capacity)
+        self.cache.bind(batch_size, capacity)
+        self._placed = placed
+        return True
+
+    @property
+    def placed(self) -> PlacedStrategy:
+        """What `prepare` made."""
+        assert self._placed is not None, "prepare comes first"
+        return self._placed
 
     def release(self) -> None:
         """Give back what `prepare` allocated."""
-        self._prepared = self.shared_prefix = None
-        self._decode_masks.clear()
+        self._placed = self.shared_prefix = None
         self.cache.bind(0, 0)
 
     def share_prefix(self, layout: Layout, length: int) -> bool:
@@ -210,12 +168,13 @@ class ModelRunner:
             then nothing is shared.
         """
         self.shared_prefix = None
-        if self._changes_scores:
+        placed = self.placed
+        if placed.changes_scores:
             return False
-        size = min(2, self.batch_size)  # one of several rows would be another graph
+        size = min(2, placed.batch_size)  # one of several rows would be another graph
         plan = self._plan([layout] * size, [length, 0][:size], [()] * size)
-        self._batch.copy_from(plan.tables)
-        if not self._see_only_themselves([[0]], length, plan.kv_length):
+        placed.load(plan)
+        if not placed.see_only_themselves([[0]], length, plan.kv_length):
             return False
         self._compute(plan)
         values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
@@ -235,9 +194,10 @@ class ModelRunner:
         if min(counts) == 0:
             raise LayoutError("a prompt needs at least two tokens")
         length = prefill_length(max(counts), self._tile)
-        if length >= self._capacity:
+        capacity = self.placed.capacity
+        if length >= capacity:
             raise LayoutError(
-                f"a prefill of {length} slots needs a larger capacity, got {self._capacity}"
+                f"a prefill of {length} slots needs a larger capacity, got {capacity}"
             )
         shared = self.shared_prefix
         starts = [() if shared is None else shared.starts_in(layout) for layout in layouts]
@@ -255,8 +215,8 @@ class ModelRunner:
             counts,
             starts,
             shared_length,
-            batch_size=self.batch_size,
-            capacity=self._capacity,
+            batch_size=self.placed.batch_size,
+            capacity=self.placed.capacity,
             tile=self._tile,
         )
 
@@ -273,38 +233,36 @@ class ModelRunner:
             The plan that was followed: where a prefix turns out to see more than itself it is
             not copied.
         """
-        self._batch.copy_from(plan.tables)
-        self.slots.copy_(torch.tensor(plan.counts))
+        placed = self.placed
+        placed.load(plan)
+        placed.slots.copy_(torch.tensor(plan.counts))
         # Before the computation is queued, because asking waits for the device.
-        self._batch.open_tail(self.slots)
-        self.decode_kernels = {
-            kind: self._decode_kernel(mask_mod) for kind, mask_mod in self._mask_mods.items()
-        }
-        self._batch.close_tail(self.slots)
+        self.decode_kernels = placed.decode_kernels()
         if any(plan.starts):
-            if self._see_only_themselves(plan.starts, plan.shared_length, plan.kv_length):
+            if placed.see_only_themselves(plan.starts, plan.shared_length, plan.kv_length):
                 assert self.shared_prefix is not None
-                self.cache.write_runs(*self._runs(plan.starts), self.shared_prefix.cache)
+                runs = runs_of(plan.starts, self.device)
+                self.cache.write_runs(*runs, self.shared_prefix.cache)
             else:
                 plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.layouts))
+                placed.load(plan)
         self._compute(plan)
-        self._batch.open_tail(self.slots)
+        placed.batch.open_tail(placed.slots)
         return plan
 
     @torch.no_grad()
     def _compute(self, plan: PrefillPlan) -> None:
-        rows, length = plan.input_ids.shape
-        query_slots = plan.query_slots.to(self.device)
-        self._query_slots[:rows, :length] = query_slots
-        masks = {kind: self._prefill_mask(kind, plan) for kind in self._mask_mods}
+        placed, (rows, length) = self.placed, plan.input_ids.shape
+        query_slots = placed.query_slots[:rows, :length].long()
+        masks = {kind: self._prefill_mask(kind, plan) for kind in placed.query_masks}
         arguments = dict(
             input_ids=plan.input_ids.to(self.device),
-            position_ids=self._batch.position_ids[:rows].gather(1, query_slots).long(),
+            position_ids=placed.batch.position_ids[:rows].gather(1, query_slots).long(),
             attention_mask=self._for_model(masks),
             use_cache=False,
             cache_slots=query_slots,
-            score_mod=self._query_score_mod,
-            scaled_part=self._query_part,
+            score_mod=placed.query_score_mod,
+            scaled_part=placed.query_part,
         )
         compute = self._prefill_model.base_model
         with compile_settings(self.device):
@@ -313,22 +271,8 @@ class ModelRunner:
             except InductorError as error:
                 if self.prefill_kernel != "flash":
                     raise
-                self.prefill_kernel = self._kernels.replace_flash(self._strategy, error)
+                self.prefill_kernel = self._kernels.replace_flash(placed.strategy, error)
                 compute(prefill_kernel=self.prefill_kernel, **arguments)
-
-    def _runs(self, starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        runs = [(row, start) for row, own in enumerate(starts) for start in own]
-        rows, firsts = torch.tensor(runs, device=self.device).unbind(1)
-        return rows, firsts
-
-    def _see_only_themselves(
-        self, starts: Sequence[Sequence[int]], length: int, kv_length: int
-    ) -> bool:
-        rows, firsts = self._runs(starts)
-        return all(
-            runs_are_causal(mask_mod, rows, firsts, length, kv_length, self.layer_windows[kind])
-            for kind, mask_mod in self._mask_mods.items()
-        )
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:
@@ -342,41 +286,27 @@ class ModelRunner:
         Returns:
             Logits ``(B, V)`` of the token after it.
         """
-        masks = {
-            kind: self._decode_mask(kind, kernel) for kind, kernel in self.decode_kernels.items()
-        }
+        placed = self.placed
+        masks = placed.decode_masks(self.decode_kernels)
         with compile_settings(self.device):
             output = self._decode_model(
                 input_ids=token_ids,
-                position_ids=self._batch.positions_at(self.slots),
+                position_ids=placed.batch.positions_at(placed.slots),
                 attention_mask=self._for_model(masks),
                 use_cache=False,
-                cache_slots=self.slots,
-                score_mod=self._decode_score_mod,
-                scaled_part=self._decode_part,
+                cache_slots=placed.slots,
+                score_mod=placed.decode_score_mod,
+                scaled_part=placed.decode_part,
             )
-        self.slots += 1
+        placed.slots += 1
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _decode_kernel(self, mask_mod: MaskMod) -> DecodeKernel:
-        """Which kernel attends: the one for causal rows where they provably are."""
-        if self._changes_scores:
-            return "flex_attention"
-        is_causal = rows_are_causal(mask_mod, self.slots, self._capacity)
-        return "decode_attention" if is_causal else "flex_attention"
-
-    def _decode_mask(self, kind: str, kernel: DecodeKernel) -> BlockMask:
-        if kernel == "decode_attention":
-            return self._causal_rows
-        self._decode_masks[kind].update(self.slots)
-        return self._decode_masks[kind].block_mask
-
     def _prefill_mask(self, kind: str, plan: PrefillPlan) -> BlockMask:
-        mask_mod = self._query_masks[kind]
+        mask_mod = self.placed.query_masks[kind]
         rows, length = plan.input_ids.shape
         key = BlockMaskKey(
-            strategy=self._strategy,
+            strategy=self.placed.strategy,
             layouts=tuple(layout.digest for layout in plan.layouts),
             window=self.layer_windows[kind],
             q_length=length,
