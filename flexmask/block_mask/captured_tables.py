@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ class RangeScale:
     wraps: bool
 
 
+Pair = tuple[Tensor, Tensor]
+"""Minima and maxima."""
+
 Position = tuple[Tensor, ...]
 """Where an entry is along one dimension: ``(index,)``, or ``(level, index)``."""
 
@@ -130,15 +134,15 @@ class CapturedTables:
             indices: Where it is indexed, in range; negative indices count from the end.
 
         Returns:
-            Ends in the table's dtype.
+            Ends, in the table's dtype.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
         key = (id(table), *scales)
         if key not in self._built:
             # Holding the table as well keeps its id from being given to another.
             self._built[key] = table, _scaled(table, scales)
-        lo_table, hi_table = self._built[key][1]
-        entries = [
+        scaled = self._built[key][1]
+        entries: list[tuple[Any, ...]] = [
             tuple(itertools.chain.from_iterable(positions))
             for positions in itertools.product(
                 *(
@@ -147,11 +151,12 @@ class CapturedTables:
                 )
             )
         ]
-        lo, hi = lo_table[entries[0]], hi_table[entries[0]]
-        for entry in entries[1:]:
-            lo = torch.minimum(lo, lo_table[entry])
-            hi = torch.maximum(hi, hi_table[entry])
-        return lo, hi
+        found = [scaled[:, *entry] for entry in entries]
+        if len(found) == 1:
+            return found[0]
+        lows, highs = zip(*found, strict=True)
+        low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
+        return torch.stack((low, high))
 
 
 def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
@@ -178,10 +183,10 @@ def _scaled(table: Tensor, scales: Sequence[Scale]) -> Ends:
         else:
             lo, hi = _pooled(lo, hi, dim, 0, lo.shape[dim], 1 << scale.shift)
             lo, hi = _levels(torch.minimum, lo, dim), _levels(torch.maximum, hi, dim)
-    return lo, hi
+    return torch.stack((lo, hi))
 
 
-def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Ends:
+def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Pair:
     """Reduce ``width`` entries at a time, from ``start`` on; the last cell may be shorter."""
     if width == 1:
         return lo.narrow(dim, start, length), hi.narrow(dim, start, length)
@@ -200,7 +205,7 @@ def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: in
     return torch.cat((lo, tail_lo), dim), torch.cat((hi, tail_hi), dim)
 
 
-def _reduced(lo: Tensor, hi: Tensor) -> Ends:
+def _reduced(lo: Tensor, hi: Tensor) -> Pair:
     """Reduce the last dimension."""
     if lo.data_ptr() == hi.data_ptr():
         # One pass for both; amin alone is slow for int64 on CPU (torch 2.13).

@@ -53,7 +53,7 @@ class Rule:
         offset = constant.known_bounds
         if index.span is None or offset is None or offset[0] != offset[1]:
             return None
-        if isinstance(constant.lo, Tensor) and constant.lo.dim() > 0:
+        if isinstance(constant.ends, Tensor) and constant.ends.dim() > 0:
             return None
         return replace(index.span, start=index.span.start + self.shift * offset[0])
 
@@ -66,9 +66,7 @@ def fits(bounds: Bounds, dtype: torch.dtype) -> bool:
 
 def finite_ends(ends: Ends) -> Ends:
     """Forget float ends that are not finite: between them, inf - inf may give NaN."""
-    lo, hi = ends
-    is_finite = torch.isfinite(lo) & torch.isfinite(hi)
-    return torch.where(is_finite, lo, torch.nan), torch.where(is_finite, hi, torch.nan)
+    return torch.where(torch.isfinite(ends).all(0), ends, torch.nan)
 
 
 def full_ends(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> Ends:
@@ -85,8 +83,8 @@ def full_ends(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> En
         limits = (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     else:
         raise NoIntervalRule(str(dtype))
-    lo, hi = (torch.full((), end, dtype=dtype, device=device).expand(shape) for end in limits)
-    return lo, hi
+    ends = [torch.full((), end, dtype=dtype, device=device).expand(shape) for end in limits]
+    return torch.stack(ends)
 
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -94,19 +92,19 @@ INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 
 def cast_ends(value: Interval, dtype: torch.dtype) -> Ends | None:
     """Ends of ``value.to(dtype)``."""
-    source = value.lo.dtype
+    source = value.dtype
     if dtype == torch.bool:
         return _nonzero(value)
     if dtype in INTEGERS and source != torch.bool and not fits(value.bounds, dtype):
         return None
-    return value.lo.to(dtype), value.hi.to(dtype)
+    return value.ends.to(dtype)
 
 
 # Arithmetic. Ends of a sum, a product and so on: rounding is monotone, so this holds for floats.
 
 
 def _add(a: Interval, b: Interval) -> Ends:
-    return a.lo + b.lo, a.hi + b.hi
+    return a.ends + b.ends
 
 
 def _add_bounds(a: Bounds, b: Bounds) -> Bounds:
@@ -114,7 +112,7 @@ def _add_bounds(a: Bounds, b: Bounds) -> Bounds:
 
 
 def _sub(a: Interval, b: Interval) -> Ends:
-    return a.lo - b.hi, a.hi - b.lo
+    return a.ends - b.flipped
 
 
 def _sub_bounds(a: Bounds, b: Bounds) -> Bounds:
@@ -125,15 +123,18 @@ def _corners(op: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], En
     """Ends of an operation that is monotone in each operand, in whatever direction."""
 
     def ends(a: Interval, b: Interval) -> Ends:
+        straight = op(a.ends, b.ends)
         if a.is_exact or b.is_exact:
-            first, second = op(a.lo, b.lo), op(a.hi, b.hi)
-            return torch.minimum(first, second), torch.maximum(first, second)
-        at_lo, at_hi = (op(a.lo, b.lo), op(a.lo, b.hi)), (op(a.hi, b.lo), op(a.hi, b.hi))
-        lo = torch.minimum(torch.minimum(*at_lo), torch.minimum(*at_hi))
-        hi = torch.maximum(torch.maximum(*at_lo), torch.maximum(*at_hi))
-        return lo, hi
+            return _spanned(straight, straight)
+        crossed = op(a.ends, b.flipped)
+        return _spanned(torch.minimum(straight, crossed), torch.maximum(straight, crossed))
 
     return ends
+
+
+def _spanned(low: Ends, high: Ends) -> Ends:
+    """Ends of what lies between the smaller of two low numbers and the larger of two high ones."""
+    return torch.stack((torch.minimum(*low.unbind()), torch.maximum(*high.unbind())))
 
 
 def _corner_bounds(op: Callable[[int, int], int]) -> Callable[[Bounds, Bounds], Bounds]:
@@ -154,7 +155,7 @@ _mul_corners = _corners(operator.mul)
 def _mul(a: Interval, b: Interval) -> Ends:
     known_a, known_b = a.known_bounds, b.known_bounds
     if known_a is not None and known_b is not None and known_a[0] >= 0 and known_b[0] >= 0:
-        return a.lo * b.lo, a.hi * b.hi
+        return a.ends * b.ends
     return _mul_corners(a, b)
 
 
@@ -166,7 +167,7 @@ def _divide_by_sign(op: Callable[[Any, Any], Any]) -> Callable[[Interval, Interv
         if not (b.bounds[0] > 0 or b.bounds[1] < 0):
             return None
         if b.is_exact and b.bounds[0] > 0:
-            return op(a.lo, b.lo), op(a.hi, b.lo)
+            return cast(Ends, op(a.ends, b.ends))
         return corners(a, b)
 
     return ends
@@ -208,12 +209,13 @@ def _remainder(a: Interval, m: Interval) -> Ends | None:
     if _is_float(a, m) or not _is_positive(m):
         return None
     if not m.is_exact:
-        largest = (m.hi - 1).to(torch.result_type(a.lo, m.hi))
-        return torch.zeros_like(largest), largest
-    same_quotient = a.lo // m.lo == a.hi // m.lo
-    return (
-        torch.where(same_quotient, a.lo % m.lo, 0),
-        torch.where(same_quotient, a.hi % m.lo, m.lo - 1),
+        largest = (m.hi - 1).to(torch.result_type(a.ends, m.ends))
+        return torch.stack((torch.zeros_like(largest), largest))
+    quotient_lo, quotient_hi = (a.ends // m.ends).unbind()
+    lo, hi = (a.ends % m.ends).unbind()
+    same_quotient = quotient_lo == quotient_hi
+    return torch.stack(
+        (torch.where(same_quotient, lo, 0), torch.where(same_quotient, hi, m.ends - 1))
     )
 
 
@@ -229,7 +231,7 @@ def _truncated_remainder(a: Interval, m: Interval) -> Ends | None:
 
 
 def _negate(a: Interval) -> Ends:
-    return -a.hi, -a.lo
+    return -a.flipped
 
 
 def _negate_bounds(a: Bounds) -> Bounds:
@@ -238,8 +240,8 @@ def _negate_bounds(a: Bounds) -> Bounds:
 
 def _absolute(a: Interval) -> Ends:
     if not _is_float(a) and a.bounds[0] >= 0:
-        return a.lo, a.hi
-    return torch.maximum(a.lo, -a.hi).clamp(min=0), torch.maximum(-a.lo, a.hi)
+        return a.ends
+    return torch.maximum(a.ends, -a.flipped).clamp(min=0)
 
 
 def _absolute_bounds(a: Bounds) -> Bounds:
@@ -251,14 +253,13 @@ def _power(base: Interval, exponent: Interval) -> Ends | None:
     if _is_float(base, exponent) or exponent.bounds[0] < 0:
         return None
     if base.bounds[0] >= 1 or (base.bounds[0] >= 0 and exponent.bounds[0] >= 1):
-        return base.lo**exponent.lo, base.hi**exponent.hi
+        return base.ends**exponent.ends
     power = exponent.bounds[0]
     if power != exponent.bounds[1] or power == 0:
         return None
     if power % 2:
-        return base.lo**power, base.hi**power
-    lo, hi = _absolute(base)
-    return lo**power, hi**power
+        return base.ends**power
+    return _absolute(base) ** power
 
 
 def _power_bounds(base: Bounds, exponent: Bounds) -> Bounds:
@@ -269,88 +270,93 @@ def _power_bounds(base: Bounds, exponent: Bounds) -> Bounds:
 
 
 def _square(a: Interval) -> Ends:
-    lo, hi = _absolute(a)
-    return lo.square(), hi.square()
+    return _absolute(a).square()
 
 
 def _square_bounds(a: Bounds) -> Bounds:
     return 0, max(abs(a[0]), abs(a[1])) ** 2
 
 
-# Comparisons and logic: (surely true, possibly true).
+# Comparisons and logic: surely true, possibly true. A float may be NaN, and possible is what is not
+# surely otherwise.
 
 
 def _is_float(*values: Interval) -> bool:
-    ends = (value.lo for value in values)
+    ends = (value.ends for value in values)
     return any(
         e.is_floating_point() if isinstance(e, Tensor) else isinstance(e, float) for e in ends
     )
 
 
 def _less(a: Interval, b: Interval) -> Ends:
-    possible = ~(a.lo >= b.hi) if _is_float(a, b) else a.lo < b.hi
-    return a.hi < b.lo, possible
+    if _is_float(a, b):
+        return torch.stack((a.hi < b.lo, ~(a.lo >= b.hi)))
+    return a.flipped < b.ends
 
 
 def _less_equal(a: Interval, b: Interval) -> Ends:
-    possible = ~(a.lo > b.hi) if _is_float(a, b) else a.lo <= b.hi
-    return a.hi <= b.lo, possible
+    if _is_float(a, b):
+        return torch.stack((a.hi <= b.lo, ~(a.lo > b.hi)))
+    return a.flipped <= b.ends
 
 
 def _equal(a: Interval, b: Interval) -> Ends:
-    surely = (a.hi <= b.lo) & (a.lo >= b.hi)
     if _is_float(a, b):
-        return surely, ~((a.lo > b.hi) | (a.hi < b.lo))
-    return surely, (a.lo <= b.hi) & (a.hi >= b.lo)
+        surely = (a.hi <= b.lo) & (a.lo >= b.hi)
+        return torch.stack((surely, ~((a.lo > b.hi) | (a.hi < b.lo))))
+    return (a.flipped <= b.ends) & (a.ends >= b.flipped)
 
 
 def _not_equal(a: Interval, b: Interval) -> Ends:
-    surely_equal, possibly_equal = _equal(a, b)
-    return ~possibly_equal, ~surely_equal
+    return _negated(_equal(a, b))
+
+
+def _negated(ends: Ends) -> Ends:
+    return ~ends.flip(0)
 
 
 def _nonzero(a: Interval) -> Ends:
-    if a.lo.dtype == torch.bool:
-        return a.lo, a.hi
-    if a.lo.is_floating_point():
-        return (a.lo > 0) | (a.hi < 0), ~((a.lo == 0) & (a.hi == 0))
-    return (a.lo > 0) | (a.hi < 0), (a.lo != 0) | (a.hi != 0)
+    if a.dtype == torch.bool:
+        return a.ends
+    if a.is_exact:
+        return a.ends != 0
+    surely = (a.lo > 0) | (a.hi < 0)
+    return torch.stack((surely, ~((a.lo == 0) & (a.hi == 0))))
 
 
-def _truth(a: Interval) -> Ends:
+def _truth(a: Interval) -> Any:
     """Ends of ``a != 0``; ``a`` may be a Python number."""
-    if isinstance(a.lo, Tensor):
-        return _nonzero(a)
-    return cast(Ends, (bool(a.lo), bool(a.hi)))
+    return _nonzero(a) if isinstance(a.ends, Tensor) else bool(a.ends)
 
 
 def _logical_and(a: Interval, b: Interval) -> Ends:
-    (a_lo, a_hi), (b_lo, b_hi) = _truth(a), _truth(b)
-    return a_lo & b_lo, a_hi & b_hi
+    return cast(Ends, _truth(a) & _truth(b))
 
 
 def _logical_or(a: Interval, b: Interval) -> Ends:
-    (a_lo, a_hi), (b_lo, b_hi) = _truth(a), _truth(b)
-    return a_lo | b_lo, a_hi | b_hi
+    return cast(Ends, _truth(a) | _truth(b))
 
 
 def _logical_xor(a: Interval, b: Interval) -> Ends:
-    (a_lo, a_hi), (b_lo, b_hi) = _truth(a), _truth(b)
-    is_decided = (a_lo == a_hi) & (b_lo == b_hi)
-    return is_decided & (a_lo ^ b_lo), ~is_decided | (a_lo ^ b_lo)
+    (a_lo, a_hi), (b_lo, b_hi) = _split(_truth(a), a), _split(_truth(b), b)
+    is_open = (a_lo ^ a_hi) | (b_lo ^ b_hi)
+    return torch.stack(((a_lo ^ b_lo) & ~is_open, (a_lo ^ b_lo) | is_open))
+
+
+def _split(truth: Any, a: Interval) -> tuple[Any, Any]:
+    return (truth, truth) if a.is_exact else truth.unbind()
 
 
 def _logical_not(a: Interval) -> Ends:
-    lo, hi = _nonzero(a)
-    return ~hi, ~lo
+    return _negated(_nonzero(a))
 
 
 # Bits of integers. On bools they are the logical operations.
 
 
 def _is_bool(value: Interval) -> bool:
-    return isinstance(value.lo, bool) or (
-        isinstance(value.lo, Tensor) and value.lo.dtype == torch.bool
+    return isinstance(value.ends, bool) or (
+        isinstance(value.ends, Tensor) and value.dtype == torch.bool
     )
 
 
@@ -380,10 +386,12 @@ def _common_bits(op: Callable[[Any, Any], Any], a: Interval, b: Interval) -> End
                 lo, hi = lo.clamp(min=0), torch.where(varying < 0, side.hi, hi)
                 hi = torch.minimum(hi, torch.as_tensor(side.hi, device=hi.device).to(hi.dtype))
     if at_lo.dtype == torch.uint8:
-        return lo, hi
+        return torch.stack((lo, hi))
     limits = torch.iinfo(at_lo.dtype)
     sign_varies = lo > hi
-    return torch.where(sign_varies, limits.min, lo), torch.where(sign_varies, limits.max, hi)
+    return torch.stack(
+        (torch.where(sign_varies, limits.min, lo), torch.where(sign_varies, limits.max, hi))
+    )
 
 
 def _smear(x: Any) -> Tensor:
@@ -395,20 +403,20 @@ def _smear(x: Any) -> Tensor:
 
 
 def _bitwise_not(a: Interval) -> Ends:
-    return ~a.hi, ~a.lo
+    return ~a.flipped
 
 
 def _is_shift(amount: Interval, value: Interval) -> bool:
-    if not isinstance(value.lo, Tensor) or value.lo.dtype not in INTEGERS or _is_float(amount):
+    if not isinstance(value.ends, Tensor) or value.dtype not in INTEGERS or _is_float(amount):
         return False
-    return 0 <= amount.bounds[0] and amount.bounds[1] < torch.iinfo(value.lo.dtype).bits - 1
+    return 0 <= amount.bounds[0] and amount.bounds[1] < torch.iinfo(value.dtype).bits - 1
 
 
 def _shift_right(a: Interval, amount: Interval) -> Ends | None:
     if not _is_shift(amount, a):
         return None
     if amount.is_exact:
-        return a.lo >> amount.lo, a.hi >> amount.lo
+        return a.ends >> amount.ends
     return _corners(operator.rshift)(a, amount)
 
 
@@ -416,7 +424,7 @@ def _shift_left(a: Interval, amount: Interval) -> Ends | None:
     if not _is_shift(amount, a):
         return None
     if amount.is_exact:
-        return a.lo << amount.lo, a.hi << amount.lo
+        return a.ends << amount.ends
     return _corners(operator.lshift)(a, amount)
 
 
@@ -434,7 +442,7 @@ def _shift_right_bounds(a: Bounds, amount: Bounds) -> Bounds | None:
 
 
 def _minimum(a: Interval, b: Interval) -> Ends:
-    return torch.minimum(a.lo, b.lo), torch.minimum(a.hi, b.hi)
+    return torch.minimum(a.ends, b.ends)
 
 
 def _minimum_bounds(a: Bounds, b: Bounds) -> Bounds:
@@ -442,7 +450,7 @@ def _minimum_bounds(a: Bounds, b: Bounds) -> Bounds:
 
 
 def _maximum(a: Interval, b: Interval) -> Ends:
-    return torch.maximum(a.lo, b.lo), torch.maximum(a.hi, b.hi)
+    return torch.maximum(a.ends, b.ends)
 
 
 def _maximum_bounds(a: Bounds, b: Bounds) -> Bounds:
@@ -450,9 +458,8 @@ def _maximum_bounds(a: Bounds, b: Bounds) -> Bounds:
 
 
 def _clamp(a: Interval, min: Interval | None = None, max: Interval | None = None) -> Ends:
-    min_lo, min_hi = (None, None) if min is None else (min.lo, min.hi)
-    max_lo, max_hi = (None, None) if max is None else (max.lo, max.hi)
-    return torch.clamp(a.lo, min_lo, max_lo), torch.clamp(a.hi, min_hi, max_hi)
+    limits = (None if limit is None else limit.ends for limit in (min, max))
+    return torch.clamp(a.ends, *limits)
 
 
 def _clamp_bounds(a: Bounds, min: Bounds | None = None, max: Bounds | None = None) -> Bounds:
@@ -462,16 +469,14 @@ def _clamp_bounds(a: Bounds, min: Bounds | None = None, max: Bounds | None = Non
 
 
 def _where(condition: Interval, x: Interval, y: Interval) -> Ends | None:
-    if not isinstance(condition.lo, Tensor) or condition.lo.dtype != torch.bool:
+    if not isinstance(condition.ends, Tensor) or condition.dtype != torch.bool:
         return None
-    lo = torch.where(condition.lo, x.lo, y.lo)
-    hi = torch.where(condition.lo, x.hi, y.hi)
     if condition.is_exact:
-        return lo, hi
-    # Where the condition is decided, `lo` and `other_lo` are equal; else they are x's and y's.
-    other_lo = torch.where(condition.hi, x.lo, y.lo)
-    other_hi = torch.where(condition.hi, x.hi, y.hi)
-    return torch.minimum(lo, other_lo), torch.maximum(hi, other_hi)
+        return torch.where(condition.ends, x.ends, y.ends)
+    # Where the condition is decided, both choices are the same; else they are x's and y's.
+    return _spanned(
+        torch.where(condition.ends, x.lo, y.lo), torch.where(condition.ends, x.hi, y.hi)
+    )
 
 
 def _where_bounds(condition: Bounds, x: Bounds, y: Bounds) -> Bounds:
@@ -480,15 +485,14 @@ def _where_bounds(condition: Bounds, x: Bounds, y: Bounds) -> Bounds:
 
 def _monotone(name: str) -> Rule:
     def ends(a: Interval) -> Ends:
-        function = getattr(torch, name)
-        return function(a.lo), function(a.hi)
+        return cast(Ends, getattr(torch, name)(a.ends))
 
     return Rule(ends)
 
 
 def _sign(a: Interval) -> Ends | None:
     # torch.sign(NaN) is 0, so float ends that stand for anything would be lost.
-    return None if _is_float(a) else (torch.sign(a.lo), torch.sign(a.hi))
+    return None if _is_float(a) else torch.sign(a.ends)
 
 
 def _named(names: str) -> set[Callable[..., Any]]:
@@ -553,7 +557,7 @@ def _rules() -> dict[Callable[..., Any], Rule]:
         "trunc fix": _monotone("trunc"),
         "round": _monotone("round"),
         "sign": Rule(_sign),
-        "positive pos __pos__ clone detach contiguous": Rule(lambda a: (a.lo, a.hi), lambda a: a),
+        "positive pos __pos__ clone detach contiguous": Rule(lambda a: a.ends, lambda a: a),
     }
     rules = {function: rule for names, rule in table.items() for function in _named(names)}
     rules[torch.where] = Rule(_where, _where_bounds)

@@ -78,13 +78,15 @@ class Axis:
         """Return the index in cells of ``width``; a number past the end means the last cell."""
         if self.length % (width * SPLIT):
             cell = cell.clamp(max=self.count(width) - 1)
-        lo = cell * width + self.start
-        hi = lo + (width - 1)
-        if self.length % width:
-            hi = hi.clamp(max=self.start + self.length - 1)
-        span = Span(cell, self.start, width, self.length)
         bounds = (self.start, self.start + self.length - 1)
-        return Interval(lo, hi, evaluator, bounds, span)
+        lo = cell * width
+        if self.start:
+            lo = lo + self.start
+        ends = torch.stack((lo, lo + (width - 1)))
+        if self.length % width:
+            ends = ends.clamp(max=bounds[1])
+        span = Span(cell, self.start, width, self.length)
+        return Interval(ends, evaluator, bounds=bounds, span=span)
 
     def indices(self, tile: Tensor, step: Tensor, evaluator: MaskEvaluator) -> Interval:
         """Return the indices ``step`` into tiles; one past the end means the last one."""
@@ -218,14 +220,13 @@ class TileClassifier:
         rows, columns = self._shape.grid(scale)
         device = self._shape.device
         b = torch.arange(self._shape.B, device=device)[:, None, None, None]
-        h = torch.arange(self._shape.H, device=device)[:, None, None]
-        row = torch.arange(rows, device=device)[:, None]
-        column = torch.arange(columns, device=device)
+        h = torch.arange(self._shape.H, device=device)[None, :, None, None]
+        row = torch.arange(rows, device=device)[None, None, :, None]
+        column = torch.arange(columns, device=device)[None, None, None]
         tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
-        states = _states(*self._bounded((b, h, row, column), *tile))
+        states = _states(self._bounded((b, h, row, column), *tile))
         # What depends on neither b nor h is kept once.
-        sizes = (1,) * (4 - states.dim()) + tuple(states.shape)
-        return states.expand(*sizes[:2], rows, columns).contiguous()
+        return states.expand(-1, -1, rows, columns).contiguous()
 
     def _refined(self, states: Tensor, cells: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """Split undecided cells; return the states of all smaller ones, and the undecided."""
@@ -239,7 +240,7 @@ class TileClassifier:
             b, h, row, column = _coordinates(chunk)
             row = row * SPLIT + split[:, None]
             column = column * SPLIT + split
-            smaller = _states(*self._bounded((b, h, row, column), *tile))
+            smaller = _states(self._bounded((b, h, row, column), *tile))
             smaller = torch.where((row < rows) & (column < columns), smaller, EMPTY)
             fine[b, h, row, column] = smaller
             cell, *part = (smaller == PARTIAL).nonzero().unbind(1)
@@ -272,13 +273,11 @@ class TileClassifier:
         """Decide tiles, and write their states and how they were decided."""
         coordinates = _coordinates(tiles)
         if self._are_few(len(tiles)):
-            mask = self._whole(coordinates)
-            states[tuple(tiles.unbind(1))] = _states(_all(mask), _any(mask))
+            states[tuple(tiles.unbind(1))] = _states_of_pairs(self._whole(coordinates))
             if decided is not None:
                 decided[tuple(tiles.unbind(1))] = int(Decided.BY_PAIRS)
             return
-        mask = self._sampled(coordinates)
-        sampled = _states(_all(mask), _any(mask))
+        sampled = _states_of_pairs(self._sampled(coordinates))
         if decided is not None:
             decided[tuple(tiles.unbind(1))] = int(Decided.BY_SAMPLES)
         if self._evaluator.may_leave_tables:
@@ -333,10 +332,14 @@ class TileClassifier:
         for tile, mask, _ in self._open_pairs(tiles, is_open):
             trues.index_add_(0, tile, _any(mask).int())
             falses.index_add_(0, tile, 1 - _all(mask).int())
-        return _states(falses == 0, trues > 0), how.byte()
+        return _states(torch.stack((falses == 0, trues > 0))), how.byte()
 
-    def _sub_tiles(self, tiles: Coordinates) -> Ends:
-        """Bound the mask on the sub-tiles of tiles: ``(N, parts of q, parts of kv)``."""
+    def _sub_tiles(self, tiles: Coordinates) -> tuple[Tensor, Tensor]:
+        """Say where in tiles the mask surely is true, and where possibly.
+
+        Returns:
+            ``(N, parts of q, parts of kv)`` each.
+        """
         b, h, row, column = tiles
         q, kv = self._shape.q, self._shape.kv
         shape = (len(row), q.parts, kv.parts)
@@ -346,8 +349,8 @@ class TileClassifier:
         row = row * q.parts + torch.arange(q.parts, device=row.device)[:, None]
         column = column * kv.parts + torch.arange(kv.parts, device=row.device)
         widths = (q.tile // q.parts, kv.tile // kv.parts)
-        lo, hi = self._bounded((b, h, row, column), *widths)
-        return lo.expand(shape), hi.expand(shape)
+        lo, hi = self._bounded((b, h, row, column), *widths).expand(2, *shape)
+        return lo, hi
 
     def _allowed_in(self, tiles: Coordinates) -> int:
         """Count the pairs that the mask allows in tiles."""
@@ -418,9 +421,15 @@ def _coordinates(cells: Tensor) -> Coordinates:
     return b, h, row, column
 
 
-def _states(lo: Tensor, hi: Tensor) -> Tensor:
+def _states(ends: Ends) -> Tensor:
     """Return EMPTY, PARTIAL or FULL from where a mask surely and possibly is true."""
-    return lo.view(torch.uint8) + hi.view(torch.uint8)
+    return ends.view(torch.uint8).sum(0, dtype=torch.uint8)
+
+
+def _states_of_pairs(mask: Tensor) -> Tensor:
+    """Return EMPTY, PARTIAL or FULL of each of the first dimension."""
+    smallest, largest = torch.aminmax(mask.flatten(1).view(torch.uint8), dim=1)
+    return smallest + largest
 
 
 # Reductions of bytes are vectorised on CPU, those of bools are not (torch 2.13).
