@@ -154,7 +154,6 @@ class MaskEvaluator(TorchFunctionMode):
 
     def _run(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Interval:
         self._outside = None
-        self._looked_up.clear()
         indices = cast("tuple[Tensor, Tensor, Tensor, Tensor]", (b, h, q_idx, kv_idx))
         try:
             with torch.no_grad(), self:
@@ -163,6 +162,9 @@ class MaskEvaluator(TorchFunctionMode):
             # Functions that accept tensors only, or a true error: exact evaluation will tell.
             check_signature(self._mask_mod)
             raise NoIntervalRule(str(error)) from error
+        finally:
+            # Its intervals refer to the evaluator: tensors would stay until garbage is collected.
+            self._looked_up.clear()
         check_result(self._mask_mod, result)
         if isinstance(result, Interval):
             return result
@@ -183,6 +185,8 @@ class MaskEvaluator(TorchFunctionMode):
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a torch function or Python operator of which some argument is an interval."""
         with torch._C.DisableTorchFunction():
+            if func is Tensor.__getitem__:
+                return self.select(args[0], args[1])
             if func in EXTREMA and len(args) == 2 and isinstance(args[1], (Interval, Tensor)):
                 func = EXTREMA[func]
             if func is Tensor.where:
@@ -190,8 +194,6 @@ class MaskEvaluator(TorchFunctionMode):
             rule = RULES.get(func)
             if rule is not None:
                 return self._apply_rule(rule, (func, args, kwargs))
-            if func is Tensor.__getitem__:
-                return self.select(args[0], args[1])
             if func in CASTS:
                 return self._cast(args[0], CASTS[func])
             if func in (Tensor.to, Tensor.type, Tensor.type_as):
@@ -205,10 +207,9 @@ class MaskEvaluator(TorchFunctionMode):
         func, args, kwargs = call
         if rule.promotes:
             args = self._promoted(args)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Interval)]
         operands = [self._operand(x) for x in args]
         named = {n: x if isinstance(x, str) else self._operand(x) for n, x in kwargs.items()}
-        is_exact = all(x.is_exact for x in given)
+        is_exact = all(x.is_exact for x in (*operands, *named.values()) if isinstance(x, Interval))
         if is_exact:
             values = {name: _value(x) for name, x in kwargs.items()}
             ends: Ends | None = func(*map(_value, args), **values)
@@ -239,6 +240,8 @@ class MaskEvaluator(TorchFunctionMode):
 
     def _operand(self, x: Any) -> Any:
         """Make an interval of a constant."""
+        if x is None or isinstance(x, Interval):
+            return x
         if isinstance(x, (bool, int, float)):
             number = cast(Tensor, x)
             return Interval(number, self, is_exact=True, bounds=cast(Bounds, (x, x)))
@@ -247,8 +250,6 @@ class MaskEvaluator(TorchFunctionMode):
                 raise NoIntervalRule("a captured tensor that is not indexed")
             self._check_device(x)
             return Interval(x, self, is_exact=True)
-        if x is None or isinstance(x, Interval):
-            return x
         if isinstance(x, numbers.Real):
             return self._operand(int(x) if isinstance(x, numbers.Integral) else float(x))
         raise NoIntervalRule(f"an operand of type {type(x).__name__}")

@@ -277,7 +277,7 @@ def _square_bounds(a: Bounds) -> Bounds:
     return 0, max(abs(a[0]), abs(a[1])) ** 2
 
 
-# Comparisons and logic: surely true, possibly true. A float may be NaN, and possible is what is not
+# Comparisons and logic: surely true, possibly true. Floats may be NaN: possible is what is not
 # surely otherwise.
 
 

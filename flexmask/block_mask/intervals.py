@@ -3,9 +3,9 @@
 A *cell* is a rectangle of (query, key) pairs. Evaluating a mask_mod once on intervals instead of
 numbers says for each cell whether the mask is surely true, surely false, or unknown there.
 
-Both ends of an interval are one tensor, so that a rule takes few operations: ``q_idx + 3`` adds 3 to
-``(2, *cells)`` numbers, and ``q_idx - kv_idx`` subtracts from these the opposite ones. They have the
-dtype of the value they bound. A float interval with a NaN end holds anything, NaN included.
+Both ends of an interval are one tensor, so that a rule takes few operations: ``q_idx + 3`` adds 3
+to ``(2, *cells)`` numbers, and ``q_idx - kv_idx`` subtracts from them the opposite ones. They have
+the dtype of the value they bound. A float interval with a NaN end holds anything, NaN included.
 """
 
 from __future__ import annotations

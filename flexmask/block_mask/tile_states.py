@@ -79,10 +79,9 @@ class Axis:
         if self.length % (width * SPLIT):
             cell = cell.clamp(max=self.count(width) - 1)
         bounds = (self.start, self.start + self.length - 1)
-        lo = cell * width
-        if self.start:
-            lo = lo + self.start
-        ends = torch.stack((lo, lo + (width - 1)))
+        last = self.start + width - 1
+        first_cell = torch.linspace(self.start, last, 2, dtype=torch.int64, device=cell.device)
+        ends = torch.add(first_cell.view(2, *(1,) * cell.dim()), cell, alpha=width)
         if self.length % width:
             ends = ends.clamp(max=bounds[1])
         span = Span(cell, self.start, width, self.length)
@@ -140,6 +139,8 @@ class TileClassifier:
         self._shape = shape
         self._evaluator = MaskEvaluator(mask_mod, shape.device)
         self._has_intervals = True
+        count = max(shape.B, shape.H, *shape.grid(), shape.q.tile, shape.kv.tile, SPLIT)
+        self._numbers = torch.arange(count, device=shape.device)
 
     def classify(self, records: bool = False) -> TileStates:
         """Decide every tile.
@@ -218,11 +219,10 @@ class TileClassifier:
 
     def _coarse_states(self, scale: int) -> Tensor:
         rows, columns = self._shape.grid(scale)
-        device = self._shape.device
-        b = torch.arange(self._shape.B, device=device)[:, None, None, None]
-        h = torch.arange(self._shape.H, device=device)[None, :, None, None]
-        row = torch.arange(rows, device=device)[None, None, :, None]
-        column = torch.arange(columns, device=device)[None, None, None]
+        b = self._numbers[: self._shape.B].view(-1, 1, 1, 1)
+        h = self._numbers[: self._shape.H].view(1, -1, 1, 1)
+        row = self._numbers[:rows].view(1, 1, -1, 1)
+        column = self._numbers[:columns].view(1, 1, 1, -1)
         tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
         states = _states(self._bounded((b, h, row, column), *tile))
         # What depends on neither b nor h is kept once.
@@ -230,7 +230,7 @@ class TileClassifier:
 
     def _refined(self, states: Tensor, cells: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """Split undecided cells; return the states of all smaller ones, and the undecided."""
-        split = torch.arange(SPLIT, device=self._shape.device)
+        split = self._numbers[:SPLIT]
         fine = states[:, :, :, None, :, None].expand(-1, -1, -1, SPLIT, -1, SPLIT).contiguous()
         fine = fine.view(*states.shape[:2], states.shape[2] * SPLIT, states.shape[3] * SPLIT)
         rows, columns = self._shape.grid(scale)
@@ -300,13 +300,12 @@ class TileClassifier:
 
     def _whole(self, tiles: Coordinates) -> Tensor:
         """Evaluate all pairs of tiles: ``(N, queries, keys)``."""
-        lengths = (self._shape.q.tile, self._shape.kv.tile)
-        q_step, kv_step = (torch.arange(n, device=self._shape.device) for n in lengths)
-        return self._pairs(tiles, q_step, kv_step)
+        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
+        return self._pairs(tiles, self._numbers[:q_tile], self._numbers[:kv_tile])
 
     def _sampled(self, tiles: Coordinates) -> Tensor:
         """Evaluate pairs at both ends of a tile, and off its middle: ``(N, SAMPLES, SAMPLES)``."""
-        place = torch.arange(SAMPLES, device=self._shape.device)
+        place = self._numbers[:SAMPLES]
         lengths = (self._shape.q.tile, self._shape.kv.tile)
         q_step, kv_step = (place * (n - 1) // (SAMPLES - 1) for n in lengths)
         return self._pairs(tiles, q_step, kv_step)
@@ -346,8 +345,8 @@ class TileClassifier:
         if not self._has_intervals:
             nowhere = torch.zeros(shape, dtype=torch.bool, device=row.device)
             return nowhere, ~nowhere
-        row = row * q.parts + torch.arange(q.parts, device=row.device)[:, None]
-        column = column * kv.parts + torch.arange(kv.parts, device=row.device)
+        row = row * q.parts + self._numbers[: q.parts, None]
+        column = column * kv.parts + self._numbers[: kv.parts]
         widths = (q.tile // q.parts, kv.tile // kv.parts)
         lo, hi = self._bounded((b, h, row, column), *widths).expand(2, *shape)
         return lo, hi
@@ -376,7 +375,7 @@ class TileClassifier:
         """
         q, kv = self._shape.q, self._shape.kv
         widths = (q.tile // q.parts, kv.tile // kv.parts)
-        q_step, kv_step = (torch.arange(width, device=is_open.device) for width in widths)
+        q_step, kv_step = (self._numbers[:width] for width in widths)
         for chunk in self._chunks(is_open.nonzero(), math.prod(widths) * BYTES_PER_PAIR):
             tile, q_part, kv_part = chunk.unbind(1)
             b, h, row, column = (x[tile] for x in tiles)
@@ -417,7 +416,7 @@ def _extents(tile: Tensor, axis: Axis) -> Tensor:
 
 def _coordinates(cells: Tensor) -> Coordinates:
     """Return where cells are, ``(N, 1, 1)`` each."""
-    b, h, row, column = cells[:, :, None, None].unbind(1)
+    b, h, row, column = cells.view(-1, 4, 1, 1).unbind(1)
     return b, h, row, column
 
 
