@@ -11,17 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexmask.block_mask.captured_tables import CapturedTables, Selection
-from flexmask.block_mask.interval_rules import (
-    INTEGERS,
-    RULES,
-    Rule,
-    cast_ends,
-    finite_ends,
-    fits,
-    full_ends,
-)
+from flexmask.block_mask.interval_rule import INTEGERS, Rule, finite_ends, fits, full_ends
 from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule
 from flexmask.block_mask.pairs_by_vmap import pairs_by_vmap
+from flexmask.block_mask.rule_table import RULES, cast_ends
 from flexmask.block_mask.rules import (
     EXTREMA,
     MaskMod,
