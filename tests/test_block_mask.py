@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 import subprocess
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmask.block_mask import DecodeRowMask, create_block_mask, explain_mask, tile_states
 from flexmask.errors import MaskError
 from mask_grammar import CallableMask, RandomMask, random_masks
 
+aten = torch.ops.aten
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
 KV_TENSORS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
@@ -376,6 +379,51 @@ def test_what_does_not_depend_on_a_head_is_computed_once() -> None:
     assert check_mask.kv_indices.shape == (8, 32, 8, 8)
     assert max(seen) <= 8 * 16
     check(causal, 8, 32, 300, 300)
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what is dispatched, views aside, as a measure of the time that a GPU's host takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.launches += not is_view
+        self.waits += func in (aten.nonzero.default, aten._local_scalar_dense.default)
+        return result
+
+
+def test_a_small_mask_takes_few_operations_and_one_wait() -> None:
+    ids = segments("cpu", 10, 30, 40, 50, 60, 66)
+    limits = {"cpu": tile_states.PAIRS_AT_ONCE["cuda"]}
+
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        q_segment, kv_segment = ids[q], ids[k]
+        sees = (kv_segment == 0) | (q_segment == kv_segment) | (q_segment == 5)
+        return (q >= k) & sees
+
+    with mock.patch.dict(tile_states.PAIRS_AT_ONCE, limits), CountedOperations() as counted:
+        create_block_mask(mask_mod, None, None, 256, 256, "cpu", BLOCK_SIZE=16)
+    assert counted.waits == 1
+    assert counted.launches <= 60
+
+
+def test_a_build_leaves_nothing_to_the_garbage_collector() -> None:
+    """Tensors in reference cycles would keep their memory for a while."""
+    mask_mod = shared_prefix("cpu")
+    create_block_mask(mask_mod, 1, 1, S, S, "cpu")
+    gc.collect()
+    gc.disable()
+    try:
+        create_block_mask(mask_mod, 1, 1, S, S, "cpu")
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 # Options.

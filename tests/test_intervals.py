@@ -26,11 +26,12 @@ Q_LEN, KV_LEN = 50, 41
 def cells(length: int, width: int, evaluator: MaskEvaluator, dim: int, start: int = 0) -> Interval:
     """Cells of an index, along dimension 0 or 1."""
     cell = torch.arange(-(-length // width))
-    cell = cell[:, None] if dim == 0 else cell
+    cell = cell[:, None] if dim == 0 else cell[None]
     lo = start + cell * width
-    hi = (lo + width - 1).clamp(max=start + length - 1)
+    ends = torch.stack((lo, (lo + width - 1).clamp(max=start + length - 1)))
     bounds = (start, start + length - 1)
-    return Interval(lo, hi, evaluator, bounds, Span(cell, start, width, length))
+    span = Span(cell, start, width, length)
+    return Interval(ends, evaluator, bounds=bounds, span=span)
 
 
 def bounded(
@@ -251,8 +252,7 @@ def test_extrema_of_free_ranges_are_exact(data: st.DataObject) -> None:
         lo = data.draw(st.integers(-length, length - 1))
         hi = data.draw(st.integers(lo, length - 1))
         ranges.append([i % length for i in range(lo, hi + 1)])
-        ends = (torch.tensor([lo]), torch.tensor([hi]))
-        indices.append(Interval(*ends, evaluator, (lo, hi)))
+        indices.append(Interval(torch.tensor([[lo], [hi]]), evaluator, bounds=(lo, hi)))
     lo, hi = evaluator.tables.extrema(table, indices)
     entries = table[torch.meshgrid(*map(torch.tensor, ranges), indexing="ij")]
     assert (lo.item(), hi.item()) == (entries.min(), entries.max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ class RangeScale:
     wraps: bool
 
 
+Pair = tuple[Tensor, Tensor]
+"""Minima and maxima."""
+
 Position = tuple[Tensor, ...]
 """Where an entry is along one dimension: ``(index,)``, or ``(level, index)``."""
 
@@ -130,28 +134,27 @@ class CapturedTables:
             indices: Where it is indexed, in range; negative indices count from the end.
 
         Returns:
-            Ends in the table's dtype.
+            Ends, in the table's dtype.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
         key = (id(table), *scales)
         if key not in self._built:
             # Holding the table as well keeps its id from being given to another.
             self._built[key] = table, _scaled(table, scales)
-        lo_table, hi_table = self._built[key][1]
-        entries = [
-            tuple(itertools.chain.from_iterable(positions))
-            for positions in itertools.product(
-                *(
-                    _positions(index, scale, length)
-                    for index, scale, length in zip(indices, scales, table.shape, strict=True)
-                )
-            )
+        scaled = self._built[key][1]
+        positions: list[list[Any]] = [
+            _positions(index, scale, length)
+            for index, scale, length in zip(indices, scales, table.shape, strict=True)
         ]
-        lo, hi = lo_table[entries[0]], hi_table[entries[0]]
-        for entry in entries[1:]:
-            lo = torch.minimum(lo, lo_table[entry])
-            hi = torch.maximum(hi, hi_table[entry])
-        return lo, hi
+        found = [
+            scaled[:, *itertools.chain.from_iterable(entry)]
+            for entry in itertools.product(*positions)
+        ]
+        if len(found) == 1:
+            return found[0]
+        lows, highs = zip(*found, strict=True)
+        low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
+        return torch.stack((low, high))
 
 
 def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
@@ -172,19 +175,19 @@ def _scaled(table: Tensor, scales: Sequence[Scale]) -> Ends:
         if scale is None:
             continue
         if scale.wraps:
-            lo, hi = torch.cat((lo, lo), dim), torch.cat((hi, hi), dim)
+            lo, hi = _each(functools.partial(_doubled, dim=dim), lo, hi)
         if isinstance(scale, CellScale):
             lo, hi = _pooled(lo, hi, dim, scale.start, scale.length, scale.width)
         else:
             lo, hi = _pooled(lo, hi, dim, 0, lo.shape[dim], 1 << scale.shift)
             lo, hi = _levels(torch.minimum, lo, dim), _levels(torch.maximum, hi, dim)
-    return lo, hi
+    return torch.stack((lo, hi))
 
 
-def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Ends:
+def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Pair:
     """Reduce ``width`` entries at a time, from ``start`` on; the last cell may be shorter."""
     if width == 1:
-        return lo.narrow(dim, start, length), hi.narrow(dim, start, length)
+        return _each(lambda table: table.narrow(dim, start, length), lo, hi)
     cells, rest = divmod(length, width)
 
     def whole(table: Tensor) -> Tensor:
@@ -193,16 +196,26 @@ def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: in
     def tail(table: Tensor) -> Tensor:
         return table.narrow(dim, start + cells * width, rest).unsqueeze(dim).movedim(dim + 1, -1)
 
-    parts = [_reduced(part(lo), part(hi)) for part, n in ((whole, cells), (tail, rest)) if n]
+    parts = [_reduced(*_each(part, lo, hi)) for part, n in ((whole, cells), (tail, rest)) if n]
     if len(parts) == 1:
         return parts[0]
-    (lo, hi), (tail_lo, tail_hi) = parts
-    return torch.cat((lo, tail_lo), dim), torch.cat((hi, tail_hi), dim)
+    lows, highs = zip(*parts, strict=True)
+    return torch.cat(lows, dim), torch.cat(highs, dim)
 
 
-def _reduced(lo: Tensor, hi: Tensor) -> Ends:
+def _each(change: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Pair:
+    """Change minima and maxima; once, as long as both are the table itself."""
+    changed = change(lo)
+    return changed, changed if lo is hi else change(hi)
+
+
+def _doubled(table: Tensor, dim: int) -> Tensor:
+    return torch.cat((table, table), dim)
+
+
+def _reduced(lo: Tensor, hi: Tensor) -> Pair:
     """Reduce the last dimension."""
-    if lo.data_ptr() == hi.data_ptr():
+    if lo is hi:
         # One pass for both; amin alone is slow for int64 on CPU (torch 2.13).
         smallest, largest = torch.aminmax(lo, dim=-1)
         return smallest, largest

@@ -86,7 +86,8 @@ def create_block_mask(
         q_offset: Index of the first query, for decode and chunked prefill: query row ``i`` is
             ``q_idx = q_offset + i``, here and in the BlockMask's own ``mask_mod``.
         memory_bytes: What evaluation may take, about, besides some 25 bytes per tile, 8 of which
-            are the BlockMask. At least one sub-tile is evaluated at a time.
+            are the BlockMask, and 32 per tile that intervals leave open. At least one sub-tile is
+            evaluated at a time.
 
     Returns:
         BlockMask with ``kv_indices`` and ``full_kv_indices`` of shape
@@ -252,10 +253,14 @@ def _listed(states: Tensor, shape: MaskShape) -> Listed:
     for row in range(0, rows, step):
         some = slice(row, row + step)
         order_tiles(states[..., some, :] == wanted, counts[..., some], indices[..., some, :])
-    counts = counts.expand(2, shape.B, shape.H, -1)
-    indices = indices.expand(2, shape.B, shape.H, -1, -1)
-    partial, full = ((counts[i].contiguous(), indices[i].contiguous()) for i in (0, 1))
-    return (*partial, *full)
+    num_partial, num_full = counts.expand(2, shape.B, shape.H, -1)
+    partial, full = indices.expand(2, shape.B, shape.H, -1, -1)
+    return (
+        num_partial.contiguous(),
+        partial.contiguous(),
+        num_full.contiguous(),
+        full.contiguous(),
+    )
 
 
 def _tensor_bytes(block_mask: BlockMask) -> int:

@@ -129,10 +129,10 @@ class DecodeRowMask:
         try:
             # Whatever depends on the head has as many rows as there are heads here.
             heads = exact_index(zero.expand(2, 1), 1, evaluator)
-            mask, _ = evaluator.interval_ends(row, heads, slot, slot)
+            ends = evaluator.interval_ends(row, heads, slot, slot)
         except NoIntervalRule:
             return
-        if mask.dim() and len(mask) > 1:
+        if ends.shape[1] > 1:
             name = mask_name(mask_mod)
             raise MaskError(
                 f"{name} depends on the head; a DecodeRowMask serves all heads at once"

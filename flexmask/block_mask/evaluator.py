@@ -11,17 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexmask.block_mask.captured_tables import CapturedTables, Selection
-from flexmask.block_mask.interval_rules import (
-    INTEGERS,
-    RULES,
-    Rule,
-    cast_ends,
-    finite_ends,
-    fits,
-    full_ends,
-)
+from flexmask.block_mask.interval_rule import INTEGERS, Rule, finite_ends, fits, full_ends
 from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule
 from flexmask.block_mask.pairs_by_vmap import pairs_by_vmap
+from flexmask.block_mask.rule_table import RULES, cast_ends
 from flexmask.block_mask.rules import (
     EXTREMA,
     MaskMod,
@@ -88,19 +81,29 @@ class MaskEvaluator(TorchFunctionMode):
     def interval_ends(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Ends:
         """Bound the mask in each cell.
 
+        Args:
+            b: Of as many dimensions as there are in the cells, as all arguments.
+            h: Head.
+            q_idx: Queries of each cell.
+            kv_idx: Keys of each cell.
+
         Returns:
-            Where the mask is surely true and where it may be true, broadcastable to the cells.
-            Cells in which a captured tensor may be indexed out of range count as unknown.
+            Where the mask is surely true and where it may be true, ``(2, ...)``, broadcastable to
+            the cells. Cells in which a captured tensor may be indexed out of range count as
+            unknown.
 
         Raises:
             NoIntervalRule: If intervals cannot follow the mask_mod at all.
             MaskError: If the mask_mod breaks a rule of FlexAttention.
         """
         self._wants_values = False
-        lo, hi = self._run(b, h, q_idx, kv_idx)
+        mask = self._run(b, h, q_idx, kv_idx)
+        ends = mask.ends
+        if mask.is_exact:
+            ends = ends.expand(2, *(ends.shape or (1,) * b.lo.dim()))
         if self._outside is not None:
-            return lo & ~self._outside, hi | self._outside
-        return lo, hi
+            return torch.stack((ends[0] & ~self._outside, ends[1] | self._outside))
+        return ends
 
     def pairs(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Tensor:
         """Evaluate the mask where all indices are exact.
@@ -117,11 +120,11 @@ class MaskEvaluator(TorchFunctionMode):
         Raises:
             MaskError: As `interval_ends`, and where a captured tensor is indexed out of range.
         """
-        shape = (len(b.lo), q_idx.lo.shape[1], kv_idx.lo.shape[2])
+        shape = (len(b.ends), q_idx.ends.shape[1], kv_idx.ends.shape[2])
         if not self.needs_vmap:
             self._wants_values = True
             try:
-                mask, _ = self._run(b, h, q_idx, kv_idx)
+                mask = self._run(b, h, q_idx, kv_idx).ends
             except NoIntervalRule:
                 self.needs_vmap = True
         if self.needs_vmap:
@@ -134,17 +137,16 @@ class MaskEvaluator(TorchFunctionMode):
         """Raise the error for a mask_mod that asks for a value."""
         raise host_read_error(self._mask_mod, what)
 
-    def read_bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+    def read_bounds(self, ends: Ends) -> Bounds:
         """Return Python numbers around all cells."""
         if self._reads_host:
-            smallest, largest = torch.stack((lo.amin(), hi.amax())).tolist()
+            smallest, largest = torch.stack(torch.aminmax(ends)).tolist()
             return smallest, largest
-        limits = torch.iinfo(lo.dtype) if lo.dtype in INTEGERS else torch.finfo(lo.dtype)
+        limits = torch.iinfo(ends.dtype) if ends.dtype in INTEGERS else torch.finfo(ends.dtype)
         return cast(Bounds, (limits.min, limits.max))
 
-    def _run(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Ends:
+    def _run(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Interval:
         self._outside = None
-        self._looked_up.clear()
         indices = cast("tuple[Tensor, Tensor, Tensor, Tensor]", (b, h, q_idx, kv_idx))
         try:
             with torch.no_grad(), self:
@@ -153,11 +155,13 @@ class MaskEvaluator(TorchFunctionMode):
             # Functions that accept tensors only, or a true error: exact evaluation will tell.
             check_signature(self._mask_mod)
             raise NoIntervalRule(str(error)) from error
+        finally:
+            # Its intervals refer to the evaluator: tensors would stay until garbage is collected.
+            self._looked_up.clear()
         check_result(self._mask_mod, result)
         if isinstance(result, Interval):
-            return result.lo, result.hi
-        constant = result.to(self._device)
-        return constant, constant
+            return result
+        return Interval(result.to(self._device), self, is_exact=True)
 
     # What torch calls in place of its functions while the mask_mod runs.
 
@@ -174,6 +178,8 @@ class MaskEvaluator(TorchFunctionMode):
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a torch function or Python operator of which some argument is an interval."""
         with torch._C.DisableTorchFunction():
+            if func is Tensor.__getitem__:
+                return self.select(args[0], args[1])
             if func in EXTREMA and len(args) == 2 and isinstance(args[1], (Interval, Tensor)):
                 func = EXTREMA[func]
             if func is Tensor.where:
@@ -181,8 +187,6 @@ class MaskEvaluator(TorchFunctionMode):
             rule = RULES.get(func)
             if rule is not None:
                 return self._apply_rule(rule, (func, args, kwargs))
-            if func is Tensor.__getitem__:
-                return self.select(args[0], args[1])
             if func in CASTS:
                 return self._cast(args[0], CASTS[func])
             if func in (Tensor.to, Tensor.type, Tensor.type_as):
@@ -196,28 +200,26 @@ class MaskEvaluator(TorchFunctionMode):
         func, args, kwargs = call
         if rule.promotes:
             args = self._promoted(args)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Interval)]
         operands = [self._operand(x) for x in args]
         named = {n: x if isinstance(x, str) else self._operand(x) for n, x in kwargs.items()}
-        is_exact = all(x.is_exact for x in given)
+        is_exact = all(x.is_exact for x in (*operands, *named.values()) if isinstance(x, Interval))
         if is_exact:
-            value = func(*map(_end, args), **{k: _end(v) for k, v in kwargs.items()})
-            ends: Ends | None = (value, value)
+            values = {name: _value(x) for name, x in kwargs.items()}
+            ends: Ends | None = func(*map(_value, args), **values)
         else:
             ends = rule.ends(*operands, **named) if rule.keywords >= kwargs.keys() else None
         if ends is None:
             return self._unknown((func, args, kwargs))
-        dtype = ends[0].dtype
-        if dtype in INTEGERS and rule.bounds is not None:
+        if ends.dtype in INTEGERS and rule.bounds is not None:
             bounds = _result_bounds(rule, operands, named, is_exact)
-            if bounds is not None and fits(bounds, dtype):
+            if bounds is not None and fits(bounds, ends.dtype):
                 span = None if is_exact else rule.shifted_span(operands)
-                return Interval(*ends, self, bounds, span)
+                return Interval(ends, self, is_exact=is_exact, bounds=bounds, span=span)
             if not is_exact:
                 return self._unknown((func, args, kwargs))
-        if dtype.is_floating_point and not is_exact:
+        if ends.dtype.is_floating_point and not is_exact:
             ends = finite_ends(ends)
-        return Interval(*ends, self)
+        return Interval(ends, self, is_exact=is_exact)
 
     def _promoted(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Promote with a captured 0-d tensor as vmap does; broadcasting would not."""
@@ -231,16 +233,16 @@ class MaskEvaluator(TorchFunctionMode):
 
     def _operand(self, x: Any) -> Any:
         """Make an interval of a constant."""
+        if x is None or isinstance(x, Interval):
+            return x
         if isinstance(x, (bool, int, float)):
             number = cast(Tensor, x)
-            return Interval(number, number, self, cast(Bounds, (x, x)))
+            return Interval(number, self, is_exact=True, bounds=cast(Bounds, (x, x)))
         if isinstance(x, Tensor):
             if x.dim() > 0:
                 raise NoIntervalRule("a captured tensor that is not indexed")
             self._check_device(x)
-            return Interval(x, x, self)
-        if x is None or isinstance(x, Interval):
-            return x
+            return Interval(x, self, is_exact=True)
         if isinstance(x, numbers.Real):
             return self._operand(int(x) if isinstance(x, numbers.Integral) else float(x))
         raise NoIntervalRule(f"an operand of type {type(x).__name__}")
@@ -249,13 +251,12 @@ class MaskEvaluator(TorchFunctionMode):
         if value.dtype == dtype:
             return value
         if value.is_exact:
-            lo = value.lo.to(dtype)
-            return Interval(lo, lo, self)
+            return Interval(value.ends.to(dtype), self, is_exact=True)
         ends = cast_ends(value, dtype)
         if ends is None:
             return self._unknown((Tensor.to, (value, dtype), {}))
         keeps_bounds = dtype in INTEGERS and value.dtype in INTEGERS
-        return Interval(*ends, self, value.known_bounds if keeps_bounds else None)
+        return Interval(ends, self, bounds=value.known_bounds if keeps_bounds else None)
 
     def _convert(
         self, value: Interval | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -283,7 +284,7 @@ class MaskEvaluator(TorchFunctionMode):
         if value.shape not in ((), like.lo.shape):
             raise NoIntervalRule(f"{func.__name__} of shape {tuple(value.shape)}")
         value = value.expand(like.lo.shape)
-        return Interval(value, value, self)
+        return Interval(value, self, is_exact=True)
 
     def _unknown(self, call: Call) -> Interval:
         """Return an interval that holds every value of the result's dtype."""
@@ -298,7 +299,7 @@ class MaskEvaluator(TorchFunctionMode):
             self.needs_vmap = True
         dtype = _result_dtype(call)
         shape = torch.broadcast_tensors(*(x.lo for x in given))[0].shape
-        return Interval(*full_ends(dtype, shape, self._device), self)
+        return Interval(full_ends(dtype, shape, self._device), self)
 
     # Captured tensors.
 
@@ -315,24 +316,24 @@ class MaskEvaluator(TorchFunctionMode):
 
     def _look_up(self, table: Tensor, indices: list[Interval]) -> Interval:
         """Look up once per run what is indexed alike, as ``ids[q_idx]`` in several places."""
-        key = (id(table), *((id(index.lo), id(index.hi)) for index in indices))
+        key = (id(table), *(id(index.ends) for index in indices))
         if key not in self._looked_up:
             # The key's objects are kept, so that no others can get their ids.
             self._looked_up[key] = table, indices, self._extrema(table, indices)
         found = self._looked_up[key][2]
-        return Interval(found.lo, found.hi, self)
+        return Interval(found.ends, self, is_exact=found.is_exact)
 
     def _extrema(self, table: Tensor, indices: list[Interval]) -> Interval:
         self._check_device(table)
         indices = [self._in_range(table, dim, index) for dim, index in enumerate(indices)]
         if all(index.is_exact for index in indices):
-            value = table[tuple(index.lo for index in indices)]
-            return Interval(value, value, self)
-        return Interval(*self.tables.extrema(table, indices), self)
+            value = table[tuple(index.ends for index in indices)]
+            return Interval(value, self, is_exact=True)
+        return Interval(self.tables.extrema(table, indices), self)
 
     def _in_range(self, table: Tensor, dim: int, index: Interval) -> Interval:
         """Clamp an index to its dimension, and note the cells where it may lie outside."""
-        if isinstance(index.lo, Tensor) and index.dtype not in INDEX_DTYPES:
+        if isinstance(index.ends, Tensor) and index.dtype not in INDEX_DTYPES:
             raise NoIntervalRule(f"an index of dtype {index.dtype}")
         if not self._reads_host:
             return index
@@ -340,7 +341,7 @@ class MaskEvaluator(TorchFunctionMode):
         smallest, largest = index.bounds
         if -length <= smallest and largest < length:
             return index
-        if index.span is not None or not isinstance(index.lo, Tensor):
+        if index.span is not None or not isinstance(index.ends, Tensor):
             raise MaskError(
                 f"{mask_name(self._mask_mod)} indexes {self._named(table)} with {smallest} to "
                 f"{largest} in dimension {dim}; make it as long as the mask, or clamp the index"
@@ -349,9 +350,9 @@ class MaskEvaluator(TorchFunctionMode):
         self.may_leave_tables = True
         self._outside = outside if self._outside is None else self._outside | outside
         self._outside_tables.add(self._named(table))
-        lo = index.lo.clamp(-length, length - 1)
-        hi = lo if index.is_exact else index.hi.clamp(-length, length - 1)
-        return Interval(lo, hi, self, (max(smallest, -length), min(largest, length - 1)))
+        ends = index.ends.clamp(-length, length - 1)
+        bounds = (max(smallest, -length), min(largest, length - 1))
+        return Interval(ends, self, is_exact=index.is_exact, bounds=bounds)
 
     def _refuse_outside(self) -> None:
         if self._outside is not None and self._reads_host and bool(self._outside.any()):
@@ -381,8 +382,8 @@ def _has_interval(values: Iterable[Any]) -> bool:
     )
 
 
-def _end(x: Any) -> Any:
-    return x.lo if isinstance(x, Interval) else x
+def _value(x: Any) -> Any:
+    return x.ends if isinstance(x, Interval) else x
 
 
 def _result_bounds(

@@ -3,8 +3,9 @@
 A *cell* is a rectangle of (query, key) pairs. Evaluating a mask_mod once on intervals instead of
 numbers says for each cell whether the mask is surely true, surely false, or unknown there.
 
-Ends have the dtype of the value they bound. A float interval with a NaN end holds anything, NaN
-included.
+Both ends of an interval are one tensor, so that a rule takes few operations: ``q_idx + 3`` adds 3
+to ``(2, *cells)`` numbers, and ``q_idx - kv_idx`` subtracts from them the opposite ones. They have
+the dtype of the value they bound. A float interval with a NaN end holds anything, NaN included.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from flexmask.block_mask.evaluator import MaskEvaluator
 
-Ends = tuple[Tensor, Tensor]
+Ends = Tensor
+"""Lower and upper ends, ``(2, *cells)``."""
 Bounds = tuple[int, int]
 
 
@@ -55,39 +57,54 @@ class Interval:
     the evaluator, which finds the rule.
 
     Attributes:
-        lo: Lower end in each cell, in the dtype of the value, broadcastable to the cells.
-        hi: Upper end. The same object as ``lo`` where the value is known exactly.
+        ends: Lower and upper end in each cell, ``(2, *cells)``, in the dtype of the value. Of an
+            exact value just the value, ``cells``; of a constant a 0-d tensor or a Python number.
+        is_exact: Whether the value of each cell is known.
         evaluator: Who applies operations to it.
         span: The index range behind it, if it is an index.
     """
 
-    __slots__ = ("_bounds", "evaluator", "hi", "lo", "span")
+    __slots__ = ("_bounds", "_flipped", "ends", "evaluator", "is_exact", "span")
     __hash__ = object.__hash__
 
     def __init__(
         self,
-        lo: Tensor,
-        hi: Tensor,
+        ends: Ends,
         evaluator: MaskEvaluator,
+        *,
+        is_exact: bool = False,
         bounds: Bounds | None = None,
         span: Span | None = None,
     ) -> None:
         """Hold the ends, and what Python knows of them."""
-        self.lo = lo
-        self.hi = hi
+        self.ends = ends
+        self.is_exact = is_exact
         self.evaluator = evaluator
         self.span = span
         self._bounds = bounds
+        self._flipped: Ends | None = None
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the value of each cell is known."""
-        return self.lo is self.hi
+    def lo(self) -> Tensor:
+        """Lower end in each cell."""
+        return self.ends if self.is_exact else self.ends[0]
+
+    @property
+    def hi(self) -> Tensor:
+        """Upper end in each cell."""
+        return self.ends if self.is_exact else self.ends[1]
+
+    @property
+    def flipped(self) -> Ends:
+        """Upper and lower ends, for what compares ends with opposite ends."""
+        if self._flipped is None:
+            self._flipped = self.ends if self.is_exact else self.ends.flip(0)
+        return self._flipped
 
     @property
     def known_bounds(self) -> Bounds | None:
         """Python numbers around all cells, if known without reading the device."""
-        if self._bounds is None and self.lo.dtype == torch.bool:
+        if self._bounds is None and self.ends.dtype == torch.bool:
             return (0, 1)
         return self._bounds
 
@@ -95,7 +112,7 @@ class Interval:
     def bounds(self) -> Bounds:
         """Python numbers around all cells, read from the device where need be."""
         if self.known_bounds is None:
-            self._bounds = self.evaluator.read_bounds(self.lo, self.hi)
+            self._bounds = self.evaluator.read_bounds(self.ends)
         return cast(Bounds, self.known_bounds)
 
     # What a 0-d tensor has, as far as masks use it.
@@ -103,12 +120,12 @@ class Interval:
     @property
     def dtype(self) -> torch.dtype:
         """As of a tensor."""
-        return self.lo.dtype
+        return self.ends.dtype
 
     @property
     def device(self) -> torch.device:
         """As of a tensor."""
-        return self.lo.device
+        return self.ends.device
 
     @property
     def shape(self) -> torch.Size:
@@ -172,7 +189,8 @@ class Interval:
 def exact_index(index: Tensor, length: int, evaluator: MaskEvaluator, start: int = 0) -> Interval:
     """Return ``b``, ``h``, ``q_idx`` or ``kv_idx`` of ``length``, where it is known exactly."""
     bounds = (start, start + length - 1)
-    return Interval(index, index, evaluator, bounds, Span(index, start, 1, length))
+    span = Span(index, start, 1, length)
+    return Interval(index, evaluator, is_exact=True, bounds=bounds, span=span)
 
 
 def _install_operators() -> None:
@@ -192,8 +210,8 @@ def _install_operators() -> None:
             result = self.evaluator.apply(op, (self, other), {})
             if result.dtype != self.dtype:
                 raise NoIntervalRule(f"in-place {op.__name__} that changes the dtype")
-            self.lo, self.hi, self.span = result.lo, result.hi, result.span
-            self._bounds = result.known_bounds
+            for name in Interval.__slots__:
+                setattr(self, name, getattr(result, name))
             return self
 
         return update

@@ -32,8 +32,10 @@ CELLS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
 """How many cells are bounded at once before going coarser."""
 PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
 """Up to how many pairs are evaluated rather than sampled and split into sub-tiles."""
-BYTES_PER_PAIR = 64
+BYTES_PER_PAIR = 32
 """What evaluating one pair may take: a few int64 intermediates."""
+BYTES_PER_CELL = 2 * BYTES_PER_PAIR
+"""What bounding one cell may take: both ends of as many."""
 
 Coordinates = tuple[Tensor, Tensor, Tensor, Tensor]
 """Batch row, head, tile row and tile column of cells, broadcastable to each other."""
@@ -76,19 +78,23 @@ class Axis:
         """Return the index in cells of ``width``; a number past the end means the last cell."""
         if self.length % (width * SPLIT):
             cell = cell.clamp(max=self.count(width) - 1)
-        lo = cell * width + self.start
-        hi = lo + (width - 1)
-        if self.length % width:
-            hi = hi.clamp(max=self.start + self.length - 1)
-        span = Span(cell, self.start, width, self.length)
         bounds = (self.start, self.start + self.length - 1)
-        return Interval(lo, hi, evaluator, bounds, span)
+        last = self.start + width - 1
+        first_cell = torch.linspace(self.start, last, 2, dtype=torch.int64, device=cell.device)
+        ends = torch.add(first_cell.view(2, *(1,) * cell.dim()), cell, alpha=width)
+        if self.length % width:
+            ends = ends.clamp(max=bounds[1])
+        span = Span(cell, self.start, width, self.length)
+        return Interval(ends, evaluator, bounds=bounds, span=span)
 
-    def indices(self, offset: Tensor, evaluator: MaskEvaluator) -> Interval:
-        """Return single indices; an offset past the end means the last one."""
+    def indices(self, tile: Tensor, step: Tensor, evaluator: MaskEvaluator) -> Interval:
+        """Return the indices ``step`` into tiles; one past the end means the last one."""
+        index = torch.add(step, tile, alpha=self.tile)
         if self.length % self.tile:
-            offset = offset.clamp(max=self.length - 1)
-        return exact_index(offset + self.start, self.length, evaluator, self.start)
+            index = index.clamp(max=self.length - 1)
+        if self.start:
+            index = index + self.start
+        return exact_index(index, self.length, evaluator, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +130,8 @@ class TileStates:
 class TileClassifier:
     """Classifies the tiles of one mask.
 
-    Cells of a grid ``(B or 1, H or 1, rows, columns)`` are listed by their number in row-major
-    order, ``(N,)`` int64.
+    Cells of a grid ``(B or 1, H or 1, rows, columns)`` are listed by their coordinates in
+    row-major order, ``(N, 4)`` int64.
     """
 
     def __init__(self, mask_mod: MaskMod, shape: MaskShape) -> None:
@@ -133,6 +139,8 @@ class TileClassifier:
         self._shape = shape
         self._evaluator = MaskEvaluator(mask_mod, shape.device)
         self._has_intervals = True
+        count = max(shape.B, shape.H, *shape.grid(), shape.q.tile, shape.kv.tile, SPLIT)
+        self._numbers = torch.arange(count, device=shape.device)
 
     def classify(self, records: bool = False) -> TileStates:
         """Decide every tile.
@@ -149,7 +157,7 @@ class TileClassifier:
             self._has_intervals = False
             states, undecided = self._undecided_tiles()
         decided = torch.zeros_like(states) if records else None
-        for tiles in self._chunks(undecided, SAMPLES * SAMPLES):
+        for tiles in self._chunks(undecided, SAMPLES * SAMPLES * BYTES_PER_PAIR):
             self._settle(tiles, states, decided)
         rows, columns = self._shape.grid()
         states = states[..., :rows, :columns]
@@ -162,21 +170,19 @@ class TileClassifier:
         Args:
             states: What `classify` found.
         """
-        states = states.contiguous()
         allowed = int((states == FULL).sum()) * self._shape.q.tile * self._shape.kv.tile
-        for tiles in self._chunks(_numbers(states == PARTIAL), SPLIT * SPLIT):
-            allowed += self._allowed_in(tiles, states.shape)
+        for tiles in self._chunks((states == PARTIAL).nonzero(), SPLIT * SPLIT * BYTES_PER_CELL):
+            allowed += self._allowed_in(_coordinates(tiles))
         copies = self._shape.B // states.shape[0] * (self._shape.H // states.shape[1])
         return allowed * copies
 
-    def _chunks(self, numbers: Tensor, pairs: int) -> Iterator[Tensor]:
-        """Split a list of which each entry takes ``pairs`` evaluations."""
-        if len(numbers):
-            yield from numbers.split(self._chunk_size(pairs))
-
-    def _chunk_size(self, pairs: int) -> int:
-        """How many entries that take ``pairs`` evaluations each go at once."""
-        return max(1, self._shape.memory_bytes // (pairs * BYTES_PER_PAIR))
+    def _chunks(self, entries: Tensor, bytes_each: int) -> Iterator[Tensor]:
+        """Split a list of which each entry takes so much memory."""
+        size = max(1, self._shape.memory_bytes // bytes_each)
+        if len(entries) > size:
+            yield from entries.split(size)
+        elif len(entries):
+            yield entries
 
     # From coarse cells to tiles.
 
@@ -188,7 +194,7 @@ class TileClassifier:
         """
         scale = self._coarsest_scale()
         states = self._coarse_states(scale)
-        undecided = _numbers(states == PARTIAL)
+        undecided = (states == PARTIAL).nonzero()
         while scale > 1:
             scale //= SPLIT
             states, undecided = self._refined(states, undecided, scale)
@@ -197,12 +203,12 @@ class TileClassifier:
     def _undecided_tiles(self) -> tuple[Tensor, Tensor]:
         shape = (self._shape.B, self._shape.H, *self._shape.grid())
         states = torch.full(shape, PARTIAL, dtype=torch.uint8, device=self._shape.device)
-        return states, torch.arange(states.numel(), device=self._shape.device)
+        return states, (states == PARTIAL).nonzero()
 
     def _coarsest_scale(self) -> int:
         """Return the tiles along a side of the cells to begin with."""
         limit = CELLS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
-        limit = min(limit, self._shape.memory_bytes // BYTES_PER_PAIR)
+        limit = min(limit, self._shape.memory_bytes // BYTES_PER_CELL)
         masks = self._shape.B * self._shape.H
         scale = 1
         while (
@@ -213,34 +219,34 @@ class TileClassifier:
 
     def _coarse_states(self, scale: int) -> Tensor:
         rows, columns = self._shape.grid(scale)
-        device = self._shape.device
-        b = torch.arange(self._shape.B, device=device)[:, None, None, None]
-        h = torch.arange(self._shape.H, device=device)[:, None, None]
-        row = torch.arange(rows, device=device)[:, None]
-        column = torch.arange(columns, device=device)
+        b = self._numbers[: self._shape.B].view(-1, 1, 1, 1)
+        h = self._numbers[: self._shape.H].view(1, -1, 1, 1)
+        row = self._numbers[:rows].view(1, 1, -1, 1)
+        column = self._numbers[:columns].view(1, 1, 1, -1)
         tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
-        states = _states(*self._bounded((b, h, row, column), *tile))
+        states = _states(self._bounded((b, h, row, column), *tile))
         # What depends on neither b nor h is kept once.
-        sizes = (1,) * (4 - states.dim()) + tuple(states.shape)
-        return states.expand(*sizes[:2], rows, columns).contiguous()
+        return states.expand(-1, -1, rows, columns).contiguous()
 
     def _refined(self, states: Tensor, cells: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """Split undecided cells; return the states of all smaller ones, and the undecided."""
-        split = torch.arange(SPLIT, device=self._shape.device)
+        split = self._numbers[:SPLIT]
         fine = states[:, :, :, None, :, None].expand(-1, -1, -1, SPLIT, -1, SPLIT).contiguous()
         fine = fine.view(*states.shape[:2], states.shape[2] * SPLIT, states.shape[3] * SPLIT)
         rows, columns = self._shape.grid(scale)
         tile = (self._shape.q.tile * scale, self._shape.kv.tile * scale)
         undecided = [cells[:0]]
-        for chunk in self._chunks(cells, SPLIT * SPLIT):
-            b, h, row, column = _coordinates(chunk, states.shape)
+        for chunk in self._chunks(cells, SPLIT * SPLIT * BYTES_PER_CELL):
+            b, h, row, column = _coordinates(chunk)
             row = row * SPLIT + split[:, None]
             column = column * SPLIT + split
-            smaller = _states(*self._bounded((b, h, row, column), *tile))
-            number = ((b * fine.shape[1] + h) * fine.shape[2] + row) * fine.shape[3] + column
+            smaller = _states(self._bounded((b, h, row, column), *tile))
             smaller = torch.where((row < rows) & (column < columns), smaller, EMPTY)
-            fine.view(-1)[number.flatten()] = smaller.flatten()
-            undecided.append(number[smaller == PARTIAL])
+            fine[b, h, row, column] = smaller
+            cell, *part = (smaller == PARTIAL).nonzero().unbind(1)
+            b, h, row, column = chunk[cell].unbind(1)
+            finer = (row * SPLIT + part[0], column * SPLIT + part[1])
+            undecided.append(torch.stack((b, h, *finer), 1))
         return fine, torch.cat(undecided)
 
     def _bounded(self, cells: Coordinates, q_width: int, kv_width: int) -> Ends:
@@ -265,56 +271,44 @@ class TileClassifier:
 
     def _settle(self, tiles: Tensor, states: Tensor, decided: Tensor | None) -> None:
         """Decide tiles, and write their states and how they were decided."""
+        coordinates = _coordinates(tiles)
         if self._are_few(len(tiles)):
-            settled = self._settled_by_pairs(_coordinates(tiles, states.shape))
-            states.view(-1)[tiles] = settled
+            states[tuple(tiles.unbind(1))] = _states_of_pairs(self._whole(coordinates))
             if decided is not None:
-                decided.view(-1)[tiles] = int(Decided.BY_PAIRS)
+                decided[tuple(tiles.unbind(1))] = int(Decided.BY_PAIRS)
             return
-        coordinates = _coordinates(tiles, states.shape)
-        mask = self._sampled(coordinates)
-        sampled = _states(_all(mask), _any(mask))
+        sampled = _states_of_pairs(self._sampled(coordinates))
         if decided is not None:
-            decided.view(-1)[tiles] = int(Decided.BY_SAMPLES)
+            decided[tuple(tiles.unbind(1))] = int(Decided.BY_SAMPLES)
         if self._evaluator.may_leave_tables:
             # Only evaluation tells whether an index is out of range.
             is_open = torch.arange(len(tiles), device=tiles.device)
         else:
-            is_open = _numbers(sampled != PARTIAL)
-        for chunk in self._chunks(is_open, SPLIT * SPLIT):
-            b, h, row, column = (x[chunk] for x in coordinates)
-            settled, how = self._settled_in_parts((b, h, row, column), sampled[chunk])
-            states.view(-1)[tiles[chunk]] = settled
+            is_open = (sampled != PARTIAL).nonzero()[:, 0]
+        for chunk in self._chunks(is_open, SPLIT * SPLIT * BYTES_PER_CELL):
+            some = tiles[chunk]
+            settled, how = self._settled_in_parts(_coordinates(some), sampled[chunk])
+            states[tuple(some.unbind(1))] = settled
             if decided is not None:
-                decided.view(-1)[tiles[chunk]] = how
-
-    def _sampled(self, tiles: Coordinates) -> Tensor:
-        """Evaluate pairs at both ends of a tile, and off its middle: ``(N, SAMPLES, SAMPLES)``."""
-        b, h, row, column = tiles
-        q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
-        place = torch.arange(SAMPLES, device=row.device)
-        q_offset = row * q_tile + (place * (q_tile - 1) // (SAMPLES - 1))[:, None]
-        kv_offset = column * kv_tile + place * (kv_tile - 1) // (SAMPLES - 1)
-        return self._pairs((b, h, q_offset, kv_offset))
+                decided[tuple(some.unbind(1))] = how
 
     def _are_few(self, tiles: int) -> bool:
         """Whether evaluating all pairs of so many tiles costs less than first ruling some out."""
         few = PAIRS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
+        few = min(few, self._shape.memory_bytes // BYTES_PER_PAIR)
         return tiles * self._shape.q.tile * self._shape.kv.tile <= few
 
-    def _settled_by_pairs(self, tiles: Coordinates) -> Tensor:
-        """Decide tiles by all of their pairs."""
-        b, h, row, column = tiles
+    def _whole(self, tiles: Coordinates) -> Tensor:
+        """Evaluate all pairs of tiles: ``(N, queries, keys)``."""
         q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
-        q_step = torch.arange(q_tile, device=row.device)[:, None]
-        kv_step = torch.arange(kv_tile, device=row.device)
-        size = self._chunk_size(q_tile * kv_tile)
-        settled = []
-        starts = (x.split(size) for x in (b, h, row * q_tile, column * kv_tile))
-        for own_b, own_h, q_start, kv_start in zip(*starts, strict=True):
-            mask = self._pairs((own_b, own_h, q_start + q_step, kv_start + kv_step))
-            settled.append(_states(_all(mask), _any(mask)))
-        return torch.cat(settled)
+        return self._pairs(tiles, self._numbers[:q_tile], self._numbers[:kv_tile])
+
+    def _sampled(self, tiles: Coordinates) -> Tensor:
+        """Evaluate pairs at both ends of a tile, and off its middle: ``(N, SAMPLES, SAMPLES)``."""
+        place = self._numbers[:SAMPLES]
+        lengths = (self._shape.q.tile, self._shape.kv.tile)
+        q_step, kv_step = (place * (n - 1) // (SAMPLES - 1) for n in lengths)
+        return self._pairs(tiles, q_step, kv_step)
 
     def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
         """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open.
@@ -337,32 +331,35 @@ class TileClassifier:
         for tile, mask, _ in self._open_pairs(tiles, is_open):
             trues.index_add_(0, tile, _any(mask).int())
             falses.index_add_(0, tile, 1 - _all(mask).int())
-        return _states(falses == 0, trues > 0), how.byte()
+        return _states(torch.stack((falses == 0, trues > 0))), how.byte()
 
-    def _sub_tiles(self, tiles: Coordinates) -> Ends:
-        """Bound the mask on the sub-tiles of tiles: ``(N, parts of q, parts of kv)``."""
+    def _sub_tiles(self, tiles: Coordinates) -> tuple[Tensor, Tensor]:
+        """Say where in tiles the mask surely is true, and where possibly.
+
+        Returns:
+            ``(N, parts of q, parts of kv)`` each.
+        """
         b, h, row, column = tiles
         q, kv = self._shape.q, self._shape.kv
         shape = (len(row), q.parts, kv.parts)
         if not self._has_intervals:
             nowhere = torch.zeros(shape, dtype=torch.bool, device=row.device)
             return nowhere, ~nowhere
-        row = row * q.parts + torch.arange(q.parts, device=row.device)[:, None]
-        column = column * kv.parts + torch.arange(kv.parts, device=row.device)
+        row = row * q.parts + self._numbers[: q.parts, None]
+        column = column * kv.parts + self._numbers[: kv.parts]
         widths = (q.tile // q.parts, kv.tile // kv.parts)
-        lo, hi = self._bounded((b, h, row, column), *widths)
-        return lo.expand(shape), hi.expand(shape)
+        lo, hi = self._bounded((b, h, row, column), *widths).expand(2, *shape)
+        return lo, hi
 
-    def _allowed_in(self, tiles: Tensor, grid: torch.Size) -> int:
-        """Count the pairs that the mask allows in tiles, given by their numbers."""
-        coordinates = _coordinates(tiles, grid)
-        lo, hi = self._sub_tiles(coordinates)
+    def _allowed_in(self, tiles: Coordinates) -> int:
+        """Count the pairs that the mask allows in tiles."""
+        lo, hi = self._sub_tiles(tiles)
         q, kv = self._shape.q, self._shape.kv
-        _, _, row, column = coordinates
+        _, _, row, column = tiles
         heights = _extents(row, q)[:, :, None]
         widths = _extents(column, kv)[:, None, :]
         allowed = int((lo * heights * widths).sum())
-        for _, mask, is_within in self._open_pairs(coordinates, hi & ~lo):
+        for _, mask, is_within in self._open_pairs(tiles, hi & ~lo):
             allowed += int((mask & is_within).sum())
         return allowed
 
@@ -378,24 +375,35 @@ class TileClassifier:
         """
         q, kv = self._shape.q, self._shape.kv
         widths = (q.tile // q.parts, kv.tile // kv.parts)
-        q_step, kv_step = (torch.arange(width, device=is_open.device) for width in widths)
-        for chunk in self._chunks(is_open.nonzero(), math.prod(widths)):
+        q_step, kv_step = (self._numbers[:width] for width in widths)
+        for chunk in self._chunks(is_open.nonzero(), math.prod(widths) * BYTES_PER_PAIR):
             tile, q_part, kv_part = chunk.unbind(1)
             b, h, row, column = (x[tile] for x in tiles)
-            q_offset = row * q.tile + (q_part[:, None] * widths[0] + q_step)[:, :, None]
-            kv_offset = column * kv.tile + (kv_part[:, None] * widths[1] + kv_step)[:, None, :]
-            mask = self._pairs((b, h, q_offset, kv_offset))
-            yield tile, mask, (q_offset < q.length) & (kv_offset < kv.length)
+            q_steps = q_part[:, None] * widths[0] + q_step
+            kv_steps = kv_part[:, None] * widths[1] + kv_step
+            mask = self._pairs((b, h, row, column), q_steps, kv_steps)
+            is_query = q_steps + row[:, 0] * q.tile < q.length
+            is_key = kv_steps + column[:, 0] * kv.tile < kv.length
+            yield tile, mask, is_query[:, :, None] & is_key[:, None, :]
 
-    def _pairs(self, pairs: Coordinates) -> Tensor:
-        """Evaluate the pairs of queries ``(N, Q, 1)`` and keys ``(N, 1, K)``: ``(N, Q, K)``."""
-        b, h, q_offset, kv_offset = pairs
+    def _pairs(self, tiles: Coordinates, q_step: Tensor, kv_step: Tensor) -> Tensor:
+        """Evaluate the pairs of queries and keys at these steps into tiles.
+
+        Args:
+            tiles: Where the tiles are, ``(N, 1, 1)`` each.
+            q_step: ``(Q,)``, or ``(N, Q)``.
+            kv_step: ``(K,)``, or ``(N, K)``.
+
+        Returns:
+            The mask, ``(N, Q, K)``.
+        """
+        b, h, row, column = tiles
         evaluator = self._evaluator
         return evaluator.pairs(
             exact_index(b, self._shape.B, evaluator),
             exact_index(h, self._shape.H, evaluator),
-            self._shape.q.indices(q_offset, evaluator),
-            self._shape.kv.indices(kv_offset, evaluator),
+            self._shape.q.indices(row, q_step[..., :, None], evaluator),
+            self._shape.kv.indices(column, kv_step[..., None, :], evaluator),
         )
 
 
@@ -406,25 +414,21 @@ def _extents(tile: Tensor, axis: Axis) -> Tensor:
     return (axis.length - start).clamp(0, width)
 
 
-def _numbers(is_member: Tensor) -> Tensor:
-    return is_member.flatten().nonzero()[:, 0]
+def _coordinates(cells: Tensor) -> Coordinates:
+    """Return where cells are, ``(N, 1, 1)`` each."""
+    b, h, row, column = cells.view(-1, 4, 1, 1).unbind(1)
+    return b, h, row, column
 
 
-def _coordinates(numbers: Tensor, grid: torch.Size) -> Coordinates:
-    """Return where the cells of a grid are, ``(N, 1, 1)`` each."""
-    masks, heads, rows, columns = grid[0] * grid[1], *grid[1:]
-    numbers = numbers[:, None, None]
-    row, column = numbers // columns, numbers % columns
-    if masks == 1:
-        zero = torch.zeros_like(row)
-        return zero, zero, row, column
-    head = row // rows
-    return head // heads, head % heads, row % rows, column
-
-
-def _states(lo: Tensor, hi: Tensor) -> Tensor:
+def _states(ends: Ends) -> Tensor:
     """Return EMPTY, PARTIAL or FULL from where a mask surely and possibly is true."""
-    return lo.view(torch.uint8) + hi.view(torch.uint8)
+    return ends.view(torch.uint8).sum(0, dtype=torch.uint8)
+
+
+def _states_of_pairs(mask: Tensor) -> Tensor:
+    """Return EMPTY, PARTIAL or FULL of each of the first dimension."""
+    smallest, largest = torch.aminmax(mask.flatten(1).view(torch.uint8), dim=1)
+    return smallest + largest
 
 
 # Reductions of bytes are vectorised on CPU, those of bools are not (torch 2.13).
