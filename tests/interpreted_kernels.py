@@ -41,6 +41,7 @@ def start() -> None:
 def run(check: Callable[..., Any], **case: Any) -> Any:
     """Run a check; what a kernel raises comes without what triton wraps around it."""
     decode_attention.arrival_counters.cache_clear()  # what fails may leave them anywhere
+    torch.manual_seed(0)
     try:
         return check(**case)
     except Exception as error:
@@ -50,7 +51,7 @@ def run(check: Callable[..., Any], **case: Any) -> Any:
 
 
 def stray(access: str) -> None:
-    """Access two elements of a view, and the two places that lie between its rows."""
+    """Access two elements of a view, and two places that lie between its rows."""
     from triton_interpreter import straying_kernel
 
     straying_kernel[(1,)](torch.zeros(2, 4, dtype=torch.int32)[:, :2], ACCESS=access)
@@ -70,13 +71,13 @@ def check_decode_attention(
     """Check a step of rows at ``slots``: ``heads`` of query and key, ``dims`` of key and value."""
     rows, (query_heads, kv_heads), (key_dim, value_dim) = len(slots), heads, dims
     sizes = [query_heads * key_dim, kv_heads * key_dim, kv_heads * value_dim]
-    parts = _random(rows, sum(sizes), dtype=dtype).split(sizes, -1)
+    parts = torch.randn(rows, sum(sizes), dtype=dtype).split(sizes, -1)
     own = [part.view(rows, -1, dim) for part, dim in zip(parts, (key_dim, *dims), strict=True)]
     if is_transposed:
-        own = [heads.mT.contiguous().mT for heads in own]
-    angles = [_random(rows, key_dim, dtype=dtype) if is_rotated else None for _ in range(2)]
+        own = [part.mT.contiguous().mT for part in own]
+    angles = [torch.randn(rows, key_dim, dtype=dtype) if is_rotated else None for _ in range(2)]
     places = (torch.tensor(slots), key_dim**-0.5, softcap)
-    plain = [_random(rows, kv_heads, capacity, dim, dtype=dtype) for dim in dims]
+    plain = [torch.randn(rows, kv_heads, capacity, dim, dtype=dtype) for dim in dims]
     caches = [cache.clone() for cache in plain]
     want = decode_attention.plain_decode_attention(*own, *angles, *plain, *places)
     for row, slot in enumerate(slots):
@@ -109,24 +110,19 @@ def check_projection(
     """Check the product of ``rows`` inputs of a width with weights for as many outputs each."""
     outputs = sizes[0] if activation else sum(sizes)
     arguments = (
-        _random(rows, width, dtype=dtype),
-        [_random(size, width, dtype=dtype) / width**0.5 for size in sizes],
-        [_random(size, dtype=dtype) for size in sizes] if has_bias else [],
-        _random(width, dtype=dtype) if has_norm else None,
+        torch.randn(rows, width, dtype=dtype),
+        [torch.randn(size, width, dtype=dtype) / width**0.5 for size in sizes],
+        [torch.randn(size, dtype=dtype) for size in sizes] if has_bias else [],
+        torch.randn(width, dtype=dtype) if has_norm else None,
         1e-5,
         activation,
-        _random(rows, outputs, dtype=dtype) if has_residual else None,
+        torch.randn(rows, outputs, dtype=dtype) if has_residual else None,
     )
     want = projection.project(*arguments)
     projection.tile_bytes = lambda device: tile_bytes
     for got in _in_both_orders(lambda: projection._fast_project(*arguments)):
         _assert_close("output", got, want)
     return _constants()
-
-
-def _random(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def _in_both_orders(launch: Callable[[], Any]) -> Iterator[Any]:

@@ -71,11 +71,11 @@ class CheckingBuilder(interpreter.InterpreterBuilder):
         return super().create_masked_store(pointer, value, mask, *rest)
 
     def create_atomic_rmw(self, op: Any, pointer: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        pointer.dtype.argument.check("atomic on", pointer.data, mask.data)
+        pointer.dtype.argument.check("atomic_rmw on", pointer.data, mask.data)
         return super().create_atomic_rmw(op, pointer, value, mask, *rest)
 
     def create_atomic_cas(self, pointer: Any, *rest: Any) -> Any:
-        pointer.dtype.argument.check("atomic on", pointer.data, np.True_)
+        pointer.dtype.argument.check("atomic_cas on", pointer.data, np.True_)
         return super().create_atomic_cas(pointer, *rest)
 
 
@@ -111,10 +111,13 @@ interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitiz
 @triton.jit
 def straying_kernel(x_ptr, ACCESS: tl.constexpr):
     """Access the first four places of ``x``, whether they are elements or not."""
-    place = x_ptr + tl.arange(0, 4)
+    lane = tl.arange(0, 4)
+    place = x_ptr + lane
     if ACCESS == "load of":
         tl.load(place)
     elif ACCESS == "store to":
-        tl.store(place, 1)
+        tl.store(place, lane)
+    elif ACCESS == "atomic_rmw on":
+        tl.atomic_add(place, lane)
     else:
-        tl.atomic_add(place, 1)
+        tl.atomic_cas(place, lane, lane)
