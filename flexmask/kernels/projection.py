@@ -86,7 +86,7 @@ def _(
 
 
 @project.register_kernel("cuda")
-def _(
+def _fast_project(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
