@@ -65,10 +65,14 @@ def check_decode_attention(
     softcap: float = 0.0,
     is_rotated: bool = True,
     is_transposed: bool = False,
+    sharing: Sequence[tuple[int, int, int]] | None = None,
     dtype: torch.dtype = torch.float32,
     tile_bytes: int = 200_000,
 ) -> dict[str, Any]:
-    """Check a step of rows at ``slots``: ``heads`` of query and key, ``dims`` of key and value."""
+    """Check a step of rows at ``slots``: ``heads`` of query and key, ``dims`` of key and value.
+
+    With ``sharing``, keys lie where a `KeyTable` says.
+    """
     rows, (query_heads, kv_heads), (key_dim, value_dim) = len(slots), heads, dims
     sizes = [query_heads * key_dim, kv_heads * key_dim, kv_heads * value_dim]
     parts = torch.randn(rows, sum(sizes), dtype=dtype).split(sizes, -1)
@@ -76,7 +80,7 @@ def check_decode_attention(
     if is_transposed:
         own = [part.mT.contiguous().mT for part in own]
     angles = [torch.randn(rows, key_dim, dtype=dtype) if is_rotated else None for _ in range(2)]
-    places = (torch.tensor(slots), key_dim**-0.5, softcap)
+    places = (torch.tensor(slots), key_dim**-0.5, softcap, *_table(slots, capacity, sharing))
     plain = [torch.randn(rows, kv_heads, capacity, dim, dtype=dtype) for dim in dims]
     caches = [cache.clone() for cache in plain]
     want = decode_attention.plain_decode_attention(*own, *angles, *plain, *places)
@@ -94,6 +98,20 @@ def check_decode_attention(
         for name, *both in zip(("output", "keys", "values"), got, (want, *plain), strict=True):
             _assert_close(name, *both)
     return _constants()
+
+
+def _table(
+    slots: Sequence[int], capacity: int, sharing: Sequence[tuple[int, int, int]] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A table of slots in any order, all below the row's own; beyond, what must not be read."""
+    if sharing is None:
+        return None, None
+    key_slots = torch.full((len(slots), capacity), 1 << 30, dtype=torch.int32)
+    for row, (slot, (source, num_shared, copies)) in enumerate(zip(slots, sharing, strict=True)):
+        num_keys = slot - max(copies - 1, 0) * num_shared
+        key_slots[row, :num_keys] = torch.randperm(slot)[:num_keys]
+        key_slots[row, :num_shared] = torch.randperm(slots[source])[:num_shared]
+    return key_slots, torch.tensor(sharing, dtype=torch.int32)
 
 
 def check_projection(

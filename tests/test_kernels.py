@@ -138,6 +138,28 @@ def test_decode_attention_on_cpu_equals_the_formula(softcap, is_rotated, slots):
         torch.testing.assert_close(cache, expected)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_key_table_that_names_copies_once_changes_nothing(softcap, device):
+    step = decode_step(3, 6, 2, 16, 20, True, torch.float32)
+    copies = {0: (2, 7, 12), 1: (0, 9), 2: ()}  # first slots of 4 keys that row 0 holds too
+    slots = torch.tensor([17, 14, 6])
+    key_slots = torch.zeros(3, 20, dtype=torch.int32)
+    for row, starts in copies.items():
+        copied = [slot for start in starts for slot in range(start, start + 4)]
+        for cache in step[5:]:
+            for start in starts:
+                cache[row, :, start : start + 4] = cache[0, :, 2:6]
+        shared = [2, 3, 4, 5] if starts else []
+        keys = shared + [slot for slot in range(int(slots[row])) if slot not in copied]
+        key_slots[row, : len(keys)] = torch.tensor(keys)
+    sharing = torch.tensor([[0, 4, 3], [0, 4, 2], [0, 0, 0]], dtype=torch.int32)
+    own, caches = step[:5], step[5:]
+    want = decode_attention(*own, *(c.clone() for c in caches), slots, 0.25, softcap)
+    arguments = (*own, *caches, slots, 0.25, softcap, key_slots, sharing)
+    got = decode_attention(*moved(arguments, device)).cpu()
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_fused_projections_leave_a_layer_what_it_computes(architecture):
     model = make_model(architecture, "eager")

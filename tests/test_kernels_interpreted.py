@@ -55,6 +55,7 @@ def test_decode_attention_stays_inside_its_tensors(interpreted, softcap, is_rota
 ONE_SHARE = {"slots": [0, 63], "capacity": 64, "heads": (3, 1), "dims": (16, 16)}
 TWO_SHARES = {"slots": [90, 5], "capacity": 128, "heads": (6, 2), "dims": (16, 16)}
 EIGHT_SHARES = {"slots": [0, 65, 511], "capacity": 512, "heads": (3, 1), "dims": (16, 16)}
+COPIES = {"slots": [90, 5, 70], "sharing": [(2, 13, 4), (0, 0, 0), (2, 13, 1)]}
 MANY_ROWS = {"slots": range(60, 256, 3), "capacity": 256, "heads": (1, 1), "dims": (16, 16)}
 
 
@@ -69,6 +70,18 @@ MANY_ROWS = {"slots": range(60, 256, 3), "capacity": 256, "heads": (1, 1), "dims
         pytest.param(TWO_SHARES | {"dims": (16, 48)}, {"BLOCK_V": 64}, id="wide values"),
         pytest.param(TWO_SHARES | {"is_transposed": True}, {}, id="heads with gaps"),
         pytest.param(TWO_SHARES | {"dtype": torch.float16}, {}, id="float16"),
+        pytest.param(TWO_SHARES | COPIES, {"HAS_TABLE": True, "SPLITS": 2}, id="copies"),
+        pytest.param(
+            TWO_SHARES | COPIES | {"softcap": 5.0, "dims": (48, 48)}, {}, id="copies, softcap"
+        ),
+        pytest.param(
+            ONE_SHARE | {"sharing": [(0, 0, 0), (0, 0, 0)]}, {"SPLITS": 1}, id="no copies"
+        ),
+        pytest.param(
+            MANY_ROWS | {"sharing": [(3, 11, 1 + row % 5) for row in range(66)]},
+            {"AHEAD": 0},
+            id="copies in many rows",
+        ),
         pytest.param(
             TWO_SHARES | {"dims": (128, 128)} | SMALL_GPU, {"BLOCK_N": 16}, id="small GPU"
         ),

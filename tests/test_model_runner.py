@@ -1,6 +1,7 @@
 """Compiled prefill and decode against a dense pass over everything, token by token."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_every_architecture_equals_dense_attention(runners, models, architecture
     # Eager attention, because SDPA leaves out Gemma's soft-capping.
     runner, reference = runners(architecture, device), models(architecture, "eager", device)
     assert_equals_oracle(runner, reference, EnsembleIsolation(), REQUESTS)
+
+
+@pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation(), Document()], ids=str)
+def test_copies_of_a_prefix_that_are_read_once_count_as_often(models, strategy, device):
+    runner = ModelRunner(models("llama", "flexmask", device), BlockMaskCache())
+    runner._pays_key_table = lambda batch_size: True
+    prefix = random_request(5, 30, [], 1).prefix
+    requests = [dataclasses.replace(request, prefix=prefix) for request in REQUESTS]
+    layouts = [strategy.layout(request) for request in requests]
+    runner.prepare(strategy, 3, CAPACITY)
+    assert runner.share_prefix(layouts[0], 30)
+    tokens, logits = decode(runner, strategy, layouts)
+    copies = [len(r.segments) if strategy.name != "prefix_segment" else 1 for r in requests]
+    assert runner.placed.key_table.sharing.tolist() == [[0, 30, count] for count in copies]
+    for row, layout in enumerate(layouts):
+        want_tokens, want_logits = oracle_tokens(
+            models("llama", "sdpa", device), strategy, layout, STEPS
+        )
+        assert tuple(tokens[row].tolist()) == want_tokens
+        assert (logits[row] - want_logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation()], ids=lambda s: s.name)

@@ -184,6 +184,8 @@ def print_kernels(engine: Engine) -> None:
     runner = engine.runner
     prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
+    if "decode_attention" in runner.decode_kernels.values() and runner.placed.key_table:
+        decode += "; copies of what prompts begin with are read once"
     print(f"prefill: {prefill}\ndecode: {decode}", file=sys.stderr)
 
 

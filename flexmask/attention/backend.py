@@ -20,9 +20,9 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-import flexmask.kernels.decode_attention  # noqa: F401  (registers the operator)
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
 from flexmask.errors import AttentionError
+from flexmask.kernels.decode_attention import KeyTable
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -94,6 +94,7 @@ def flexmask_attention(
     prefill_kernel: PrefillKernel | None = None,
     score_mod: ScoreMod | None = None,
     scaled_part: PlacedPart | None = None,
+    key_table: KeyTable | None = None,
     attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -113,6 +114,7 @@ def flexmask_attention(
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after that.
+        key_table: Where the keys of rows lie that see all of them, each once.
         attention_probe: Given, notes the module and nothing is computed.
         kwargs: What else transformers passes; refused where it changes attention.
 
@@ -135,8 +137,9 @@ def flexmask_attention(
         assert cache_slots is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         own = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+        table = (None, None) if key_table is None else key_table
         rows = torch.ops.flexmask.decode_attention(
-            *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0
+            *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0, *table
         )
         return rows[:, None], None
     own_key = key

@@ -42,6 +42,11 @@ class KVCache:
                 module.register_buffer("key_cache", key, persistent=False)
                 module.register_buffer("value_cache", value, persistent=False)
 
+    @property
+    def most_kv_heads(self) -> int:
+        """Key heads of the attention module that has most."""
+        return max(shape.num_kv_heads for shape in self._shapes.values())
+
     def bytes_per_row(self, capacity: int) -> int:
         """Bytes that one row of ``capacity`` slots takes."""
         values = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in self._shapes.values())

@@ -35,6 +35,7 @@ from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels, prefill_t
 from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
 from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.errors import AttentionError, LayoutError
+from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.layout import Layout
 from flexmask.strategy import Strategy
 
@@ -132,7 +133,14 @@ class ModelRunner:
             if there == (strategy, batch_size, capacity):
                 return False
         self.release()
-        placed = PlacedStrategy(strategy, batch_size, capacity, self.device, self.layer_windows)
+        placed = PlacedStrategy(
+            strategy,
+            batch_size,
+            capacity,
+            self.device,
+            self.layer_windows,
+            with_key_table=self._pays_key_table(batch_size),
+        )
         if placed.query_part is not None and self._dtype == torch.float16:
             raise AttentionError(
                 f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
@@ -145,6 +153,10 @@ class ModelRunner:
         self.cache.bind(batch_size, capacity)
         self._placed = placed
         return True
+
+    def _pays_key_table(self, batch_size: int) -> bool:
+        on_gpu = self.device.type == "cuda"
+        return on_gpu and pays_key_table(batch_size * self.cache.most_kv_heads)
 
     @property
     def placed(self) -> PlacedStrategy:
@@ -218,6 +230,7 @@ class ModelRunner:
             batch_size=self.placed.batch_size,
             capacity=self.placed.capacity,
             tile=self._tile,
+            with_key_table=self.placed.key_table is not None,
         )
 
     @torch.no_grad()
@@ -297,6 +310,7 @@ class ModelRunner:
                 cache_slots=placed.slots,
                 score_mod=placed.decode_score_mod,
                 scaled_part=placed.decode_part,
+                key_table=placed.key_table,
             )
         placed.slots += 1
         logits: Tensor = output.logits[:, -1]

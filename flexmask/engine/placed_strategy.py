@@ -16,6 +16,7 @@ from flexmask.block_mask import DecodeRowMask
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
+from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
@@ -43,6 +44,7 @@ class PlacedStrategy:
         query_part: Keys that they weigh otherwise.
         decode_score_mod: As `query_score_mod`, for the token that is decoded next.
         decode_part: As `query_part`, for that token.
+        key_table: Where decoding finds the keys of each row; None if it reads all slots.
         changes_scores: Whether there is any of these four.
     """
 
@@ -53,6 +55,8 @@ class PlacedStrategy:
         capacity: int,
         device: torch.device,
         windows: Mapping[str, int | None],
+        *,
+        with_key_table: bool,
     ) -> None:
         """Allocate the buffers.
 
@@ -62,6 +66,7 @@ class PlacedStrategy:
             capacity: Slots of each.
             device: Where they are.
             windows: Sliding window of each kind of layer; None for none.
+            with_key_table: Whether decoding reads keys through a table.
         """
         self.strategy = strategy
         self.batch_size = batch_size
@@ -70,6 +75,10 @@ class PlacedStrategy:
         self.slots = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.query_slots = torch.zeros_like(self.batch.position_ids)
         mark_static(self.query_slots)
+        self.key_table: KeyTable | None = None
+        if with_key_table:
+            sharing = torch.zeros(batch_size, 3, dtype=torch.int32, device=device)
+            self.key_table = KeyTable(torch.zeros_like(self.query_slots), sharing)
         self._windows = windows
         allowed = strategy_mask(strategy, self.batch)
         self._mask_mods: dict[str, MaskMod] = {
@@ -114,6 +123,9 @@ class PlacedStrategy:
         self.query_slots[: query_slots.shape[0], : query_slots.shape[1]] = query_slots.to(
             self.query_slots.device
         )
+        if self.key_table is not None and plan.key_table is not None:
+            for buffer, content in zip(self.key_table, plan.key_table, strict=True):
+                buffer.copy_(content)
 
     def decode_kernels(self) -> dict[str, DecodeKernel]:
         """Which kernel attends from `slots` on, by kind of layer.

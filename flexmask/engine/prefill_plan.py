@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexmask.engine.prefill_kernel import BLOCK_SIZE
+from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutTables, layout_tables
 
@@ -37,6 +38,8 @@ class PrefillPlan:
         input_ids: ``(B, Q)`` tokens to compute, padded.
         query_slots: ``(B, Q)`` their slots.
         computed_tokens: How many of each row are no padding.
+        key_table: Where keys lie once the prefix is copied, for `batch_size` rows; None if it is
+            not wanted.
     """
 
     layouts: tuple[Layout, ...]
@@ -48,6 +51,7 @@ class PrefillPlan:
     input_ids: Tensor
     query_slots: Tensor
     computed_tokens: tuple[int, ...]
+    key_table: KeyTable | None
 
     @cached_property
     def kv_length(self) -> int:
@@ -64,6 +68,7 @@ def plan_prefill(
     batch_size: int,
     capacity: int,
     tile: int,
+    with_key_table: bool,
 ) -> PrefillPlan:
     """Plan to compute the first ``counts[b]`` tokens of each layout, but for a shared prefix.
 
@@ -75,6 +80,7 @@ def plan_prefill(
         batch_size: Rows of the cache.
         capacity: Slots of each.
         tile: Side of the tiles.
+        with_key_table: Whether decoding reads keys through a table.
 
     Raises:
         LayoutError: If there are more layouts than rows, or one does not fit.
@@ -103,7 +109,35 @@ def plan_prefill(
         input_ids=input_ids,
         query_slots=query_slots.clamp_(max=capacity - 1),
         computed_tokens=tuple(map(len, slots)),
+        key_table=_key_table(counts, starts, shared_length, slots, batch_size, capacity)
+        if with_key_table
+        else None,
     )
+
+
+def _key_table(
+    counts: Sequence[int],
+    starts: Sequence[Sequence[int]],
+    shared_length: int,
+    slots: Sequence[Tensor],
+    batch_size: int,
+    capacity: int,
+) -> KeyTable:
+    """List the shared prefix, where there is one, then what is computed, then what follows.
+
+    With a prefix of 2 tokens at slots 0 and 3 of a row of 6 tokens, slots 0 1 2 5 6 7 …
+    """
+    key_slots = torch.arange(capacity, dtype=torch.int32).repeat(batch_size, 1)
+    sharing = torch.zeros(batch_size, 3, dtype=torch.int32)
+    holders = [row for row, own in enumerate(starts) if own]
+    for row in holders:
+        first = starts[holders[0]][0]
+        prefix = torch.arange(first, first + shared_length)
+        following = torch.arange(counts[row], capacity)
+        keys = torch.cat((prefix, slots[row], following))
+        key_slots[row, : len(keys)] = keys
+        sharing[row] = torch.tensor((holders[0], shared_length, len(starts[row])))
+    return KeyTable(key_slots, sharing)
 
 
 def _slots_outside(count: int, starts: Sequence[int], length: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +21,37 @@ MIN_SHARE = 64
 """Keys below which a share of its own does not pay."""
 
 
+class KeyTable(NamedTuple):
+    """Where the keys of each row lie, those of which a row holds copies only once.
+
+    The first keys of a row may be the beginning that prompts share: one row holds them for all,
+    and each counts as many times as the row's prompt has copies of it.
+
+    Attributes:
+        key_slots: ``(B, capacity)`` int32 slot of each key, the row's last token left out.
+        sharing: ``(B, 3)`` int32: the row that holds the shared keys, how many they are, and how
+            many copies of them this row's slots hold; two zeros where it has none.
+    """
+
+    key_slots: Tensor
+    sharing: Tensor
+
+
+def pays_key_table(pairs: int) -> bool:
+    """Whether so many rows and key heads attend through a `KeyTable`.
+
+    Where fewer do, each asks for its keys before it may start, and has no time for a table.
+    """
+    return pairs > NUM_PROGRAMS
+
+
 # Declared the plain way: what torch.library.custom_op wraps around a call takes 0.1 ms, which
 # counts for a small model on a CPU.
 _LIBRARY = torch.library.Library("flexmask", "FRAGMENT")
 _LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
-    "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, float scale, float softcap"
-    ") -> Tensor"
+    "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, float scale, float softcap, "
+    "Tensor? key_slots=None, Tensor? sharing=None) -> Tensor"
 )
 
 
@@ -41,6 +67,8 @@ def plain_decode_attention(
     slots: Tensor,
     scale: float,
     softcap: float,
+    key_slots: Tensor | None = None,
+    sharing: Tensor | None = None,
 ) -> Tensor:
     """Put one key and value per row into the cache, and attend to all up to it.
 
@@ -58,6 +86,8 @@ def plain_decode_attention(
         slots: ``(B,)`` where each row's key and value go.
         scale: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
+        key_slots: That of a `KeyTable`; None for all slots up to the row's own.
+        sharing: The other half of it.
 
     Returns:
         ``(B, H, D_v)``.
@@ -68,22 +98,47 @@ def plain_decode_attention(
     length = max(places) + 1
     if min(places) == max(places):
         key_cache[:, :, length - 1], value_cache[:, :, length - 1] = key, value
-        is_seen = None
+        mask = None
     else:
         rows = torch.arange(len(slots), device=slots.device)
         key_cache[rows, :, slots], value_cache[rows, :, slots] = key, value
-        is_seen = (torch.arange(length, device=slots.device) <= slots[:, None])[:, None, None]
+        index = torch.arange(length, device=slots.device)
+        mask = (index <= slots[:, None])[:, None, None]
     keys, values = key_cache[:, :, :length], value_cache[:, :, :length]
+    if key_slots is not None and sharing is not None:
+        table = KeyTable(key_slots, sharing)
+        keys, values, mask = _keys_of_table(table, key_cache, value_cache, slots)
     if not softcap:
         return nn.functional.scaled_dot_product_attention(
-            query[:, :, None], keys, values, is_seen, scale=scale, enable_gqa=True
+            query[:, :, None], keys, values, mask, scale=scale, enable_gqa=True
         )[:, :, 0]
     groups = query.shape[1] // keys.shape[1]
     keys, values = (heads.repeat_interleave(groups, 1).float() for heads in (keys, values))
     scores = softcap * torch.tanh((keys @ query.float()[..., None])[..., 0] * scale / softcap)
-    if is_seen is not None:
-        scores = scores.masked_fill(~is_seen[:, 0], float("-inf"))
+    if mask is not None:
+        bias = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
+        scores = scores + bias[:, 0]
     return (scores.softmax(-1)[:, :, None] @ values)[:, :, 0].to(query.dtype)
+
+
+def _keys_of_table(
+    table: KeyTable, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values that a table names and those at ``slots``, and what to add to scores."""
+    source, num_shared, copies = table.sharing.long().unbind(1)
+    num_keys = slots - (copies - 1).clamp(min=0) * num_shared
+    index = torch.arange(int(num_keys.max()) + 1, device=slots.device)
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    is_shared = index < num_shared[:, None]
+    key_slots = table.key_slots[:, : len(index)].long()
+    key_slots = torch.where(index < num_keys[:, None], key_slots, slots[:, None])
+    holders = torch.where(is_shared, source[:, None], rows)
+    bias = torch.where(is_shared, copies.clamp(min=1).float().log()[:, None], 0.0)
+    bias = bias.masked_fill(index > num_keys[:, None], float("-inf"))
+    keys, values = (
+        cache[holders, :, key_slots].transpose(1, 2) for cache in (key_cache, value_cache)
+    )
+    return keys, values, bias[:, None, None].to(keys.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -102,6 +157,8 @@ def _fake_decode_attention(
     slots: Tensor,
     scale: float,
     softcap: float,
+    key_slots: Tensor | None = None,
+    sharing: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty(*query.shape[:2], value.shape[-1])
 
@@ -121,6 +178,8 @@ def _fast_decode_attention(
     slots: Tensor,
     scale: float,
     softcap: float,
+    key_slots: Tensor | None = None,
+    sharing: Tensor | None = None,
 ) -> Tensor:
     from flexmask.kernels.decode_attention_kernel import decode_attention_kernel
 
@@ -148,6 +207,8 @@ def _fast_decode_attention(
         key_cache,
         value_cache,
         slots,
+        slots if key_slots is None else key_slots,
+        slots if sharing is None else sharing,
         out,
         partial,
         biggest,
@@ -165,6 +226,7 @@ def _fast_decode_attention(
         V_DIM=value_dim,
         ROTATED=cos is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        HAS_TABLE=key_slots is not None,
         SPLITS=splits,
         BLOCK_G=max(16, power_of_two(group)),
         JOIN_G=power_of_two(group),
@@ -172,7 +234,7 @@ def _fast_decode_attention(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         STAGES=stages,
-        AHEAD=ahead,
+        AHEAD=ahead if key_slots is None else 0,
         PDL=has_pdl,
         num_warps=4,
         launch_pdl=has_pdl,

@@ -16,6 +16,8 @@ def decode_attention_kernel(
     k_cache_ptr,
     v_cache_ptr,
     slots_ptr,
+    key_slots_ptr,
+    sharing_ptr,
     out_ptr,
     partial_ptr,
     max_ptr,
@@ -36,6 +38,7 @@ def decode_attention_kernel(
     V_DIM: tl.constexpr,
     ROTATED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     JOIN_G: tl.constexpr,
@@ -52,6 +55,7 @@ def decode_attention_kernel(
     the cache. The last to arrive joins the shares, always in the same order. With ``PDL`` the
     program may start while the kernel before it still runs: the slots, and what the cache holds
     already, are of steps before, so it asks for the first ``AHEAD`` keys without waiting.
+    ``HAS_TABLE``: keys lie where a `KeyTable` says, and shared ones count once for each copy.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -63,9 +67,16 @@ def decode_attention_kernel(
     d = tl.arange(0, BLOCK_K)
     e = tl.arange(0, BLOCK_V)
     slot = tl.load(slots_ptr + b)
-    share = tl.cdiv(tl.cdiv(slot, BLOCK_N), SPLITS) * BLOCK_N
+    num_keys = slot
+    if HAS_TABLE:
+        source = tl.load(sharing_ptr + b * 3)
+        num_shared = tl.load(sharing_ptr + b * 3 + 1)
+        copies = tl.load(sharing_ptr + b * 3 + 2)
+        num_keys -= tl.maximum(copies - 1, 0) * num_shared
+        log2_copies = tl.log2(tl.maximum(copies, 1).to(tl.float32))
+    share = tl.cdiv(tl.cdiv(num_keys, BLOCK_N), SPLITS) * BLOCK_N
     start = split * share
-    stop = tl.minimum(start + share, slot)
+    stop = tl.minimum(start + share, num_keys)
     base = pair.to(tl.int64) * capacity
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -87,12 +98,18 @@ def decode_attention_kernel(
         n = first + tl.arange(0, BLOCK_N)
         is_key = n < stop
         row = base + n
+        if HAS_TABLE:
+            key_slot = tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
+            holder = tl.where(n < num_shared, source, b)
+            row = (holder * KV_HEADS + kv_head).to(tl.int64) * capacity + key_slot
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
         keys = tl.load(k_cache_ptr + row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]
         values = tl.load(v_cache_ptr + row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
         products = tl.dot(q, tl.trans(keys), input_precision="ieee")
         score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
+        if HAS_TABLE:
+            score += tl.where(n < num_shared, log2_copies, 0.0)[None, :]
         score = tl.where(is_key[None, :], score, float("-inf"))
         new_biggest = tl.maximum(biggest, tl.max(score, 1))
         weights = tl.exp2(score - new_biggest[:, None])
