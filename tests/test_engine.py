@@ -241,6 +241,18 @@ def test_a_batch_is_handed_out_when_the_next_has_started(engine, overlapping):
     assert events == ["prefill", "prefill", 3, "prefill", 3, 1]
 
 
+def test_rows_that_only_fill_a_batch_are_not_computed(engine, monkeypatch):
+    prefill, computed = engine.runner.prefill, []
+
+    def noted_prefill(plan):
+        computed.append(len(plan.input_ids))
+        return prefill(plan)
+
+    monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
+    assert run(engine, batch_size=5) == run(engine, batch_size=3)
+    assert computed == [5, 2, 3, 3, 2]  # of 7 rows; a single one would be another graph
+
+
 def test_batches_planned_ahead_give_the_same(engine, overlapping):
     results, _ = overlapping
     assert list(results) == run(engine)

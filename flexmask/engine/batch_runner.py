@@ -153,9 +153,7 @@ class BatchRunner:
     def plan(self, jobs: Sequence[Job]) -> None:
         """Work out ahead what `start` will do for these jobs."""
         layouts = [layout for job in jobs for layout in job.layouts]
-        # A constant number of rows compiles once.
-        padded = [*layouts, *layouts[-1:] * (self._size.rows - len(layouts))]
-        self._planned = (jobs, self._engine.runner.plan(padded))
+        self._planned = (jobs, self._engine.runner.plan(layouts))
 
     def start(self, jobs: Sequence[Job]) -> RunningBatch:
         """Take in a batch; on a GPU prefill and the first steps are queued when this returns."""
@@ -165,7 +163,7 @@ class BatchRunner:
         assert self._planned is not None and self._loop is not None
         plan = self._planned[1]
         seeds = [seed for job in jobs for seed in job.seeds]
-        spare = self._size.rows - len(seeds)
+        spare = self._size.rows - len(seeds)  # a constant number of rows compiles once
         groups = [self._options.fusion.weights_of(job.request) for job in jobs]
         last = [layout.token_ids[-1] for layout in plan.layouts]
         self._loop.load(last, [*seeds, *seeds[-1:] * spare], [*groups, *[(1.0,)] * spare])

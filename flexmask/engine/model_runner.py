@@ -41,6 +41,9 @@ from flexmask.strategy import Strategy
 
 MIN_CAPACITY = 512
 
+LEAST_ROWS = 2
+"""Prefill computes no single row of several: a dimension of one would be another graph."""
+
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 
@@ -183,7 +186,7 @@ class ModelRunner:
         placed = self.placed
         if placed.changes_scores:
             return False
-        size = min(2, placed.batch_size)  # one of several rows would be another graph
+        size = min(LEAST_ROWS, placed.batch_size)
         plan = self._plan([layout] * size, [length, 0][:size], [()] * size)
         placed.load(plan)
         if not placed.see_only_themselves([[0]], length, plan.kv_length):
@@ -197,11 +200,15 @@ class ModelRunner:
         """Work out on the host what `prefill` does for prompts: all of each but its last token.
 
         Args:
-            layouts: One per row.
+            layouts: One per row. Rows without one are laid out as the last of them, so that they
+                can be decoded, and not computed.
 
         Raises:
             LayoutError: If a prompt is a single token, or leaves no room in the cache.
         """
+        batch_size = self.placed.batch_size
+        computed = max(len(layouts), min(LEAST_ROWS, batch_size))
+        layouts = [*layouts, *[layouts[-1]] * (batch_size - len(layouts))]
         counts = [len(layout) - 1 for layout in layouts]
         if min(counts) == 0:
             raise LayoutError("a prompt needs at least two tokens")
@@ -212,7 +219,9 @@ class ModelRunner:
                 f"a prefill of {length} slots needs a larger capacity, got {capacity}"
             )
         shared = self.shared_prefix
-        starts = [() if shared is None else shared.starts_in(layout) for layout in layouts]
+        starts = [
+            () if shared is None else shared.starts_in(layout) for layout in layouts[:computed]
+        ]
         return self._plan(layouts, counts, starts)
 
     def _plan(
@@ -257,7 +266,7 @@ class ModelRunner:
                 runs = runs_of(plan.starts, self.device)
                 self.cache.write_runs(*runs, self.shared_prefix.cache)
             else:
-                plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.layouts))
+                plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.starts))
                 placed.load(plan)
         self._compute(plan)
         placed.batch.open_tail(placed.slots)
@@ -321,11 +330,11 @@ class ModelRunner:
         rows, length = plan.input_ids.shape
         key = BlockMaskKey(
             strategy=self.placed.strategy,
-            layouts=tuple(layout.digest for layout in plan.layouts),
+            layouts=tuple(layout.digest for layout in plan.layouts[:rows]),
             window=self.layer_windows[kind],
             q_length=length,
             kv_length=plan.kv_length,
-            reused=(plan.counts, plan.starts, plan.shared_length),
+            reused=(plan.counts[:rows], plan.starts, plan.shared_length),
             block_size=plan.tile,
             device=str(self.device),
         )

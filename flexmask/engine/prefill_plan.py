@@ -31,13 +31,14 @@ class PrefillPlan:
     Attributes:
         layouts: One per row.
         counts: Tokens of each row whose keys and values are wanted.
-        starts: Slots of each row at which a shared prefix stands, which is copied.
+        starts: Slots at which a shared prefix stands, which is copied, in each row that is
+            computed; rows beyond only fill the batch.
         shared_length: Tokens of that prefix.
         tile: Side of the tiles that lengths are multiples of.
         tables: Segment ids and positions of the batch.
-        input_ids: ``(B, Q)`` tokens to compute, padded.
-        query_slots: ``(B, Q)`` their slots.
-        computed_tokens: How many of each row are no padding.
+        input_ids: ``(R, Q)`` tokens to compute in ``R`` rows, padded.
+        query_slots: ``(R, Q)`` their slots.
+        computed_tokens: How many of each of these rows are no padding.
         key_table: Where keys lie once the prefix is copied, for `batch_size` rows; None if it is
             not wanted.
     """
@@ -72,10 +73,12 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Plan to compute the first ``counts[b]`` tokens of each layout, but for a shared prefix.
 
+    Rows beyond ``starts`` are laid out and not computed.
+
     Args:
         layouts: One per row, ``batch_size`` at most.
         counts: Tokens of each that are wanted.
-        starts: Slots of each row at which the shared prefix stands.
+        starts: Slots of each row that is computed at which the shared prefix stands.
         shared_length: Its tokens.
         batch_size: Rows of the cache.
         capacity: Slots of each.
@@ -87,13 +90,13 @@ def plan_prefill(
     """
     slots = [
         _slots_outside(count, row_starts, shared_length)
-        for count, row_starts in zip(counts, starts, strict=True)
+        for count, row_starts in zip(counts, starts, strict=False)
     ]
     length = prefill_length(max(map(len, slots)), tile)
-    input_ids = torch.zeros(len(layouts), length, dtype=torch.long)
-    query_slots = torch.empty(len(layouts), length, dtype=torch.long)
+    input_ids = torch.zeros(len(starts), length, dtype=torch.long)
+    query_slots = torch.empty(len(starts), length, dtype=torch.long)
     padding = torch.arange(length)
-    for row, (layout, computed) in enumerate(zip(layouts, slots, strict=True)):
+    for row, (layout, computed) in enumerate(zip(layouts, slots, strict=False)):
         size = len(computed)
         input_ids[row, :size] = layout.token_tensor[computed]
         query_slots[row, :size] = computed
