@@ -1,5 +1,6 @@
 """The decode step's kernels against plain tensor operations, and what they take the place of."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,9 +9,11 @@ from torch.utils._pytree import tree_map_only
 
 from flexmask.attention.backend import CausalRows, bound_cache
 from flexmask.block_mask.equality import rows_are_causal
+from flexmask.engine.compiled_view import multiply_few_rows
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.kernels.decode_attention import decode_attention, num_splits
+from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
 from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
 from flexmask.mask_mods import causal
@@ -158,6 +161,30 @@ def test_a_key_table_that_names_copies_once_changes_nothing(softcap, device):
     arguments = (*own, *caches, slots, 0.25, softcap, key_slots, sharing)
     got = decode_attention(*moved(arguments, device)).cpu()
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("outputs", [40, MANY_OUTPUTS])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 33])
+def test_few_rows_times_weights_are_a_linear_layer(rows, outputs, has_bias, dtype):
+    shapes = [(rows, 1, 64), (outputs, 64), (outputs,)]
+    x, weight, bias = random_tensors(shapes, dtype)
+    bias = bias if has_bias else None
+    got = linear_of_few_rows(x, weight, bias)
+    assert relative_error(got, torch.nn.functional.linear(x, weight, bias)) < TOLERANCE[dtype]
+
+
+def test_linear_layers_of_a_decode_step_on_a_cpu_are_others_and_the_models_stay():
+    model = make_model("llama", "flexmask")
+    view = copy.deepcopy(model)
+    multiply_few_rows(view)
+    x = torch.randn(3, 48)
+    linear = [module for module in view.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 2 * 7 + 1
+    assert all("forward" in vars(module) for module in linear)
+    assert not any("forward" in vars(module) for module in model.modules())
+    torch.testing.assert_close(view.lm_head(x), model.lm_head(x))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
 from flexmask.errors import AttentionError
 from flexmask.kernels.decode_attention import KeyTable
+from flexmask.kernels.few_rows import kept_apart
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -150,7 +151,10 @@ def flexmask_attention(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
         scaled_part, own_key,
     )  # fmt: skip
-    return output.transpose(1, 2).contiguous(), None
+    output = output.transpose(1, 2)
+    if cache_slots is not None and cache_slots.dim() == 1 and not output.is_cuda:
+        return kept_apart(output), None
+    return output.contiguous(), None
 
 
 def dense_attention(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
+from flexmask.kernels.few_rows import linear_of_few_rows
 
 # A decode step reads every weight once: what counts is how well each kernel reads, and how many
 # there are. The first searches tile sizes, the second joins independent kernels in one launch.
@@ -88,6 +89,20 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return torch.compile(call, dynamic=False, backend=_beside_backend)
+
+
+def multiply_few_rows(view: PreTrainedModel) -> None:
+    """Let linear modules multiply as is fastest for the few rows of a decode step on a CPU."""
+    for module in view.modules():
+        if type(module) is nn.Linear:
+            cast(Any, module).forward = _few_rows_forward(module)
+
+
+def _few_rows_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return linear_of_few_rows(x, module.weight, module.bias)
+
+    return forward
 
 
 def layer_names(attention_names: Sequence[str]) -> set[str]:

@@ -28,6 +28,7 @@ from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
     fused_backend,
+    multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.placed_strategy import DecodeKernel, PlacedStrategy, runs_of
@@ -115,6 +116,8 @@ class ModelRunner:
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
         if on_gpu:
             compile_beside_layers(self._decode_model, list(shapes))
+        else:
+            multiply_few_rows(self._decode_model)
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
         self._placed: PlacedStrategy | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}
