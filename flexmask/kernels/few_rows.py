@@ -33,7 +33,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         return nn.functional.linear(x, weight, bias)
     # A single column would be a product with a vector, which is as slow as one row.
     columns = rows.t() if count > 1 else torch.cat((rows, rows)).t()
-    result = torch.mm(weight, columns)[:, :count].t().reshape(*x.shape[:-1], -1)
+    result = torch.mm(weight, columns)[:, :count].t().contiguous().view(*x.shape[:-1], -1)
     return result if bias is None else result + bias
 
 
