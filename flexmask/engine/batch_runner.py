@@ -179,7 +179,12 @@ class BatchRunner:
 
     def finish(self, batch: RunningBatch) -> FinishedBatch:
         """Run a batch until all of its rows have ended."""
-        rows = [self._new_row() for job in batch.jobs for _ in job.layouts]
+        options, eos_token_ids = self._options, self._engine.eos_token_ids()
+        rows = [
+            Row(self._tokenizer, options.max_new_tokens, options.stop, eos_token_ids)
+            for job in batch.jobs
+            for _ in job.layouts
+        ]
         first_token_s = 0.0
         with self._peak_bytes(batch.peak_bytes, 1):
             for token_ids in batch.steps:
@@ -200,11 +205,6 @@ class BatchRunner:
             first_token_s,
             *batch.peak_bytes,
         )
-
-    def _new_row(self) -> Row:
-        options = self._options
-        eos_token_ids = self._engine.eos_token_ids()
-        return Row(self._tokenizer, options.max_new_tokens, options.stop, eos_token_ids)
 
     def _generation(self, job: Job, rows: Sequence[Row]) -> Generation:
         """What the rows of a job come to: the same in all of them, or the answer of most."""

@@ -102,10 +102,8 @@ class PlacedStrategy:
         self._place_scores()
 
     def _place_scores(self) -> None:
-        score_mod, part = (
-            self.strategy.score_mod(self.batch),
-            self.strategy.scaled_part(self.batch),
-        )
+        score_mod = self.strategy.score_mod(self.batch)
+        part = self.strategy.scaled_part(self.batch)
         self.changes_scores = score_mod is not None or part is not None
         self.query_part = place_part(part, self.query_slots)
         self.decode_part = place_part(part, self.slots[:, None])
