@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from dataset_run import SHAPES, random_engine
@@ -33,13 +35,15 @@ from flexmask.speed.ceilings import read_bandwidth
 
 SEGMENTS = 5
 REPEATS = 3
-PEERS = {
-    "sdpa dynamic": ("sdpa", "dynamic"),
-    "flex_attention dynamic": ("flex_attention", "dynamic"),
-    "sdpa static": ("sdpa", "static"),
-    "eager dynamic": ("eager", "dynamic"),
-    "flex_attention static": ("flex_attention", "static"),
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdpa dynamic": ("sdpa", {"cache_implementation": "dynamic"}),
+    "sdpa static": ("sdpa", {"cache_implementation": "static"}),
+    "sdpa, whole sequence per token": ("sdpa", {"use_cache": False}),
+    "eager dynamic": ("eager", {"cache_implementation": "dynamic"}),
+    "flex_attention dynamic": ("flex_attention", {"cache_implementation": "dynamic"}),
+    "flex_attention static": ("flex_attention", {"cache_implementation": "static"}),
 }
+"""Attention, and how generate keeps keys and values."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def decode_peer(
 ) -> Decode:
     """Decode with transformers' generate."""
     implementation, cache = PEERS[way]
+    # Without a compiled graph of another peer among those that dynamo tries first.
+    torch.compiler.reset()
     model.set_attn_implementation(implementation)
     prompt = torch.randint(5, model.config.vocab_size, (batch_size, context))
     prompt = prompt.to(model.device)
@@ -178,8 +184,8 @@ def decode_peer(
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
-            cache_implementation=cache,
             pad_token_id=0,
+            **cache,
         )
 
     first_s = seconds(lambda: generate(2))
@@ -194,7 +200,7 @@ def decode_peer(
 def print_row(result: Decode) -> None:
     """Print one result as a line of the table."""
     print(
-        f"{result.way:32} {result.batch_size:5} {result.context:7} {result.first_s:8.1f} "
+        f"{result.way:43} {result.batch_size:5} {result.context:7} {result.first_s:8.1f} "
         f"{result.ms_per_step:9.3f} {result.tokens_per_s:9.0f} {result.floor_share:6.1%} "
         f"{result.peak_gb:7.1f}",
         flush=True,
@@ -202,7 +208,7 @@ def print_row(result: Decode) -> None:
 
 
 def main() -> None:
-    """Print a table, then a JSON line."""
+    """Print a table, then a JSON line, which can be had in a file as it grows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="llama-3.2-3b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -211,44 +217,43 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
     parser.add_argument("--peer-cases", nargs="*", default=["1x1024"])
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--record", type=Path, help="file for what has been measured so far")
     arguments = parser.parse_args()
 
     bandwidth = read_bandwidth(torch.device(arguments.device))
     print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'way':32} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
+    print(f"{'way':43} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
           f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
     if arguments.shape == "demo":
         engine = Engine.from_pretrained(str(model_path()), device=arguments.device)
     else:
         dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
         engine = random_engine(arguments.shape, arguments.device, dtype)
-    results = []
+    record = {"shape": arguments.shape, "read_bytes_per_s": bandwidth}
+    results: list[Decode] = []
+
+    def line() -> str:
+        rows = [asdict(result) for result in results]
+        return json.dumps(record | {"results": rows, "environment": environment_stamp()})
+
+    def note(result: Decode) -> None:
+        results.append(result)
+        print_row(result)
+        if arguments.record is not None:
+            arguments.record.write_text(line() + "\n")
+
     for case in arguments.cases:
-        batch_size, context = map(int, case.split("x"))
-        results.append(
-            decode_flexmask(
-                engine, arguments.strategy, batch_size, context, arguments.steps, bandwidth
-            )
-        )
-        print_row(results[-1])
+        size = [int(number) for number in case.split("x")]
+        note(decode_flexmask(engine, arguments.strategy, *size, arguments.steps, bandwidth))
     model = engine.model
     del engine
     gc.collect()
     torch.cuda.empty_cache()
     for way in arguments.peers:
         for case in arguments.peer_cases:
-            batch_size, context = map(int, case.split("x"))
-            results.append(
-                decode_peer(model, way, batch_size, context, arguments.steps, bandwidth)
-            )
-            print_row(results[-1])
-    record = {
-        "shape": arguments.shape,
-        "read_bytes_per_s": bandwidth,
-        "results": [asdict(result) for result in results],
-        "environment": environment_stamp(),
-    }
-    print(json.dumps(record))
+            size = [int(number) for number in case.split("x")]
+            note(decode_peer(model, way, *size, arguments.steps, bandwidth))
+    print(line())
 
 
 if __name__ == "__main__":

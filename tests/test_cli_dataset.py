@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pyarrow.feather
@@ -315,6 +316,15 @@ def test_a_terminal_gets_a_bar(clock, monkeypatch):
     assert "8 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:00 left" in terminal.getvalue()
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal; what a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_the_first_ctrl_c_lets_the_batch_end_and_the_second_ends_at_once(clock, capsys):
     interrupt = Interrupt()
     batches = 0

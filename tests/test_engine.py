@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+from flexmask.engine import Engine
 from flexmask.engine.sampling import Sampler, Sampling
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
@@ -312,3 +313,17 @@ def test_requests_are_read_some_batches_ahead_and_no_further(engine, monkeypatch
     results = engine.generate(requests(), "causal", max_new_tokens=1, batch_size=2)
     assert next(results).request.uuid == "0"
     assert len(read) <= 4
+
+
+@pytest.mark.gpu
+def test_memory_that_the_cache_holds_counts_as_free_for_the_next_run(models, tokenizer):
+    engine = Engine(models("llama", "flexmask", "cuda"), tokenizer)
+    cache = engine.runner.cache
+    free, _ = torch.cuda.mem_get_info()
+    capacity = free // (2 * 40 * cache.bytes_per_row(1))
+    assert engine.auto_batch_size(100, capacity) == 32
+    cache.bind(32, capacity)
+    assert engine.auto_batch_size(100, capacity) == 32
+    cache.bind(0, 0)  # torch keeps the memory
+    assert engine.auto_batch_size(100, capacity) == 32
+    torch.cuda.empty_cache()

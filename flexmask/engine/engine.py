@@ -214,10 +214,11 @@ class Engine:
         device = self.model.device
         largest = CPU_AUTO_BATCH_SIZE
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            largest = min(
-                MAX_AUTO_BATCH_SIZE, free // 2 // self.runner.cache.bytes_per_row(capacity)
-            )
+            cache = self.runner.cache
+            # What earlier batches take is there again for these; else a second run of the same
+            # requests would choose fewer rows, and compile for them.
+            free = _free_bytes(device) + cache.num_bytes
+            largest = min(MAX_AUTO_BATCH_SIZE, free // 2 // cache.bytes_per_row(capacity))
             if largest == 0:
                 raise ModelError(
                     f"not enough GPU memory for one row of {capacity} slots; shorten the prompts"
@@ -257,3 +258,10 @@ class Engine:
         if ids is None:
             return frozenset()
         return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that can be allocated: what no process has, and what torch keeps for us."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + kept)

@@ -29,10 +29,12 @@ class KVCache:
         self._views = views
         self._shapes = shapes
         self._dtype = dtype
+        self._bound = (0, 0)
 
     def bind(self, batch_size: int, capacity: int) -> None:
         """Replace the buffers by zeros for ``batch_size`` rows of ``capacity`` slots."""
         device = next(self._views[0].parameters()).device
+        self._bound = (batch_size, capacity)
         for name, shape in self._shapes.items():
             size = (batch_size, shape.num_kv_heads, capacity)
             key = torch.zeros(*size, shape.key_dim, dtype=self._dtype, device=device)
@@ -41,6 +43,12 @@ class KVCache:
                 module = view.get_submodule(name)
                 module.register_buffer("key_cache", key, persistent=False)
                 module.register_buffer("value_cache", value, persistent=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers that are bound."""
+        rows, capacity = self._bound
+        return rows * self.bytes_per_row(capacity)
 
     @property
     def most_kv_heads(self) -> int:
