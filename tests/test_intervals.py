@@ -253,9 +253,10 @@ def test_extrema_of_free_ranges_are_exact(data: st.DataObject) -> None:
         hi = data.draw(st.integers(lo, length - 1))
         ranges.append([i % length for i in range(lo, hi + 1)])
         indices.append(Interval(torch.tensor([[lo], [hi]]), evaluator, bounds=(lo, hi)))
-    lo, hi = evaluator.tables.extrema(table, indices)
+    lo, hi, again = evaluator.tables.extrema(table, indices)
     entries = table[torch.meshgrid(*map(torch.tensor, ranges), indexing="ij")]
     assert (lo.item(), hi.item()) == (entries.min(), entries.max())
+    assert again.item() == lo.item()
 
 
 def test_in_place_operators_change_all_names_of_a_value() -> None:

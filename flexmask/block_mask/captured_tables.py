@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.intervals import Ends, Interval, NoIntervalRule
+from flexmask.block_mask.intervals import Interval, NoIntervalRule
 
 if TYPE_CHECKING:
     from flexmask.block_mask.evaluator import MaskEvaluator
@@ -124,9 +124,9 @@ class CapturedTables:
 
     def __init__(self) -> None:
         """Start without tables."""
-        self._built: dict[tuple[object, ...], tuple[Tensor, Ends]] = {}
+        self._built: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
-    def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Ends:
+    def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Tensor:
         """Bound ``table[indices]`` in each cell.
 
         Args:
@@ -134,7 +134,8 @@ class CapturedTables:
             indices: Where it is indexed, in range; negative indices count from the end.
 
         Returns:
-            Ends, in the table's dtype.
+            Minima, maxima and again minima, ``(3, *cells)``, in the table's dtype: see
+            `Interval.of_triple`.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
         key = (id(table), *scales)
@@ -142,6 +143,11 @@ class CapturedTables:
             # Holding the table as well keeps its id from being given to another.
             self._built[key] = table, _scaled(table, scales)
         scaled = self._built[key][1]
+        if len(indices) == 1 and isinstance(scales[0], CellScale):
+            span = indices[0].span
+            assert span is not None
+            if span.is_whole:
+                return scaled.view(3, *span.cell.shape)
         positions: list[list[Any]] = [
             _positions(index, scale, length)
             for index, scale, length in zip(indices, scales, table.shape, strict=True)
@@ -152,9 +158,9 @@ class CapturedTables:
         ]
         if len(found) == 1:
             return found[0]
-        lows, highs = zip(*found, strict=True)
+        lows, highs, _ = zip(*found, strict=True)
         low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
-        return torch.stack((low, high))
+        return torch.stack((low, high, low))
 
 
 def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
@@ -167,7 +173,8 @@ def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
     return RangeScale((table.numel() // POOLED_ENTRIES).bit_length(), wraps)
 
 
-def _scaled(table: Tensor, scales: Sequence[Scale]) -> Ends:
+def _scaled(table: Tensor, scales: Sequence[Scale]) -> Tensor:
+    """Minima, maxima and again minima of a table, prepared in each dimension."""
     lo = hi = table
     # From the last dimension on, as levels are inserted in front of the dimension they belong to.
     for dim in reversed(range(len(scales))):
@@ -181,7 +188,7 @@ def _scaled(table: Tensor, scales: Sequence[Scale]) -> Ends:
         else:
             lo, hi = _pooled(lo, hi, dim, 0, lo.shape[dim], 1 << scale.shift)
             lo, hi = _levels(torch.minimum, lo, dim), _levels(torch.maximum, hi, dim)
-    return torch.stack((lo, hi))
+    return torch.stack((lo, hi, lo))
 
 
 def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Pair:

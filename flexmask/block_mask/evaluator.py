@@ -320,8 +320,8 @@ class MaskEvaluator(TorchFunctionMode):
         if key not in self._looked_up:
             # The key's objects are kept, so that no others can get their ids.
             self._looked_up[key] = table, indices, self._extrema(table, indices)
-        found = self._looked_up[key][2]
-        return Interval(found.ends, self, is_exact=found.is_exact)
+        # Each time an interval of its own, which operators in place may change.
+        return self._looked_up[key][2].copied()
 
     def _extrema(self, table: Tensor, indices: list[Interval]) -> Interval:
         self._check_device(table)
@@ -329,7 +329,7 @@ class MaskEvaluator(TorchFunctionMode):
         if all(index.is_exact for index in indices):
             value = table[tuple(index.ends for index in indices)]
             return Interval(value, self, is_exact=True)
-        return Interval(self.tables.extrema(table, indices), self)
+        return Interval.of_triple(self.tables.extrema(table, indices), self)
 
     def _in_range(self, table: Tensor, dim: int, index: Interval) -> Interval:
         """Clamp an index to its dimension, and note the cells where it may lie outside."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -42,12 +42,14 @@ class Span:
         start: Index of the first query or key.
         width: Indices per cell.
         length: Number of queries or keys; each one lies in some cell.
+        is_whole: Whether ``cell`` counts from 0 to the last cell.
     """
 
     cell: Tensor
     start: int
     width: int
     length: int
+    is_whole: bool = False
 
 
 class Interval:
@@ -83,6 +85,22 @@ class Interval:
         self.span = span
         self._bounds = bounds
         self._flipped: Ends | None = None
+
+    @classmethod
+    def of_triple(cls, triple: Tensor, evaluator: MaskEvaluator) -> Self:
+        """Make one of lower, upper and again lower ends, ``(3, *cells)``.
+
+        Ends and flipped ends are views of it, and nothing has to flip them later.
+        """
+        interval = cls(triple[:2], evaluator)
+        interval._flipped = triple[1:]
+        return interval
+
+    def copied(self) -> Interval:
+        """Make another one of the same ends, without the index range behind it."""
+        twin = Interval(self.ends, self.evaluator, is_exact=self.is_exact, bounds=self._bounds)
+        twin._flipped = self._flipped
+        return twin
 
     @property
     def lo(self) -> Tensor:
