@@ -24,14 +24,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
 from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape
-from flexmask.engine.prefill_kernel import flash_can_attend
+from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.speed.ceilings import read_bandwidth
 from flexmask.speed.clock import time_call
 
 HEADS, KV_HEADS, DIM = 24, 8, 128
 SEGMENTS, TAIL = 5, 128
-SHORT_TILE, LONG_TILE = 64, 128
+TILE = (128, 128)
 LONGEST_DENSE = 16_384
 PREFILL_CASES = ["64x1280", "1x4096", "1x16384", "1x65536"]
 DECODE_CASES = ["1x1024", "1x16384", "8x1024", "64x1024"]
@@ -102,7 +102,7 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
     mask_mod = segments_mask(length)
     masks = {
         tile: create_block_mask(mask_mod, None, None, length, length, "cuda", tile)
-        for tile in (SHORT_TILE, LONG_TILE)
+        for tile in TRITON_OPTIONS
     }
     report = explain_mask(mask_mod, None, None, length, length, "cuda")
     pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
@@ -115,21 +115,21 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return causal()
 
-    def flex(options: dict[str, Any] | None, tile: int, dynamic: bool) -> Callable[[], Tensor]:
+    def flex(options: dict[str, Any] | None, tile: Tile, dynamic: bool) -> Callable[[], Tensor]:
         attend = compiled_flex(options, dynamic)
         return lambda: attend(*inputs, masks[tile])
 
     ways: dict[str, tuple[str, Callable[[], Tensor]]] = {
         "SDPA causal": ("causal", causal),
         "SDPA causal, cuDNN": ("causal", cudnn),
-        "flex_attention": ("mask", flex(None, LONG_TILE, False)),
+        "flex_attention": ("mask", flex(None, TILE, False)),
     }
     for tile, options in TRITON_OPTIONS.items():
         chosen = {"IS_DIVISIBLE": True, **options}
-        ways[f"flexmask Triton, tile {tile}"] = ("mask", flex(chosen, tile, True))
+        ways[f"flexmask Triton, {tile[0]}x{tile[1]}"] = ("mask", flex(chosen, tile, True))
     shape = AttentionShape(KV_HEADS, DIM, DIM, has_softcap=False)
     if flash_can_attend(shape, query.dtype, query.device):
-        ways["flexmask FLASH"] = ("mask", flex({"BACKEND": "FLASH"}, LONG_TILE, True))
+        ways["flexmask FLASH"] = ("mask", flex({"BACKEND": "FLASH"}, TILE, True))
     want = None
     if length <= LONGEST_DENSE and rows == 1:
         index = torch.arange(length, device="cuda")

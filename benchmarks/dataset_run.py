@@ -3,7 +3,8 @@
 Random weights at a real shape cost what trained ones cost; answers mean nothing. The bundled
 tokenizer stands in for the model's own, and cuts real text into more tokens than that would.
 
-Some of the same rows run in other ways too (``dataset_peers.py``).
+The third run computes what the prompts begin with in every row. Some of the same rows run in
+other ways too (``dataset_peers.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from dataset_peers import rerun_rows_per_s, separate_rows_per_s
@@ -121,8 +123,11 @@ def main() -> None:
         } | stats
 
     runs = {"cold": timed_run(), "warm": timed_run()}
+    with patch.object(engine.runner, "share_prefix", return_value=False):
+        runs["prefix in every row"] = timed_run()
+    print(" " * 20, *(f"{way:>20}" for way in runs))
     for name in runs["cold"]:
-        print(f"{name:20} {runs['cold'][name]:16.2f} {runs['warm'][name]:16.2f}")
+        print(f"{name:20}", *(f"{run[name]:20.2f}" for run in runs.values()))
     engine.release()
     own, count = runs["warm"]["rows_per_s"], arguments.max_new_tokens
     peers = {}

@@ -51,7 +51,9 @@ def test_causal_equals_plain_generate_of_transformers(engine, tokenizer):
         assert generation.prompt_tokens == prompt.shape[1]
 
 
-def test_fifty_lengths_compile_nothing_after_the_first_batch(engine):
+def test_fifty_lengths_compile_nothing_after_the_first_batch(engine, device, models, tokenizer):
+    if device == "cuda":
+        engine = Engine(models("llama", "flexmask", device), tokenizer)
     requests = [request(seed, 1 + seed % 5, 5 + seed) for seed in range(50)]
     results = engine.generate(requests, EnsembleIsolation(), max_new_tokens=2, batch_size=3)
     rows = [len(generation.token_ids) for generation in results]

@@ -250,8 +250,8 @@ def test_layers_of_an_unknown_kind_are_refused():
 
 def test_a_prompt_that_fills_the_cache_is_refused(runners):
     runner = runners("llama")
-    runner.prepare(Causal(), 1, 256)
-    with pytest.raises(LayoutError, match="a prefill of 256 slots needs a larger capacity"):
+    runner.prepare(Causal(), 1, 128)
+    with pytest.raises(LayoutError, match="a prefill of 128 slots needs a larger capacity"):
         runner.prefill(runner.plan([Causal().layout(random_request(1, 9, [5], 1))]))
 
 
@@ -259,6 +259,19 @@ def test_a_prompt_that_fills_the_cache_is_refused(runners):
 def test_a_bucketed_capacity_holds_the_slots_and_more_than_their_prefill(slots):
     assert bucketed_capacity(slots) >= slots
     assert bucketed_capacity(slots) > prefill_length(slots)
+
+
+@pytest.mark.parametrize("tokens", [6, 16, 17, 60, 64, 65, 127, 200])
+def test_a_prompt_is_computed_in_few_more_tokens_than_it_has_and_attends_in_whole_tiles(
+    runners, tokens
+):
+    runner = runners("llama")
+    runner.prepare(Causal(), 2, 640)
+    layout = Causal().layout(TokenizedRequest((), (tuple(range(3, 3 + tokens)),), (3,)))
+    plan = runner.plan([layout, layout])
+    assert plan.computed_tokens == (tokens, tokens)
+    assert 0 <= plan.input_ids.shape[1] - tokens < 16
+    assert plan.query_slots.shape[1] % plan.tile[0] == 0
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])

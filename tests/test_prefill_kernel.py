@@ -102,10 +102,12 @@ def test_flash_that_was_asked_for_and_cannot_compile_a_mask_is_an_error(refused)
 
 
 def test_short_prompts_have_small_tiles_with_tritons_kernel():
-    tiles = [
-        prefill_tile("triton", 640),
-        prefill_tile("triton", 65664),
-        prefill_tile("flash", 640),
-    ]
-    assert tiles == [64, 128, 128]
-    assert prefill_tile(None, 640) == 128
+    for kernel, capacity, has_options, tile in (
+        ("triton", 640, True, (64, 32)),
+        ("triton", 640, False, (64, 64)),
+        ("triton", 16512, True, (64, 64)),
+        ("triton", 65664, True, (128, 128)),
+        ("flash", 640, True, (128, 128)),
+        (None, 640, False, (64, 64)),
+    ):
+        assert prefill_tile(kernel, capacity, has_options=has_options) == tile

@@ -37,11 +37,17 @@ DENSE_BACKEND = "flexmask_dense"
 PrefillKernel = Literal["triton", "flash"]
 
 TRITON_OPTIONS = {
-    64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    128: {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True},
+    (64, 32): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    (64, 64): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    (128, 128): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True},
 }
-"""By tile side, the fastest of about thirty settings on an H200 (24 heads of 128, bf16): at 1k to
-16k tokens, and at 64k."""
+"""By tile, the fastest of about forty settings on an H100 and an H200 (24 heads of 128, bf16): for
+1k tokens, for 4k to 16k, and for 64k."""
+
+
+def has_triton_options(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether `TRITON_OPTIONS` suit heads like these; for others FlexAttention has its own."""
+    return dtype.itemsize == 2 and max(key_dim, value_dim) <= 128
 
 
 class CausalRows(BlockMask):
@@ -111,7 +117,8 @@ def flexmask_attention(
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         cache_slots: Slots that keys and values go to in ``module.key_cache`` and
-            ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
+            ``module.value_cache``: ``(B, Q)``, where the mask may have tiles for more queries, or
+            ``(B,)`` for one query per row.
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after that.
@@ -143,14 +150,20 @@ def flexmask_attention(
             *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0, *table
         )
         return rows[:, None], None
-    own_key = key
+    own_key, length = key, query.shape[2]
+    is_prefill = cache_slots is not None and cache_slots.dim() == 2
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
+    if is_prefill:
+        num_queries = attention_mask.kv_num_blocks.shape[-1] * attention_mask.BLOCK_SIZE[0]
+        query, own_key = (_first_queries(x, num_queries) for x in (query, own_key))
     attend = _attend if torch.compiler.is_compiling() else _attend_compiled
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
         scaled_part, own_key,
     )  # fmt: skip
+    if is_prefill:
+        output = _first_queries(output, length)
     output = output.transpose(1, 2)
     if cache_slots is not None and cache_slots.dim() == 1 and not output.is_cuda:
         return kept_apart(output), None
@@ -236,6 +249,14 @@ def _update_cache(
     return key_cache[:count, :, :length], value_cache[:count, :, :length]
 
 
+def _first_queries(x: Tensor, count: int) -> Tensor:
+    """The first ``count`` queries of ``(B, H, Q, D)``; past the end, the last one again.
+
+    By an index: a slice or padding would be another graph where it leaves the tensor as it is.
+    """
+    return x[:, :, torch.arange(count, device=x.device).clamp(max=x.shape[2] - 1)]
+
+
 def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:
     if softcap is None:
         return score_mod
@@ -306,8 +327,8 @@ def _kernel_options(
         return {"BACKEND": "FLASH"}
     # Under symbolic lengths inductor cannot know it, and checks every load against the end.
     options: dict[str, Any] = {"IS_DIVISIBLE": True}
-    if query.element_size() == 2 and max(query.shape[-1], value.shape[-1]) <= 128:
-        options |= TRITON_OPTIONS[mask.BLOCK_SIZE[0]]
+    if has_triton_options(query.dtype, query.shape[-1], value.shape[-1]):
+        options |= TRITON_OPTIONS[mask.BLOCK_SIZE]
     return cast("FlexKernelOptions", options)
 
 

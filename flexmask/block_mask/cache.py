@@ -37,7 +37,7 @@ class BlockMaskKey:
         q_length: Queries.
         kv_length: Keys.
         reused: Which slots of the rows are no queries, because keys and values are there.
-        block_size: Tile side.
+        block_size: Queries and keys of a tile.
         device: Where the index tensors are.
     """
 
@@ -47,7 +47,7 @@ class BlockMaskKey:
     q_length: int
     kv_length: int
     reused: Hashable
-    block_size: int
+    block_size: tuple[int, int]
     device: str
 
 

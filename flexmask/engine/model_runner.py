@@ -32,7 +32,7 @@ from flexmask.engine.compiled_view import (
 )
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.placed_strategy import DecodeKernel, PlacedStrategy, runs_of
-from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels, prefill_tile
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
 from flexmask.engine.prefix_reuse import SharedPrefix
 from flexmask.errors import AttentionError, LayoutError
@@ -155,7 +155,7 @@ class ModelRunner:
         self.prefill_kernel = self._kernels.choose(
             strategy, capacity, changes_scores=placed.changes_scores
         )
-        self._tile = prefill_tile(self.prefill_kernel, capacity)
+        self._tile = self._kernels.tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
         self._placed = placed
         return True
@@ -215,7 +215,7 @@ class ModelRunner:
         counts = [len(layout) - 1 for layout in layouts]
         if min(counts) == 0:
             raise LayoutError("a prompt needs at least two tokens")
-        length = prefill_length(max(counts), self._tile)
+        length = prefill_length(max(counts), max(self._tile))
         capacity = self.placed.capacity
         if length >= capacity:
             raise LayoutError(
@@ -330,7 +330,7 @@ class ModelRunner:
 
     def _prefill_mask(self, kind: str, plan: PrefillPlan) -> BlockMask:
         mask_mod = self.placed.query_masks[kind]
-        rows, length = plan.input_ids.shape
+        rows, length = plan.query_slots.shape
         key = BlockMaskKey(
             strategy=self.placed.strategy,
             layouts=tuple(layout.digest for layout in plan.layouts[:rows]),

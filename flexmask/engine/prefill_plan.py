@@ -9,19 +9,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flexmask.engine.prefill_kernel import BLOCK_SIZE
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutTables, layout_tables
 
+TOKEN_MULTIPLE = 16
+"""Tokens of a row that are computed are padded to a multiple: what matrix products like."""
 
-def prefill_length(num_tokens: int, tile: int = BLOCK_SIZE) -> int:
+
+def prefill_length(num_tokens: int, side: int = BLOCK_SIZE) -> int:
     """Number of slots that ``num_tokens`` are padded to: whole tiles, and two at least.
 
     One tile would specialise the graph on a dimension of one, and two lengths would compile
     twice.
     """
-    return max(2, -(-num_tokens // tile)) * tile
+    return max(2, -(-num_tokens // side)) * side
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class PrefillPlan:
         starts: Slots at which a shared prefix stands, which is copied, in each row that is
             computed; rows beyond only fill the batch.
         shared_length: Tokens of that prefix.
-        tile: Side of the tiles that lengths are multiples of.
+        tile: Queries and keys of a tile, of which their numbers are multiples.
         tables: Segment ids and positions of the batch.
-        input_ids: ``(R, Q)`` tokens to compute in ``R`` rows, padded.
-        query_slots: ``(R, Q)`` their slots.
+        input_ids: ``(R, T)`` tokens to compute in ``R`` rows, padded.
+        query_slots: ``(R, Q)`` their slots, padded to whole tiles for attention alone.
         computed_tokens: How many of each of these rows are no padding.
         key_table: Where keys lie once the prefix is copied, for `batch_size` rows; None if it is
             not wanted.
@@ -47,7 +50,7 @@ class PrefillPlan:
     counts: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
     shared_length: int
-    tile: int
+    tile: Tile
     tables: LayoutTables
     input_ids: Tensor
     query_slots: Tensor
@@ -57,7 +60,7 @@ class PrefillPlan:
     @cached_property
     def kv_length(self) -> int:
         """Slots that queries may see: as many as the longest row has tokens, in whole tiles."""
-        return prefill_length(max(self.counts), self.tile)
+        return prefill_length(max(self.counts), self.tile[1])
 
 
 def plan_prefill(
@@ -68,7 +71,7 @@ def plan_prefill(
     *,
     batch_size: int,
     capacity: int,
-    tile: int,
+    tile: Tile,
     with_key_table: bool,
 ) -> PrefillPlan:
     """Plan to compute the first ``counts[b]`` tokens of each layout, but for a shared prefix.
@@ -82,7 +85,7 @@ def plan_prefill(
         shared_length: Its tokens.
         batch_size: Rows of the cache.
         capacity: Slots of each.
-        tile: Side of the tiles.
+        tile: Queries and keys of a tile.
         with_key_table: Whether decoding reads keys through a table.
 
     Raises:
@@ -92,16 +95,18 @@ def plan_prefill(
         _slots_outside(count, row_starts, shared_length)
         for count, row_starts in zip(counts, starts, strict=False)
     ]
-    length = prefill_length(max(map(len, slots)), tile)
-    input_ids = torch.zeros(len(starts), length, dtype=torch.long)
-    query_slots = torch.empty(len(starts), length, dtype=torch.long)
-    padding = torch.arange(length)
+    most = max(map(len, slots))
+    num_tokens = -(-most // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    num_queries = prefill_length(most, tile[0])
+    input_ids = torch.zeros(len(starts), num_tokens, dtype=torch.long)
+    query_slots = torch.empty(len(starts), num_queries, dtype=torch.long)
+    padding = torch.arange(num_queries)
     for row, (layout, computed) in enumerate(zip(layouts, slots, strict=False)):
         size = len(computed)
         input_ids[row, :size] = layout.token_tensor[computed]
         query_slots[row, :size] = computed
         # What pads a row goes to slots that hold no token yet.
-        query_slots[row, size:] = counts[row] + padding[: length - size]
+        query_slots[row, size:] = counts[row] + padding[: num_queries - size]
     return PrefillPlan(
         layouts=tuple(layouts),
         counts=tuple(counts),

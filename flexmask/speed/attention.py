@@ -18,10 +18,11 @@ from flexmask.attention.backend import (
     compile_settings,
     dense_attention,
     flexmask_attention,
+    has_triton_options,
 )
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
-from flexmask.engine.prefill_kernel import BLOCK_SIZE, flash_can_attend, prefill_tile
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
 from flexmask.engine.prefill_plan import prefill_length
 from flexmask.errors import OptionError
 from flexmask.layout import Layout
@@ -181,8 +182,10 @@ class AttentionBench:
         return Floor(max(compute_ms, read_ms), compute_ms, read_ms, flops_per_s, bytes_per_s)
 
     def _own_timing(self, way: str, kernel: PrefillKernel | None) -> Timing:
-        tile = prefill_tile(kernel, self.length)
-        note = f"{self._padded:,} slots in tiles of {tile}"
+        dim = self._heads.dim
+        has_options = has_triton_options(self._dtype, dim, dim)
+        tile = prefill_tile(kernel, self.length, has_options=has_options)
+        note = f"{self._padded:,} slots in tiles of {tile[0]}x{tile[1]}"
         return self._timed(way, self._flexmask(kernel, tile), self.report.allowed_pairs, note)
 
     def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
@@ -274,7 +277,7 @@ class AttentionBench:
             enable_gqa=self._heads.are_grouped,
         )
 
-    def _flexmask(self, kernel: PrefillKernel | None, tile: int) -> Callable[[], Tensor]:
+    def _flexmask(self, kernel: PrefillKernel | None, tile: Tile) -> Callable[[], Tensor]:
         """What the engine runs: the backend, over whole tiles."""
         extra = self._padded - self.length
         query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in self._inputs)
