@@ -78,6 +78,15 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     assert saved >= 31 * (copies - 1)
 
 
+def test_prompts_that_are_all_the_same_are_computed_once(engine):
+    requests = [request(3, 1, 40)] * 5
+    results = engine.generate(requests, Causal(), max_new_tokens=4, batch_size=2)
+    generations = list(results)
+    assert results.stats.computed_tokens == generations[0].prompt_tokens - 1
+    alone = engine.generate(requests[:1], Causal(), max_new_tokens=4, batch_size=2)
+    assert {one.token_ids for one in generations} == {one.token_ids for one in alone}
+
+
 def test_copies_at_other_positions_are_not_shared(engine):
     requests = [dataclasses.replace(one, prefix=words(77, 30)) for one in REQUESTS[:3]]
     strategy = EnsembleIsolation(positions="sequential")

@@ -96,7 +96,8 @@ def plan_prefill(
         for count, row_starts in zip(counts, starts, strict=False)
     ]
     most = max(map(len, slots))
-    num_tokens = -(-most // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    # Where a prefix is all there is, nothing is left to compute; no graph takes no tokens.
+    num_tokens = max(1, -(-most // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
     num_queries = prefill_length(most, tile[0])
     input_ids = torch.zeros(len(starts), num_tokens, dtype=torch.long)
     query_slots = torch.empty(len(starts), num_queries, dtype=torch.long)
