@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
-from flexmask.attention.backend import TRITON_OPTIONS, AttentionShape
+from flexmask.attention.attention_modules import AttentionShape
+from flexmask.attention.flex_call import TRITON_OPTIONS
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.speed.ceilings import read_bandwidth

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmask.attention.backend import _padded_groups, _without_padding
+from flexmask.attention.flex_call import _padded_groups, _without_padding
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.logit_fusion import LogitFusion

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flexmask.attention.backend import compile_settings, flexmask_attention
+from flexmask.attention.backend import flexmask_attention
+from flexmask.attention.flex_call import compile_settings
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.errors import AttentionError
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flexmask.demo import model_path
 
 if TYPE_CHECKING:
-    from flexmask.attention.backend import PrefillKernel
+    from flexmask.attention.flex_call import PrefillKernel
     from flexmask.engine import Engine
 
 

@@ -11,7 +11,7 @@ import typer
 from flexmask.errors import OptionError
 
 if TYPE_CHECKING:
-    from flexmask.attention.backend import PrefillKernel
+    from flexmask.attention.flex_call import PrefillKernel
     from flexmask.dataset.resume import OutputMode
 
 StrategyName = Annotated[

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.block_mask.decode_row import DecodeRowMask
 from flexmask.block_mask.rules import MaskMod
+from flexmask.block_mask.tile_classifier import TileClassifier
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.block_mask.tile_states import (
     EMPTY,
@@ -23,7 +24,6 @@ from flexmask.block_mask.tile_states import (
     Axis,
     Decided,
     MaskShape,
-    TileClassifier,
 )
 from flexmask.errors import MaskError
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexmask.attention.backend import PrefillKernel
+from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.batch_runner import RunOptions
 from flexmask.engine.decode_loop import DecodeLoop

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flexmask.attention.backend import AttentionShape, bound_cache
+from flexmask.attention.attention_modules import AttentionShape
+from flexmask.attention.backend import bound_cache
 
 
 class KVCache:

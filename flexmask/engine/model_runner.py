@@ -17,11 +17,8 @@ from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexmask.attention.backend import (
-    PrefillKernel,
-    compile_settings,
-    find_attention_modules,
-)
+from flexmask.attention.attention_modules import find_attention_modules
+from flexmask.attention.flex_call import PrefillKernel, compile_settings
 from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.engine.compiled_view import (

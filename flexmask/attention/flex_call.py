@@ -1,0 +1,173 @@
+"""One call of FlexAttention, compiled: what it is padded to, and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch.fx.experimental import _config as shape_config
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
+
+    from flexmask.strategy import ScoreMod
+
+PrefillKernel = Literal["triton", "flash"]
+
+TRITON_OPTIONS = {
+    (64, 32): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    (64, 64): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    (128, 128): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True},
+}
+"""By tile, the fastest of about forty settings on an H100 and an H200 (24 heads of 128, bf16): for
+1k tokens, for 4k to 16k, and for 64k."""
+
+
+def has_triton_options(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether `TRITON_OPTIONS` suit heads like these; for others FlexAttention has its own."""
+    return dtype.itemsize == 2 and max(key_dim, value_dim) <= 128
+
+
+@contextmanager
+def compile_settings(device: torch.device) -> Iterator[None]:
+    """Torch's settings for compiled attention on a device, for the duration of a call.
+
+    Every model shape and mask compiles once, and dynamo's limit of 8 is for code that should
+    not have compiled again. Numbers that a mask_mod or score_mod captures are constants: flex
+    refuses symbolic floats. Lengths of queries and keys that happen to be equal at first are
+    not equal for ever; but torch before 2.13 gives two sizes of one C++ kernel the same name
+    where equal ones have symbols of their own.
+    """
+    has_symbol_each = device.type == "cuda" or torch.__version__ >= "2.13"
+    with (
+        dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
+        cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
+    ):
+        yield
+
+
+def first_queries(x: Tensor, count: int) -> Tensor:
+    """The first ``count`` queries of ``(B, H, Q, D)``; past the end, the last one again.
+
+    By an index: a slice or padding would be another graph where it leaves the tensor as it is.
+    """
+    return x[:, :, torch.arange(count, device=x.device).clamp(max=x.shape[2] - 1)]
+
+
+def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:
+    if softcap is None:
+        return score_mod
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = softcap * torch.tanh(score / softcap)
+        return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
+
+    return capped
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    score_mod: ScoreMod | None,
+    prefill_kernel: PrefillKernel | None,
+    scaled_part: PlacedPart | None,
+    own_key: Tensor,
+) -> Tensor:
+    block_mask = BlockMask.from_kv_blocks(
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+        # From the tensors: a length read off the mask would be a constant of the graph.
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    heads, query = query.shape[1], _padded_groups(query, key.shape[1])
+    if not key.is_cuda:
+        # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
+        # kernel reads such views wrongly (torch 2.13).
+        key, value = key.contiguous(), value.contiguous()
+
+    def weigh(value: Tensor, score_mod: ScoreMod | None) -> Tensor:
+        output = flex_attention(
+            query,
+            key,
+            value,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            enable_gqa=heads != key.shape[1],
+            scale=scaling,
+            kernel_options=_kernel_options(query, value, mask, prefill_kernel),
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    score_mod = _joined_score_mod(softcap, score_mod)
+    if scaled_part is not None:
+        score_mod = scaled_score_mod(scaled_part, score_mod, query, key, own_key, scaling, weigh)
+    return _without_padding(weigh(value, score_mod), heads, key.shape[1])
+
+
+def _kernel_options(
+    query: Tensor, value: Tensor, mask: BlockMask, prefill_kernel: PrefillKernel | None
+) -> FlexKernelOptions | None:
+    """Options of FlexAttention for a prefill whose lengths are whole tiles."""
+    if prefill_kernel is None:
+        return None
+    if prefill_kernel == "flash":
+        return {"BACKEND": "FLASH"}
+    # Under symbolic lengths inductor cannot know it, and checks every load against the end.
+    options: dict[str, Any] = {"IS_DIVISIBLE": True}
+    if has_triton_options(query.dtype, query.shape[-1], value.shape[-1]):
+        options |= TRITON_OPTIONS[mask.BLOCK_SIZE]
+    return cast("FlexKernelOptions", options)
+
+
+def _padded_groups(query: Tensor, kv_heads: int) -> Tensor:
+    """Pad the query heads of each key head to a power of two, for one query on CUDA.
+
+    FlexAttention's decode kernel takes no other number; its prefill kernel needs ten times as
+    long for a single query (24 heads over 8, 16k keys, H200).
+    """
+    batch_size, heads, length, dim = query.shape
+    group = heads // kv_heads
+    if length > 1 or query.device.type != "cuda" or group & (group - 1) == 0:
+        return query
+    groups = query.reshape(batch_size, kv_heads, group, length, dim)
+    padded: Tensor = nn.functional.pad(groups, (0, 0, 0, 0, 0, (1 << group.bit_length()) - group))
+    return padded.flatten(1, 2)
+
+
+def _without_padding(output: Tensor, heads: int, kv_heads: int) -> Tensor:
+    if output.shape[1] == heads:
+        return output
+    batch_size, _, length, dim = output.shape
+    groups = output.view(batch_size, kv_heads, -1, length, dim)
+    return groups[:, :, : heads // kv_heads].flatten(1, 2)
+
+
+@cache
+def _compiled_attend() -> Callable[..., Tensor]:
+    return torch.compile(_attend, fullgraph=True, dynamic=True)
+
+
+def attend(*args: Any) -> Tensor:
+    """Call `_attend`: compiled, or within the graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        return _attend(*args)
+    with compile_settings(args[0].device):
+        return _compiled_attend()(*args)
