@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ TARGET = Path(__file__).with_name("performance.md")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-def decode_table() -> str:
+def decode_table(gpu: str) -> str:
     """Decode speed, flexmask's and that of its peers."""
     rows = [
         [
@@ -24,7 +25,7 @@ def decode_table() -> str:
             f"{result['floor_share']:.0%}",
             f"{result['first_s']:.0f}",
         ]
-        for result in _result("generation-h200")["results"]
+        for result in _result(f"generation-{gpu}")["results"]
     ]
     head = ["way", "batch", "context", "ms a step", "tokens/s", "of the floor", "first token, s"]
     return _table(head, rows)
@@ -32,7 +33,7 @@ def decode_table() -> str:
 
 def attention_table() -> str:
     """Attention alone, a row for each way and a column for each case."""
-    results = _result("attention-h200")["results"]
+    results = _result("attention-h100")["results"]
     cases = list(dict.fromkeys(result["case"] for result in results))
     ways = list(dict.fromkeys(result["way"] for result in results))
     ms = {(result["case"], result["way"]): f"{result['ms']:.3f}" for result in results}
@@ -42,7 +43,7 @@ def attention_table() -> str:
 
 def first_token_table() -> str:
     """A process until its first token."""
-    record = _result("first-token-h200")
+    record = _result("first-token-h100")
     names = {"cold": "empty compile caches", "again": "a second process"}
     rows = [
         [label, f"{record[name]['total_s']:.1f}", f"{record[name]['after_loading_s']:.1f}"]
@@ -54,7 +55,7 @@ def first_token_table() -> str:
 def block_mask_table() -> str:
     """BlockMasks on a GPU, torch's builder and flexmask's."""
     rows = []
-    for result in _result("block-mask-h200")["results"]:
+    for result in _result("block-mask-h100")["results"]:
         case = result["case"]
         timing = [result["status"], "", ""]
         if result["median_ms"] is not None:
@@ -65,14 +66,15 @@ def block_mask_table() -> str:
 
 
 def dataset_table() -> str:
-    """A whole data set, with compile caches empty and then full."""
-    runs = _result("dataset-run-h200")["runs"]
+    """A whole data set, with compile caches empty and then full, and without a shared prefix."""
+    runs = _result("dataset-run-h100")["runs"]
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
         "total_s": ("seconds in all", "{:.1f}".format),
         "rows_per_s": ("rows/s", "{:.0f}".format),
         "tokens_per_s": ("generated tokens/s", "{:,.0f}".format),
         "prompt_tokens": ("prompt tokens", "{:,}".format),
         "computed_tokens": ("of them computed", "{:,}".format),
+        "prefill_s": ("seconds of prefill", "{:.1f}".format),
         "prefill_share": ("of the time in prefill", "{:.0%}".format),
         "decode_share": ("in decode", "{:.0%}".format),
         "host_share": ("in the host's work alone", "{:.0%}".format),
@@ -82,18 +84,52 @@ def dataset_table() -> str:
         "decode_peak_bytes": ("in decode, GB", lambda n: f"{n / 1e9:.1f}"),
     }
     rows = [
-        [label, form(runs["cold"][name]), form(runs["warm"][name])]
+        [label, *(form(run[name]) for run in runs.values())]
         for name, (label, form) in shown.items()
     ]
-    return _table(["", "first run of the process", "second"], rows)
+    return _table(["", "first run of the process", "second", "prefix in every row"], rows)
+
+
+def dataset_peers_table() -> str:
+    """Other ways to run rows of that data set, in the same run."""
+    record = _result("dataset-run-h100")
+    own = record["runs"]["warm"]["rows_per_s"]
+    rows = [["flexmask", f"{own:.0f}", ""]]
+    for way, rows_per_s in record["peers_rows_per_s"].items():
+        rows.append([way, f"{rows_per_s:.2f}", f"{own / rows_per_s:.1f}"])
+    return _table(["way", "rows/s", "flexmask is so many times as fast"], rows)
+
+
+def methods_table() -> str:
+    """What each strategy and fusion costs on that data set."""
+    rows = []
+    for cost in (cost for run in _result("method-cost-h100")["runs"] for cost in run["ways"]):
+        stats = cost["stats"]
+        generated = stats["generated_tokens"]
+        rows.append(
+            [
+                f"`{cost['way']}`",
+                f"{cost['total_s']:.1f}",
+                f"{generated / cost['total_s']:,.0f}",
+                f"{stats['prompt_tokens']:,}",
+                f"{stats['computed_tokens']:,}",
+                f"{stats['prefill_s']:.1f}",
+                f"{stats['decode_s']:.1f}",
+            ]
+        )
+    head = ["way", "seconds", "tokens/s", "prompt tokens", "computed", "prefill, s", "decode, s"]
+    return _table(head, rows)
 
 
 TABLES = {
-    "decode": decode_table,
+    "decode": partial(decode_table, "h100"),
+    "decode, H200": partial(decode_table, "h200"),
     "attention": attention_table,
     "first token": first_token_table,
     "block masks": block_mask_table,
     "dataset": dataset_table,
+    "dataset peers": dataset_peers_table,
+    "methods": methods_table,
 }
 
 
