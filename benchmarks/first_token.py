@@ -1,7 +1,7 @@
 """How long a process takes to its first token: with empty compile caches, and again.
 
-A model of random weights is saved to a folder; then processes of their own load it, run one row of
-1,024 slots through prefill and one decoded token, and stop. The first finds no compiled code,
+A model of random weights is saved to a folder; then ``flexmask warmup`` loads it and runs one row
+of 1,024 slots through prefill and one decoded token. The first process finds no compiled code,
 Python's included, the second what the first left there.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,31 +23,27 @@ from stamp import environment_stamp
 
 PROMPT_TOKENS = 1016
 
-RUN = """
-import sys, time
-from flexmask import Engine, make_strategy
-engine = Engine.from_pretrained(sys.argv[1], device=sys.argv[2])
-loaded = time.perf_counter()
-stats = engine.warm_up(
-    make_strategy("ensemble_isolation", {}),
-    prompt_tokens=int(sys.argv[3]), max_new_tokens=1, batch_size=1,
-)
-print(time.perf_counter() - loaded)
-"""
-
 
 def process_s(model: Path, device: str, caches: Path) -> tuple[float, float]:
-    """Seconds of a whole process, and of them after the model was loaded."""
+    """Seconds of a whole process, and of them from the loaded model to the first token."""
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "PYTHONPYCACHEPREFIX": str(caches / "bytecode"),
     }
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-c", RUN, str(model), device, str(PROMPT_TOKENS)]
+    command = [sys.executable, "-m", "flexmask_cli", "warmup", "--model", str(model)]
+    command += ["--device", device, "--prompt-tokens", str(PROMPT_TOKENS)]
+    command += ["--max-new-tokens", "1", "--batch-size", "1"]
     started = time.perf_counter()
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return time.perf_counter() - started, float(result.stdout.split()[-1])
+    result = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    total_s = time.perf_counter() - started
+    first = re.search(r"^cold: .* in ([0-9.]+) s", result.stdout, re.MULTILINE)
+    if first is None:
+        raise RuntimeError(f"flexmask warmup printed {result.stdout!r}")
+    return total_s, float(first[1])
 
 
 def main() -> None:

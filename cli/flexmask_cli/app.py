@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -82,6 +83,9 @@ def main() -> None:
     # OpenMP's threads spin while they wait, and a busy neighbour on a small machine then makes
     # every small product wait for its time slice: four times as long for the demo.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Imports and traced models leave millions of objects that stay. Looking through them for
+    # cycles as often as Python does takes a tenth of a short run.
+    gc.set_threshold(50_000, 20, 100)
     try:
         build_app()()
     except FlexMaskError as error:

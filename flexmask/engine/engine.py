@@ -187,7 +187,8 @@ class Engine:
             raise OptionError(
                 f"{num_segments} segments do not fit into a prompt of {prompt_tokens} tokens"
             )
-        segments = ((0,) * length,) * num_segments
+        # Another token in each segment: of equal ones only the first would be computed.
+        segments = tuple((number,) * length for number in range(num_segments))
         layout = strategy.layout(TokenizedRequest((), segments, (0,)))
         capacity = bucketed_capacity(len(layout) + max_new_tokens)
         rows = batch_size or self.auto_batch_size(self._largest_batch(), capacity)
