@@ -124,12 +124,12 @@ class AttentionBench:
         self.length = len(layout)
         self._heads, self._device, self._dtype = heads, device, dtype
         self._kernel: PrefillKernel | None = "triton" if device.type == "cuda" else None
-        self._padded = prefill_length(self.length, BLOCK_SIZE)
-        batch = LayoutBatch(1, self._padded, device)
+        capacity = prefill_length(self.length, BLOCK_SIZE)
+        batch = LayoutBatch(1, capacity, device)
         batch.load([layout], [self.length], [0])
         self._mask_mod = strategy_mask(strategy, batch)
         self._score_mod = strategy.score_mod(batch)
-        slots = torch.arange(self._padded, device=device)[None]
+        slots = torch.arange(capacity, device=device)[None]
         self._scaled_part = place_part(strategy.scaled_part(batch), slots)
         self.report: MaskReport = explain_mask(
             self._mask_mod, 1, None, self.length, self.length, device
@@ -180,7 +180,8 @@ class AttentionBench:
         dim = self._heads.dim
         has_options = has_triton_options(self._dtype, dim, dim)
         tile = prefill_tile(kernel, self.length, has_options=has_options)
-        note = f"{self._padded:,} slots in tiles of {tile[0]}x{tile[1]}"
+        slots = prefill_length(self.length, max(tile))
+        note = f"{slots:,} slots in tiles of {tile[0]}x{tile[1]}"
         return self._timed(way, self._flexmask(kernel, tile), self.report.allowed_pairs, note)
 
     def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
@@ -274,11 +275,9 @@ class AttentionBench:
 
     def _flexmask(self, kernel: PrefillKernel | None, tile: Tile) -> Callable[[], Tensor]:
         """What the engine runs: the backend, over whole tiles."""
-        extra = self._padded - self.length
-        query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in self._inputs)
-        mask = create_block_mask(
-            self._mask_mod, 1, None, self._padded, self._padded, self._device, tile
-        )
+        slots = prefill_length(self.length, max(tile))
+        query, key, value = (F.pad(x, (0, 0, 0, slots - self.length)) for x in self._inputs)
+        mask = create_block_mask(self._mask_mod, 1, None, slots, slots, self._device, tile)
         module = nn.Module()
 
         def attend() -> Tensor:
