@@ -16,7 +16,7 @@ from flexmask.engine.model_runner import (
     layer_windows,
     prefill_length,
 )
-from flexmask.errors import AttentionError, LayoutError
+from flexmask.errors import AttentionError, LayoutError, MaskError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
 from flexmask_strategies.block_attention import BlockAttention
 from flexmask_strategies.causal import Causal
@@ -235,6 +235,26 @@ def test_a_prompt_of_one_token_is_refused(runners):
     runner.prepare(Causal(), 1, CAPACITY)
     with pytest.raises(LayoutError, match="at least two tokens"):
         runner.prefill(runner.plan([Layout((5,), (-1,), (0,))]))
+
+
+def test_only_masks_that_decoding_reads_are_made(runners):
+    runner = runners("llama")
+    for strategy, is_read in ((Causal(), False), (SlidingWindow(window=32), True)):
+        runner.release()
+        decode(runner, strategy, [strategy.layout(REQUESTS[0])] * 3, steps=1)
+        assert bool(runner.placed._decode_masks) == is_read
+
+
+def test_a_mask_that_depends_on_the_head_is_refused_before_anything_runs(runners):
+    class HeadWindows(Causal):
+        def mask_mod(self, batch):
+            def near_for_some_heads(b, h, q_idx, kv_idx):
+                return (q_idx >= kv_idx) & ((h > 0) | (q_idx - kv_idx < 8))
+
+            return near_for_some_heads
+
+    with pytest.raises(MaskError, match="depends on the head"):
+        runners("llama").prepare(HeadWindows(), 1, CAPACITY)
 
 
 def test_a_model_that_attends_elsewhere_is_refused(models):

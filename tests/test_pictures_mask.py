@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from flexmask.block_mask import create_block_mask
+from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
 from flexmask.engine.model_runner import BLOCK_SIZE, ModelRunner
@@ -55,7 +55,7 @@ def test_a_picture_shows_the_masks_that_the_engine_runs_with(name, models):
     engines = states_of(prefill)[:whole_tiles, :whole_tiles]
     assert engines.equal(picture.mask.states[:whole_tiles, :whole_tiles])
 
-    (decode,) = runner.placed._decode_masks.values()
+    decode = DecodeRowMask(mask_mod, 1, 1024, "cpu")
     for slot in range(len(layout) - 1, len(layout) + shown.new_tokens):
         decode.update(torch.tensor([slot]))
         keys = torch.arange(1024)

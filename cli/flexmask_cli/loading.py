@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
@@ -27,10 +28,15 @@ def load_engine(
     if not verbose:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         model or str(model_path()),
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         prefill_kernel=prefill_kernel,
     )
+    # What is there by now stays. As the oldest generation it is not looked through for cycles
+    # after each graph that compiles, which torch asks for.
+    gc.freeze()
+    gc.unfreeze()
+    return engine

@@ -19,6 +19,34 @@ RECOMPILE_LIMIT = 64
 """Each mask_mod, batch size and length compiles once; torch's own limit is 8."""
 
 
+def check_row_mask(mask_mod: MaskMod, B: int, KV_LEN: int, device: torch.device | str) -> None:
+    """Check on the first query of each row, for all keys, that a mask_mod serves a decode row.
+
+    Args:
+        mask_mod: What a query may see.
+        B: Number of rows.
+        KV_LEN: Number of key slots.
+        device: Where the captured tensors live.
+
+    Raises:
+        MaskError: If it breaks a rule of FlexAttention, or depends on the head.
+    """
+    rows, keys = torch.arange(B, device=device), torch.arange(KV_LEN, device=device)
+    evaluator = MaskEvaluator(mask_mod, rows.device)
+    _first_queries(evaluator, rows, keys, (KV_LEN, KV_LEN))
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    row, slot = (exact_index(zero, n, evaluator) for n in (B, KV_LEN))
+    try:
+        # Whatever depends on the head has as many rows as there are heads here.
+        heads = exact_index(zero.expand(2, 1), 1, evaluator)
+        ends = evaluator.interval_ends(row, heads, slot, slot)
+    except NoIntervalRule:
+        return
+    if ends.shape[1] > 1:
+        name = mask_name(mask_mod)
+        raise MaskError(f"{name} depends on the head; one decode row serves all heads at once")
+
+
 class DecodeRowMask:
     """The BlockMask of one query per batch row, updated in place as decoding goes on.
 
@@ -73,6 +101,7 @@ class DecodeRowMask:
         compiles: bool | None = None,
     ) -> None:
         """Allocate the index tensors, and point all rows to slot 0."""
+        check_row_mask(mask_mod, B, KV_LEN, device)
         columns = -(-KV_LEN // BLOCK_SIZE)
         self.q_slots = q_slots = torch.zeros(B, dtype=torch.int64, device=device)
         self._device = q_slots.device
@@ -98,7 +127,6 @@ class DecodeRowMask:
             seq_lengths=(1, KV_LEN),
             compute_q_blocks=False,
         )
-        self._check(mask_mod)
         self._evaluator = MaskEvaluator(decode_row, self._device, reads_host=False)
         self.update(q_slots)
 
@@ -112,42 +140,9 @@ class DecodeRowMask:
         if self._compiles:
             self._update_compiled()
         else:
-            allowed = self._allowed(self._evaluator, 1)
+            lengths = (1, self.block_mask.seq_lengths[1])
+            allowed = _first_queries(self._evaluator, self._rows, self._keys, lengths)
             _list_tiles(allowed & self._is_key, self._counts, self._indices)
-
-    def _check(self, mask_mod: MaskMod) -> None:
-        """Check a mask_mod on the first query, for all keys.
-
-        Raises:
-            MaskError: If it breaks a rule of FlexAttention, or depends on the head.
-        """
-        evaluator = MaskEvaluator(mask_mod, self._device)
-        length = self.block_mask.seq_lengths[1]
-        self._allowed(evaluator, length)
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        row, slot = (exact_index(zero, n, evaluator) for n in (len(self._rows), length))
-        try:
-            # Whatever depends on the head has as many rows as there are heads here.
-            heads = exact_index(zero.expand(2, 1), 1, evaluator)
-            ends = evaluator.interval_ends(row, heads, slot, slot)
-        except NoIntervalRule:
-            return
-        if ends.shape[1] > 1:
-            name = mask_name(mask_mod)
-            raise MaskError(
-                f"{name} depends on the head; a DecodeRowMask serves all heads at once"
-            )
-
-    def _allowed(self, evaluator: MaskEvaluator, Q_LEN: int) -> Tensor:
-        """Evaluate a mask for the first of ``Q_LEN`` queries of each row: ``(B, 1, keys)``."""
-        rows = self._rows[:, None, None]
-        zeros = torch.zeros_like(rows)
-        return evaluator.pairs(
-            exact_index(rows, len(rows), evaluator),
-            exact_index(zeros, 1, evaluator),
-            exact_index(zeros, Q_LEN, evaluator),
-            exact_index(self._keys[None, None], self.block_mask.seq_lengths[1], evaluator),
-        )
 
     def _update_compiled(self) -> None:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
@@ -183,6 +178,20 @@ def _update(
     with TransformGetItemToIndex():
         allowed = over_rows(rows, zero, zero, keys)
     _list_tiles(allowed & is_key, counts, indices)
+
+
+def _first_queries(
+    evaluator: MaskEvaluator, rows: Tensor, keys: Tensor, lengths: tuple[int, int]
+) -> Tensor:
+    """Evaluate a mask for the first of so many queries, and keys, of rows: ``(B, 1, keys)``."""
+    rows = rows[:, None, None]
+    zeros = torch.zeros_like(rows)
+    return evaluator.pairs(
+        exact_index(rows, len(rows), evaluator),
+        exact_index(zeros, 1, evaluator),
+        exact_index(zeros, lengths[0], evaluator),
+        exact_index(keys[None, None], lengths[1], evaluator),
+    )
 
 
 def _list_tiles(allowed: Tensor, counts: Tensor, indices: Tensor) -> None:

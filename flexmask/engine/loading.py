@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -86,8 +88,35 @@ def load_model(
             "which flexmask needs"
         )
     module: nn.Module = loaded  # whose to() has the plainer signature
-    module.to(device).eval().requires_grad_(False)
+    _move(module.eval().requires_grad_(False), device)
     return loaded, tokenizer
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Copy a module to a device, and have the compiler ready by then."""
+    if device.type == "cpu":
+        module.to(device)
+        return
+    torch.cuda.init()
+    # The copy takes no turn of the interpreter, and imports nothing.
+    with ThreadPoolExecutor(1) as pool:
+        compiler = pool.submit(_import_compiler)
+        module.to(device)
+        compiler.result()
+
+
+def _import_compiler() -> None:
+    """Import what torch.compile does at the first graph, and hash what its caches go by."""
+    for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
+        import_module(name)
+    from torch._inductor.codecache import CacheBase, torch_key
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+
+    torch_key()
+    CacheBase.get_system()
+    # Inductor's worker processes use this assembler, this process another unless told; the cache
+    # goes by its version too, so that a second process would compile what workers have compiled.
+    _set_triton_ptxas_path()
 
 
 def _check_folder(model: str) -> None:

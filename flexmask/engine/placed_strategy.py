@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexmask.attention.backend import CausalRows
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask
+from flexmask.block_mask.decode_row import check_row_mask
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
@@ -91,10 +92,9 @@ class PlacedStrategy:
             kind: mask_at_slots(mask_mod, self.query_slots)
             for kind, mask_mod in self._mask_mods.items()
         }
-        self._decode_masks = {
-            kind: DecodeRowMask(mask_mod, batch_size, capacity, device)
-            for kind, mask_mod in self._mask_mods.items()
-        }
+        for mask_mod in self._mask_mods.values():
+            check_row_mask(mask_mod, batch_size, capacity, device)
+        self._decode_masks: dict[str, DecodeRowMask] = {}
         none = torch.zeros(batch_size, 1, 1, 1, dtype=torch.int32, device=device)
         self._causal_rows = CausalRows.from_kv_blocks(
             none[..., 0], none, seq_lengths=(1, capacity), compute_q_blocks=False
@@ -131,17 +131,23 @@ class PlacedStrategy:
         It is the one for causal rows where they provably are, with the tail open. One
         synchronisation with the device for each kind.
         """
-        if self.changes_scores:
-            return dict.fromkeys(self._mask_mods, "flex_attention")
-        self.batch.open_tail(self.slots)
-        kernels: dict[str, DecodeKernel] = {
-            kind: "decode_attention"
-            if rows_are_causal(mask_mod, self.slots, self.capacity)
-            else "flex_attention"
-            for kind, mask_mod in self._mask_mods.items()
-        }
-        self.batch.close_tail(self.slots)
+        kernels: dict[str, DecodeKernel] = dict.fromkeys(self._mask_mods, "flex_attention")
+        if not self.changes_scores:
+            self.batch.open_tail(self.slots)
+            for kind, mask_mod in self._mask_mods.items():
+                if rows_are_causal(mask_mod, self.slots, self.capacity):
+                    kernels[kind] = "decode_attention"
+            self.batch.close_tail(self.slots)
+        self._make_decode_masks(kernels)
         return kernels
+
+    def _make_decode_masks(self, kernels: Mapping[str, DecodeKernel]) -> None:
+        # Only those that are read: on CUDA each compiles.
+        for kind, kernel in kernels.items():
+            if kernel == "flex_attention" and kind not in self._decode_masks:
+                self._decode_masks[kind] = DecodeRowMask(
+                    self._mask_mods[kind], self.batch_size, self.capacity, self.slots.device
+                )
 
     def decode_masks(self, kernels: Mapping[str, DecodeKernel]) -> dict[str, BlockMask]:
         """Masks of the tokens at `slots`, for the kernels chosen."""
