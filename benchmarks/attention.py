@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
 from flexmask.attention.attention_modules import AttentionShape
-from flexmask.attention.flex_call import TRITON_OPTIONS
+from flexmask.attention.flex_call import TRITON_OPTIONS, from_last_tile
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.speed.ceilings import read_bandwidth
@@ -101,10 +101,7 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
     shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
     mask_mod = segments_mask(length)
-    masks = {
-        tile: create_block_mask(mask_mod, None, None, length, length, "cuda", tile)
-        for tile in TRITON_OPTIONS
-    }
+    plain_mask = create_block_mask(mask_mod, None, None, length, length, "cuda", TILE)
     report = explain_mask(mask_mod, None, None, length, length, "cuda")
     pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
     inputs = (query, key, value)
@@ -116,21 +113,36 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return causal()
 
-    def flex(options: dict[str, Any] | None, tile: Tile, dynamic: bool) -> Callable[[], Tensor]:
-        attend = compiled_flex(options, dynamic)
-        return lambda: attend(*inputs, masks[tile])
+    def plain_flex() -> Callable[[], Tensor]:
+        attend = compiled_flex(None, dynamic=False)
+        return lambda: attend(*inputs, plain_mask)
+
+    def flexmask(options: dict[str, Any], tile: Tile) -> tuple[Callable[[], Tensor], Tensor]:
+        """As in the engine, whose layers put queries in this order; the order too."""
+        order = from_last_tile(torch.arange(length, device="cuda"), length, tile[0]).int()
+        mark_static(order)
+
+        def placed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return mask_mod(b, h, order[q_idx], kv_idx)
+
+        mask = create_block_mask(placed, None, None, length, length, "cuda", tile)
+        attend, queries = compiled_flex(options, dynamic=True), query[:, :, order]
+        return lambda: attend(queries, key, value, mask), order
 
     ways: dict[str, tuple[str, Callable[[], Tensor]]] = {
         "SDPA causal": ("causal", causal),
         "SDPA causal, cuDNN": ("causal", cudnn),
-        "flex_attention": ("mask", flex(None, TILE, False)),
+        "flex_attention": ("mask", plain_flex()),
     }
+    orders = {}
     for tile, options in TRITON_OPTIONS.items():
-        chosen = {"IS_DIVISIBLE": True, **options}
-        ways[f"flexmask Triton, {tile[0]}x{tile[1]}"] = ("mask", flex(chosen, tile, True))
+        way = f"flexmask Triton, {tile[0]}x{tile[1]}"
+        call, orders[way] = flexmask({"IS_DIVISIBLE": True, **options}, tile)
+        ways[way] = ("mask", call)
     shape = AttentionShape(KV_HEADS, DIM, DIM, has_softcap=False)
     if flash_can_attend(shape, query.dtype, query.device):
-        ways["flexmask FLASH"] = ("mask", flex({"BACKEND": "FLASH"}, TILE, True))
+        call, orders["flexmask FLASH"] = flexmask({"BACKEND": "FLASH"}, TILE)
+        ways["flexmask FLASH"] = ("mask", call)
     want = None
     if length <= LONGEST_DENSE and rows == 1:
         index = torch.arange(length, device="cuda")
@@ -147,6 +159,8 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
     for way, (kind, call) in ways.items():
         torch._dynamo.reset()
         output, ms = call(), graph_ms(call)
+        if way in orders:
+            output = output[:, :, orders[way]]
         flops = 4 * pairs[kind] * DIM * HEADS * rows
         error = relative_error(output, want) if want is not None and kind == "mask" else None
         timings.append(Timing(f"prefill {rows}x{length}", way, ms, flops / ms / 1e9, error))

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
 from flexmask.attention.backend import register_attention
+from flexmask.attention.flex_call import from_last_tile, last_tile_first
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import (
     ModelRunner,
@@ -292,6 +293,19 @@ def test_a_prompt_is_computed_in_few_more_tokens_than_it_has_and_attends_in_whol
     assert plan.computed_tokens == (tokens, tokens)
     assert 0 <= plan.input_ids.shape[1] - tokens < 16
     assert plan.query_slots.shape[1] % plan.tile[0] == 0
+
+
+@pytest.mark.parametrize(("count", "side"), [(2, 1), (6, 2), (512, 64), (384, 128)])
+def test_the_last_tile_comes_first_and_goes_back(count, side):
+    index = torch.arange(count)
+    order = from_last_tile(index, count, side)
+    assert order[:side].tolist() == index[-side:].tolist()
+    assert order[-side:].tolist() == index[:side].tolist()
+    assert from_last_tile(order, count, side).equal(index)
+    x = torch.randn(1, 1, count - 1, 4)
+    placed = last_tile_first(x, count, count, side)
+    assert placed[:, :, side - 1].equal(x[:, :, -1])
+    assert last_tile_first(placed, count - 1, count, side).equal(x)
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention.attention_modules import AttentionProbe
-from flexmask.attention.flex_call import PrefillKernel, attend, first_queries
+from flexmask.attention.flex_call import PrefillKernel, attend, last_tile_first
 from flexmask.attention.scaled_part import PlacedPart
 from flexmask.errors import AttentionError
 from flexmask.kernels.decode_attention import KeyTable
@@ -77,8 +77,8 @@ def flexmask_attention(
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         cache_slots: Slots that keys and values go to in ``module.key_cache`` and
-            ``module.value_cache``: ``(B, Q)``, where the mask may have tiles for more queries, or
-            ``(B,)`` for one query per row.
+            ``module.value_cache``: ``(B, Q)``, where the mask may have tiles for more queries, the
+            last tile first, or ``(B,)`` for one query per row.
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after that.
@@ -115,14 +115,15 @@ def flexmask_attention(
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     if is_prefill:
-        num_queries = attention_mask.kv_num_blocks.shape[-1] * attention_mask.BLOCK_SIZE[0]
-        query, own_key = (first_queries(x, num_queries) for x in (query, own_key))
+        side = attention_mask.BLOCK_SIZE[0]
+        count = attention_mask.kv_num_blocks.shape[-1] * side
+        query, own_key = (last_tile_first(x, count, count, side) for x in (query, own_key))
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
         scaled_part, own_key,
     )  # fmt: skip
     if is_prefill:
-        output = first_queries(output, length)
+        output = last_tile_first(output, length, count, side)
     output = output.transpose(1, 2)
     if cache_slots is not None and cache_slots.dim() == 1 and not output.is_cuda:
         return kept_apart(output), None

@@ -54,12 +54,35 @@ def compile_settings(device: torch.device) -> Iterator[None]:
         yield
 
 
-def first_queries(x: Tensor, count: int) -> Tensor:
-    """The first ``count`` queries of ``(B, H, Q, D)``; past the end, the last one again.
+def from_last_tile(index: Tensor, count: int, side: int) -> Tensor:
+    """Where queries stand once the last tile of ``side`` of them comes first; and back again.
 
-    By an index: a slice or padding would be another graph where it leaves the tensor as it is.
+    A kernel starts tiles in their order, and the last ones mostly see the most keys: begun last,
+    they would run on when all others are done. Of 6 queries in tiles of 2, 0 1 2 3 4 5 stand at
+    4 5 2 3 0 1.
+
+    Args:
+        index: Integers below ``count``.
+        count: Queries, in whole tiles.
+        side: Queries of a tile.
     """
-    return x[:, :, torch.arange(count, device=x.device).clamp(max=x.shape[2] - 1)]
+    return count - side * (index // side + 1) + index % side
+
+
+def last_tile_first(x: Tensor, num_queries: int, count: int, side: int) -> Tensor:
+    """Queries of ``(B, H, Q, D)`` in whole tiles, the last tile first; of the result, back again.
+
+    By an index, because a slice or padding would be another graph where it leaves the tensor as
+    it is. Queries past the end are the last one again.
+
+    Args:
+        x: Queries in their order, or what came of them in whole tiles.
+        num_queries: Queries of the result.
+        count: Queries in whole tiles.
+        side: Queries of a tile.
+    """
+    index = from_last_tile(torch.arange(num_queries, device=x.device), count, side)
+    return x[:, :, index.clamp(max=x.shape[2] - 1)]
 
 
 def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -98,11 +99,17 @@ def _move(module: nn.Module, device: torch.device) -> None:
         module.to(device)
         return
     torch.cuda.init()
-    # The copy takes no turn of the interpreter, and imports nothing.
-    with ThreadPoolExecutor(1) as pool:
-        compiler = pool.submit(_import_compiler)
-        module.to(device)
-        compiler.result()
+    # Copying imports nothing, and leaves the interpreter free. But after each tensor it waits for
+    # its turn, which by default is 5 ms, longer than most of them take.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            compiler = pool.submit(_import_compiler)
+            module.to(device)
+            compiler.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _import_compiler() -> None:

@@ -275,14 +275,14 @@ class ModelRunner:
     @torch.no_grad()
     def _compute(self, plan: PrefillPlan) -> None:
         placed, (rows, length) = self.placed, plan.input_ids.shape
-        query_slots = placed.query_slots[:rows, :length].long()
+        token_slots = placed.token_slots[:, :length].clone(memory_format=torch.contiguous_format)
         masks = {kind: self._prefill_mask(kind, plan) for kind in placed.query_masks}
         arguments = dict(
             input_ids=plan.input_ids.to(self.device),
-            position_ids=placed.batch.position_ids[:rows].gather(1, query_slots).long(),
+            position_ids=placed.batch.position_ids[:rows].gather(1, token_slots).long(),
             attention_mask=self._for_model(masks),
             use_cache=False,
-            cache_slots=query_slots,
+            cache_slots=token_slots,
             score_mod=placed.query_score_mod,
             scaled_part=placed.query_part,
         )

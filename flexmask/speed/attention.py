@@ -274,7 +274,7 @@ class AttentionBench:
         )
 
     def _flexmask(self, kernel: PrefillKernel | None, tile: Tile) -> Callable[[], Tensor]:
-        """What the engine runs: the backend, over whole tiles."""
+        """What the engine runs, but for the order of tiles: the backend, over whole ones."""
         slots = prefill_length(self.length, max(tile))
         query, key, value = (F.pad(x, (0, 0, 0, slots - self.length)) for x in self._inputs)
         mask = create_block_mask(self._mask_mod, 1, None, slots, slots, self._device, tile)
