@@ -117,13 +117,9 @@ def _import_compiler() -> None:
     for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
         import_module(name)
     from torch._inductor.codecache import CacheBase, torch_key
-    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
     torch_key()
     CacheBase.get_system()
-    # Inductor's worker processes use this assembler, this process another unless told; the cache
-    # goes by its version too, so that a second process would compile what workers have compiled.
-    _set_triton_ptxas_path()
 
 
 def _check_folder(model: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -112,6 +113,9 @@ class ModelRunner:
         backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
         if on_gpu:
+            # The assembler of inductor's worker processes. Another one here, as Triton brings it,
+            # would make a second process compile what workers did: the cache goes by its version.
+            _set_triton_ptxas_path()
             compile_beside_layers(self._decode_model, list(shapes))
         else:
             multiply_few_rows(self._decode_model)
