@@ -3,7 +3,8 @@
 Every way computes the same layer (24 query heads over 8 key heads of 128, bf16) in one run,
 captured as a CUDA graph so that launching from the host does not count. TFLOP/s count the pairs
 that the mask allows, or for causal peers the pairs before each query, not the tiles computed. The
-floor of decode is the time to read keys and values once.
+floor of prefill is the time of these pairs at the rate of a large matrix product, that of decode
+the time to read keys and values once; both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from flexmask.attention.attention_modules import AttentionShape
 from flexmask.attention.flex_call import TRITON_OPTIONS, from_last_tile
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
-from flexmask.speed.ceilings import read_bandwidth
+from flexmask.speed.ceilings import matrix_rate, read_bandwidth
 from flexmask.speed.clock import time_call
 
 HEADS, KV_HEADS, DIM = 24, 8, 128
@@ -95,8 +96,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
 
 
-def prefill_timings(rows: int, length: int) -> list[Timing]:
-    """All ways for ``rows`` prompts of ``length`` tokens."""
+def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
+    """All ways for ``rows`` prompts of ``length`` tokens, and the floor."""
     torch.manual_seed(0)
     shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
@@ -155,15 +156,17 @@ def prefill_timings(rows: int, length: int) -> list[Timing]:
             "mask",
             lambda: F.scaled_dot_product_attention(query, *expanded, attn_mask=dense),
         )
-    timings = []
+    flops = {kind: 4 * count * DIM * HEADS * rows for kind, count in pairs.items()}
+    case, floor_ms = f"prefill {rows}x{length}", flops["mask"] / flops_per_s * 1e3
+    timings = [Timing(case, "floor", floor_ms, flops_per_s / 1e12, None)]
+    print_row(timings[0])
     for way, (kind, call) in ways.items():
         torch._dynamo.reset()
         output, ms = call(), graph_ms(call)
         if way in orders:
             output = output[:, :, orders[way]]
-        flops = 4 * pairs[kind] * DIM * HEADS * rows
         error = relative_error(output, want) if want is not None and kind == "mask" else None
-        timings.append(Timing(f"prefill {rows}x{length}", way, ms, flops / ms / 1e9, error))
+        timings.append(Timing(case, way, ms, flops[kind] / ms / 1e9, error))
         print_row(timings[-1])
     return timings
 
@@ -219,16 +222,18 @@ def main() -> None:
     parser.add_argument("--decode", nargs="*", default=DECODE_CASES)
     arguments = parser.parse_args()
     bandwidth = read_bandwidth(torch.device("cuda"))
+    flops_per_s = matrix_rate(torch.device("cuda"), torch.bfloat16)
     torch.cuda.empty_cache()
     print(f"{'case':18} {'way':26} {'ms':>9} {'TFLOP/s':>9} {'rel. error':>10}")
     timings = []
     for case in arguments.prefill:
-        timings += prefill_timings(*map(int, case.split("x")))
+        timings += prefill_timings(*map(int, case.split("x")), flops_per_s)
         torch.cuda.empty_cache()
     for case in arguments.decode:
         timings += decode_timings(*map(int, case.split("x")), bandwidth)
     record = {
         "read_bytes_per_s": bandwidth,
+        "flops_per_s": flops_per_s,
         "results": [asdict(timing) for timing in timings],
         "environment": environment_stamp(),
     }
