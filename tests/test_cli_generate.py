@@ -167,6 +167,7 @@ def test_unreadable_json_is_named_by_line(small, tmp_path, error_of):
         (["--batch-size", "many"], "--batch-size must be a positive number or auto, got 'many'"),
         (["--dtype", "float8"], "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
         (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "mps"], "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
         (["--temperature", "-1"], "temperature must not be negative, got -1.0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--max-new-tokens", "5000"], "questions.jsonl:1: needs positions up to"),
