@@ -1,0 +1,77 @@
+"""``flexmask warmup``: what it compiles, a later process finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "flexmask_cli"]
+COMPILED = {".so", ".cpp", ".cubin", ".ptx"}
+
+
+def run(caches: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+    }
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def compiled_files(caches: Path) -> dict[Path, int]:
+    """Files that compilers wrote, and when."""
+    found = (path for path in caches.rglob("*") if path.suffix in COMPILED)
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device: str) -> None:
+    sizes = ["--device", device, "--batch-size", "2", "--max-new-tokens", "4"]
+    warmed = run(tmp_path, "warmup", "--prompt-tokens", "300", *sizes)
+    assert warmed.returncode == 0, warmed.stderr
+    cold, warm = warmed.stdout.splitlines()
+    pattern = (
+        r"(cold|warm): a batch of 2 rows in [0-9.]+ s, (\d+) graphs compiled or read from disk"
+    )
+    assert int(re.fullmatch(pattern, cold)[2]) > 0
+    assert int(re.fullmatch(pattern, warm)[2]) == 0
+
+    before = compiled_files(tmp_path / "inductor") | compiled_files(tmp_path / "triton")
+    assert before
+    lines = [
+        {"uuid": str(row), "segments": [f"Q: Who plays {name}?\nA:", f"Q: {name} is by?\nA:"]}
+        for row, name in enumerate(("the harp", "a reed pipe", "drums", "the lute"))
+    ]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "out.feather"
+    generated = run(
+        tmp_path, "generate", "--input", str(requests), "--output", str(output), "--quiet", *sizes
+    )
+    assert generated.returncode == 0, generated.stderr
+    assert output.exists()
+    after = compiled_files(tmp_path / "inductor") | compiled_files(tmp_path / "triton")
+    assert sorted(after.keys() - before.keys()) == []
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-tokens", "5"], "5 segments do not fit into a prompt of 5 tokens"),
+        (["--num-segments", "0"], "0 segments do not fit into a prompt of 1024 tokens"),
+        (["--batch-size", "0"], "batch"),
+        (["--strategy", "nope"], "nope"),
+        (["--device", "mps"], "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+    ],
+)
+def test_impossible_sizes_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run(tmp_path, "warmup", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
