@@ -41,7 +41,7 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
     assert int(re.fullmatch(pattern, cold)[2]) > 0
     assert int(re.fullmatch(pattern, warm)[2]) == 0
 
-    before = compiled_files(tmp_path / "inductor") | compiled_files(tmp_path / "triton")
+    before = compiled_files(tmp_path)
     assert before
     lines = [
         {"uuid": str(row), "segments": [f"Q: Who plays {name}?\nA:", f"Q: {name} is by?\nA:"]}
@@ -55,7 +55,7 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
     )
     assert generated.returncode == 0, generated.stderr
     assert output.exists()
-    after = compiled_files(tmp_path / "inductor") | compiled_files(tmp_path / "triton")
+    after = compiled_files(tmp_path)
     assert sorted(after.keys() - before.keys()) == []
     assert after == before
 

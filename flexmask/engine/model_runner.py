@@ -278,8 +278,8 @@ class ModelRunner:
 
     @torch.no_grad()
     def _compute(self, plan: PrefillPlan) -> None:
-        placed, (rows, length) = self.placed, plan.input_ids.shape
-        token_slots = placed.token_slots[:, :length].clone(memory_format=torch.contiguous_format)
+        placed, token_slots = self.placed, plan.token_slots.to(self.device)
+        rows = len(token_slots)
         masks = {kind: self._prefill_mask(kind, plan) for kind in placed.query_masks}
         arguments = dict(
             input_ids=plan.input_ids.to(self.device),

@@ -11,7 +11,6 @@ from torch._dynamo import mark_static
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import CausalRows
-from flexmask.attention.flex_call import from_last_tile
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask
 from flexmask.block_mask.decode_row import check_row_mask
@@ -40,8 +39,7 @@ class PlacedStrategy:
         capacity: Slots of each.
         batch: Segment ids and positions.
         slots: ``(B,)`` slot of the token that each row decodes next.
-        token_slots: ``(R, Q)`` slots of the tokens that a prefill computes, as loaded last.
-        query_slots: ``(B, capacity)`` the same, the last tile first (`from_last_tile`).
+        query_slots: ``(B, capacity)`` slots of the queries of a prefill (`PrefillPlan`).
         query_masks: Masks of these.
         query_score_mod: Changes their scores.
         query_part: Keys that they weigh otherwise.
@@ -76,7 +74,6 @@ class PlacedStrategy:
         self.capacity = capacity
         self.batch = LayoutBatch(batch_size, capacity, device)
         self.slots = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.token_slots = self.slots[:, None]
         self.query_slots = torch.zeros_like(self.batch.position_ids)
         mark_static(self.query_slots)
         self.key_table: KeyTable | None = None
@@ -120,10 +117,8 @@ class PlacedStrategy:
     def load(self, plan: PrefillPlan) -> None:
         """Place the tokens that a prefill computes or copies."""
         self.batch.copy_from(plan.tables)
-        self.token_slots = slots = plan.query_slots.to(self.query_slots.device)
-        rows, count = slots.shape
-        order = from_last_tile(torch.arange(count, device=slots.device), count, plan.tile[0])
-        self.query_slots[:rows, :count] = slots[:, order]
+        rows, count = plan.query_slots.shape
+        self.query_slots[:rows, :count] = plan.query_slots.to(self.query_slots.device)
         if self.key_table is not None and plan.key_table is not None:
             for buffer, content in zip(self.key_table, plan.key_table, strict=True):
                 buffer.copy_(content)

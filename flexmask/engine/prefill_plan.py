@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from flexmask.attention.flex_call import from_last_tile
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout import Layout
@@ -40,7 +41,9 @@ class PrefillPlan:
         tile: Queries and keys of a tile, of which their numbers are multiples.
         tables: Segment ids and positions of the batch.
         input_ids: ``(R, T)`` tokens to compute in ``R`` rows, padded.
-        query_slots: ``(R, Q)`` their slots, padded to whole tiles for attention alone.
+        token_slots: ``(R, T)`` their slots.
+        query_slots: ``(R, Q)`` the same for attention: in whole tiles, the last tile first
+            (`from_last_tile`).
         computed_tokens: How many of each of these rows are no padding.
         key_table: Where keys lie once the prefix is copied, for `batch_size` rows; None if it is
             not wanted.
@@ -53,6 +56,7 @@ class PrefillPlan:
     tile: Tile
     tables: LayoutTables
     input_ids: Tensor
+    token_slots: Tensor
     query_slots: Tensor
     computed_tokens: tuple[int, ...]
     key_table: KeyTable | None
@@ -100,14 +104,15 @@ def plan_prefill(
     num_tokens = max(1, -(-most // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
     num_queries = prefill_length(most, tile[0])
     input_ids = torch.zeros(len(starts), num_tokens, dtype=torch.long)
-    query_slots = torch.empty(len(starts), num_queries, dtype=torch.long)
-    padding = torch.arange(num_queries)
+    in_order = torch.empty(len(starts), num_queries, dtype=torch.long)
+    places = torch.arange(num_queries)
     for row, (layout, computed) in enumerate(zip(layouts, slots, strict=False)):
         size = len(computed)
         input_ids[row, :size] = layout.token_tensor[computed]
-        query_slots[row, :size] = computed
+        in_order[row, :size] = computed
         # What pads a row goes to slots that hold no token yet.
-        query_slots[row, size:] = counts[row] + padding[: num_queries - size]
+        in_order[row, size:] = counts[row] + places[: num_queries - size]
+    in_order.clamp_(max=capacity - 1)
     return PrefillPlan(
         layouts=tuple(layouts),
         counts=tuple(counts),
@@ -116,7 +121,8 @@ def plan_prefill(
         tile=tile,
         tables=layout_tables(layouts, counts, [0] * len(layouts), batch_size, capacity),
         input_ids=input_ids,
-        query_slots=query_slots.clamp_(max=capacity - 1),
+        token_slots=in_order[:, :num_tokens].clone(memory_format=torch.contiguous_format),
+        query_slots=in_order[:, from_last_tile(places, num_queries, tile[0])],
         computed_tokens=tuple(map(len, slots)),
         key_table=_key_table(counts, starts, shared_length, slots, batch_size, capacity)
         if with_key_table

@@ -182,7 +182,8 @@ class AttentionBench:
         tile = prefill_tile(kernel, self.length, has_options=has_options)
         slots = prefill_length(self.length, max(tile))
         note = f"{slots:,} slots in tiles of {tile[0]}x{tile[1]}"
-        return self._timed(way, self._flexmask(kernel, tile), self.report.allowed_pairs, note)
+        call = self._flexmask(kernel, tile, slots)
+        return self._timed(way, call, self.report.allowed_pairs, note)
 
     def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
         with compile_settings(self._device):
@@ -273,9 +274,10 @@ class AttentionBench:
             enable_gqa=self._heads.are_grouped,
         )
 
-    def _flexmask(self, kernel: PrefillKernel | None, tile: Tile) -> Callable[[], Tensor]:
+    def _flexmask(
+        self, kernel: PrefillKernel | None, tile: Tile, slots: int
+    ) -> Callable[[], Tensor]:
         """What the engine runs, but for the order of tiles: the backend, over whole ones."""
-        slots = prefill_length(self.length, max(tile))
         query, key, value = (F.pad(x, (0, 0, 0, slots - self.length)) for x in self._inputs)
         mask = create_block_mask(self._mask_mod, 1, None, slots, slots, self._device, tile)
         module = nn.Module()
