@@ -96,77 +96,129 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
 
 
-def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
-    """All ways for ``rows`` prompts of ``length`` tokens, and the floor."""
-    torch.manual_seed(0)
-    shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    mask_mod = segments_mask(length)
-    plain_mask = create_block_mask(mask_mod, None, None, length, length, "cuda", TILE)
-    report = explain_mask(mask_mod, None, None, length, length, "cuda")
-    pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
-    inputs = (query, key, value)
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a prefill.
 
-    def causal() -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    Attributes:
+        name: Its name.
+        pairs: What its TFLOP/s count: those that the ``mask`` allows, or the ``causal`` ones.
+        call: Computes it.
+        order: Which query each of its results belongs to, ``(Q,)``; None for the queries' own
+            order.
+    """
 
-    def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return causal()
+    name: str
+    pairs: str
+    call: Callable[[], Tensor]
+    order: Tensor | None = None
 
-    def plain_flex() -> Callable[[], Tensor]:
+
+@dataclass(frozen=True)
+class Prefill:
+    """Queries, keys and values, ``(B, H, length, D)`` each, and who sees whom."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    length: int
+    mask_mod: Callable[..., Tensor]
+
+    @classmethod
+    def random(cls, rows: int, length: int) -> Prefill:
+        """Make random ones."""
+        torch.manual_seed(0)
+        shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        inputs = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+        return cls(*inputs, length, segments_mask(length))
+
+    def causal_ways(self) -> list[Way]:
+        """What computes every pair before a query."""
+
+        def causal() -> Tensor:
+            inputs = (self.query, self.key, self.value)
+            return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+        def cudnn() -> Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return causal()
+
+        return [Way("SDPA causal", "causal", causal), Way("SDPA causal, cuDNN", "causal", cudnn)]
+
+    def flex_way(self) -> Way:
+        """FlexAttention as torch offers it."""
+        mask = create_block_mask(self.mask_mod, None, None, self.length, self.length, "cuda", TILE)
         attend = compiled_flex(None, dynamic=False)
-        return lambda: attend(*inputs, plain_mask)
+        return Way(
+            "flex_attention", "mask", lambda: attend(self.query, self.key, self.value, mask)
+        )
 
-    def flexmask(options: dict[str, Any], tile: Tile) -> tuple[Callable[[], Tensor], Tensor]:
-        """As in the engine, whose layers put queries in this order; the order too."""
+    def flexmask_ways(self) -> list[Way]:
+        """Triton's kernel with each tile, and FLASH where it is installed."""
+        ways = [
+            self._flexmask_way(f"Triton, {tile[0]}x{tile[1]}", {"IS_DIVISIBLE": True} | own, tile)
+            for tile, own in TRITON_OPTIONS.items()
+        ]
+        shape = AttentionShape(KV_HEADS, DIM, DIM, has_softcap=False)
+        if flash_can_attend(shape, self.query.dtype, self.query.device):
+            ways.append(self._flexmask_way("FLASH", {"BACKEND": "FLASH"}, TILE))
+        return ways
+
+    def _flexmask_way(self, kernel: str, options: dict[str, Any], tile: Tile) -> Way:
+        """As in the engine, whose layers put queries in this order."""
+        length = self.length
         order = from_last_tile(torch.arange(length, device="cuda"), length, tile[0]).int()
         mark_static(order)
 
         def placed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return mask_mod(b, h, order[q_idx], kv_idx)
+            return self.mask_mod(b, h, order[q_idx], kv_idx)
 
         mask = create_block_mask(placed, None, None, length, length, "cuda", tile)
-        attend, queries = compiled_flex(options, dynamic=True), query[:, :, order]
-        return lambda: attend(queries, key, value, mask), order
+        attend, queries = compiled_flex(options, dynamic=True), self.query[:, :, order]
+        return Way(
+            f"flexmask {kernel}",
+            "mask",
+            lambda: attend(queries, self.key, self.value, mask),
+            order,
+        )
 
-    ways: dict[str, tuple[str, Callable[[], Tensor]]] = {
-        "SDPA causal": ("causal", causal),
-        "SDPA causal, cuDNN": ("causal", cudnn),
-        "flex_attention": ("mask", plain_flex()),
-    }
-    orders = {}
-    for tile, options in TRITON_OPTIONS.items():
-        way = f"flexmask Triton, {tile[0]}x{tile[1]}"
-        call, orders[way] = flexmask({"IS_DIVISIBLE": True, **options}, tile)
-        ways[way] = ("mask", call)
-    shape = AttentionShape(KV_HEADS, DIM, DIM, has_softcap=False)
-    if flash_can_attend(shape, query.dtype, query.device):
-        call, orders["flexmask FLASH"] = flexmask({"BACKEND": "FLASH"}, TILE)
-        ways["flexmask FLASH"] = ("mask", call)
+    def dense_way(self) -> tuple[Way, Tensor]:
+        """SDPA with the mask of all pairs, and its result in float32."""
+        index = torch.arange(self.length, device="cuda")
+        dense = self.mask_mod(None, None, index[:, None], index[None])
+        expanded = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (self.key, self.value)]
+        want = F.scaled_dot_product_attention(
+            self.query.float(), *[x.float() for x in expanded], attn_mask=dense
+        )
+
+        def call() -> Tensor:
+            return F.scaled_dot_product_attention(self.query, *expanded, attn_mask=dense)
+
+        return Way("SDPA, dense mask", "mask", call), want
+
+
+def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
+    """All ways for ``rows`` prompts of ``length`` tokens, and the floor."""
+    prefill = Prefill.random(rows, length)
+    report = explain_mask(prefill.mask_mod, None, None, length, length, "cuda")
+    pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
+    flops = {kind: 4 * count * DIM * HEADS * rows for kind, count in pairs.items()}
+    ways = [*prefill.causal_ways(), prefill.flex_way(), *prefill.flexmask_ways()]
     want = None
     if length <= LONGEST_DENSE and rows == 1:
-        index = torch.arange(length, device="cuda")
-        dense = mask_mod(None, None, index[:, None], index[None])
-        expanded = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value)]
-        want = F.scaled_dot_product_attention(
-            query.float(), *[x.float() for x in expanded], attn_mask=dense
-        )
-        ways["SDPA, dense mask"] = (
-            "mask",
-            lambda: F.scaled_dot_product_attention(query, *expanded, attn_mask=dense),
-        )
-    flops = {kind: 4 * count * DIM * HEADS * rows for kind, count in pairs.items()}
+        dense, want = prefill.dense_way()
+        ways.append(dense)
     case, floor_ms = f"prefill {rows}x{length}", flops["mask"] / flops_per_s * 1e3
     timings = [Timing(case, "floor", floor_ms, flops_per_s / 1e12, None)]
     print_row(timings[0])
-    for way, (kind, call) in ways.items():
+    for way in ways:
         torch._dynamo.reset()
-        output, ms = call(), graph_ms(call)
-        if way in orders:
-            output = output[:, :, orders[way]]
-        error = relative_error(output, want) if want is not None and kind == "mask" else None
-        timings.append(Timing(case, way, ms, flops[kind] / ms / 1e9, error))
+        output, ms = way.call(), graph_ms(way.call)
+        error = None
+        if want is not None and way.pairs == "mask":
+            # The order is its own inverse.
+            error = relative_error(output if way.order is None else output[:, :, way.order], want)
+        timings.append(Timing(case, way.name, ms, flops[way.pairs] / ms / 1e9, error))
         print_row(timings[-1])
     return timings
 

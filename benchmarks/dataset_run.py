@@ -29,6 +29,8 @@ from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.registry import make_strategy
+from flexmask.request import Request
+from flexmask.strategy import Strategy
 
 LLAMA_3_2_3B = {
     "vocab_size": 128256,
@@ -73,6 +75,54 @@ def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
     return Engine(model.eval().requires_grad_(False), tokenizer)
 
 
+def timed_run(
+    engine: Engine,
+    requests: list[Request],
+    strategy: Strategy,
+    arguments: argparse.Namespace,
+    config: RunConfig,
+) -> dict[str, Any]:
+    """Run the whole data set, from requests to the result file."""
+    started = time.perf_counter()
+    run = engine.generate(
+        requests,
+        strategy,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    with ResultWriter.open(
+        arguments.output, config=config, requests=requests, mode="overwrite"
+    ) as writer:
+        for generations in run.batches():
+            writer.write(generations)
+    total_s = time.perf_counter() - started
+    stats = asdict(run.stats)
+    model_s = stats["prefill_s"] + stats["decode_s"]
+    return {
+        "total_s": total_s,
+        "rows_per_s": stats["rows"] / total_s,
+        "tokens_per_s": stats["generated_tokens"] / total_s,
+        "prefill_share": stats["prefill_s"] / total_s,
+        "decode_share": stats["decode_s"] / total_s,
+        "host_share": 1 - model_s / total_s,
+    } | stats
+
+
+def peers_rows_per_s(
+    engine: Engine, requests: list[Request], strategy: Strategy, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Run some of the rows in other ways."""
+    count = arguments.max_new_tokens
+    rows = requests[: arguments.separate_rows]
+    peers = {
+        f"generate, each paraphrase, batch {size}": separate_rows_per_s(engine, rows, count, size)
+        for size in arguments.separate_batches
+    }
+    if rows := requests[: arguments.rerun_rows]:
+        peers["whole sequence per token"] = rerun_rows_per_s(engine, strategy, rows, count)
+    return peers
+
+
 def main() -> None:
     """Print the summary of the run, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,47 +146,15 @@ def main() -> None:
     strategy = make_strategy(arguments.strategy, {})
     config = RunConfig(settings, environment_stamp())
 
-    def timed_run() -> dict[str, Any]:
-        """The whole data set, from requests to the result file."""
-        started = time.perf_counter()
-        run = engine.generate(
-            requests,
-            strategy,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-        )
-        with ResultWriter.open(
-            arguments.output, config=config, requests=requests, mode="overwrite"
-        ) as writer:
-            for generations in run.batches():
-                writer.write(generations)
-        total_s = time.perf_counter() - started
-        stats = asdict(run.stats)
-        model_s = stats["prefill_s"] + stats["decode_s"]
-        return {
-            "total_s": total_s,
-            "rows_per_s": stats["rows"] / total_s,
-            "tokens_per_s": stats["generated_tokens"] / total_s,
-            "prefill_share": stats["prefill_s"] / total_s,
-            "decode_share": stats["decode_s"] / total_s,
-            "host_share": 1 - model_s / total_s,
-        } | stats
-
-    runs = {"cold": timed_run(), "warm": timed_run()}
+    inputs = (engine, requests, strategy, arguments)
+    runs = {way: timed_run(*inputs, config) for way in ("cold", "warm")}
     with patch.object(engine.runner, "share_prefix", return_value=False):
-        runs["prefix in every row"] = timed_run()
+        runs["prefix in every row"] = timed_run(*inputs, config)
     print(" " * 20, *(f"{way:>20}" for way in runs))
     for name in runs["cold"]:
         print(f"{name:20}", *(f"{run[name]:20.2f}" for run in runs.values()))
     engine.release()
-    own, count = runs["warm"]["rows_per_s"], arguments.max_new_tokens
-    peers = {}
-    rows = requests[: arguments.separate_rows]
-    for size in arguments.separate_batches:
-        name = f"generate, each paraphrase, batch {size}"
-        peers[name] = separate_rows_per_s(engine, rows, count, size)
-    if rows := requests[: arguments.rerun_rows]:
-        peers["whole sequence per token"] = rerun_rows_per_s(engine, strategy, rows, count)
+    own, peers = runs["warm"]["rows_per_s"], peers_rows_per_s(*inputs)
     for name, rows_per_s in peers.items():
         print(
             f"{name:40} {rows_per_s:9.2f} rows/s, flexmask {own / rows_per_s:7.1f} times as many"

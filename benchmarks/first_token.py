@@ -94,13 +94,13 @@ def main() -> None:
         for name, compiled in rounds:
             one = start(model, arguments.device, bytecode, Path(folder) / compiled)
             starts[name].append(one)
-    for name, them in starts.items():
-        for it in them:
             print(
-                f"{name:7} {it.first_token_s:6.1f} s to the first token, "
-                f"{it.after_loading_s:5.1f} of them after loading; ended after {it.total_s:5.1f}"
+                f"{name:7} {one.first_token_s:6.1f} s to the first token, "
+                f"{one.after_loading_s:5.1f} of them after loading; "
+                f"ended after {one.total_s:5.1f}",
+                flush=True,
             )
-    record = {name: [asdict(it) for it in them] for name, them in starts.items()}
+    record = {name: [asdict(one) for one in them] for name, them in starts.items()}
     print(json.dumps(record | {"shape": arguments.shape, "environment": environment_stamp()}))
 
 
