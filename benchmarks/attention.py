@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
 from flexmask.attention.attention_modules import AttentionShape
-from flexmask.attention.flex_call import TRITON_OPTIONS, from_last_tile
+from flexmask.attention.flex_call import TRITON_OPTIONS, last_tile_first
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.speed.ceilings import matrix_rate, read_bandwidth
@@ -167,7 +167,7 @@ class Prefill:
     def _flexmask_way(self, kernel: str, options: dict[str, Any], tile: Tile) -> Way:
         """As in the engine, whose layers put queries in this order."""
         length = self.length
-        order = from_last_tile(torch.arange(length, device="cuda"), length, tile[0]).int()
+        order = last_tile_first(length, length, tile[0]).queries.int().cuda()
         mark_static(order)
 
         def placed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

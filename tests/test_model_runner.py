@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
 from flexmask.attention.backend import register_attention
-from flexmask.attention.flex_call import from_last_tile, last_tile_first
+from flexmask.attention.flex_call import last_tile_first
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import (
     ModelRunner,
@@ -297,15 +297,17 @@ def test_a_prompt_is_computed_in_few_more_tokens_than_it_has_and_attends_in_whol
 
 @pytest.mark.parametrize(("count", "side"), [(2, 1), (6, 2), (512, 64), (384, 128)])
 def test_the_last_tile_comes_first_and_goes_back(count, side):
-    index = torch.arange(count)
-    order = from_last_tile(index, count, side)
-    assert order[:side].tolist() == index[-side:].tolist()
-    assert order[-side:].tolist() == index[:side].tolist()
-    assert from_last_tile(order, count, side).equal(index)
-    x = torch.randn(1, 1, count - 1, 4)
-    placed = last_tile_first(x, count, count, side)
-    assert placed[:, :, side - 1].equal(x[:, :, -1])
-    assert last_tile_first(placed, count - 1, count, side).equal(x)
+    x = torch.randn(count, 4)
+    order = last_tile_first(count, count, side)
+    assert x[order.queries][:side].equal(x[-side:])
+    assert x[order.queries][-side:].equal(x[:side])
+    assert x[order.queries][order.back].equal(x)
+
+
+def test_what_pads_the_last_tile_is_the_last_query():
+    order = last_tile_first(3, 6, 2)
+    assert order.queries.tolist() == [2, 2, 2, 2, 0, 1]
+    assert order.queries[order.back].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])

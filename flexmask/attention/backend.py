@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention.attention_modules import AttentionProbe
-from flexmask.attention.flex_call import PrefillKernel, attend, last_tile_first
+from flexmask.attention.flex_call import PrefillKernel, TileOrder, attend
 from flexmask.attention.scaled_part import PlacedPart
 from flexmask.errors import AttentionError
 from flexmask.kernels.decode_attention import KeyTable
@@ -58,6 +58,7 @@ def flexmask_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     cache_slots: Tensor | None = None,
+    tile_order: TileOrder | None = None,
     prefill_kernel: PrefillKernel | None = None,
     score_mod: ScoreMod | None = None,
     scaled_part: PlacedPart | None = None,
@@ -77,8 +78,8 @@ def flexmask_attention(
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         cache_slots: Slots that keys and values go to in ``module.key_cache`` and
-            ``module.value_cache``: ``(B, Q)``, where the mask may have tiles for more queries, the
-            last tile first, or ``(B,)`` for one query per row.
+            ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
+        tile_order: The order of queries that the mask is for.
         prefill_kernel: What computes a prefill whose lengths are whole tiles.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after that.
@@ -110,20 +111,17 @@ def flexmask_attention(
             *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0, *table
         )
         return rows[:, None], None
-    own_key, length = key, query.shape[2]
-    is_prefill = cache_slots is not None and cache_slots.dim() == 2
+    own_key = key
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
-    if is_prefill:
-        side = attention_mask.BLOCK_SIZE[0]
-        count = attention_mask.kv_num_blocks.shape[-1] * side
-        query, own_key = (last_tile_first(x, count, count, side) for x in (query, own_key))
+    if tile_order is not None:
+        query, own_key = query[:, :, tile_order.queries], own_key[:, :, tile_order.queries]
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
         scaled_part, own_key,
     )  # fmt: skip
-    if is_prefill:
-        output = last_tile_first(output, length, count, side)
+    if tile_order is not None:
+        output = output[:, :, tile_order.back]
     output = output.transpose(1, 2)
     if cache_slots is not None and cache_slots.dim() == 1 and not output.is_cuda:
         return kept_apart(output), None

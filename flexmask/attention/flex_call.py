@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,35 +54,36 @@ def compile_settings(device: torch.device) -> Iterator[None]:
         yield
 
 
-def from_last_tile(index: Tensor, count: int, side: int) -> Tensor:
-    """Where queries stand once the last tile of ``side`` of them comes first; and back again.
+class TileOrder(NamedTuple):
+    """Queries in whole tiles, the last tile first, and back in their order.
 
-    A kernel starts tiles in their order, and the last ones mostly see the most keys: begun last,
-    they would run on when all others are done. Of 6 queries in tiles of 2, 0 1 2 3 4 5 stand at
+    A kernel starts tiles as they come, and the last ones mostly see the most keys: begun last,
+    they would run on when all others are done. Queries 0 1 2 3 4 5 in tiles of 2 become
     4 5 2 3 0 1.
 
+    Attributes:
+        queries: ``(Q,)`` which query stands where; what pads the last tile is the last query.
+        back: ``(T,)`` where each query stands.
+    """
+
+    queries: Tensor
+    back: Tensor
+
+    def to(self, device: torch.device) -> TileOrder:
+        """Copy to a device."""
+        return TileOrder(self.queries.to(device), self.back.to(device))
+
+
+def last_tile_first(num_queries: int, count: int, side: int) -> TileOrder:
+    """Order queries by tiles.
+
     Args:
-        index: Integers below ``count``.
-        count: Queries, in whole tiles.
+        num_queries: How many there are.
+        count: The same in whole tiles.
         side: Queries of a tile.
     """
-    return count - side * (index // side + 1) + index % side
-
-
-def last_tile_first(x: Tensor, num_queries: int, count: int, side: int) -> Tensor:
-    """Queries of ``(B, H, Q, D)`` in whole tiles, the last tile first; of the result, back again.
-
-    By an index, because a slice or padding would be another graph where it leaves the tensor as
-    it is. Queries past the end are the last one again.
-
-    Args:
-        x: Queries in their order, or what came of them in whole tiles.
-        num_queries: Queries of the result.
-        count: Queries in whole tiles.
-        side: Queries of a tile.
-    """
-    index = from_last_tile(torch.arange(num_queries, device=x.device), count, side)
-    return x[:, :, index.clamp(max=x.shape[2] - 1)]
+    tiles = torch.arange(count).view(-1, side).flip(0).flatten()  # its own inverse
+    return TileOrder(tiles.clamp(max=num_queries - 1), tiles[:num_queries])
 
 
 def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:

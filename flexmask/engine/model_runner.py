@@ -287,6 +287,7 @@ class ModelRunner:
             attention_mask=self._for_model(masks),
             use_cache=False,
             cache_slots=token_slots,
+            tile_order=plan.tile_order.to(self.device),
             score_mod=placed.query_score_mod,
             scaled_part=placed.query_part,
         )

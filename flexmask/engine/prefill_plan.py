@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flexmask.attention.flex_call import from_last_tile
+from flexmask.attention.flex_call import TileOrder, last_tile_first
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout import Layout
@@ -42,8 +42,8 @@ class PrefillPlan:
         tables: Segment ids and positions of the batch.
         input_ids: ``(R, T)`` tokens to compute in ``R`` rows, padded.
         token_slots: ``(R, T)`` their slots.
-        query_slots: ``(R, Q)`` the same for attention: in whole tiles, the last tile first
-            (`from_last_tile`).
+        tile_order: The order in which they attend, as queries in whole tiles.
+        query_slots: ``(R, Q)`` slots in this order.
         computed_tokens: How many of each of these rows are no padding.
         key_table: Where keys lie once the prefix is copied, for `batch_size` rows; None if it is
             not wanted.
@@ -57,6 +57,7 @@ class PrefillPlan:
     tables: LayoutTables
     input_ids: Tensor
     token_slots: Tensor
+    tile_order: TileOrder
     query_slots: Tensor
     computed_tokens: tuple[int, ...]
     key_table: KeyTable | None
@@ -113,6 +114,7 @@ def plan_prefill(
         # What pads a row goes to slots that hold no token yet.
         in_order[row, size:] = counts[row] + places[: num_queries - size]
     in_order.clamp_(max=capacity - 1)
+    all_by_tiles = last_tile_first(num_queries, num_queries, tile[0]).queries
     return PrefillPlan(
         layouts=tuple(layouts),
         counts=tuple(counts),
@@ -122,7 +124,8 @@ def plan_prefill(
         tables=layout_tables(layouts, counts, [0] * len(layouts), batch_size, capacity),
         input_ids=input_ids,
         token_slots=in_order[:, :num_tokens].clone(memory_format=torch.contiguous_format),
-        query_slots=in_order[:, from_last_tile(places, num_queries, tile[0])],
+        tile_order=last_tile_first(num_tokens, num_queries, tile[0]),
+        query_slots=in_order[:, all_by_tiles],
         computed_tokens=tuple(map(len, slots)),
         key_table=_key_table(counts, starts, shared_length, slots, batch_size, capacity)
         if with_key_table
