@@ -56,7 +56,8 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
     assert generated.returncode == 0, generated.stderr
     assert output.exists()
     after = compiled_files(tmp_path)
-    assert sorted(after.keys() - before.keys()) == []
+    added = sorted(path.name for path in after.keys() - before.keys())
+    assert not added, f"compiled again: {', '.join(added)}"
     assert after == before
 
 

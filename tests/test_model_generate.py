@@ -1,10 +1,14 @@
 """The backend under ``model.generate``, as transformers runs it."""
 
+from collections import Counter
+
 import pytest
 import torch
+import torch._inductor.config
+from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
-from flexmask.attention.flex_call import compile_settings
+from flexmask.attention.flex_call import _has_compiled_graphs, compile_settings
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.errors import AttentionError
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
@@ -130,3 +134,22 @@ def test_compile_settings_are_put_back():
     with compile_settings(torch.device("cpu")):
         assert torch._dynamo.config.specialize_int
     assert torch._dynamo.config.specialize_int == before
+
+
+@pytest.mark.parametrize(
+    ("has_graphs", "missed", "threads"), [(False, 0, 4), (True, 0, 1), (True, 1, 4)]
+)
+def test_compile_workers_wait_until_a_graph_is_not_on_disk(
+    tmp_path, monkeypatch, has_graphs, missed, threads
+):
+    if has_graphs:
+        (tmp_path / "fxgraph").mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(counters, "inductor", Counter(fxgraph_cache_miss=missed))
+    _has_compiled_graphs.cache_clear()
+    with torch._inductor.config.patch(compile_threads=4):
+        with compile_settings(torch.device("cuda")):
+            assert torch._inductor.config.compile_threads == threads
+        with compile_settings(torch.device("cpu")):
+            assert torch._inductor.config.compile_threads == 4
+    _has_compiled_graphs.cache_clear()

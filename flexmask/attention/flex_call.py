@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -46,12 +50,32 @@ def compile_settings(device: torch.device) -> Iterator[None]:
     not equal for ever; but torch before 2.13 gives two sizes of one C++ kernel the same name
     where equal ones have symbols of their own.
     """
-    has_symbol_each = device.type == "cuda" or torch.__version__ >= "2.13"
+    is_cuda = device.type == "cuda"
+    has_symbol_each = is_cuda or torch.__version__ >= "2.13"
+    compile_threads = 1 if is_cuda and _finds_all_compiled() else inductor_config.compile_threads
     with (
         dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
         cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
+        cast(Any, inductor_config).patch(compile_threads=compile_threads),
     ):
         yield
+
+
+def _finds_all_compiled() -> bool:
+    """Whether each graph of this process was found on disk so far.
+
+    Inductor would start its worker processes all the same: seconds, which a process that compiles
+    nothing waits for when it ends.
+    """
+    found = counters["inductor"]
+    missed = found["fxgraph_cache_miss"] or found["fxgraph_cache_bypass"]
+    return _has_compiled_graphs() and not missed
+
+
+@cache
+def _has_compiled_graphs() -> bool:
+    """Whether there were any when this process first asked."""
+    return Path(cache_dir(), "fxgraph").is_dir()
 
 
 class TileOrder(NamedTuple):
