@@ -28,9 +28,9 @@ from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
-from flexmask.engine.sampling import Sampling
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
+from flexmask.sampling import Sampling
 from flexmask.speed.ceilings import read_bandwidth
 
 SEGMENTS = 5

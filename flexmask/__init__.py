@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flexmask.block_mask import create_block_mask, explain_mask
     from flexmask.dataset.requests import read_requests
     from flexmask.engine import Engine
-    from flexmask.engine.sampling import Sampling
     from flexmask.errors import FlexMaskError
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from flexmask.layout import Layout, TokenizedRequest
     from flexmask.registry import load_registry, make_strategy
     from flexmask.request import Request
+    from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy, parameter
     from flexmask.strategy_function import mask_strategy
     from flexmask.tokenization import RequestTokenizer
@@ -41,7 +41,7 @@ _MODULE_OF = {
     "explain_mask": "block_mask",
     "hookimpl": "hookspecs",
     "RequestTokenizer": "tokenization",
-    "Sampling": "engine.sampling",
+    "Sampling": "sampling",
     "load_registry": "registry",
     "make_strategy": "registry",
     "mask_strategy": "strategy_function",

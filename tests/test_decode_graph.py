@@ -8,9 +8,9 @@ from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import Fusion
+from flexmask.sampling import Sampling
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flexmask.engine.logit_fusion import LogitFusion
-from flexmask.engine.sampling import Sampling
 from flexmask.errors import FlexMaskWarning, ModelError, RequestError
 from flexmask.fusion import Fusion
+from flexmask.sampling import Sampling
 from oracles import random_text_request
 
 STEPS = 32

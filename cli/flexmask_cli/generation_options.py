@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from flexmask.dataset.judge import Judge
     from flexmask.dataset.task import Task
     from flexmask.engine import Engine
-    from flexmask.engine.sampling import Sampling
     from flexmask.fusion import Fusion
+    from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy
     from flexmask.tokenization import RequestTokenizer
 
@@ -61,7 +61,7 @@ class GenerationOptions:
     @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
-        from flexmask.engine.sampling import Sampling
+        from flexmask.sampling import Sampling
 
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
@@ -71,7 +71,7 @@ class GenerationOptions:
         Raises:
             OptionError: If an option has an impossible value, or cannot be had here.
         """
-        from flexmask.engine.loading import resolve_device, resolve_dtype
+        from flexmask.device import resolve_device, resolve_dtype
 
         self.judge.check()
         self.for_engine()
@@ -108,7 +108,7 @@ class GenerationOptions:
 
     def machine(self) -> Mapping[str, str]:
         """Versions and device."""
-        from flexmask.engine.loading import resolve_device
+        from flexmask.device import resolve_device
 
         versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
         return {**versions, "device": str(resolve_device(self.device))}

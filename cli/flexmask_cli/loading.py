@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
 
 if TYPE_CHECKING:
+    import torch
+
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.engine import Engine
 
@@ -21,22 +26,48 @@ def load_engine(
     prefill_kernel: PrefillKernel | None = None,
 ) -> Engine:
     """Load a model, the bundled one if none is named; its library speaks if ``verbose``."""
-    from transformers.utils import logging
+    with _what_loads_stays():
+        from flexmask.device import resolve_device
 
-    from flexmask.engine import Engine
+        engine_class = _import_engine(resolve_device(device))
 
-    if not verbose:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    engine = Engine.from_pretrained(
-        model or str(model_path()),
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        prefill_kernel=prefill_kernel,
-    )
-    # What is there by now stays. As the oldest generation it is not looked through for cycles
-    # after each graph that compiles, which torch asks for.
-    gc.freeze()
-    gc.unfreeze()
-    return engine
+        from transformers.utils import logging
+
+        if not verbose:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        return engine_class.from_pretrained(
+            model or str(model_path()),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            prefill_kernel=prefill_kernel,
+        )
+
+
+@contextmanager
+def _what_loads_stays() -> Iterator[None]:
+    """Look for no garbage among objects while they load, nor among them later on.
+
+    They become the oldest generation, which is not looked through after each graph that
+    compiles, as torch asks for.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()
+        gc.enable()
+
+
+def _import_engine(device: torch.device) -> type[Engine]:
+    """Import the engine, and transformers with it, while the device starts."""
+    from flexmask.device import start_device
+
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start_device, device)
+        from flexmask.engine import Engine
+
+        starting.result()
+    return Engine

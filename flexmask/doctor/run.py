@@ -37,6 +37,7 @@ def run_checks() -> Iterator[Check]:
 
 
 def _check_attention() -> Iterator[Check]:
+    from flexmask.device import resolve_device
     from flexmask.doctor.attention import (
         check_cuda_graph,
         check_decode,
@@ -44,7 +45,6 @@ def _check_attention() -> Iterator[Check]:
         check_prefill,
     )
     from flexmask.doctor.kernels import check_decode_kernels
-    from flexmask.engine.loading import resolve_device
 
     device = resolve_device("auto")
     yield check_prefill(device)

@@ -18,9 +18,9 @@ from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_reuse import pays_off, shared_beginning
 from flexmask.engine.prompts import Job
 from flexmask.engine.row import Row
-from flexmask.engine.sampling import Sampling
 from flexmask.fusion import Fusion, majority
 from flexmask.generation import Generation
+from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 

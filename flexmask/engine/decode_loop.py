@@ -15,8 +15,9 @@ from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.sampling import Sampler, Sampling, most_likely
+from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.errors import FlexMaskWarning
+from flexmask.sampling import Sampling
 
 LAG = 2
 """Steps that the device runs ahead of the host, which looks whether rows have ended."""

@@ -11,21 +11,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.device import resolve_device, resolve_dtype
 from flexmask.engine.batch_runner import RunOptions
 from flexmask.engine.decode_loop import DecodeLoop
-from flexmask.engine.loading import load_model, resolve_device, resolve_dtype
+from flexmask.engine.loading import load_model
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prompts import Job, PromptPlanner
 from flexmask.engine.run import GenerationRun
 from flexmask.engine.run_stats import RunStats
-from flexmask.engine.sampling import Sampling
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request
+from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
 

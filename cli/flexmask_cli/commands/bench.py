@@ -69,7 +69,7 @@ def bench(
 
     import torch
 
-    from flexmask.engine.loading import resolve_device, resolve_dtype
+    from flexmask.device import resolve_device, resolve_dtype
     from flexmask.speed.attention import AttentionBench, Heads
     from flexmask.speed.machine import machine_stamp
 
