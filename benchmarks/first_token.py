@@ -3,7 +3,8 @@
 A model of random weights is saved to a folder; then ``flexmask warmup`` loads it and runs one row
 of 1,024 slots through prefill and one decoded token. The first process finds no compiled code at
 all, Python's bytecode included, which an installer would have left there; the second finds the
-bytecode, and the others what the second left.
+bytecode, and the others what the second left. Peers are processes of transformers' generate with
+a static cache (``start_peer.py``), and between them one that imports what all of them do and ends.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,42 +28,91 @@ from dataset_run import SHAPES, random_engine
 from stamp import environment_stamp
 
 PROMPT_TOKENS = 1016
+PEER = str(Path(__file__).with_name("start_peer.py"))
+PEERS = {
+    "transformers sdpa static": "sdpa",
+    "transformers flex_attention static": "flex_attention",
+}
+"""Attention of each."""
+IMPORTS = "imports alone"
 
 
 @dataclass(frozen=True)
 class Start:
-    """How long a process took."""
+    """How long a process took.
 
+    Attributes:
+        way: What ran.
+        caches: What it found: ``nothing``, Python's bytecode (``cold``), or compiled code as well
+            (``again``).
+        first_token_s: Seconds to its first token.
+        after_loading_s: Of these, from the loaded model on.
+        total_s: Seconds to its end.
+    """
+
+    way: str
+    caches: str
     first_token_s: float
-    """To its first token."""
     after_loading_s: float
-    """Of that, from the loaded model on."""
     total_s: float
-    """To its end."""
 
 
-def start(model: Path, device: str, bytecode: Path, compiled: Path) -> Start:
-    """Time a process of ``flexmask warmup`` with the caches that it finds."""
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
-        "TRITON_CACHE_DIR": str(compiled / "triton"),
-        "PYTHONPYCACHEPREFIX": str(bytecode),
-    }
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-m", "flexmask_cli", "warmup", "--model", str(model)]
-    command += ["--device", device, "--prompt-tokens", str(PROMPT_TOKENS)]
-    command += ["--max-new-tokens", "1", "--batch-size", "1"]
-    started = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        first_token_s = time.perf_counter() - started
-        process.stdout.read()
-    total_s = time.perf_counter() - started
-    first = re.match(r"cold: .* in ([0-9.]+) s", line)
-    if first is None or process.returncode:
-        raise RuntimeError(f"flexmask warmup ended with {process.returncode} after {line!r}")
-    return Start(first_token_s, float(first[1]), total_s)
+@dataclass(frozen=True)
+class Processes:
+    """Processes that load one model.
+
+    Attributes:
+        model: Its folder.
+        device: Where it runs.
+        caches: Folder of all caches.
+    """
+
+    model: Path
+    device: str
+    caches: Path
+
+    def starts(self, peers: Sequence[str], repeats: int) -> Iterator[Start]:
+        """Time flexmask with nothing there, then each way cold, then all in turn."""
+        yield self._start("flexmask", "nothing", self.caches / "other")
+        ways = ["flexmask", *peers]
+        # Names without spaces, with which inductor cannot compile for a CPU.
+        compiled = {way: self.caches / way.replace(" ", "-") for way in (IMPORTS, *ways)}
+        for way in ways:
+            yield self._start(way, "cold", compiled[way])
+        for _ in range(repeats):
+            for way in compiled:
+                yield self._start(way, "again", compiled[way])
+
+    def _start(self, way: str, caches: str, compiled: Path) -> Start:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+            "TRITON_CACHE_DIR": str(compiled / "triton"),
+            "PYTHONPYCACHEPREFIX": str(self.caches / "bytecode"),
+        }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        command, started = self._command(way), time.perf_counter()
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            first_token_s = time.perf_counter() - started
+            process.stdout.read()
+        total_s = time.perf_counter() - started
+        after_loading = re.match(r"(?:cold: .*|done) in ([0-9.]+) s", line)
+        if after_loading is None or process.returncode:
+            raise RuntimeError(f"{way} ended with {process.returncode} after {line!r}")
+        return Start(way, caches, first_token_s, float(after_loading[1]), total_s)
+
+    def _command(self, way: str) -> list[str]:
+        if way == IMPORTS:
+            return [sys.executable, PEER, "--imports"]
+        sizes = ["--model", str(self.model), "--device", self.device]
+        sizes += ["--prompt-tokens", str(PROMPT_TOKENS)]
+        if way in PEERS:
+            return [sys.executable, PEER, *sizes, "--attention", PEERS[way]]
+        command = [sys.executable, "-m", "flexmask_cli", "warmup", *sizes]
+        return [*command, "--max-new-tokens", "1", "--batch-size", "1"]
 
 
 def save_model(shape: str, device: str, folder: Path) -> None:
@@ -71,15 +123,23 @@ def save_model(shape: str, device: str, folder: Path) -> None:
     engine.tokenizer.save_pretrained(folder)
 
 
+def print_medians(starts: Sequence[Start]) -> None:
+    """Print what processes took that found compiled code."""
+    for way in dict.fromkeys(start.way for start in starts if start.caches == "again"):
+        times = [s.first_token_s for s in starts if (s.way, s.caches) == (way, "again")]
+        print(f"{way:36} again, median of {len(times)}: {statistics.median(times):6.1f} s")
+
+
 def main() -> None:
     """Print each, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3, help="processes after the first")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, bytecode = Path(folder) / "model", Path(folder) / "bytecode"
+        model = Path(folder) / "model"
         # In a process of its own, so that none but the one that is timed holds the GPU.
         saving = get_context("spawn").Process(
             target=save_model, args=(arguments.shape, arguments.device, model)
@@ -88,20 +148,19 @@ def main() -> None:
         saving.join()
         if saving.exitcode:
             raise RuntimeError(f"the model could not be saved: exit code {saving.exitcode}")
-        starts: dict[str, list[Start]] = {"nothing": [], "cold": [], "again": []}
-        rounds = [("nothing", "other"), ("cold", "compiled")]
-        rounds += [("again", "compiled")] * arguments.repeats
-        for name, compiled in rounds:
-            one = start(model, arguments.device, bytecode, Path(folder) / compiled)
-            starts[name].append(one)
+        processes = Processes(model, arguments.device, Path(folder) / "caches")
+        starts = []
+        for start in processes.starts(arguments.peers, arguments.repeats):
+            starts.append(start)
             print(
-                f"{name:7} {one.first_token_s:6.1f} s to the first token, "
-                f"{one.after_loading_s:5.1f} of them after loading; "
-                f"ended after {one.total_s:5.1f}",
+                f"{start.way:36} {start.caches:7} {start.first_token_s:6.1f} s to the first "
+                f"token, {start.after_loading_s:5.1f} of them after loading; "
+                f"ended after {start.total_s:5.1f}",
                 flush=True,
             )
-    record = {name: [asdict(one) for one in them] for name, them in starts.items()}
-    print(json.dumps(record | {"shape": arguments.shape, "environment": environment_stamp()}))
+    print_medians(starts)
+    record = {"starts": [asdict(start) for start in starts], "shape": arguments.shape}
+    print(json.dumps(record | {"environment": environment_stamp()}))
 
 
 if __name__ == "__main__":

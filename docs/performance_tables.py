@@ -44,19 +44,22 @@ def attention_table() -> str:
 
 def first_token_table() -> str:
     """A process until its first token."""
-    record = _result("first-token-h100")
-    names = {
+    found = {
         "nothing": "no compiled code, Python's bytecode included",
         "cold": "empty compile caches",
         "again": "a second process, median of {}",
     }
+    starts: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for start in _result("first-token-h100")["starts"]:
+        starts.setdefault((start["way"], start["caches"]), []).append(start)
     times = ("first_token_s", "after_loading_s", "total_s")
     rows = [
-        [label.format(len(record[name]))]
-        + [f"{median(start[time] for start in record[name]):.1f}" for time in times]
-        for name, label in names.items()
+        [way, found[caches].format(len(them))]
+        + [f"{median(start[time] for start in them):.1f}" for time in times]
+        for (way, caches), them in starts.items()
     ]
-    return _table(["", "first token, s", "of them after loading", "end, s"], rows)
+    head = ["way", "found", "first token, s", "of them after loading", "end, s"]
+    return _table(head, rows)
 
 
 def block_mask_table() -> str:
