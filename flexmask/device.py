@@ -46,6 +46,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 def start_device(device: torch.device) -> None:
     """Have CUDA and its matrix products ready: half a second, in which nothing is imported."""
     if device.type == "cuda":
-        one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+        one = torch.ones(1, 1, device=device)
         torch.mm(one, one)
         torch.cuda.synchronize(device)

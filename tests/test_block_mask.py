@@ -580,6 +580,15 @@ def test_a_type_error_in_a_mask_is_raised_as_it_is() -> None:
         create_block_mask(mask_mod, 1, 1, 300, 300, "cpu")
 
 
+def test_a_torch_built_for_cuda_builds_masks_without_a_gpu(monkeypatch: Any) -> None:
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    mask = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 256, 256)
+    assert mask.kv_indices.device.type == "cpu"
+
+
 @pytest.mark.gpu
 def test_a_captured_tensor_on_another_device_is_named() -> None:
     ids = segments("cpu", 300)

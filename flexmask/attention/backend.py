@@ -115,6 +115,9 @@ def flexmask_attention(
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     if tile_order is not None:
+        tiles = attention_mask.kv_num_blocks.shape[-1]
+        # Which tells the compiler that this number of queries is the mask's, and no symbol more.
+        torch._check(len(tile_order.queries) == tiles * attention_mask.BLOCK_SIZE[0])
         query, own_key = query[:, :, tile_order.queries], own_key[:, :, tile_order.queries]
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,

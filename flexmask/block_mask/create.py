@@ -213,7 +213,10 @@ def _mask_shape(
             raise MaskError(f"{name} must be positive, got {size}")
     if q_offset < 0:
         raise MaskError(f"q_offset must not be negative, got {q_offset}")
-    target = torch.empty(0, device=device or torch.accelerator.current_accelerator() or "cpu")
+    if device is None:
+        # A torch that is built for CUDA names it where there is no GPU too, unless asked to look.
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    target = torch.empty(0, device=device)
     q, kv = Axis(q_offset, Q_LEN, q_tile), Axis(0, KV_LEN, kv_tile)
     return MaskShape(B, H, q, kv, target.device, memory_bytes)
 
