@@ -137,17 +137,18 @@ def test_compile_settings_are_put_back():
 
 
 @pytest.mark.parametrize(
-    ("has_graphs", "missed", "threads"), [(False, 0, 4), (True, 0, 1), (True, 1, 4)]
+    ("has_graphs", "missed", "is_cached", "threads"),
+    [(False, 0, True, 4), (True, 0, True, 1), (True, 1, True, 4), (True, 0, False, 4)],
 )
 def test_compile_workers_wait_until_a_graph_is_not_on_disk(
-    tmp_path, monkeypatch, has_graphs, missed, threads
+    tmp_path, monkeypatch, has_graphs, missed, is_cached, threads
 ):
     if has_graphs:
         (tmp_path / "fxgraph").mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(counters, "inductor", Counter(fxgraph_cache_miss=missed))
     _has_compiled_graphs.cache_clear()
-    with torch._inductor.config.patch(compile_threads=4):
+    with torch._inductor.config.patch(compile_threads=4, fx_graph_cache=is_cached):
         with compile_settings(torch.device("cuda")):
             assert torch._inductor.config.compile_threads == threads
         with compile_settings(torch.device("cpu")):

@@ -67,9 +67,11 @@ def _finds_all_compiled() -> bool:
     Inductor would start its worker processes all the same: seconds, which a process that compiles
     nothing waits for when it ends.
     """
-    found = counters["inductor"]
-    missed = found["fxgraph_cache_miss"] or found["fxgraph_cache_bypass"]
-    return _has_compiled_graphs() and not missed
+    if inductor_config.force_disable_caches or not inductor_config.fx_graph_cache:
+        return False
+    looked_up = counters["inductor"]
+    missed = looked_up["fxgraph_cache_miss"] + looked_up["fxgraph_cache_bypass"]
+    return missed == 0 and _has_compiled_graphs()
 
 
 @cache
