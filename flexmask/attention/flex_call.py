@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -52,13 +52,17 @@ def compile_settings(device: torch.device) -> Iterator[None]:
     """
     is_cuda = device.type == "cuda"
     has_symbol_each = is_cuda or torch.__version__ >= "2.13"
-    compile_threads = 1 if is_cuda and _finds_all_compiled() else inductor_config.compile_threads
     with (
         dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
         cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
-        cast(Any, inductor_config).patch(compile_threads=compile_threads),
+        _without_workers() if is_cuda and _finds_all_compiled() else nullcontext(),
     ):
         yield
+
+
+def _without_workers() -> AbstractContextManager[object]:
+    """Compile in this process."""
+    return cast("AbstractContextManager[object]", inductor_config.patch(compile_threads=1))
 
 
 def _finds_all_compiled() -> bool:
