@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from dataset_run import SHAPES, random_engine
 from stamp import environment_stamp
+from start_peer import generate
 from transformers import PreTrainedModel
 
 from flexmask.demo import model_path
@@ -177,21 +178,13 @@ def decode_peer(
     prompt = prompt.to(model.device)
     reset_peak_memory()
 
-    def generate(count: int) -> None:
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            **cache,
-        )
+    def generate_s(count: int) -> float:
+        return seconds(lambda: generate(model, prompt, count, **cache))
 
-    first_s = seconds(lambda: generate(2))
-    generate(steps + 2)
-    long_s = statistics.median(seconds(lambda: generate(steps + 2)) for _ in range(REPEATS))
-    short_s = statistics.median(seconds(lambda: generate(2)) for _ in range(REPEATS))
+    first_s = generate_s(2)
+    generate_s(steps + 2)
+    long_s = statistics.median(generate_s(steps + 2) for _ in range(REPEATS))
+    short_s = statistics.median(generate_s(2) for _ in range(REPEATS))
     step_s = (long_s - short_s) / steps
     floor = floor_s(model, batch_size, context, bandwidth)
     return measured(f"transformers {way}", batch_size, context, first_s, step_s, floor)

@@ -9,13 +9,35 @@ from __future__ import annotations
 import argparse
 import time
 from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
-def generate(model_path: str, device: str, attention: str, prompt_tokens: int) -> float:
+def generate(model: PreTrainedModel, prompt: Tensor, count: int, **cache: Any) -> Tensor:
+    """Generate ``count`` tokens for a prompt ``(B, T)``, all of them.
+
+    Args:
+        model: Who generates.
+        prompt: Token ids without padding.
+        count: Tokens of each row.
+        cache: How generate keeps keys and values.
+    """
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        **cache,
+    )
+
+
+def load_and_generate(model_path: str, device: str, attention: str, prompt_tokens: int) -> float:
     """Load a model and generate with a static cache; return the seconds after loading."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     dtype = "auto" if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=dtype, attn_implementation=attention
@@ -23,16 +45,7 @@ def generate(model_path: str, device: str, attention: str, prompt_tokens: int) -
     model = model.to(device).eval()
     started = time.perf_counter()
     prompt = torch.randint(5, model.config.vocab_size, (1, prompt_tokens)).to(device)
-    tokens = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=2,
-        min_new_tokens=2,
-        do_sample=False,
-        pad_token_id=0,
-        cache_implementation="static",
-    )
-    tokens.tolist()
+    generate(model, prompt, 2, cache_implementation="static").tolist()
     return time.perf_counter() - started
 
 
@@ -50,7 +63,7 @@ def main() -> None:
         for name in ("transformers.models.llama.modeling_llama", "torch._inductor.compile_fx"):
             import_module(name)
     else:
-        seconds = generate(
+        seconds = load_and_generate(
             arguments.model, arguments.device, arguments.attention, arguments.prompt_tokens
         )
     print(f"done in {seconds:.3f} s", flush=True)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from flexmask.demo import model_path
 
 if TYPE_CHECKING:
-    import torch
-
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.engine import Engine
 
@@ -27,10 +25,7 @@ def load_engine(
 ) -> Engine:
     """Load a model, the bundled one if none is named; its library speaks if ``verbose``."""
     with _what_loads_stays():
-        from flexmask.device import resolve_device
-
-        engine_class = _import_engine(resolve_device(device))
-
+        engine_class = _import_engine(device)
         from transformers.utils import logging
 
         if not verbose:
@@ -61,12 +56,12 @@ def _what_loads_stays() -> Iterator[None]:
         gc.enable()
 
 
-def _import_engine(device: torch.device) -> type[Engine]:
+def _import_engine(device: str) -> type[Engine]:
     """Import the engine, and transformers with it, while the device starts."""
-    from flexmask.device import start_device
+    from flexmask.device import resolve_device, start_device
 
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(start_device, device)
+        starting = pool.submit(start_device, resolve_device(device))
         from flexmask.engine import Engine
 
         starting.result()

@@ -115,6 +115,8 @@ def plan_prefill(
         in_order[row, size:] = counts[row] + places[: num_queries - size]
     in_order.clamp_(max=capacity - 1)
     all_by_tiles = last_tile_first(num_queries, num_queries, tile[0]).queries
+    # A copy, since a row alone would keep the strides of all queries, and need another graph.
+    token_slots = in_order[:, :num_tokens].clone(memory_format=torch.contiguous_format)
     return PrefillPlan(
         layouts=tuple(layouts),
         counts=tuple(counts),
@@ -123,7 +125,7 @@ def plan_prefill(
         tile=tile,
         tables=layout_tables(layouts, counts, [0] * len(layouts), batch_size, capacity),
         input_ids=input_ids,
-        token_slots=in_order[:, :num_tokens].clone(memory_format=torch.contiguous_format),
+        token_slots=token_slots,
         tile_order=last_tile_first(num_tokens, num_queries, tile[0]),
         query_slots=in_order[:, all_by_tiles],
         computed_tokens=tuple(map(len, slots)),
