@@ -8,7 +8,7 @@ import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
-from flexmask.attention.flex_call import _has_compiled_graphs, compile_settings
+from flexmask.attention.compile_settings import _has_compiled_graphs, compile_settings
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.errors import AttentionError
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flexmask.attention.flex_call import compile_settings
+from flexmask.attention.compile_settings import compile_settings
 from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion

@@ -19,7 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmask.attention.attention_modules import find_attention_modules
-from flexmask.attention.flex_call import PrefillKernel, compile_settings
+from flexmask.attention.compile_settings import compile_settings
+from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.engine.compiled_view import (
