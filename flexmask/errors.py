@@ -37,6 +37,10 @@ class ModelError(FlexMaskError):
     """A model or tokenizer cannot be loaded, or cannot hold the prompt."""
 
 
+class CompilerError(FlexMaskError):
+    """torch.compile finds no compiler for the device."""
+
+
 class OutputError(FlexMaskError):
     """A result file cannot be written, resumed or read."""
 

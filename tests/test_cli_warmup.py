@@ -15,10 +15,11 @@ COMMAND = [sys.executable, "-m", "flexmask_cli"]
 COMPILED = {".so", ".cpp", ".cubin", ".ptx"}
 
 
-def run(caches: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(caches: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
+        **variables,
     }
     command = [*COMMAND, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -75,4 +76,11 @@ def test_impossible_sizes_are_named(tmp_path: Path, arguments: list[str], messag
     result = run(tmp_path, "warmup", *arguments)
     assert result.returncode != 0
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_compiler_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    result = run(tmp_path, "warmup", "--device", "cpu", CXX=str(tmp_path / "no-compiler"))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: torch.compile finds no C++ compiler; install one")
     assert "Traceback" not in result.stderr

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
@@ -57,12 +58,20 @@ def _what_loads_stays() -> Iterator[None]:
 
 
 def _import_engine(device: str) -> type[Engine]:
-    """Import the engine, and transformers with it, while the device starts."""
-    from flexmask.device import resolve_device, start_device
-
+    """Import the engine, and torch and transformers with it, while the device starts."""
     with ThreadPoolExecutor(1) as pool:
+        if device != "cpu":
+            pool.submit(_start_driver)
+        from flexmask.device import resolve_device, start_device
+
         starting = pool.submit(start_device, resolve_device(device))
         from flexmask.engine import Engine
 
         starting.result()
     return Engine
+
+
+def _start_driver() -> None:
+    """Start CUDA's driver where there is one; torch would do so before it imports more."""
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)

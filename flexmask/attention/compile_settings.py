@@ -24,12 +24,18 @@ def compile_settings(device: torch.device) -> Iterator[None]:
     not have compiled again. Numbers that a mask_mod or score_mod captures are constants: flex
     refuses symbolic floats. Lengths of queries and keys that happen to be equal at first are
     not equal for ever; but torch before 2.13 gives two sizes of one C++ kernel the same name
-    where equal ones have symbols of their own.
+    where equal ones have symbols of their own. To keep what an operation gives under symbolic
+    lengths costs more than to work it out again, a fifth of the time that tracing takes.
     """
     is_cuda = device.type == "cuda"
     has_symbol_each = is_cuda or torch.__version__ >= "2.13"
     with (
-        dynamo_config.patch(recompile_limit=256, specialize_float=True, specialize_int=True),
+        dynamo_config.patch(
+            recompile_limit=256,
+            specialize_float=True,
+            specialize_int=True,
+            fake_tensor_cache_enabled=False,
+        ),
         cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
         _without_workers() if is_cuda and _finds_all_compiled() else nullcontext(),
     ):

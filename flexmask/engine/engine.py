@@ -89,6 +89,7 @@ class Engine:
             AttentionError: If the kernel cannot be had.
             OptionError: If device or dtype cannot be had.
             ModelError: If the model cannot be loaded.
+            CompilerError: If torch.compile finds no compiler.
         """
         target = resolve_device(device)
         loaded = load_model(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from flexmask.attention.backend import BACKEND, register_attention
-from flexmask.errors import AttentionError, ModelError
+from flexmask.errors import AttentionError, CompilerError, ModelError
 
 
 def load_model(
@@ -34,6 +35,7 @@ def load_model(
     Raises:
         ModelError: If it cannot be found or loaded.
         AttentionError: If its architecture does not support attention backends.
+        CompilerError: If the device needs a compiler that is not there.
     """
     register_attention()
     _check_folder(model)
@@ -61,31 +63,48 @@ def load_model(
 
 def _move(module: nn.Module, device: torch.device) -> None:
     """Copy a module to a device, and have the compiler ready by then."""
-    if device.type == "cpu":
-        module.to(device)
-        return
-    torch.cuda.init()
+    if device.type == "cuda":
+        torch.cuda.init()
     # Copying imports nothing, and leaves the interpreter free. But after each tensor it waits for
     # its turn, which by default is 5 ms, longer than most of them take.
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            compiler = pool.submit(_import_compiler)
+        with ThreadPoolExecutor() as pool:
+            compiler = pool.submit(_prepare_compiler, device, pool)
             module.to(device)
             compiler.result()
     finally:
         sys.setswitchinterval(interval)
 
 
-def _import_compiler() -> None:
-    """Import what torch.compile does at the first graph, and hash what its caches go by."""
+def _prepare_compiler(device: torch.device, pool: Executor) -> None:
+    """Have what torch.compile needs for its first graph.
+
+    Much of that is no Python and takes no time beside the imports: to hash Triton's libraries, by
+    which caches go, and to find out which vector instructions a CPU has, by compiling with them.
+
+    Raises:
+        CompilerError: If there is no C++ compiler, which a CPU needs.
+    """
+    from torch._inductor.codecache import CacheBase, torch_key
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    tasks: list[Future[Any]] = [pool.submit(CacheBase.get_system)]
+    if device.type == "cpu":
+        tasks.append(pool.submit(pick_vec_isa))
     for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
         import_module(name)
-    from torch._inductor.codecache import CacheBase, torch_key
-
-    torch_key()
-    CacheBase.get_system()
+    torch_key()  # It reads small files, and beside imports would wait for its turn at each.
+    try:
+        for task in tasks:
+            task.result()
+    except InvalidCxxCompiler as error:
+        raise CompilerError(
+            "torch.compile finds no C++ compiler; install one (apt install g++), "
+            "or name one in CXX"
+        ) from error
 
 
 def _check_folder(model: str) -> None:
