@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +49,7 @@ class Start:
         first_token_s: Seconds to its first token.
         after_loading_s: Of these, from the loaded model on.
         total_s: Seconds to its end.
+        loop_s: Seconds that a loop of Python took just before, as the machine's speed varies.
     """
 
     way: str
@@ -55,6 +57,7 @@ class Start:
     first_token_s: float
     after_loading_s: float
     total_s: float
+    loop_s: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Processes:
             "PYTHONPYCACHEPREFIX": str(self.caches / "bytecode"),
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        loop_s = time_loop()
         command, started = self._command(way), time.perf_counter()
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, text=True
@@ -102,7 +106,7 @@ class Processes:
         after_loading = re.match(r"(?:cold: .*|done) in ([0-9.]+) s", line)
         if after_loading is None or process.returncode:
             raise RuntimeError(f"{way} ended with {process.returncode} after {line!r}")
-        return Start(way, caches, first_token_s, float(after_loading[1]), total_s)
+        return Start(way, caches, first_token_s, float(after_loading[1]), total_s, loop_s)
 
     def _command(self, way: str) -> list[str]:
         if way == IMPORTS:
@@ -113,6 +117,15 @@ class Processes:
             return [sys.executable, PEER, *sizes, "--attention", PEERS[way]]
         command = [sys.executable, "-m", "flexmask_cli", "warmup", *sizes]
         return [*command, "--max-new-tokens", "1", "--batch-size", "1"]
+
+
+def time_loop() -> float:
+    """Time a loop of Python; return seconds."""
+    started = time.perf_counter()
+    total = 0
+    for number in range(3_000_000):
+        total += number & 7
+    return time.perf_counter() - started
 
 
 def save_model(shape: str, device: str, folder: Path) -> None:
@@ -133,6 +146,7 @@ def print_medians(starts: Sequence[Start]) -> None:
 def main() -> None:
     """Print each, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, help="file for what has been measured so far")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3, help="processes after the first")
@@ -141,26 +155,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         # In a process of its own, so that none but the one that is timed holds the GPU.
-        saving = get_context("spawn").Process(
-            target=save_model, args=(arguments.shape, arguments.device, model)
-        )
-        saving.start()
-        saving.join()
-        if saving.exitcode:
-            raise RuntimeError(f"the model could not be saved: exit code {saving.exitcode}")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(save_model, arguments.shape, arguments.device, model).result()
+            environment = pool.submit(environment_stamp).result()
+        record = {"shape": arguments.shape, "environment": environment}
         processes = Processes(model, arguments.device, Path(folder) / "caches")
-        starts = []
+        starts: list[Start] = []
         for start in processes.starts(arguments.peers, arguments.repeats):
             starts.append(start)
             print(
                 f"{start.way:36} {start.caches:7} {start.first_token_s:6.1f} s to the first "
                 f"token, {start.after_loading_s:5.1f} of them after loading; "
-                f"ended after {start.total_s:5.1f}",
+                f"ended after {start.total_s:5.1f}; loop {start.loop_s:.2f}",
                 flush=True,
             )
+            line = json.dumps({"starts": [asdict(each) for each in starts]} | record)
+            if arguments.record is not None:
+                arguments.record.write_text(line + "\n")
     print_medians(starts)
-    record = {"starts": [asdict(start) for start in starts], "shape": arguments.shape}
-    print(json.dumps(record | {"environment": environment_stamp()}))
+    print(line)
 
 
 if __name__ == "__main__":

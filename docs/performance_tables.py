@@ -52,13 +52,16 @@ def first_token_table() -> str:
     starts: dict[tuple[str, str], list[dict[str, float]]] = {}
     for start in _result("first-token-h100")["starts"]:
         starts.setdefault((start["way"], start["caches"]), []).append(start)
-    times = ("first_token_s", "after_loading_s", "total_s")
-    rows = [
-        [way, found[caches].format(len(them))]
-        + [f"{median(start[time] for start in them):.1f}" for time in times]
-        for (way, caches), them in starts.items()
-    ]
-    head = ["way", "found", "first token, s", "of them after loading", "end, s"]
+    rows = []
+    for (way, caches), them in starts.items():
+        first = [start["first_token_s"] for start in them]
+        spread = f"{min(first):.1f} to {max(first):.1f}" if len(them) > 1 else ""
+        times = [
+            f"{median(start[time] for start in them):.1f}"
+            for time in ("first_token_s", "after_loading_s", "total_s")
+        ]
+        rows.append([way, found[caches].format(len(them)), times[0], spread, *times[1:]])
+    head = ["way", "found", "first token, s", "from to", "of it after loading", "end, s"]
     return _table(head, rows)
 
 
