@@ -32,12 +32,14 @@ def compiled_files(caches: Path) -> dict[Path, int]:
 
 
 def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device: str) -> None:
-    sizes = ["--device", device, "--batch-size", "2", "--max-new-tokens", "4"]
+    # Not as many rows as a short prompt has tiles: with torch before 2.13 on a CPU, equal sizes
+    # share a symbol.
+    sizes = ["--device", device, "--batch-size", "3", "--max-new-tokens", "4"]
     warmed = run(tmp_path, "warmup", "--prompt-tokens", "300", *sizes)
     assert warmed.returncode == 0, warmed.stderr
     cold, warm = warmed.stdout.splitlines()
     pattern = (
-        r"(cold|warm): a batch of 2 rows in [0-9.]+ s, (\d+) graphs compiled or read from disk"
+        r"(cold|warm): a batch of 3 rows in [0-9.]+ s, (\d+) graphs compiled or read from disk"
     )
     assert int(re.fullmatch(pattern, cold)[2]) > 0
     assert int(re.fullmatch(pattern, warm)[2]) == 0

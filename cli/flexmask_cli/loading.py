@@ -72,6 +72,6 @@ def _import_engine(device: str) -> type[Engine]:
 
 
 def _start_driver() -> None:
-    """Start CUDA's driver where there is one; torch would do so before it imports more."""
+    """Start CUDA's driver, if there is one; torch, asked for GPUs, would wait for it."""
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuInit(0)
