@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ run()
 def run(*arguments: str, with_torch: bool, stdout: int | IO[str] = subprocess.PIPE):
     program = "import torch\n" * with_torch + PROGRAM
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    return subprocess.run(
+        command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(("with_torch", "last"), [(False, ["taken apart"]), (True, [])])
@@ -68,3 +72,11 @@ def test_output_that_cannot_be_written_is_an_error():
         result = run("--help", with_torch=True, stdout=full)
     assert result.returncode != 0
     assert "No space left on device" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_printed_at_the_end_is_said_as_python_says_it():
+    with open("/dev/full", "w") as full:
+        results = [run("--nonsense", with_torch=it, stdout=full) for it in (False, True)]
+    assert [result.returncode for result in results] == [120, 120]
+    assert all("No space left on device" in result.stderr for result in results)

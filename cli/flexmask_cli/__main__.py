@@ -24,7 +24,7 @@ def run() -> None:
 
 
 def _end(status: int) -> None:
-    """End the process; return where that must be left to Python, as someone stopped reading."""
+    """End the process; return, and leave it to Python, if what it printed cannot be written."""
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

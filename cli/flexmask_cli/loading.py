@@ -60,10 +60,10 @@ def _what_loads_stays() -> Iterator[None]:
 def _import_engine(device: str) -> type[Engine]:
     """Import the engine, and torch and transformers with it, while the device starts."""
     with ThreadPoolExecutor(1) as pool:
-        if device != "cpu":
-            pool.submit(_start_driver)
+        driver = pool.submit(_start_driver, device)
         from flexmask.device import resolve_device, start_device
 
+        driver.result()
         starting = pool.submit(start_device, resolve_device(device))
         from flexmask.engine import Engine
 
@@ -71,7 +71,8 @@ def _import_engine(device: str) -> type[Engine]:
     return Engine
 
 
-def _start_driver() -> None:
+def _start_driver(device: str) -> None:
     """Start CUDA's driver, if there is one; torch, asked for GPUs, would wait for it."""
-    with suppress(OSError):
-        ctypes.CDLL("libcuda.so.1").cuInit(0)
+    if device != "cpu":
+        with suppress(OSError):
+            ctypes.CDLL("libcuda.so.1").cuInit(0)
