@@ -104,13 +104,10 @@ def flexmask_attention(
         )
     if isinstance(attention_mask, CausalRows):
         assert cache_slots is not None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        own = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
-        table = (None, None) if key_table is None else key_table
-        rows = torch.ops.flexmask.decode_attention(
-            *own, None, None, *bound_cache(module), cache_slots, scale, softcap or 0.0, *table
+        rows = _attend_causal_rows(
+            module, query, key, value, cache_slots, scaling, softcap, key_table
         )
-        return rows[:, None], None
+        return rows, None
     own_key = key
     if cache_slots is not None:
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
@@ -185,6 +182,26 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
             "output_attentions=True needs attention weights, which flexmask never makes; "
             "choose attn_implementation='eager'"
         )
+
+
+def _attend_causal_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    key_table: KeyTable | None,
+) -> Tensor:
+    """Write a key per row to the cache and attend to all up to it: ``(B, 1, H, D_v)``."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    own = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
+    table = (None, None) if key_table is None else key_table
+    rows: Tensor = torch.ops.flexmask.decode_attention(
+        *own, None, None, *bound_cache(module), slots, scale, softcap or 0.0, *table
+    )
+    return rows[:, None]
 
 
 def bound_cache(module: nn.Module) -> tuple[Tensor, Tensor]:
