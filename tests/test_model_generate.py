@@ -7,9 +7,10 @@ import torch
 import torch._inductor.config
 from torch._dynamo.utils import counters
 
-from flexmask.attention.backend import flexmask_attention
+from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.attention.compile_settings import _has_compiled_graphs, compile_settings
 from flexmask.attention.strategy_context import use_strategy
+from flexmask.block_mask import create_block_mask
 from flexmask.errors import AttentionError
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment
@@ -44,6 +45,26 @@ def test_a_padded_batch_generates_what_eager_attention_generates(
     got = generate(models(architecture, "flexmask", device), inputs, **options)
     want = generate(models(architecture, "eager", device), inputs, **options)
     assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_any_number_of_keys_gives_what_dense_attention_gives(queries):
+    for length in (*range(queries, 34), 72, 88, 104, 120, 136, 200):
+        torch.manual_seed(length)
+        query, key, value = (torch.randn(3, n, length, 16) for n in (6, 2, 2))
+        query = query[:, :, -queries:]
+        offset = torch.tensor(length - queries)
+
+        def mask_mod(b, h, q_idx, kv_idx, offset=offset):
+            return q_idx + offset >= kv_idx
+
+        mask = create_block_mask(mask_mod, 3, None, queries, length, "cpu")
+        axes = torch.arange(queries)[:, None], torch.arange(length)
+        dense = mask_mod(0, 0, *axes).expand(3, 1, queries, length)
+        with torch.no_grad():
+            got, _ = flexmask_attention(torch.nn.Module(), query, key, value, mask)
+            want, _ = dense_attention(torch.nn.Module(), query, key, value, dense)
+        assert torch.allclose(got, want, atol=1e-5), length
 
 
 def test_sampling_draws_what_eager_attention_draws(models, device):

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
+from flexmask.block_mask.cache import plain_indices
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from flexmask.strategy import ScoreMod
 
 PrefillKernel = Literal["triton", "flash"]
+
+CPU_KEYS = 16
+"""FlexAttention's CPU kernel gives wrong results for fewer than 128 keys that are an odd multiple
+of 8, on processors with AVX2 and no AVX-512 (torch 2.13). A multiple of 16 is right everywhere."""
 
 TRITON_OPTIONS = {
     (64, 32): {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
@@ -169,9 +174,36 @@ def _compiled_attend() -> Callable[..., Tensor]:
     return torch.compile(_attend, fullgraph=True, dynamic=True)
 
 
-def attend(*args: Any) -> Tensor:
-    """Call `_attend`: compiled, or within the graph that is being compiled."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options: Any) -> Tensor:
+    """Call `_attend`: compiled, or within the graph that is being compiled.
+
+    Within a graph on a CPU, the number of keys is a multiple of `CPU_KEYS`.
+    """
     if torch.compiler.is_compiling():
-        return _attend(*args)
-    with compile_settings(args[0].device):
-        return _compiled_attend()(*args)
+        return _attend(query, key, value, mask, *options)
+    if not key.is_cuda and key.shape[2] % CPU_KEYS:
+        key, value, mask = _with_whole_vectors(key, value, mask)
+    with compile_settings(query.device):
+        return _compiled_attend()(query, key, value, mask, *options)
+
+
+def _with_whole_vectors(
+    key: Tensor, value: Tensor, mask: BlockMask
+) -> tuple[Tensor, Tensor, BlockMask]:
+    """Pad keys and values to a multiple of `CPU_KEYS`; no query sees what is added."""
+    missing = -key.shape[2] % CPU_KEYS
+    last = torch.tensor(key.shape[2] - 1)  # A tensor: a captured number would compile again.
+    mask_mod = mask.mask_mod
+
+    def of_real_keys(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, torch.minimum(kv_idx, last)) & (kv_idx <= last)
+
+    padded = BlockMask.from_kv_blocks(
+        *plain_indices(mask),
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=of_real_keys,
+        seq_lengths=(mask.seq_lengths[0], mask.seq_lengths[1] + missing),
+        compute_q_blocks=False,
+    )
+    padding = (0, 0, 0, missing)
+    return nn.functional.pad(key, padding), nn.functional.pad(value, padding), padded
