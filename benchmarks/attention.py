@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
-from flexmask.attention.attention_modules import AttentionShape
 from flexmask.attention.flex_call import TRITON_OPTIONS, last_tile_first
+from flexmask.attention.model_probe import AttentionShape
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.speed.ceilings import matrix_rate, read_bandwidth

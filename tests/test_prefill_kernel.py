@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError
 
-from flexmask.attention.attention_modules import AttentionShape
+from flexmask.attention.model_probe import AttentionShape
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine import prefill_kernel
 from flexmask.engine.model_runner import ModelRunner

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from flexmask.attention.attention_modules import AttentionProbe
 from flexmask.attention.flex_call import PrefillKernel, TileOrder, attend
+from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.attention.model_probe import ProbeMask
 from flexmask.attention.scaled_part import PlacedPart
+from flexmask.attention.strategy_context import note_attention
 from flexmask.errors import AttentionError
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.kernels.few_rows import kept_apart
@@ -28,7 +30,7 @@ BACKEND = "flexmask"
 DENSE_BACKEND = "flexmask_dense"
 
 
-class CausalRows(BlockMask):
+class CausalRows(ModelBlockMask):
     """The mask of a decode step in which each query sees every slot up to its own.
 
     It takes the place of a BlockMask of the same content, whose tiles are then not read: a
@@ -63,7 +65,6 @@ def flexmask_attention(
     score_mod: ScoreMod | None = None,
     scaled_part: PlacedPart | None = None,
     key_table: KeyTable | None = None,
-    attention_probe: AttentionProbe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend under a BlockMask.
@@ -84,7 +85,6 @@ def flexmask_attention(
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after that.
         key_table: Where the keys of rows lie that see all of them, each once.
-        attention_probe: Given, notes the module and nothing is computed.
         kwargs: What else transformers passes; refused where it changes attention.
 
     Returns:
@@ -94,8 +94,9 @@ def flexmask_attention(
         AttentionError: If the model asks for what this backend does not compute.
     """
     _refuse_unsupported(module, kwargs)
-    if attention_probe is not None:
-        return attention_probe.record(module, query, key, value, softcap), None
+    if isinstance(attention_mask, ProbeMask):
+        return attention_mask.note(module, (query, key, value), softcap, cache_slots), None
+    note_attention()
     if not isinstance(attention_mask, BlockMask):
         got = type(attention_mask).__name__
         raise AttentionError(
@@ -133,7 +134,7 @@ def dense_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | ProbeMask,
     scaling: float | None = None,
     softcap: float | None = None,
     score_mod: ScoreMod | None = None,
@@ -145,6 +146,9 @@ def dense_attention(
     Arguments and result as in `flexmask_attention`. A query that sees nothing gets zeros.
     """
     _refuse_unsupported(module, kwargs)
+    if isinstance(attention_mask, ProbeMask):
+        return attention_mask.note(module, (query, key, value), softcap, None), None
+    note_attention()
     groups = query.shape[1] // key.shape[1]
     keys = key.repeat_interleave(groups, dim=1).float()
     values = value.repeat_interleave(groups, dim=1).float()
@@ -164,23 +168,37 @@ def dense_attention(
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
+IGNORED_ARGUMENTS = frozenset(
+    {
+        # The mask says it.
+        "is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position",
+        # They concern the model, and come along.
+        "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels",
+        "logits_to_keep", "num_items_in_batch", "deterministic", "dropout",
+    }
+)  # fmt: skip
+"""Arguments that models pass to attention and that change nothing here."""
+
+
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse what the backend does not compute, and every argument that it does not know."""
     name = type(module).__name__
-    if kwargs.get("dropout", 0.0) > 0.0:
+    if (kwargs.get("dropout") or 0.0) > 0.0:
         raise AttentionError(
             f"{name} asks for attention dropout {kwargs['dropout']}, which flexmask does not "
             "compute; call model.eval(), or set attention_dropout=0.0"
         )
-    for option in ("s_aux", "position_bias", "head_mask"):
-        if kwargs.get(option) is not None:
-            raise AttentionError(
-                f"{name} asks for {option}, which flexmask does not compute; "
-                "choose another attn_implementation for this model"
-            )
     if kwargs.get("output_attentions"):
         raise AttentionError(
             "output_attentions=True needs attention weights, which flexmask never makes; "
             "choose attn_implementation='eager'"
+        )
+    known = IGNORED_ARGUMENTS | {"output_attentions"}
+    unknown = [key for key, value in kwargs.items() if key not in known and value is not None]
+    if unknown:
+        raise AttentionError(
+            f"{name} asks for attention with {', '.join(sorted(unknown))}, which flexmask does "
+            "not compute; choose another attn_implementation for this model"
         )
 
 

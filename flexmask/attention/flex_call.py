@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
 from flexmask.block_mask.cache import plain_indices
+from flexmask.errors import AttentionError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -181,6 +182,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options:
     """
     if torch.compiler.is_compiling():
         return _attend(query, key, value, mask, *options)
+    if not key.is_cuda and torch.is_grad_enabled() and query.requires_grad:
+        raise AttentionError(
+            "FlexAttention computes no gradients on a CPU; run the model under torch.no_grad()"
+        )
     if not key.is_cuda and key.shape[2] % CPU_KEYS:
         key, value, mask = _with_whole_vectors(key, value, mask)
     with compile_settings(query.device):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import mark_static
-from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.attention.model_probe import probe_mask
 from flexmask.attention.strategy_context import ActiveStrategy, active_strategy
 from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import plain_indices
@@ -18,14 +19,6 @@ from flexmask.mask_mods import and_masks, within_window
 
 if TYPE_CHECKING:
     from flexmask.strategy import MaskMod
-
-
-class ModelBlockMask(BlockMask):
-    """A BlockMask that passes through ``model.generate`` with a static cache."""
-
-    def contiguous(self) -> Self:
-        """Return itself; transformers calls this on every mask as if it were a tensor."""
-        return self
 
 
 def model_block_mask(
@@ -57,6 +50,8 @@ def model_block_mask(
     Raises:
         AttentionError: If the strategy cannot be combined with the model's cache or layers.
     """
+    if (probing := probe_mask(mask_function, device, kwargs)) is not None:
+        return probing
     mask_mod = _mask_over_slots(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         device, kwargs,
@@ -81,8 +76,10 @@ def model_dense_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | ModelBlockMask:
     """Build the same mask as `model_block_mask`, as a bool tensor ``(B, 1, Q, K)``."""
+    if (probing := probe_mask(mask_function, device, kwargs)) is not None:
+        return probing
     mask_mod = _mask_over_slots(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         device, kwargs,

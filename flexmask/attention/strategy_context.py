@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
 
+from flexmask.attention.model_probe import ModelProbe, probe_model
 from flexmask.errors import AttentionError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
@@ -26,6 +31,7 @@ class ActiveStrategy:
         self.layouts = tuple(layouts)
         self.device = device
         self.length = max(map(len, layouts))
+        self.has_attended = False
         self._batch: LayoutBatch | None = None
 
     @property
@@ -56,6 +62,37 @@ class ActiveStrategy:
                 "returned sequence)"
             )
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at the first model that runs inside, before it runs."""
+        with ExitStack() as self._hooks:
+            self._first = self._hooks.enter_context(
+                register_module_forward_pre_hook(self._look_at)
+            )
+            yield
+
+    def _look_at(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Check that a strategy can mask a model.
+
+        Raises:
+            AttentionError: If it cannot (`probe_model`).
+        """
+        if active_strategy() is not self or not isinstance(module, PreTrainedModel):
+            return
+        self._first.remove()  # or the probing passes would come here
+        if module not in _probed:
+            _probed[module] = probe_model(module)
+        probe = _probed[module]
+        if probe.rotation_limit is not None and len(self.layouts) > 1:
+            name, limit = type(module).__name__, probe.rotation_limit
+            _check_position(name, max(max(layout.position_ids) for layout in self.layouts), limit)
+
+            def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if (positions := kwargs.get("position_ids")) is not None:
+                    _check_position(name, int(positions.max()), limit)
+
+            self._hooks.enter_context(module.register_forward_pre_hook(check, with_kwargs=True))
+
     def model_inputs(self) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``position_ids``, ``(B, length)`` each."""
         shape = (len(self.layouts), self.length)
@@ -72,6 +109,26 @@ class ActiveStrategy:
 
 
 _active: ContextVar[ActiveStrategy | None] = ContextVar("flexmask_strategy", default=None)
+_probed: WeakKeyDictionary[nn.Module, ModelProbe] = WeakKeyDictionary()
+
+
+def note_attention() -> None:
+    """Note that a model attends through flexmask, where a strategy waits for one."""
+    if not torch.compiler.is_compiling() and (active := _active.get()) is not None:
+        active.has_attended = True
+
+
+def _check_position(model: str, position: int, limit: int) -> None:
+    """Check that rotary embeddings are those that each row gets alone.
+
+    Raises:
+        AttentionError: If a row has reached the length that changes them for all.
+    """
+    if position >= limit:
+        raise AttentionError(
+            f"a row reaches position {position}, and from {limit} on {model} changes the rotary "
+            "embeddings of all rows of a batch; run longer prompts one at a time"
+        )
 
 
 def active_strategy() -> ActiveStrategy | None:
@@ -101,7 +158,8 @@ def use_strategy(
         ``position_ids``, ``(B, S)`` each.
 
     Raises:
-        AttentionError: If the strategy changes scores.
+        AttentionError: If the strategy changes scores; if the model does what no mask governs,
+            or no model has attended through flexmask in the end.
     """
     active = ActiveStrategy(strategy, layouts, torch.device(device))
     batch = active.batch(active.length)
@@ -112,6 +170,12 @@ def use_strategy(
         )
     token = _active.set(active)
     try:
-        yield active.model_inputs()
+        with active.watching():
+            yield active.model_inputs()
     finally:
         _active.reset(token)
+    if not active.has_attended:
+        raise AttentionError(
+            f"no model attended through flexmask under strategy {strategy.name!r}; load it with "
+            "attn_implementation='flexmask'"
+        )

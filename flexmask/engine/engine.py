@@ -152,10 +152,10 @@ class Engine:
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
         tokenizer = RequestTokenizer(self.tokenizer, chat_template=chat_template)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         planner = PromptPlanner(
-            strategy, tokenizer, max_new_tokens, context, fusion, batch_size, on_refused
-        )
+            strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
+            on_refused,
+        )  # fmt: skip
         size = BATCHES_PER_WINDOW * (batch_size or self._largest_batch())
         windows = planner.windows(requests, size)
         options = RunOptions(

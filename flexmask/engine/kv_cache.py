@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flexmask.attention.attention_modules import AttentionShape
 from flexmask.attention.backend import bound_cache
+from flexmask.attention.model_probe import AttentionShape
 
 
 class KVCache:

@@ -16,11 +16,12 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flexmask.attention.attention_modules import find_attention_modules
 from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.flex_call import PrefillKernel
+from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
 from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
 from flexmask.engine.compiled_view import (
@@ -44,9 +45,6 @@ MIN_CAPACITY = 512
 LEAST_ROWS = 2
 """Prefill computes no single row of several: a dimension of one would be another graph."""
 
-FULL_ATTENTION = "full_attention"
-SLIDING_ATTENTION = "sliding_attention"
-
 
 def compilations() -> int:
     """Number of graphs that torch.compile has compiled in this process."""
@@ -60,24 +58,6 @@ def bucketed_capacity(num_slots: int) -> int:
     prefill as long as the cache would be another graph than a shorter one.
     """
     return max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length()) + BLOCK_SIZE
-
-
-def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Map each kind of attention layer in the model to its sliding window, None for full.
-
-    Raises:
-        AttentionError: If the model has layers of another kind.
-    """
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise AttentionError("chunked attention layers are not supported by the engine")
-    if layer_types is None:
-        return {FULL_ATTENTION: None} if window is None else {SLIDING_ATTENTION: window}
-    windows = {FULL_ATTENTION: None, SLIDING_ATTENTION: window}
-    if unknown := sorted(set(layer_types) - set(windows)):
-        raise AttentionError(f"layers of type {', '.join(unknown)} are not supported")
-    return {kind: windows[kind] for kind in sorted(set(layer_types))}
 
 
 class ModelRunner:
@@ -102,11 +82,17 @@ class ModelRunner:
         """
         self.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
-        self.layer_windows = layer_windows(model.config.get_text_config())
-        self._by_layer_type = hasattr(model.config.get_text_config(), "layer_types")
+        probe = probe_model(model)
+        if again := probe.attends_again():
+            raise AttentionError(
+                f"{', '.join(again)} attends more than once in a pass, and the engine keeps the "
+                "keys of one; use flexmask.use_strategy with model.generate"
+            )
+        self.layer_windows = probe.windows_by_layer_type()
+        self.context = probe.context
         self._mask_cache = mask_cache
         names = {module: name for name, module in model.named_modules()}
-        shapes = {names[m]: shape for m, shape in find_attention_modules(model).items()}
+        shapes = {names[module]: shape for module, shape in probe.shapes.items()}
         self._kernels = PrefillKernels(prefill_kernel, shapes.values(), self._dtype, self.device)
         self.prefill_kernel: PrefillKernel | None = None
         self._prefill_model = compiled_view(model, list(shapes), dynamic=True)
@@ -353,4 +339,5 @@ class ModelRunner:
         return self._mask_cache.get(key, mask_mod, build)
 
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
-        return masks if self._by_layer_type else next(iter(masks.values()))
+        given: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}
+        return given.get(WHOLE_MODEL, given)

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from flexmask.attention.attention_modules import AttentionShape
 from flexmask.attention.flex_call import PrefillKernel, has_triton_options
+from flexmask.attention.model_probe import AttentionShape
 from flexmask.errors import AttentionError, FlexMaskWarning
 from flexmask.strategy import Strategy
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexmask.attention.attention_modules import AttentionShape
 from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.flex_call import PrefillKernel, has_triton_options
+from flexmask.attention.model_probe import AttentionShape
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile

@@ -1,0 +1,68 @@
+"""A BlockMask that can be handed to transformers' model code, which takes masks for tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexmask.errors import AttentionError
+
+
+class ModelBlockMask(BlockMask):
+    """A BlockMask with what model code asks of a dense mask ``(B, 1, Q, K)``."""
+
+    dtype = torch.bool
+    ndim = 4
+
+    @classmethod
+    def of(cls, mask: BlockMask) -> Self:
+        """``mask`` itself if it is one, else one that shares its index tensors."""
+        if isinstance(mask, cls):
+            return mask
+        return cls.from_kv_blocks(
+            mask.kv_num_blocks,
+            mask.kv_indices,
+            mask.full_kv_num_blocks,
+            mask.full_kv_indices,
+            BLOCK_SIZE=mask.BLOCK_SIZE,
+            mask_mod=mask.mask_mod,
+            seq_lengths=mask.seq_lengths,
+            compute_q_blocks=False,
+        )
+
+    def dim(self) -> int:
+        """Return 4."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """``(B, 1, Q, K)``, or one of these."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def contiguous(self) -> Self:
+        """Return itself; a static cache makes transformers call this on every mask."""
+        return self
+
+    def __getitem__(self, index: int | Tensor | tuple[int | Tensor, ...] | Any) -> Any:
+        """Return itself where ``index`` takes every element, as model code cuts masks to the keys.
+
+        Raises:
+            AttentionError: If it takes a part: an index of BlockMask would be one of tiles.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        if parts.count(Ellipsis) == 1:
+            at = parts.index(Ellipsis)
+            whole = (slice(None),) * (self.ndim + 1 - len(parts))
+            parts = (*parts[:at], *whole, *parts[at + 1 :])
+        if len(parts) <= self.ndim and all(map(_takes_all, parts, self.shape)):
+            return self
+        raise AttentionError(
+            f"the model's code cuts a part out of an attention mask {tuple(self.shape)}, which a "
+            "BlockMask does not allow; choose another attn_implementation for this model"
+        )
+
+
+def _takes_all(part: object, size: int) -> bool:
+    return isinstance(part, slice) and part.indices(size) == (0, size, 1)

@@ -1,0 +1,395 @@
+"""Probing passes: how a model attends, found by running a few tokens through it.
+
+No name or attribute of a model's modules is relied on. In a probing pass attention returns zeros
+and notes who called. A token's queries, keys and values then depend on its id and its position
+alone. Where two tokens with the same id and position differ, the model mixes tokens by other means
+than attention, numbers them by itself, or lets the rows of a batch change each other's rotary
+embeddings; a mask cannot isolate segments in such a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.errors import AttentionError, FlexMaskError
+from flexmask.fault import described
+
+TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
+"""Two rows that end with the same token, at the same position."""
+
+PLACED_IDS = ((3, 3, 4, 6), (7, 8, 9, 6))
+PLACED_AT = (0, 0, 1, 3)
+"""Tokens of the first row again, the first of them twice, at positions told to the model."""
+
+TOLERANCE = 1e-4
+"""Largest difference, of the largest magnitude; more where the dtype is coarser."""
+
+WHOLE_MODEL = "attention"
+"""Stands for the type of all layers where a model takes one mask."""
+
+ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies follow the longest row once that passes a length."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one attention module of a model needs of a cache."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    has_softcap: bool
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention in a probing pass.
+
+    Attributes:
+        module: The attention module.
+        tensors: Query, key and value, ``(B, H, T, D)`` each.
+        has_softcap: Whether scores are capped.
+        mask: The mask that it was called with.
+        cache_slots: What the pass told attention as `cache_slots`.
+    """
+
+    module: nn.Module
+    tensors: tuple[Tensor, Tensor, Tensor]
+    has_softcap: bool
+    mask: ProbeMask
+    cache_slots: Tensor | None
+
+    @property
+    def shape(self) -> AttentionShape:
+        """What the module needs of a cache."""
+        _, key, value = self.tensors
+        return AttentionShape(key.shape[1], key.shape[3], value.shape[3], self.has_softcap)
+
+
+class ProbeMask(ModelBlockMask):
+    """The mask of a probing pass: attention notes its calls here and computes nothing."""
+
+    calls: list[AttentionCall]
+    mask_function: Callable[..., Any] | None
+    window: int | None
+
+    @classmethod
+    def for_pass(
+        cls,
+        calls: list[AttentionCall],
+        *,
+        mask_function: Callable[..., Any] | None = None,
+        window: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Make a mask.
+
+        Args:
+            calls: Where calls are noted.
+            mask_function: The model's own mask_mod, if it asked for this mask.
+            window: The window or chunk that it told beside.
+            device: Device of its tensors.
+        """
+        rows, length = len(TOKEN_IDS), len(TOKEN_IDS[0])
+        none = torch.zeros(rows, 1, 1, 1, dtype=torch.int32, device=device)
+        mask = cls.from_kv_blocks(
+            none[..., 0], none, seq_lengths=(length, length), compute_q_blocks=False
+        )
+        mask.calls, mask.mask_function, mask.window = calls, mask_function, window
+        return mask
+
+    def note(
+        self,
+        module: nn.Module,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        softcap: float | None,
+        cache_slots: Tensor | None,
+    ) -> Tensor:
+        """Note a call; return zeros ``(B, T, H, D_v)`` in place of attention's result."""
+        self.calls.append(AttentionCall(module, tensors, softcap is not None, self, cache_slots))
+        query, _, value = tensors
+        rows, heads, length, _ = query.shape
+        return value.new_zeros(rows, length, heads, value.shape[3])
+
+
+@dataclass
+class _Pass:
+    """What a probing pass found."""
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("flexmask_probing_pass", default=None)
+
+
+def probe_mask(
+    mask_function: Callable[..., Any] | None, device: torch.device | str, options: dict[str, Any]
+) -> ProbeMask | None:
+    """The mask for a model that asks for one in a probing pass; None in any other."""
+    current = _pass.get()
+    if current is None:
+        return None
+    window = options.get("local_size")
+    return ProbeMask.for_pass(
+        current.calls, mask_function=mask_function, window=window, device=device
+    )
+
+
+@dataclass(frozen=True)
+class ModelProbe:
+    """What a model does around attention.
+
+    Attributes:
+        model: The model.
+        windows: Sliding window of each module that attends, in the order of their calls; None
+            for none.
+        calls_per_pass: How often each attends in one pass.
+        shapes: What each needs of a cache.
+        rotation_limit: Length beyond which the longest row of a batch changes the rotary
+            embeddings of all; None for none.
+    """
+
+    model: PreTrainedModel
+    windows: Mapping[nn.Module, int | None]
+    calls_per_pass: Mapping[nn.Module, int]
+    shapes: Mapping[nn.Module, AttentionShape]
+    rotation_limit: int | None
+
+    @property
+    def context(self) -> int | None:
+        """Positions that a prompt and what is generated after it may take; None for no limit."""
+        own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min((n for n in (own, self.rotation_limit) if n is not None), default=None)
+
+    def attends_again(self) -> list[str]:
+        """Class names of modules that attend more than once in a pass."""
+        counts = self.calls_per_pass.items()
+        return sorted({type(module).__name__ for module, count in counts if count > 1})
+
+    def windows_by_layer_type(self) -> dict[str, int | None]:
+        """Sliding window of each type of layer that the model takes a mask for.
+
+        Returns:
+            By type, or under `WHOLE_MODEL` where it takes one mask for all.
+
+        Raises:
+            AttentionError: If masks given to the model do not reach its layers as their types
+                say, or it does not hand on what attention is told.
+        """
+        name, calls = type(self.model).__name__, list[AttentionCall]()
+        types = getattr(self.model.config.get_text_config(), "layer_types", None)
+        device = self.model.device
+        masks = {
+            kind: ProbeMask.for_pass(calls, device=device)
+            for kind in sorted(set(types or [WHOLE_MODEL]))
+        }
+        slots = torch.zeros(len(TOKEN_IDS), len(TOKEN_IDS[0]), dtype=torch.long, device=device)
+        given = masks.get(WHOLE_MODEL, masks)
+        found = _run(
+            self.model,
+            PLACED_IDS,
+            position_ids=torch.tensor([PLACED_AT] * len(PLACED_IDS), device=device),
+            attention_mask=given,
+            cache_slots=slots,
+        )
+        if found.calls or [call.module for call in calls] != list(self._in_order()):
+            raise AttentionError(
+                f"{name} does not take the masks that it is given; the engine cannot run it"
+            )
+        if any(call.cache_slots is not slots for call in calls):
+            raise AttentionError(
+                f"{name} does not hand arguments on to attention; the engine cannot run it"
+            )
+        windows = dict[str, int | None]()
+        for kind, mask in masks.items():
+            own = {self.windows[call.module] for call in calls if call.mask is mask}
+            if len(own) > 1:
+                raise AttentionError(
+                    f"layers of {name} that take one mask have windows of their own: "
+                    f"{', '.join(sorted(map(str, own)))}; the engine cannot run it"
+                )
+            windows[kind] = next(iter(own), None)
+        return windows
+
+    def _in_order(self) -> Iterator[nn.Module]:
+        for module, count in self.calls_per_pass.items():
+            yield from [module] * count
+
+
+def probe_model(model: PreTrainedModel) -> ModelProbe:
+    """Run a few tokens through a model and find out what it does around attention.
+
+    Raises:
+        AttentionError: If it does not attend through flexmask, or does what no mask can govern.
+    """
+    name = type(model).__name__
+    plain = _run(model, TOKEN_IDS)
+    if not plain.calls:
+        implementation = model.config.get_text_config()._attn_implementation
+        reason = f"attends by {implementation!r}; load it with attn_implementation='flexmask'"
+        if not model.is_backend_compatible() or str(implementation).startswith("flexmask"):
+            reason = "computes attention in code of its own, which no attention backend replaces"
+        raise AttentionError(f"{name} {reason}")
+    if getattr(model, "_is_stateful", False) or not _last_tokens_agree(plain):
+        raise AttentionError(
+            f"{name} mixes tokens otherwise than by attention (a recurrent state, a convolution), "
+            "which no mask governs"
+        )
+    counts = dict[nn.Module, int]()
+    for mask in {id(call.mask): call.mask for call in plain.calls}.values():
+        _check_mask(name, mask)
+    for call in plain.calls:
+        counts[call.module] = counts.get(call.module, 0) + 1
+    config = model.config.get_text_config()
+    limit = rotation_limit(config)
+    _check_positions(model, plain, limit or getattr(config, "max_position_embeddings", None))
+    return ModelProbe(
+        model,
+        windows={call.module: call.mask.window for call in plain.calls},
+        calls_per_pass=counts,
+        shapes={call.module: call.shape for call in plain.calls},
+        rotation_limit=limit,
+    )
+
+
+def rotation_limit(config: PreTrainedConfig) -> int | None:
+    """Length beyond which the longest row of a batch changes the rotary embeddings of all."""
+    lengths = []
+    for rotation in _rotations(getattr(config, "rope_parameters", None)):
+        if rotation.get("rope_type") in ROTATIONS_BY_LENGTH:
+            original = rotation.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            lengths.append(original or config.max_position_embeddings)
+    return min(lengths, default=None)
+
+
+def _rotations(parameters: Any) -> list[dict[str, Any]]:
+    """Rotary embeddings of a config: one, or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _check_mask(name: str, mask: ProbeMask) -> None:
+    """Check that the mask a model asks for is causal, within a sliding window or not.
+
+    Raises:
+        AttentionError: If it is another one.
+    """
+    if mask.mask_function is None:
+        raise AttentionError(f"{name} asks for a mask without saying which")
+    # The first pairs of queries and keys, and those around the window's edge.
+    window, device = mask.window, mask.kv_indices.device
+    near = torch.arange(3) if window is None else torch.tensor([0, 1, window - 1, window])
+    slots = torch.cat((near, near + 2 * (window or 0) + 1)).unique().to(device)
+    query, key = slots[:, None].expand(-1, len(slots)), slots.expand(len(slots), -1)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    causal = key <= query
+    expected = causal if window is None else causal & (key > query - window)
+    seen = mask.mask_function(zero, zero, query, key)
+    if torch.equal(seen, expected):
+        return
+    if bool((seen & ~causal).any()):
+        raise AttentionError(
+            f"{name} lets tokens see later ones; strategies are for decoders (is_decoder=True), "
+            "whose tokens see only what is before them"
+        )
+    raise AttentionError(
+        f"{name} has layers that attend in chunks or another pattern of their own, with which "
+        "strategies do not combine"
+    )
+
+
+def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -> None:
+    """Check that a token's place is what `position_ids` say, whatever the other rows are.
+
+    Raises:
+        AttentionError: If not.
+    """
+    name, far = type(model).__name__, (length or 4096) - 1
+    near, beside_far = (
+        _run(model, PLACED_IDS, position_ids=torch.tensor([PLACED_AT, other], device=model.device))
+        for other in (PLACED_AT, (far,) * len(PLACED_AT))
+    )
+    if not _same_tokens(near, (0,), near, (1,)):
+        raise AttentionError(
+            f"{name} numbers tokens by itself and does not follow position_ids, which strategies "
+            "set"
+        )
+    if not _same_tokens(plain, (0, 1, 3), near, (0, 2, 3)):
+        raise AttentionError(f"{name} does not number positions from 0, as strategies do")
+    slots = range(len(PLACED_AT))
+    if not _same_tokens(near, slots, beside_far, slots):
+        raise AttentionError(
+            f"the length of other rows changes the rotary embeddings of a row in {name}, so that "
+            "its tokens would depend on its batch"
+        )
+
+
+def _same_tokens(a: _Pass, a_slots: Sequence[int], b: _Pass, b_slots: Sequence[int]) -> bool:
+    """Whether some tokens of the first rows have the same queries, keys and values."""
+    return all(
+        _agree(one[0, :, list(a_slots)], other[0, :, list(b_slots)])
+        for a_call, b_call in zip(a.calls, b.calls, strict=True)
+        for one, other in zip(a_call.tensors, b_call.tensors, strict=True)
+    )
+
+
+def _last_tokens_agree(found: _Pass) -> bool:
+    pairs = [(t[0, :, -1], t[1, :, -1]) for call in found.calls for t in call.tensors]
+    if found.logits is not None:
+        pairs.append((found.logits[0, -1], found.logits[1, -1]))
+    return all(_agree(a, b) for a, b in pairs)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding; weights that give NaN are let pass."""
+    allowed = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps) * float(a.abs().max())
+    return torch.allclose(a, b, rtol=0.0, atol=allowed, equal_nan=True) or not a.isfinite().all()
+
+
+def _run(model: PreTrainedModel, token_ids: tuple[tuple[int, ...], ...], **options: Any) -> _Pass:
+    """Run rows of tokens with attention silent.
+
+    Raises:
+        AttentionError: If the model's code cannot run so.
+    """
+    found = _Pass()
+    input_ids = torch.tensor(token_ids, device=model.device)
+    token = _pass.set(found)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            output = model(input_ids=input_ids, use_cache=False, **options)
+    except (FlexMaskError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's code makes of a mask that is no tensor
+        raise AttentionError(
+            f"{type(model).__name__} does not run with flexmask's attention: {described(error)}"
+        ) from error
+    finally:
+        _pass.reset(token)
+    found.logits = getattr(output, "logits", None)
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Leave out what is random in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
