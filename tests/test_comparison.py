@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flexmask.comparison.cell import ATTENTION, Contender, plan_ways
+from flexmask.comparison.lone_prompt import tells_parts_apart, with_plain_prompts
 from flexmask.comparison.measurement import Measurement, Stopwatch
 from flexmask.comparison.run import cut_to_counts
 from flexmask.comparison.sameness import Sameness
@@ -13,7 +14,8 @@ from flexmask.demo import model_path
 from flexmask.engine import RunStats
 from flexmask.errors import OptionError, OutputError, RequestError
 from flexmask.fusion import Fusion
-from flexmask.registry import make_strategy
+from flexmask.mask_mods import causal
+from flexmask.registry import load_registry, make_strategy
 from flexmask.request import Request
 from flexmask.strategy_function import mask_strategy
 from flexmask.tokenization import RequestTokenizer, load_tokenizer
@@ -118,6 +120,43 @@ def test_a_mask_that_differs_in_one_pair_is_a_cell_of_its_own():
         ("mean of causal (2)", ()),
         ("mean of nearly_causal (2)", ()),
     ]
+
+
+def test_strategies_that_tell_parts_of_a_lone_prompt_apart_are_found_by_what_they_do():
+    built_in = [one.cls() for one in load_registry().strategies()]
+    apart = {strategy.name for strategy in built_in if tells_parts_apart(strategy)}
+    assert apart == {
+        *("adaptive_parallel", "block_attention"),  # of segments among others
+        *("global_window", "prefix_lm"),  # of a prefix unlike the rest
+    }
+
+
+def test_a_bias_by_distance_reads_a_lone_prompt_as_any_text():
+    @mask_strategy
+    def biased(batch):
+        """Causal, with scores that fall by distance."""
+        return causal
+
+    def score_mod(self, batch):
+        return lambda score, b, h, q_idx, kv_idx: score - 0.5 * (q_idx - kv_idx)
+
+    assert not tells_parts_apart(type("Biased", (biased,), {"score_mod": score_mod})())
+
+
+def test_fusions_run_under_the_plain_prompt_where_a_strategy_is_made_for_several_segments():
+    contenders = [contender("adaptive_parallel"), contender("block_attention")]
+    ways = with_plain_prompts(plan_ways(contenders, [Fusion("mean"), Fusion("none")], [1, 2]))
+    assert [(way.name, way.segments) for way in ways] == [
+        *(("adaptive_parallel", "1"), ("block_attention", "1")),
+        *(("mean of causal", "1"), ("none of causal", "1")),
+        *(("adaptive_parallel", "2"), ("block_attention", "2")),
+        *(("mean of causal", "2"), ("none of causal", "2")),
+    ]
+
+
+def test_fusions_of_a_strategy_that_reads_a_lone_prompt_as_text_stay_its_own():
+    ways = plan_ways([contender("sliding_window", window=4)], [Fusion("mean")], [2])
+    assert with_plain_prompts(ways) == ways
 
 
 def test_a_strategy_that_fails_is_a_cell_of_its_own():

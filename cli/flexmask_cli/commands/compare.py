@@ -143,6 +143,7 @@ def compare(
     rows, requests = dataset.open(loaded_task)
 
     # Only now torch and what needs it: mistakes in the options above show at once.
+    from flexmask.comparison.lone_prompt import with_plain_prompts
     from flexmask.comparison.report import save_report
     from flexmask.comparison.run import CellRunner, ReportFolder, cut_to_counts
     from flexmask.comparison.sameness import Sameness
@@ -166,6 +167,7 @@ def compare(
         seed=seed,
     )
     options.check()
+    ways = with_plain_prompts(ways)
     counts = dict.fromkeys(way.num_segments for way in ways)
     requests_of = cut_to_counts(requests, [*counts], on_error.value)
     sameness = Sameness(
