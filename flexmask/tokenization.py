@@ -8,6 +8,9 @@ from functools import cached_property, lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from flexmask.checkpoint.folder import check_tokenizer_files
+from flexmask.checkpoint.source import CheckpointSource
+from flexmask.checkpoint.transformers_calls import errors_in_one_line, shown
 from flexmask.errors import ModelError, RequestError
 from flexmask.layout import TokenizedRequest
 from flexmask.request import Request
@@ -16,17 +19,22 @@ _SEGMENT_MARK = "<<flexmask segment>>"
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, by hub id or folder, and not the model.
+    """Load the tokenizer of a model, by hub id, folder or GGUF file, and not the model.
 
     Raises:
         ModelError: If there is none.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the tokenizer of {model!r}: {reason}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    source = CheckpointSource.find(model)
+    with errors_in_one_line(f"cannot load the tokenizer of {shown(source.name)}"):
+        check_tokenizer_files(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **source.options
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"the tokenizer of {shown(source.name)} is a {type(tokenizer).__name__}, which "
+            "flexmask cannot use; save one of transformers' own classes"
+        )
     return tokenizer
 
 

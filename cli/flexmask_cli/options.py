@@ -48,7 +48,8 @@ FusionWeights = Annotated[
 ]
 
 Model = Annotated[
-    str | None, typer.Option(help="Hub id or folder. Default: the small bundled model.")
+    str | None,
+    typer.Option(help="Hub id, folder or .gguf file. Default: the small bundled model."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
 BatchSize = Annotated[str, typer.Option(help="Prompts that run together: a number or auto.")]

@@ -18,7 +18,7 @@ def default_output_path(
 
     Args:
         stem: Short name of the input.
-        model: Hub id or folder.
+        model: Hub id, folder or GGUF file.
         strategy: Its name.
         num_segments: Segments kept of each request; None for all.
         fusion: What they have to do with each other; part of the name unless it is attention.
@@ -33,8 +33,8 @@ def default_output_path(
 
 
 def default_folder(stem: str, model: str) -> Path:
-    """The folder of `default_output_path`."""
-    return Path("outputs", path_safe(stem), path_safe(Path(model).name))
+    """The folder of `default_output_path`; a GGUF file counts by its name without extension."""
+    return Path("outputs", path_safe(stem), path_safe(Path(model).name.removesuffix(".gguf")))
 
 
 def path_safe(text: str) -> str:

@@ -76,19 +76,21 @@ class Engine:
         trust_remote_code: bool = False,
         prefill_kernel: PrefillKernel | None = None,
     ) -> Self:
-        """Load a model by hub id or folder.
+        """Load a model by hub id, folder or GGUF file.
 
         Args:
-            model: Hub id or folder; weights load from safetensors only.
+            model: Hub id or folder, whose weights load from safetensors only; or a GGUF file,
+                whose weights are unpacked (``flexmask[gguf]``).
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             trust_remote_code: Run code that comes with the model.
             prefill_kernel: What computes prompts on a GPU, as in `Engine`.
 
         Raises:
-            AttentionError: If the kernel cannot be had.
+            AttentionError: If the kernel cannot be had, or the architecture does not support
+                attention backends.
             OptionError: If device or dtype cannot be had.
-            ModelError: If the model cannot be loaded.
+            ModelError: If the model cannot be loaded, or weights of it are missing.
             CompilerError: If torch.compile finds no compiler.
         """
         target = resolve_device(device)

@@ -92,8 +92,8 @@ def subject_of_file(
     Args:
         source: A path, or ``-`` for JSON Lines from standard input.
         row: Which, from 1.
-        model: Hub id or folder whose tokenizer is used. Default: the bundled model, or the one
-            that made the result file.
+        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the bundled model,
+            or the one that made the result file.
         num_segments: Keep this many segments of the request.
 
     Raises:

@@ -1,0 +1,155 @@
+"""A model's configuration, and what in it no model can run with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from flexmask.checkpoint.gguf_file import check_rotary_embeddings, read_header
+from flexmask.checkpoint.source import CheckpointSource
+from flexmask.checkpoint.transformers_calls import shown
+from flexmask.errors import AttentionError, ModelError
+
+AUTO_MODEL = "AutoModelForCausalLM"
+
+
+def check_config_file(source: CheckpointSource, *, trust_remote_code: bool = False) -> None:
+    """Find out whether ``config.json`` is of a model that transformers can make.
+
+    Raises:
+        ModelError: If not, or if it takes code that comes with the model and is not trusted.
+        OSError: If it is on the hub, and that cannot be reached.
+    """
+    if source.gguf is not None:
+        return
+    values = source.read_json("config.json", must_exist=True) or {}
+    for key in ("quantization_config", "text_config"):
+        if not isinstance(values.get(key, {}), dict | None):
+            raise ModelError(
+                f"config.json of model {shown(source.name)}: {key} must be an object, "
+                f"got {str(values[key])[:40]!r}"
+            )
+    auto_map = values.get("auto_map")
+    is_remote = isinstance(auto_map, dict) and {"AutoConfig", AUTO_MODEL} & set(auto_map)
+    kind = values.get("model_type")
+    if kind in CONFIG_MAPPING or (is_remote and trust_remote_code):
+        return
+    if is_remote:
+        raise ModelError(
+            f"model {shown(source.name)} comes with code of its own; to run it, pass "
+            "--trust-remote-code (in Python, trust_remote_code=True)"
+        )
+    if kind is not None:
+        raise ModelError(
+            f"model {shown(source.name)} is of type {str(kind)[:40]!r}, which this version of "
+            "transformers does not know; upgrade transformers, or check config.json"
+        )
+
+
+def load_config(source: CheckpointSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the configuration of a causal language model.
+
+    Raises:
+        ModelError: If there is none, or no model can be made by it.
+        AttentionError: If its architecture does not support attention backends.
+    """
+    header = read_header(source.gguf, source.name) if source.gguf else None
+    config = AutoConfig.from_pretrained(
+        source.location, trust_remote_code=trust_remote_code, **source.options
+    )
+    assert isinstance(config, PreTrainedConfig)
+    _check_quantization(config, source.name)
+    text = config.get_text_config(decoder=True)
+    _check_heads(text, source.name)
+    _check_rope(text, source.name)
+    if header is not None:
+        check_rotary_embeddings(header, text, source.name)
+    if not (trust_remote_code and AUTO_MODEL in (getattr(config, "auto_map", None) or {})):
+        _check_architecture(config, source.name)
+    return config
+
+
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """The method that a checkpoint is quantised by; None if by none."""
+    values = _quantization_values(config)
+    if not values:
+        return None
+    method = values.get("quant_method")
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        method = "bitsandbytes"  # whatever else stands there, for transformers
+    return str(getattr(method, "value", method))
+
+
+def _check_quantization(config: PreTrainedConfig, name: str) -> None:
+    values = _quantization_values(config)
+    # Without the check transformers would pass over the quantisation, with a line in its log.
+    if values and not AutoHfQuantizer.supports_quant_method(values):
+        raise ModelError(
+            f"model {shown(name)} is quantised by {str(values.get('quant_method'))[:40]!r}, which "
+            "this version of transformers does not know; load one that is not quantised"
+        )
+
+
+def _quantization_values(config: PreTrainedConfig) -> dict[str, Any]:
+    values = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    return dict(values) if isinstance(values, dict) else values.to_dict() if values else {}
+
+
+def _check_heads(config: PreTrainedConfig, name: str) -> None:
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int):
+        return
+    if heads < 1:
+        raise ModelError(
+            f"config.json of model {shown(name)}: num_attention_heads must be positive, "
+            f"got {heads}"
+        )
+    if isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
+        raise ModelError(
+            f"config.json of model {shown(name)}: num_attention_heads must be a multiple of "
+            f"num_key_value_heads, got {heads} and {kv_heads}"
+        )
+
+
+def _check_rope(config: PreTrainedConfig, name: str) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in by_layer or [rope]:
+        kind = parameters.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise ModelError(
+                f"config.json of model {shown(name)}: rope_type must be one of default, "
+                f"{', '.join(ROPE_INIT_FUNCTIONS)}, got {str(kind)[:40]!r}"
+            )
+
+
+def _check_architecture(config: PreTrainedConfig, name: str) -> None:
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise ModelError(
+            f"model {shown(name)} is of type {config.model_type!r}, which is no causal language "
+            "model; flexmask generates with those alone"
+        )
+    if isinstance(model_class, tuple):
+        return  # transformers chooses by what config.json calls the architecture
+    check_backend(model_class)
+
+
+def check_backend(model_class: Any) -> None:
+    """Find out whether models of a class compute attention where a backend can.
+
+    Raises:
+        AttentionError: If not.
+    """
+    if not model_class.is_backend_compatible():
+        raise AttentionError(
+            f"{model_class.__name__} does not support transformers' attention backends, which "
+            "flexmask needs; choose a model of another architecture"
+        )

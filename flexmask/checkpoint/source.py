@@ -1,0 +1,124 @@
+"""A model by name: a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from transformers.utils.hub import cached_file
+
+from flexmask.checkpoint.transformers_calls import shown
+from flexmask.errors import ModelError
+
+_LFS_BEGINNING = b"version https://git-lfs.github.com/"
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where the files of a model are; made by `find`.
+
+    Attributes:
+        name: As the user gave it.
+        location: What transformers loads from: a hub id or a folder.
+        folder: The folder; None for a hub id.
+        gguf: The GGUF file; None where weights are in safetensors.
+    """
+
+    name: str
+    location: str
+    folder: Path | None = None
+    gguf: Path | None = None
+
+    @classmethod
+    def find(cls, model: str) -> Self:
+        """Find out what a name means.
+
+        Raises:
+            ModelError: If there is nothing of that name, or it needs a package that is absent.
+        """
+        name = os.fspath(model)
+        if not name.strip():
+            raise ModelError(f"model must be a hub id, a folder or a .gguf file, got {name!r}")
+        path = Path(name)
+        if path.is_dir():
+            return cls(name, name, folder=path)
+        if path.suffix == ".gguf":
+            return cls._find_gguf(name, path)
+        if path.exists():
+            raise ModelError(
+                f"model {shown(name)} is a file; name its folder, a .gguf file or a hub id"
+            )
+        if name.startswith((".", "/", "~")):
+            raise ModelError(f"model folder {shown(name)} does not exist")
+        return cls(name, name)
+
+    @classmethod
+    def _find_gguf(cls, name: str, path: Path) -> Self:
+        if not path.is_file():
+            raise ModelError(f"model file {shown(name)} does not exist")
+        absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+        if absent:
+            raise ModelError(
+                f"{' and '.join(absent)} must be installed to read {path.name}; "
+                "run: pip install 'flexmask[gguf]'"
+            )
+        path = path.absolute()
+        return cls(name, str(path.parent), gguf=path)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes beside the location."""
+        # By its whole path: a file of that name in the working folder would go first.
+        return {} if self.gguf is None else {"gguf_file": str(self.gguf)}
+
+    def file(self, name: str, *, must_exist: bool = False) -> Path | None:
+        """Find one file of a model that is not a GGUF file; None where it has none of that name.
+
+        Raises:
+            OSError: If it is on the hub, must exist, and does not or cannot be had.
+        """
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.is_file() else None
+        found = cached_file(self.location, name, _raise_exceptions_for_missing_entries=must_exist)
+        return None if found is None else Path(found)
+
+    def read_json(self, name: str, *, must_exist: bool = False) -> dict[str, Any] | None:
+        """Read one file of a model as a JSON object; None where it has none of that name.
+
+        Raises:
+            ModelError: If it is not one.
+            OSError: As from `file`.
+        """
+        path = self.file(name, must_exist=must_exist)
+        if path is None:
+            return None
+        check_is_no_pointer(path, self.name)
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ModelError(f"{name} of model {shown(self.name)} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ModelError(
+                f"{name} of model {shown(self.name)} must be a JSON object, "
+                f"got a {type(content).__name__}"
+            )
+        return content
+
+
+def check_is_no_pointer(path: Path, model: str) -> None:
+    """Find out whether a file is what Git LFS leaves in its place.
+
+    Raises:
+        ModelError: If so.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_BEGINNING)) == _LFS_BEGINNING:
+            raise ModelError(
+                f"{path.name} of model {shown(model)} is a Git LFS pointer, not the file itself; "
+                "run git lfs pull there"
+            )

@@ -1,0 +1,88 @@
+"""Calls of transformers that load something: quiet, and with errors of one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+from flexmask.errors import FlexMaskError, ModelError
+
+LONGEST_MESSAGE = 250
+_LONGEST_NAME = 100
+_SPEAKING = (OSError, ValueError, ImportError, NotImplementedError)
+
+
+@contextmanager
+def errors_in_one_line(what: str) -> Iterator[None]:
+    """Keep transformers quiet meanwhile, and turn what it raises into a `ModelError`.
+
+    It reports on stderr what it then raises, and much that is no error. Files of a model can make
+    it raise anything, as can code that comes with a model, so every exception is turned.
+
+    Args:
+        what: What cannot be done then: ``cannot load model 'x'``.
+
+    Raises:
+        ModelError: If anything was raised but what flexmask raises itself.
+    """
+    with _quiet_transformers():
+        try:
+            yield
+        except FlexMaskError:
+            raise
+        except Exception as error:
+            raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
+        except BaseException as error:
+            # Panics of the tokenizers library, which is written in Rust, are no Exceptions.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
+
+
+def one_line(message: str) -> str:
+    """A message in one line of bounded length, cut after a sentence or else marked as cut."""
+    message = " ".join(message.split()).rstrip(".")
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    # The place of the model comes first, and may have dots; a sentence ends before a capital.
+    ends = [match.start() for match in re.finditer(r"\.? (?<=\. )(?=[A-Z])", message)]
+    fitting = [end for end in ends if LONGEST_MESSAGE // 3 < end <= LONGEST_MESSAGE]
+    return message[: fitting[-1]] if fitting else message[: LONGEST_MESSAGE - 1] + "…"
+
+
+def shown(name: str) -> str:
+    """Name of a model in quotes; of a long path, the end."""
+    return repr(name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :])
+
+
+def _reason(error: BaseException) -> str:
+    """Text of an error; its type too, unless it is of those that speak for themselves."""
+    name, text = type(error).__name__, str(error).strip()
+    if text and (isinstance(error, _SPEAKING) or name.startswith("StrictDataclass")):
+        return text
+    return f"transformers raises {name}: {text}" if text else f"transformers raises {name}"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without log lines, bars and warnings of transformers; the hub's bars of downloads stay."""
+    verbosity, of_hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_hub)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
