@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
@@ -50,11 +50,19 @@ class TokenizedRequest:
 
     The logits that choose the first generated token come from the last prompt token, so that
     token must see every segment: the tail is never empty.
+
+    Attributes:
+        prefix: Token ids that stand before the segments.
+        segments: Token ids of each segment.
+        tail: Token ids of the fusion tail.
+        special_text: Text of a special token that the request holds and that was tokenized as
+            plain text; None where it holds none.
     """
 
     prefix: tuple[int, ...]
     segments: tuple[tuple[int, ...], ...]
     tail: tuple[int, ...]
+    special_text: str | None = field(default=None, compare=False)
 
     @classmethod
     def from_token_ids(

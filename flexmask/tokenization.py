@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexmask.checkpoint.folder import check_tokenizer_files
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line, shown
+from flexmask.encoding.chat_template import ChatTemplate, UserTurn
+from flexmask.encoding.prompt_encoder import PromptEncoder
+from flexmask.encoding.text_decoder import TextDecoder
+from flexmask.encoding.text_encoder import Encoded
 from flexmask.errors import ModelError, RequestError
 from flexmask.layout import TokenizedRequest
 from flexmask.request import Request
-
-_SEGMENT_MARK = "<<flexmask segment>>"
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -41,11 +43,19 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 class RequestTokenizer:
     """Tokenizes prefix, segments and suffix, each by itself.
 
-    Pieces are encoded apart, so that a segment has the same tokens whatever stands beside it.
+    Pieces are encoded apart, so that a segment has the same tokens whatever stands beside it, and
+    put together they decode to the text of the whole (`flexmask.encoding.prompt_encoder`).
     The prefix begins with the beginning-of-sequence token where the tokenizer adds one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+        num_embeddings: int | None = None,
+    ) -> None:
         """Wrap ``tokenizer``.
 
         Args:
@@ -53,96 +63,88 @@ class RequestTokenizer:
             chat_template: Put the request into the user turn of the tokenizer's chat template:
                 what the template writes before the segments joins the prefix, and what follows
                 joins the suffix.
+            allow_special_tokens: Read the text of a special token in a request, such as
+                ``<eos>``, as that token. By default it is text like any other.
+            num_embeddings: How many tokens the model knows; None where no model is at hand.
 
         Raises:
-            ModelError: If a chat template is asked for and the tokenizer has none.
+            ModelError: If a chat template is asked for and the tokenizer has none, or one that
+                cannot be used.
         """
-        if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise ModelError("this tokenizer has no chat template; leave out --chat-template")
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
-        # Few-shot prefixes and suffixes repeat from row to row.
-        self._encode_shared = lru_cache(maxsize=256)(self._encode)
-        self._in_user_turn = lru_cache(maxsize=256)(self._apply_chat_template)
-        self._ahead: dict[str, tuple[int, ...]] = {}
+        self._num_embeddings = num_embeddings
+        self._template = ChatTemplate(tokenizer) if chat_template else None
+        self._decoder = TextDecoder(tokenizer)
+        self._encoder = PromptEncoder(
+            tokenizer,
+            self._decoder,
+            template=self._template.source if self._template else None,
+            allow_special_tokens=allow_special_tokens,
+        )
 
     def read_ahead(self, requests: Iterable[Request]) -> None:
         """Encode the segments of requests that are about to be tokenized, all in one call."""
-        texts = list({segment for request in requests for segment in request.segments})
-        self._ahead = dict(zip(texts, self._encode_all(texts), strict=True))
+        self._encoder.read_ahead(text for request in requests for text in request.segments)
 
     def __call__(self, request: Request) -> TokenizedRequest:
         """Tokenize ``request``.
 
         Raises:
-            RequestError: If it leaves a segment or the fusion tail without tokens.
+            RequestError: If it cannot be tokenized, leaves a segment or the fusion tail without
+                tokens, or has tokens that the model does not know.
         """
-        request = self.in_chat(request)
-        return TokenizedRequest.from_token_ids(
-            prefix=self._begin + self._encode_shared(request.prefix),
-            segments=[self._ahead.get(text) or self._encode(text) for text in request.segments],
-            suffix=self._encode_shared(request.suffix),
+        prompt = self._encoder.encode(self._turn(request), request.segments)
+        for name, piece in prompt.named():
+            self._check_known(name, piece)
+        tokenized = TokenizedRequest.from_token_ids(
+            prefix=self._begin + prompt.prefix.token_ids,
+            segments=[segment.token_ids for segment in prompt.segments],
+            suffix=prompt.suffix.token_ids,
         )
+        special_texts = [piece.special_text for _, piece in prompt.named() if piece.special_text]
+        return replace(tokenized, special_text=special_texts[0]) if special_texts else tokenized
 
     def in_chat(self, request: Request) -> Request:
         """The request with what the chat template writes around it, where there is one.
 
         Raises:
-            RequestError: If the template does not write the user turn once.
+            RequestError: If the template fails on it, or changes its text.
         """
-        if not self._chat_template:
-            return request
-        prefix, suffix = self._in_user_turn(request.prefix, request.suffix)
-        return replace(request, prefix=prefix, suffix=suffix)
+        turn = self._turn(request)
+        return replace(request, prefix=turn.before + turn.prefix, suffix=turn.suffix + turn.after)
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
-        """Text of generated tokens, special tokens left out."""
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+        """Text of generated tokens as it continues a prompt, special tokens left out."""
+        return self._decoder.decode(token_ids, skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands within a text, leading space included."""
-        # Decoders drop the space before a first token, so it is decoded after another.
-        before = self._encode("a")[-1:]
-        texts = [
-            self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-            for token_ids in (before, (*before, token_id))
-        ]
-        return str(texts[1]).removeprefix(str(texts[0]))
+        return self._decoder.decode((token_id,), skip_special_tokens=False)
 
     def token_texts(self, text: str) -> list[str]:
-        """Cut a text into its tokens."""
-        return [self.token_text(token_id) for token_id in self._encode(text)]
+        """Cut a text that continues another into its tokens."""
+        encoded = self._encoder.encode_text(text)
+        return [self.token_text(token_id) for token_id in encoded.token_ids]
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return self._encode_all([text])[0] if text else ()
-
-    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)
-        return [tuple(token_ids) for token_ids in encoded["input_ids"]]
+    def _turn(self, request: Request) -> UserTurn:
+        if self._template is None:
+            return UserTurn("", request.prefix, request.suffix, "")
+        return self._template.turn(request.prefix, request.suffix)
 
     @cached_property
     def _begin(self) -> tuple[int, ...]:
         bos = self._tokenizer.bos_token_id
         # A chat template writes the token itself.
-        if self._chat_template or bos is None or self._tokenizer.encode("a")[0] != bos:
+        if self._template or bos is None or self._tokenizer.encode("a")[0] != bos:
             return ()
         return (bos,)
 
-    def _apply_chat_template(self, prefix: str, suffix: str) -> tuple[str, str]:
-        turn = {"role": "user", "content": prefix + _SEGMENT_MARK + suffix}
-        text = self._tokenizer.apply_chat_template(
-            [turn], tokenize=False, add_generation_prompt=True
-        )
-        parts = str(text).split(_SEGMENT_MARK)
-        if len(parts) != 2:
+    def _check_known(self, name: str, piece: Encoded) -> None:
+        largest = max(piece.token_ids, default=0)
+        if self._num_embeddings is not None and largest >= self._num_embeddings:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
             raise RequestError(
-                f"the chat template writes the user turn {len(parts) - 1} times; "
-                "flexmask needs it once"
+                f"{name} has token {largest} ({token!r}), but the model knows tokens 0 to "
+                f"{self._num_embeddings - 1} only; take that text out, or give the model the "
+                "tokenizer it was trained with"
             )
-        return parts[0], parts[1]

@@ -157,6 +157,63 @@ def test_a_dry_run_shows_what_the_chat_template_writes(flexmask, chat_tokenizer,
 
 
 @pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('no') }}",
+            "error: the chat template fails: TemplateError: no; leave",
+        ),
+        ("{% for m in messages %}{{ m }", "error: the chat template fails: TemplateSyntaxError: "),
+        ("{{ messages | tojson }}", "error: the chat template does not write the text of a user "),
+        (
+            "{{ messages[0].content.replace('A', 'B') }}",
+            "error: {rows}:1: the chat template changes the text of its prefix or suffix; leave",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_ends_a_dry_run_in_one_line(
+    error_of, chat_tokenizer, tmp_path, template, message
+):
+    (chat_tokenizer / "chat_template.jinja").write_text(template)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"segments": ["Who?"], "suffix": " A:"}\n')
+    line = error_of(
+        "generate", "--input", rows, "--model", chat_tokenizer, "--dry-run", "--chat-template"
+    )
+    assert line.startswith(message.replace("{rows}", str(rows)))
+    assert "\n" not in line
+
+
+def test_a_dry_run_that_skips_shows_why_the_template_takes_a_request_not(
+    flexmask, chat_tokenizer, tmp_path
+):
+    (chat_tokenizer / "chat_template.jinja").write_text(
+        "{{ messages[0].content.replace('A', '')}}"
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"segments": ["Who?"], "suffix": "A:"}\n{"segments": ["Who?"]}\n')
+    printed = flexmask(
+        "generate", "--input", rows, "--model", chat_tokenizer, "--dry-run", "--chat-template",
+        "--on-error", "skip",
+    )  # fmt: skip
+    assert f"== 1\nfailed: {rows}:1: the chat template changes the text of its prefix" in printed
+    assert "== 2 (" in printed
+
+
+def test_text_of_special_tokens_is_counted_and_can_be_allowed(tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.feather"
+    rows.write_text('{"segments": ["Q: <eos> who", "Q: who"], "suffix": " A:"}\n' * 1)
+    options = ["generate", "--input", rows, "--device", "cpu", "--batch-size", "2", "--output"]
+    options += [output, "--max-new-tokens", "2", "--overwrite"]
+    for more, warned in (([], 1), (["--allow-special-tokens"], 0)):
+        command = [*COMMAND, *map(str, options), *more]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("warning: 1 request holds the text of a special tok") == warned
+        assert read_run_config(output).run["allow_special_tokens"] is not bool(warned)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--task", "webq"], "unknown task 'webq'; known: myriadlama, webqa"),

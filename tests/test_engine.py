@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -212,6 +213,42 @@ def test_a_chat_template_wraps_prefix_and_suffix(tokenizer):
 def test_the_prefix_begins_with_the_beginning_of_sequence_token(tokenizer):
     tokenized = RequestTokenizer(tokenizer)(Request(("t7 t8",), uuid="a"))
     assert tokenized.prefix == (1,)
+
+
+MARKED = [
+    Request(("t4 <eos> t5", "t6"), suffix="t9", uuid="a"),
+    Request(("t4 t5", "t6 t7"), suffix="t9", uuid="b"),
+    Request(("t4", "t6 <pad>"), prefix="<bos>", suffix="t9", uuid="c"),
+]
+
+
+@pytest.mark.parametrize("fusion", ["attention", "each", "mean"])
+def test_a_warning_counts_the_requests_that_hold_the_text_of_a_special_token(engine, fusion):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(engine, MARKED, fusion=fusion)
+    (line,) = [str(each.message) for each in caught if each.category is FlexMaskWarning]
+    assert line.startswith("2 requests hold the text of a special token, such as '<eos>', which")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FlexMaskWarning)
+        run(engine, MARKED, fusion=fusion, allow_special_tokens=True)
+        run(engine, MARKED[1:2], fusion=fusion)
+
+
+def test_a_request_with_tokens_beyond_the_embeddings_is_refused_alone(tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<think>"])
+    engine = Engine(make_model("llama", "flexmask"), larger)
+    bad = Request(("t4 t5", "t6 <think>"), suffix="t9", uuid="bad")
+    message = "request 'bad': segment 2 has token 211 .'<think>'., but the model knows tokens 0"
+    with pytest.raises(RequestError, match=message):
+        engine.generate([bad], "causal")
+    refused = []
+    results = engine.generate(
+        [bad, *MARKED[1:2]], "causal", on_refused=lambda request, error: refused.append(request)
+    )
+    assert refused == [bad]
+    assert results.stats.batch_size == 1
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):

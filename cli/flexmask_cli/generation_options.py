@@ -39,6 +39,7 @@ class GenerationOptions:
     max_new_tokens: int
     stop: Sequence[str]
     chat_template: bool | None
+    allow_special_tokens: bool
     temperature: float
     top_p: float
     top_k: int
@@ -119,7 +120,11 @@ class GenerationOptions:
 
         path = self.model or str(model_path())
         tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
-        return RequestTokenizer(tokenizer, chat_template=self.uses_chat_template)
+        return RequestTokenizer(
+            tokenizer,
+            chat_template=self.uses_chat_template,
+            allow_special_tokens=self.allow_special_tokens,
+        )
 
     def load_engine(self, *, is_verbose: bool) -> Engine:
         """Load the model."""
@@ -138,4 +143,5 @@ class GenerationOptions:
             "sampling": self.sampling,
             "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop],
             "chat_template": self.uses_chat_template,
+            "allow_special_tokens": self.allow_special_tokens,
         }

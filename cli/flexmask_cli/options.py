@@ -107,6 +107,14 @@ ChatTemplate = Annotated[
         help="Use the model's chat template. Default: as the task says, else no.",
     ),
 ]
+AllowSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--allow-special-tokens",
+        help="Read the text of a special token in the input, such as <eos>, as that token. "
+        "Default: it is plain text.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")

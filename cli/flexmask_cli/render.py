@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,11 +207,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     print_table(rows, wrapped=["question", "prediction", "accepted"])
 
 
-def print_prompt(
-    request: Request | BadRow,
-    in_chat: Callable[[Request], Request] | None = None,
-    weight: float | None = None,
-) -> None:
+def print_prompt(request: Request | BadRow, weight: float | None = None) -> None:
     """Print the texts of a prompt as they are, each between tags."""
     from flexmask.dataset.requests import BadRow
 
@@ -221,9 +217,8 @@ def print_prompt(
     alone = "" if request.segment is None else f", segment {request.segment}"
     weighted = "" if weight is None else f", weight {weight:g}"
     print(f"== {request.uuid}{alone}{weighted} ({request.source})")
-    written = in_chat(request) if in_chat else request
-    parts = [("prefix", written.prefix), ("suffix", written.suffix)]
-    segments = enumerate(written.segments, start=request.segment or 1)
+    parts = [("prefix", request.prefix), ("suffix", request.suffix)]
+    segments = enumerate(request.segments, start=request.segment or 1)
     parts[1:1] = [(f"segment {number}", text) for number, text in segments]
     for name, text in parts:
         print(f"<{name}>{text}</{name}>")

@@ -113,6 +113,7 @@ class Engine:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         chat_template: bool = False,
+        allow_special_tokens: bool = False,
         answer_of: Callable[[Generation], str] = attrgetter("prediction"),
         on_refused: Callable[[Request, RequestError], None] | None = None,
     ) -> GenerationRun:
@@ -134,12 +135,16 @@ class Engine:
             sampling: How tokens are chosen; None takes the most likely.
             stop: Strings that end a row; they are left out of its text.
             chat_template: Put requests into the tokenizer's chat template.
+            allow_special_tokens: Read the text of a special token in a request, such as
+                ``<eos>``, as that token, which may end a turn. By default it is text like any
+                other, and a warning counts the requests that hold some.
             answer_of: Cuts from a generation the answer that the fusion ``vote`` counts.
             on_refused: Called with each request that cannot be tokenized or exceeds the model's
                 context, which is then left out; None raises.
 
         Raises:
             RequestError: If a request is refused and there is no ``on_refused``.
+            ModelError: If a chat template is asked for, and there is none that can be used.
             OptionError: If an option has an impossible value.
             StrategyError: If there is no strategy of that name.
         """
@@ -153,7 +158,12 @@ class Engine:
             raise OptionError(f"batch_size must be positive, got {batch_size}")
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
-        tokenizer = RequestTokenizer(self.tokenizer, chat_template=chat_template)
+        tokenizer = RequestTokenizer(
+            self.tokenizer,
+            chat_template=chat_template,
+            allow_special_tokens=allow_special_tokens,
+            num_embeddings=_num_embeddings(self.model),
+        )
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
             on_refused,
@@ -263,6 +273,12 @@ class Engine:
         if ids is None:
             return frozenset()
         return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -142,7 +142,11 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
         model=run["model"],
         strategy=make_strategy(run["strategy"], run["parameters"]),
     )
-    tokenize = _load_tokenizer(model or answer.model, chat_template=run["chat_template"])
+    tokenize = _load_tokenizer(
+        model or answer.model,
+        chat_template=run["chat_template"],
+        allow_special_tokens=run.get("allow_special_tokens", False),
+    )
     shown = ShownRequest(
         tokenize(request),
         new_tokens=values["generated_tokens"],
@@ -169,9 +173,9 @@ def _check_row(source: str, row: int, count: int) -> None:
         raise RequestError(f"{source}: --row must be 1 to {count}, got {row}")
 
 
-def _load_tokenizer(model: str, *, chat_template: bool = False) -> RequestTokenizer:
+def _load_tokenizer(model: str, **options: bool) -> RequestTokenizer:
     # Here, because a request of given lengths need not wait for transformers.
     from flexmask.tokenization import RequestTokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(str(model_path()) if model == DEMO else model)
-    return RequestTokenizer(tokenizer, chat_template=chat_template)
+    return RequestTokenizer(tokenizer, **options)

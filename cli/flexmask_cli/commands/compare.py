@@ -27,6 +27,7 @@ from flexmask_cli.dataset_options import (
 from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.options import (
+    AllowSpecialTokens,
     BadRows,
     BatchSize,
     ChatTemplate,
@@ -106,6 +107,7 @@ def compare(
     num_examples: NumExamples = None,
     prefix_file: PrefixFile = None,
     chat_template: ChatTemplate = None,
+    allow_special_tokens: AllowSpecialTokens = False,
     on_error: OnBadRow = BadRows.STOP,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -161,6 +163,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         stop=stop or [],
         chat_template=chat_template,
+        allow_special_tokens=allow_special_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
@@ -25,6 +26,7 @@ from flexmask_cli.dataset_options import (
 from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.options import (
+    AllowSpecialTokens,
     BadRows,
     BatchSize,
     ChatTemplate,
@@ -90,6 +92,7 @@ def generate(
     num_examples: NumExamples = None,
     prefix_file: PrefixFile = None,
     chat_template: ChatTemplate = None,
+    allow_special_tokens: AllowSpecialTokens = False,
     on_error: OnBadRow = BadRows.STOP,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -137,13 +140,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=stop or [],
         chat_template=chat_template,
+        allow_special_tokens=allow_special_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         seed=seed,
     )
     if dry_run:
-        _print_prompts(requests, fused, options)
+        _print_prompts(requests, fused, options, skips=on_error is BadRows.SKIP)
         return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
@@ -199,16 +203,24 @@ def _run(run: DatasetRun, writer: ResultWriter, fusion: Fusion, *, is_quiet: boo
         render.print_stats(run.generations.stats, fusion)
 
 
-def _print_prompts(requests: RequestSource, fusion: Fusion, options: GenerationOptions) -> None:
+def _print_prompts(
+    requests: RequestSource, fusion: Fusion, options: GenerationOptions, *, skips: bool
+) -> None:
     from flexmask.dataset.requests import BadRow
 
-    in_chat = None
-    if options.uses_chat_template:
-        in_chat = options.load_tokenizer().in_chat
+    tokenize = options.load_tokenizer() if options.uses_chat_template else None
     for output in requests:
         if isinstance(output, BadRow):
             render.print_prompt(output)
             continue
         weights = output.weights if fusion.weights == "column" else itertools.repeat(None)
         for prompt, weight in zip(fusion.prompts(output), weights, strict=False):
-            render.print_prompt(prompt, in_chat, weight)
+            try:
+                written = tokenize.in_chat(prompt) if tokenize else prompt
+            except RequestError as error:
+                reason = f"{prompt.label}: {error}"
+                if not skips:
+                    raise RequestError(reason) from error
+                render.print_prompt(BadRow(prompt.uuid, reason, prompt))
+            else:
+                render.print_prompt(written, weight)

@@ -1,0 +1,167 @@
+"""Encodes the pieces of a prompt apart, so that put together they are one text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from flexmask.encoding.chat_template import UserTurn
+from flexmask.encoding.text_decoder import TextDecoder
+from flexmask.encoding.text_encoder import Encoded, TextEncoder
+from flexmask.encoding.tokenizer_edits import Left, Right
+from flexmask.errors import RequestError
+
+
+class EncodedPrompt(NamedTuple):
+    """The tokens of a prompt, without the beginning-of-sequence token.
+
+    Attributes:
+        prefix: All before the segments.
+        segments: Each segment.
+        suffix: All after the segments.
+    """
+
+    prefix: Encoded
+    segments: list[Encoded]
+    suffix: Encoded
+
+    def named(self) -> Iterator[tuple[str, Encoded]]:
+        """The pieces, with what messages call them."""
+        yield "prefix", self.prefix
+        for number, segment in enumerate(self.segments, start=1):
+            yield f"segment {number}", segment
+        yield "suffix", self.suffix
+
+
+class PromptEncoder:
+    """Encodes prefix, segments and suffix, `RequestTokenizer` makes it.
+
+    Where a tokenizer puts a space before each text, only the piece that begins the prompt gets
+    it. Where that would be a segment, a single one gets it as from the tokenizer itself; of
+    several none is the first, and the space is a token of the prefix.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: TextDecoder,
+        *,
+        template: str | None,
+        allow_special_tokens: bool,
+    ) -> None:
+        """Wrap ``tokenizer``.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            decoder: Decodes with it.
+            template: Source of the chat template that writes user turns, where there is one.
+            allow_special_tokens: Whether texts of requests may hold special tokens.
+        """
+        self._is_chat = template is not None
+        self._decoder = decoder
+        self._encoder = TextEncoder(
+            tokenizer, template=template or "", allow_special_tokens=allow_special_tokens
+        )
+        # Few-shot prefixes and suffixes repeat from row to row.
+        self._opening = lru_cache(maxsize=256)(self._encode_opening)
+        self._ending = lru_cache(maxsize=256)(self._encode_ending)
+        self._ahead: dict[str, Encoded] = {}
+
+    def read_ahead(self, segments: Iterable[str]) -> None:
+        """Encode segments that are about to be asked for, all in one call."""
+        texts = list(set(segments))
+        try:
+            self._ahead = dict(zip(texts, self._encoder.encode_all(texts), strict=True))
+        except RequestError:  # which of them it was shows when each is encoded by itself
+            self._ahead = {}
+
+    def encode(self, turn: UserTurn, segments: Sequence[str]) -> EncodedPrompt:
+        """Encode a prompt.
+
+        Raises:
+            RequestError: If the tokenizer has no tokens for a piece, which is named.
+        """
+        with _naming("prefix"):
+            prefix, left = self._opening(turn.before, turn.prefix)
+        space, encoded = self._encode_segments(segments, left)
+        with _naming("suffix"):
+            suffix = self._ending(turn.suffix, turn.after)
+        return EncodedPrompt(prefix.then(space), encoded, suffix)
+
+    def encode_text(self, text: str) -> Encoded:
+        """Encode a text that continues another."""
+        return self._encoder.encode(text)
+
+    def _encode_opening(self, before: str, prefix: str) -> tuple[Encoded, Left]:
+        """Encode all that stands before the segments, and say what it leaves before them."""
+        if not self._is_chat and prefix:
+            space, encoded = self._encode_first(prefix, "start")
+            return space.then(encoded), "text"
+        return self._encode_parts(self._encoder.split(before, tail=prefix), "start", "text")
+
+    def _encode_ending(self, suffix: str, after: str) -> Encoded:
+        """Encode all that stands after the segments."""
+        right: Right = "end" if self._is_chat else "text"
+        return self._encode_parts(self._encoder.split(after, head=suffix), "text", right)[0]
+
+    def _encode_parts(
+        self, parts: Sequence[str | int], left: Left, right: Right
+    ) -> tuple[Encoded, Left]:
+        encoded = Encoded(())
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                encoded, left = encoded.then(Encoded((part,))), "token"
+            elif part:
+                is_last = index == len(parts) - 1
+                piece = self._encoder.encode(part, left, right if is_last else "end")
+                encoded, left = encoded.then(piece), "text"
+        return encoded, left
+
+    def _encode_segments(self, texts: Sequence[str], left: Left) -> tuple[Encoded, list[Encoded]]:
+        """Encode the segments; the space that stands before them is apart."""
+        is_spaced = left != "text" and self._encoder.is_spaced(left)
+        if is_spaced and len(texts) == 1:
+            with _naming("segment 1"):
+                space, segment = self._encode_first(texts[0], left)
+            return space, [segment]
+        segments = []
+        for number, text in enumerate(texts, start=1):
+            with _naming(f"segment {number}"):
+                segments.append(self._ahead.get(text) or self._encoder.encode(text))
+        return self._space if is_spaced else Encoded(()), segments
+
+    def _encode_first(self, text: str, left: Left) -> tuple[Encoded, Encoded]:
+        """Encode a piece that no text stands before, and the space before it if it is apart.
+
+        Some tokenizers put no space before a text that begins with one, and decode as if they
+        had: before such a text it becomes a token of its own.
+        """
+        encoded = self._encoder.encode(text, left)
+        if not self._is_chat and text[0].isspace() and self._text_of(encoded) != text:
+            apart = self._encoder.encode(text)
+            if self._text_of(self._space.then(apart)) == text:
+                return self._space, apart
+        return Encoded(()), encoded
+
+    @cached_property
+    def _space(self) -> Encoded:
+        """The space before a text, where the tokenizer has a token for that alone."""
+        space = self._encoder.encode(" ")
+        has_token = self._text_of(space.then(self._encoder.encode("a"))).strip() == "a"
+        return space if has_token else Encoded(())
+
+    def _text_of(self, encoded: Encoded) -> str:
+        return self._decoder.whole(encoded.token_ids)
+
+
+@contextmanager
+def _naming(piece: str) -> Iterator[None]:
+    """Say in errors which piece of a request they are about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{piece}: {error}") from error

@@ -1,0 +1,210 @@
+"""Encodes pieces of a text so that their tokens, put together, are tokens of the whole."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from flexmask.encoding.tokenizer_edits import (
+    Left,
+    Right,
+    ordinary_special_ids,
+    tokenizer_at,
+    without_tokens,
+)
+from flexmask.errors import RequestError
+from flexmask.fault import described
+
+
+class Encoded(NamedTuple):
+    """The tokens of a piece.
+
+    Attributes:
+        token_ids: The tokens.
+        special_text: Text of a special token that it holds and that was encoded as plain text.
+    """
+
+    token_ids: tuple[int, ...]
+    special_text: str | None = None
+
+    def then(self, other: Encoded) -> Encoded:
+        """This piece and another right after it."""
+        return Encoded(self.token_ids + other.token_ids, self.special_text or other.special_text)
+
+
+class TextEncoder:
+    """Encodes pieces of a longer text, `PromptEncoder` makes it.
+
+    A piece that continues a text gets no space of its own before it
+    (`flexmask.encoding.tokenizer_edits`), and the text of a special token is text like any other:
+    only who writes prompts, a chat template, may end a turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str = "",
+        allow_special_tokens: bool = False,
+    ) -> None:
+        """Wrap ``tokenizer``.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            template: Source of its chat template, if that is used. Added tokens that stand in it
+                are special ones too, whether they are flagged as such or not.
+            allow_special_tokens: Whether pieces may hold special tokens.
+        """
+        self._tokenizer = tokenizer
+        self._allows_special_tokens = allow_special_tokens
+        added = tokenizer.added_tokens_decoder
+        special_ids = set(tokenizer.all_special_ids)
+        self._special = {
+            id_: token.content
+            for id_, token in added.items()
+            if token.special
+            or id_ in special_ids
+            or (token.content in template and not token.content.isspace())
+        }
+        for id_ in special_ids - added.keys():
+            self._special[id_] = str(tokenizer.convert_ids_to_tokens(id_))
+        # Runs of spaces, which some tokenizers have as added tokens, are ordinary text.
+        self._added = {
+            token.content: (id_, token)
+            for id_, token in added.items()
+            if not token.content.isspace()
+        }
+        self._at = lru_cache(maxsize=None)(self._backend_at)
+
+    def encode(self, text: str, left: Left = "text", right: Right = "text") -> Encoded:
+        """Encode one piece, as `encode_all`."""
+        return self.encode_all([text], left, right)[0] if text else Encoded(())
+
+    def encode_all(
+        self, texts: Sequence[str], left: Left = "text", right: Right = "text"
+    ) -> list[Encoded]:
+        """Encode pieces, each by itself.
+
+        Args:
+            texts: The pieces.
+            left: What stands before each.
+            right: What stands after each.
+
+        Raises:
+            RequestError: If the tokenizer has no tokens for one.
+        """
+        if not texts:
+            return []
+        encoded = [Encoded(ids) for ids in self._ids(texts, left, right, is_plain=False)]
+        if self._allows_special_tokens:
+            return encoded
+        for index, text in enumerate(texts):
+            found = self._special_text(text, encoded[index].token_ids)
+            if found is not None:
+                (plain,) = self._ids([text], left, right, is_plain=True)
+                self._check_plain(plain)
+                encoded[index] = Encoded(plain, found)
+        return encoded
+
+    def is_spaced(self, left: Left) -> bool:
+        """Whether the tokenizer puts a space before a text that stands after ``left``."""
+        return self.encode("a", left).token_ids != self.encode("a").token_ids
+
+    def split(self, text: str, *, head: str = "", tail: str = "") -> list[str | int]:
+        """Cut what a template wrote at its added tokens: text, id, text, id, …, text.
+
+        Args:
+            text: What the template wrote.
+            head: The user's text before it, which is cut only where it may hold special tokens.
+            tail: The user's text after it, likewise.
+        """
+        if self._allows_special_tokens:
+            text, head, tail = head + text + tail, "", ""
+        parts: list[str | int] = [*self._added_pattern.split(text)] if self._added else [text]
+        parts[0] = f"{head}{parts[0]}"
+        parts[-1] = f"{parts[-1]}{tail}"
+        for index in range(1, len(parts), 2):
+            id_, token = self._added[str(parts[index])]
+            parts[index] = id_
+            if token.lstrip:
+                parts[index - 1] = str(parts[index - 1]).rstrip()
+            if token.rstrip:
+                parts[index + 1] = str(parts[index + 1]).lstrip()
+        return parts
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self._added, key=len)[::-1]))})")
+
+    def _special_text(self, text: str, token_ids: tuple[int, ...]) -> str | None:
+        for id_ in self._special.keys() & token_ids:
+            content = self._special[id_]
+            if id_ not in self._ordinary_ids or content in text:
+                return content
+        return None
+
+    def _check_plain(self, token_ids: tuple[int, ...]) -> None:
+        for id_ in (self._special.keys() & token_ids) - self._ordinary_ids:
+            raise RequestError(
+                f"it holds {self._special[id_]!r}, which this tokenizer can only read as a "
+                "special token; take it out, or pass --allow-special-tokens"
+            )
+
+    @cached_property
+    def _ordinary_ids(self) -> frozenset[int]:
+        """Special tokens that ordinary text may hold too."""
+        if self._tokenizer.is_fast:
+            return ordinary_special_ids(self._tokenizer.backend_tokenizer.model)
+        unknown = self._tokenizer.unk_token_id
+        return frozenset() if unknown is None else frozenset([unknown])
+
+    def _ids(
+        self, texts: Sequence[str], left: Left, right: Right, *, is_plain: bool
+    ) -> list[tuple[int, ...]]:
+        try:
+            if not self._tokenizer.is_fast:
+                return [self._ids_of_slow(text, left, is_plain) for text in texts]
+            backend = self._at(left, right, is_plain)
+            if backend is self._tokenizer.backend_tokenizer:
+                encoded = self._tokenizer(list(texts), add_special_tokens=False)
+                return [tuple(token_ids) for token_ids in encoded["input_ids"]]
+            batch = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [tuple(encoding.ids) for encoding in batch]
+        except RequestError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more special
+            raise RequestError(f"it cannot be tokenized: {described(error)}") from error
+
+    def _backend_at(self, left: Left, right: Right, is_plain: bool) -> Tokenizer:
+        if is_plain:
+            contents = set(self._special.values())
+            return without_tokens(self._at(left, right, False), contents, secrets.token_hex(16))
+        return tokenizer_at(self._tokenizer.backend_tokenizer, left, right)
+
+    def _ids_of_slow(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
+        """Encode with a tokenizer written in Python, whose pipeline cannot be edited.
+
+        A piece that continues a text is encoded after one that it does not merge with.
+        """
+
+        def encode(text: str) -> tuple[int, ...]:
+            encoded = self._tokenizer(
+                text, add_special_tokens=False, split_special_tokens=is_plain
+            )
+            return tuple(encoded["input_ids"])
+
+        if left != "text":
+            return encode(text)
+        for before in ("\n", ".", "a", "0"):
+            head, whole = encode(before), encode(before + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        raise RequestError(
+            f"this tokenizer has no tokens for {text[:20]!r} apart from what stands before it"
+        )
