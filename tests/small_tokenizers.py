@@ -74,10 +74,25 @@ def unigram() -> PreTrainedTokenizerFast:
     return _wrapped(backend)
 
 
-def byte_level() -> PreTrainedTokenizerFast:
+def words_with_spaces() -> PreTrainedTokenizerFast:
+    """Words cut at spaces and given one each, the ends of a text stripped, as XLM-R has it."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Strip(left=False, right=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=140, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=["▁"]
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return _wrapped(backend)
+
+
+def byte_level(*, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
     """As GPT-2, Llama 3 and Qwen have it."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=330,

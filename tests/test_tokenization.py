@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer
 
 from flexmask.demo import model_path
@@ -15,7 +16,7 @@ from flexmask.errors import ModelError, RequestError
 from flexmask.layout import copied_prefix_layout
 from flexmask.request import Request
 from flexmask.tokenization import RequestTokenizer
-from small_tokenizers import KINDS, SPACED
+from small_tokenizers import KINDS, SPACED, byte_level, words_with_spaces
 
 EXACT = [*SPACED, "byte_level"]
 """Those whose tokens decode to the text that they were made of."""
@@ -93,6 +94,15 @@ def test_a_segment_has_the_same_tokens_whatever_stands_beside_it(kind, template)
     ]
     swapped = tokenize(Request(("x", "Q: Ada born?"), prefix="Q", suffix=" A:"))
     assert {*pieces} == {swapped.segments[1]}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "start"), [(words_with_spaces(), ""), (byte_level(add_prefix_space=True), " ")]
+)
+def test_pieces_of_words_stay_together_where_each_word_gets_a_space(tokenizer, start):
+    request = Request(("Q: Where was Ada bo", "rn? "), prefix="Only a ", suffix="A: ")
+    ids = token_ids(RequestTokenizer(tokenizer)(request))
+    assert tokenizer.decode(ids) == start + "Only a Q: Where was Ada born? A: "
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -314,6 +324,22 @@ def test_the_bundled_tokenizer_is_used_as_it_is():
     request = Request(("Q: In which town was Rispo born?",), prefix="Answer.\n", suffix="\nA:")
     expected = tokenizer("Answer.\nQ: In which town was Rispo born?\nA:").input_ids
     assert token_ids(RequestTokenizer(tokenizer)(request)) == expected
+
+
+class InPython:
+    """A pre-tokenizer that does nothing."""
+
+    def pre_tokenize(self, text):
+        text.split(lambda _, part: [part])
+
+
+def test_a_pipeline_with_a_part_in_python_puts_no_spaces_between_pieces_either():
+    tokenizer = copy.deepcopy(made("llama"))
+    tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(InPython())
+    request = Request(("Q: a</s>", "b"), prefix="Only", suffix=" A:")
+    tokenized = RequestTokenizer(tokenizer)(request)
+    text = tokenizer.decode(token_ids(tokenized), skip_special_tokens=True)
+    assert text == "OnlyQ: a</s>b A:"
 
 
 class Characters(PreTrainedTokenizer):

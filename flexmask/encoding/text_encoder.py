@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from flexmask.encoding.tokenizer_edits import (
     Left,
     Right,
+    is_editable,
     ordinary_special_ids,
     tokenizer_at,
     without_tokens,
@@ -168,8 +169,8 @@ class TextEncoder:
         self, texts: Sequence[str], left: Left, right: Right, *, is_plain: bool
     ) -> list[tuple[int, ...]]:
         try:
-            if not self._tokenizer.is_fast:
-                return [self._ids_of_slow(text, left, is_plain) for text in texts]
+            if not self._is_editable:
+                return [self._ids_as_it_is(text, left, is_plain) for text in texts]
             backend = self._at(left, right, is_plain)
             if backend is self._tokenizer.backend_tokenizer:
                 encoded = self._tokenizer(list(texts), add_special_tokens=False)
@@ -187,8 +188,12 @@ class TextEncoder:
             return without_tokens(self._at(left, right, False), contents, secrets.token_hex(16))
         return tokenizer_at(self._tokenizer.backend_tokenizer, left, right)
 
-    def _ids_of_slow(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
-        """Encode with a tokenizer written in Python, whose pipeline cannot be edited.
+    @cached_property
+    def _is_editable(self) -> bool:
+        return self._tokenizer.is_fast and is_editable(self._tokenizer.backend_tokenizer)
+
+    def _ids_as_it_is(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
+        """Encode with a tokenizer of which parts are written in Python and cannot be edited.
 
         A piece that continues a text is encoded after one that it does not merge with.
         """

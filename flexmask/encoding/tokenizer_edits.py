@@ -3,7 +3,7 @@
 Many tokenizers put a space before each text that they are given (SentencePiece's dummy prefix:
 a ``Prepend`` normalizer or a ``Metaspace`` pre-tokenizer), and some strip its ends. For a piece of
 a longer text both are wrong where the text goes on. Components are edited as the JSON that
-``tokenizers`` keeps them in (seen in 0.21 to 0.23).
+``tokenizers`` keeps them in (seen in 0.23).
 
 Source: https://github.com/huggingface/transformers/issues/26273 and 28010.
 """
@@ -30,6 +30,19 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _ANY_SPACE: _Component = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
 
 
+def is_editable(tokenizer: Tokenizer) -> bool:
+    """Whether no part of the pipeline is written in Python, which has no JSON."""
+    parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
+    try:
+        for part in parts:
+            _parsed(part)
+    except Exception as error:  # tokenizers raises nothing more special
+        if "Custom" in str(error):
+            return False
+        raise
+    return True
+
+
 def tokenizer_at(tokenizer: Tokenizer, left: Left, right: Right) -> Tokenizer:
     """The tokenizer for pieces between ``left`` and ``right``: itself where nothing changes."""
     normalizer = _parsed(tokenizer.normalizer)
@@ -39,7 +52,8 @@ def tokenizer_at(tokenizer: Tokenizer, left: Left, right: Right) -> Tokenizer:
     edited = [_pre_tokenizer_at(each, left) for each in pre_tokenizers]
     kinds = [each["type"] for each in pre_tokenizers]
     if kinds[:2] == ["WhitespaceSplit", "Metaspace"] and "text" in (left, right):
-        # Written by the second, at each word, whether a space stood before it or not.
+        # The two give every word a space, whether one stood before it or not. Here the first word
+        # has only the one that the text has.
         normalizers.append(_ANY_SPACE)
         scheme = "never" if left == "text" else "first"
         edited = [pre_tokenizers[1] | {"prepend_scheme": scheme, "split": True}, *edited[2:]]
