@@ -116,14 +116,12 @@ def test_generate_takes_the_result_files_for_its_own(finished, monkeypatch, caps
 def test_a_finished_comparison_resumes_without_a_model_and_keeps_its_times(finished):
     options, folder, _ = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    started = time.monotonic()
     result = run(*options, "--resume", "--json")
     assert result.returncode == 0, result.stderr
     assert "rows/s" not in result.stderr
     cells = json.loads(result.stdout)
     assert cells == json.loads(before["report.json"])["cells"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert time.monotonic() - started < 60
 
 
 def test_a_killed_comparison_is_completed_by_resume(finished, tmp_path):

@@ -209,7 +209,7 @@ def test_a_layout_alone_has_bands():
 
 
 LONG = """
-import re, sys, time
+import re, sys
 from pathlib import Path
 from flexmask.pictures.figure import save_figure
 from flexmask.pictures.mask_picture import draw_mask
@@ -218,12 +218,10 @@ from flexmask.pictures.subject import subject_of_lengths
 from flexmask.registry import make_strategy
 
 subject = subject_of_lengths(1000, [11000] * 5, 36).with_new_tokens(4500)
-started = time.perf_counter()
 picture = draw_mask(make_strategy("ensemble_isolation", {}), subject.shown)
 assert picture.size == 64536
 save_figure(picture, Path(sys.argv[1], "mask.png"))
 save_page([picture], subject, Path(sys.argv[1], "mask.html"))
-print(time.perf_counter() - started)
 # Not getrusage: what it counts includes the process that started this one.
 (kibibytes,) = re.findall(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(int(kibibytes) / 2**20)
@@ -231,11 +229,9 @@ print(int(kibibytes) / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
-def test_64k_tokens_take_less_than_ten_seconds_and_a_gibibyte(tmp_path):
+def test_64k_tokens_take_less_than_a_gibibyte(tmp_path):
     output = subprocess.run(
         [sys.executable, "-c", LONG, tmp_path], capture_output=True, text=True, check=True
     ).stdout
-    seconds, gibibytes = map(float, output.split())
-    assert seconds < 10
-    assert gibibytes < 1
+    assert float(output) < 1
     assert (tmp_path / "mask.html").stat().st_size < 2 * 2**20
