@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 from flexmask.errors import RequestError
 
@@ -38,6 +40,7 @@ class Request:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.segments:
             raise RequestError("segments must hold at least one text, got none")
         for number, segment in enumerate(self.segments, start=1):
@@ -50,6 +53,30 @@ class Request:
         _check_text("suffix", self.suffix)
         _check_text("uuid", self.uuid)
         self._check_weights()
+
+    def _check_types(self) -> None:
+        for name in ("segments", "answers"):
+            texts = getattr(self, name)
+            if isinstance(texts, str):
+                raise TypeError(
+                    f"{name} must be a tuple of texts, got the text {texts!r:.60}; write "
+                    f"{name}=({texts!r:.60},)"
+                )
+            if not isinstance(texts, tuple | list):
+                raise TypeError(f"{name} must be a tuple of texts, got {texts!r:.60}")
+            for number, text in enumerate(texts, start=1):
+                if not isinstance(text, str):
+                    raise TypeError(f"{name} must be texts, got {text!r:.60} as number {number}")
+            object.__setattr__(self, name, tuple(texts))
+        for name in ("prefix", "suffix", "uuid"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a text, got {getattr(self, name)!r:.60}")
+        if not isinstance(self.weights, tuple | list):
+            raise TypeError(f"weights must be a tuple of numbers, got {self.weights!r:.60}")
+        for number, weight in enumerate(self.weights, start=1):
+            if not isinstance(weight, Real) or isinstance(weight, bool):
+                raise TypeError(f"weights must be numbers, got {weight!r:.60} as number {number}")
+        object.__setattr__(self, "weights", tuple(self.weights))
 
     def _check_weights(self) -> None:
         if not self.weights:
@@ -94,6 +121,27 @@ class Request:
             replace(self, segments=(text,), weights=(), segment=number)
             for number, text in enumerate(self.segments, start=1)
         ]
+
+
+def checked_requests(requests: Iterable[Request]) -> Iterator[Request]:
+    """Pass requests on, one by one.
+
+    Raises:
+        TypeError: If they are something else; what is no series of them is refused at once.
+    """
+    if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
+        kind = "a single one" if isinstance(requests, Request) else f"{requests!r:.60}"
+        raise TypeError(f"requests must be a list of Request, got {kind}; put it into a list")
+    return _checked(requests)
+
+
+def _checked(requests: Iterable[Request]) -> Iterator[Request]:
+    for request in requests:
+        if not isinstance(request, Request):
+            shown = f"{request!r:.60}"
+            advice = f"; write Request(segments=({shown},))" if isinstance(request, str) else ""
+            raise TypeError(f"requests must be a list of Request, got {shown} in it{advice}")
+        yield request
 
 
 def _check_text(where: str, text: str) -> None:

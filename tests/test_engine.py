@@ -168,6 +168,20 @@ def test_an_impossible_option_is_named(engine, options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": "END"}, "stop must be a list of texts, got the text 'END'; put it into one"),
+        ({"sampling": 0.7}, "sampling must be a Sampling, got 0.7; write Sampling"),
+        ({"requests": ["hello"]}, "requests must be a list of Request, got 'hello' in it; write"),
+        ({"requests": REQUESTS[0]}, "requests must be a list of Request, got a single one"),
+    ],
+)
+def test_an_argument_of_another_type_is_a_type_error_of_one_sentence(engine, options, message):
+    with pytest.raises(TypeError, match=message):
+        run(engine, **options)
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),

@@ -11,7 +11,7 @@ import pytest
 from flexmask.dataset import text_rows
 from flexmask.dataset.requests import read_requests
 from flexmask.errors import RequestError
-from flexmask.request import Request
+from flexmask.request import Request, checked_requests
 
 
 @pytest.fixture
@@ -204,3 +204,46 @@ def test_a_request_made_by_hand_is_checked_too() -> None:
     with pytest.raises(RequestError, match="half of a surrogate pair"):
         Request(segments=("x",), prefix="\udcff")
     assert Request(segments=("x",), uuid="q1").label == "request 'q1'"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"segments": "text"},
+            "segments must be a tuple of texts, got the text 'text'; write seg",
+        ),
+        ({"segments": None}, "segments must be a tuple of texts, got None"),
+        ({"segments": ("x", 3)}, "segments must be texts, got 3 as number 2"),
+        ({"answers": "x"}, "answers must be a tuple of texts, got the text 'x'; write answers="),
+        ({"prefix": ["P"]}, r"prefix must be a text, got \['P'\]"),
+        ({"uuid": 7}, "uuid must be a text, got 7"),
+        ({"weights": 1.0}, "weights must be a tuple of numbers, got 1.0"),
+        ({"weights": ("1",)}, "weights must be numbers, got '1' as number 1"),
+    ],
+)
+def test_a_value_of_another_type_is_a_type_error_of_one_sentence(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message) as raised:
+        Request(**{"segments": ("x",), **values})
+    assert "\n" not in str(raised.value)
+
+
+def test_lists_of_texts_become_tuples() -> None:
+    assert Request(["x", "y"], answers=["z"]) == Request(("x", "y"), answers=("z",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ("hello", "requests must be a list of Request, got 'hello'; put it into a list"),
+        (Request(("x",)), "requests must be a list of Request, got a single one; put it into"),
+        (3, "requests must be a list of Request, got 3"),
+        (["hello"], r"got 'hello' in it; write Request\(segments=\('hello',\)\)"),
+        ([Request(("x",)), None], "got None in it"),
+    ],
+)
+def test_what_is_no_request_is_a_type_error(requests: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        list(checked_requests(requests))

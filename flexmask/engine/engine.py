@@ -25,7 +25,7 @@ from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
 from flexmask.registry import make_strategy
-from flexmask.request import Request
+from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
 from flexmask.tokenization import RequestTokenizer
@@ -147,6 +147,7 @@ class Engine:
             ModelError: If a chat template is asked for, and there is none that can be used.
             OptionError: If an option has an impossible value.
             StrategyError: If there is no strategy of that name.
+            TypeError: If requests, stop or sampling are of another type.
         """
         if isinstance(strategy, str):
             strategy = make_strategy(strategy, {})
@@ -156,6 +157,15 @@ class Engine:
             raise OptionError(f"max_new_tokens must be positive, got {max_new_tokens}")
         if batch_size is not None and batch_size < 1:
             raise OptionError(f"batch_size must be positive, got {batch_size}")
+        requests = checked_requests(requests)
+        if isinstance(stop, str):
+            raise TypeError(
+                f"stop must be a list of texts, got the text {stop!r}; put it into one"
+            )
+        if not isinstance(sampling, Sampling | None):
+            raise TypeError(
+                f"sampling must be a Sampling, got {sampling!r}; write Sampling(temperature=…)"
+            )
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
         tokenizer = RequestTokenizer(
