@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.feather
@@ -195,7 +200,9 @@ def test_csv_rows_that_do_not_fit_are_named_by_line(tmp_path: Path) -> None:
     assert (long.where, long.error) == (f"{path}:4", "not CSV (4 cells under 3 columns)")
     assert listed.values["segments"] == ["Q: three?", "Q: four?"]
     assert listed.values["answers"] == ["x", "y"]
-    assert "a cell begins like a list and is none" in broken.error
+    assert broken.error == ""
+    with pytest.raises(RequestError, match="a cell begins like a list and is none"):
+        broken.values["segments"]
     assert many.values == {"uuid": "many\nlines", "segments": "Q: [MASK] six?", "answers": None}
     assert [row.number for row in (good, short, long, listed, broken, many)] == [1, 2, 3, 4, 5, 6]
 
@@ -243,6 +250,277 @@ def test_columns_are_read_from_others() -> None:
         make(Row("r:1", 1, {"q0": "x", "q1": "y", "q2": "z"}))
     with pytest.raises(OptionError, match="no column 'question' to be read from another"):
         PlainRequests({"question": ("q0",)})
+
+
+def csv_request(path: Path, header: str, *cells: str) -> Request:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), cells])
+    (request,) = read_requests(str(path))
+    return request
+
+
+def test_lists_that_numpy_printed_are_read_from_csv(tmp_path: Path) -> None:
+    table = pandas.DataFrame(
+        {"segments": [np.array(["Where?", "It's where?"])], "answers": [np.array([1912, 1913])]}
+    )
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    (request,) = read_requests(str(tmp_path / "rows.csv"))
+    assert (request.segments, request.answers) == (("Where?", "It's where?"), ("1912", "1913"))
+
+
+def test_a_list_that_cannot_be_read_is_refused_by_row(tmp_path: Path) -> None:
+    for cell in ("[London, Londres]", "['it's', 'b']"):
+        with pytest.raises(RequestError, match="rows.csv:2: a cell begins like a list and is non"):
+            csv_request(tmp_path / "rows.csv", "segments,answers", "Q?", cell)
+
+
+def test_texts_in_brackets_and_columns_that_nobody_uses_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    odd = ("['it's', 'b']", '["a", "b"]', "[[1], [2]]")
+    request = csv_request(path, "segments,prefix,suffix,note", "[MASK] is [1].", *odd)
+    assert (request.segments, request.prefix, request.suffix) == (("[MASK] is [1].",), *odd[:2])
+
+
+def test_null_in_a_list_is_left_out_wherever_it_stands(tmp_path: Path) -> None:
+    lists = {"segments": ["x", None, "y"], "answers": [None, "z"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(lists))
+    pyarrow.parquet.write_table(pa.Table.from_pylist([lists]), tmp_path / "a.parquet")
+    expected = Request(("x", "y"), answers=("z",), uuid="1")
+    for name in ("a.jsonl", "a.parquet"):
+        assert read_requests(str(tmp_path / name)) == [expected]
+    for printed in (str, json.dumps):
+        cells = [printed(items) for items in lists.values()]
+        assert csv_request(tmp_path / "a.csv", "segments,answers", *cells) == expected
+    make = PlainRequests({"segments": ("a", "b", "c"), "answers": ("d", "e")})
+    values = {"a": "x", "b": None, "c": "y", "d": None, "e": "z"}
+    assert make(Row("r:1", 1, values)) == expected
+
+
+def test_weights_stay_with_their_texts_where_some_are_null() -> None:
+    make = PlainRequests({"segments": ("a", "b"), "weights": ("v", "w")}, reads_weights=True)
+    values = {"a": None, "b": "y", "v": None, "w": 2}
+    assert make(Row("r:1", 1, values)).weights == (2.0,)
+    with pytest.raises(RequestError, match="must be null at the same places"):
+        make(Row("r:1", 1, values | {"v": 1, "w": None}))
+
+
+def test_whole_numbers_are_answers_and_others_are_not() -> None:
+    make = PlainRequests()
+    answers = [1912, 3.0, Decimal("7.00"), "x"]
+    assert make(Row("r", 1, {"segments": "?", "answers": answers})).answers == (
+        "1912",
+        "3",
+        "7",
+        "x",
+    )
+    assert make(Row("r", 1, {"segments": "?", "answers": 12})).answers == ("12",)
+    for wrong in (1.5, True, Decimal("NaN")):
+        with pytest.raises(RequestError, match="answers must be a list of strings, got"):
+            make(Row("r", 1, {"segments": "?", "answers": [wrong]}))
+
+
+ODD_COLUMNS = {
+    "late": pa.array([2 * 253402300800000000], pa.timestamp("us")),
+    "early": pa.array([-(10**14)], pa.timestamp("s")),
+    "day": pa.array([10**9], pa.int32()).cast(pa.date32()),
+    "long": pa.array([9 * 10**18], pa.duration("s")),
+    "mars": pa.array([0], pa.timestamp("us", tz="Mars/Phobos")),
+    "twins": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]),
+    "bytes": pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff")]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_COLUMNS)
+@pytest.mark.parametrize("write", [pyarrow.feather.write_feather, pyarrow.parquet.write_table])
+def test_odd_values_harm_those_rows_alone_that_use_them(
+    tmp_path: Path, name: str, write: Callable[..., None]
+) -> None:
+    path = tmp_path / "rows"
+    write(pa.table({"uuid": ["a"], "segments": [["Q"]], name: ODD_COLUMNS[name]}), str(path))
+    assert read_requests(str(path)) == [Request(("Q",), uuid="a")]
+    used = RequestSource(open_input(str(path)), PlainRequests({"answers": (name,)}))
+    with pytest.raises(RequestError, match=f":1: the column '{name}' holds a .* cannot be read"):
+        list(used)
+
+
+def test_an_odd_value_leaves_the_other_rows_of_its_column_alone(tmp_path: Path) -> None:
+    days = pa.array([0, 10**9], pa.int32()).cast(pa.date32())
+    pyarrow.feather.write_feather(pa.table({"day": days}), str(tmp_path / "rows"))
+    first, second = open_input(str(tmp_path / "rows"))
+    assert str(first.values["day"]) == "1970-01-01"
+    with pytest.raises(RequestError, match="the column 'day' holds a date32"):
+        second.values["day"]
+
+
+def test_a_column_of_type_uuid_gives_uuids(tmp_path: Path) -> None:
+    stored = pa.array([bytes(range(16))], pa.binary(16))
+    table = pa.table(
+        {"uuid": pa.ExtensionArray.from_storage(pa.uuid(), stored), "segments": ["Q"]}
+    )
+    pyarrow.feather.write_feather(table, str(tmp_path / "a.feather"))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", store_schema=False)
+    names = ["a.feather", "a.parquet"]
+    if "arrow_extensions_enabled" in signature(pyarrow.parquet.ParquetFile).parameters:
+        names.append("b.parquet")
+    for name in names:
+        (request,) = read_requests(str(tmp_path / name))
+        assert request.uuid == "00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_what_stands_between_cells_is_found_out(tmp_path: Path, name: str, delimiter: str) -> None:
+    path = tmp_path / name
+    lines = [("uuid", "segments", "note"), ("a", "one; two, three\tfour", "x")]
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    assert read_requests(str(path)) == [Request(("one; two, three\tfour",), uuid="a")]
+
+
+def test_one_column_needs_no_delimiter(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("segments\nWho; what?\n")
+    assert read_requests(str(path))[0].segments == ("Who; what?",)
+
+
+def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("segments;a,b\nx;y,z\n")
+    both = "--encoding names .* and --delimiter what stands between"
+    with pytest.raises(RequestError, match=f"divided by commas or semicolons; {both}"):
+        read_requests(str(path))
+    assert read_requests(str(path), delimiter=";")[0].segments == ("x",)
+    path.write_text("segments|answers\nx|y\n")
+    with pytest.raises(RequestError, match=f"its columns: 'segments.answers'; {both}"):
+        read_requests(str(path))
+    assert read_requests(str(path), delimiter="|")[0].answers == ("y",)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-8", "latin-1"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_text_file_is_read_in_the_encoding_that_is_told(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    path = tmp_path / name
+    text = (
+        "segments,answers\nOù?,é\n"
+        if name == "rows.csv"
+        else '{"segments": "Où?", "answers": "é"}'
+    )
+    path.write_text(text, encoding=encoding)
+    (request,) = read_requests(str(path), encoding=encoding)
+    assert (request.segments, request.answers) == (("Où?",), ("é",))
+    if encoding != "utf-8":
+        with pytest.raises(RequestError, match="--encoding names one .* and --delimiter|not JSON"):
+            read_requests(str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoding": "utf-32768"}, "the encoding must be one that Python knows, such as cp1252"),
+        ({"encoding": "base64"}, "the encoding must be one that Python knows"),
+        ({"delimiter": ""}, "the delimiter must be one character, such as ;"),
+        ({"delimiter": ";;"}, "the delimiter must be one character"),
+        ({"delimiter": '"'}, "the delimiter must be one character"),
+    ],
+)
+def test_an_encoding_or_delimiter_that_is_none_is_refused(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        read_requests(str(tmp_path / "rows.csv"), **options)
+
+
+def test_a_file_that_is_no_text_takes_no_encoding(tmp_path: Path) -> None:
+    WRITERS["rows.parquet"](tmp_path / "rows.parquet")
+    with pytest.raises(RequestError, match="not a text file; leave out --delimiter and --enco"):
+        read_requests(str(tmp_path / "rows.parquet"), encoding="cp1252")
+
+
+LINE = '{"segments": ["x"], "note": "' + "y" * 200 + '"}\n'
+
+
+def test_a_pipe_is_read_once_and_loses_nothing() -> None:
+    read, write = os.pipe()
+    with ThreadPoolExecutor(1) as pool, os.fdopen(write, "w") as file:
+        written = pool.submit(lambda: (file.write(LINE * 1000), file.close()))
+        source = RequestSource(open_input(f"/dev/fd/{read}"))
+        assert [len(list(source)) for _ in range(2)] == [1000, 1000]
+        written.result()
+    os.close(read)
+
+
+def test_what_can_be_read_only_once_or_for_ever_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo", tmp_path / "zero.csv"):
+        with pytest.raises(RequestError, match="not a file but a pipe or device, .*--input -"):
+            read_requests(str(path))
+
+
+def test_nested_lists_of_any_depth_are_one_line(tmp_path: Path) -> None:
+    for depth in (200, 2_000, 100_000):
+        nested = "[" * depth + "]" * depth
+        (tmp_path / "deep.jsonl").write_text(f'{{"segments": ["x"], "more": {nested}}}\n')
+        with pytest.raises(
+            RequestError, match="JSON (nested more than 100 deep|that Python does)"
+        ):
+            read_requests(str(tmp_path / "deep.jsonl"))
+        request = csv_request(tmp_path / "deep.csv", "segments,more", "x", nested)
+        assert request.segments == ("x",)
+
+
+def test_a_prompt_longer_than_any_model_takes_is_refused_before_it_is_tokenized(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"segments": ["x" * 10_000_000]}))
+    with pytest.raises(RequestError, match="has 10,000,000 characters, more than any model takes"):
+        read_requests(str(tmp_path / "long.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", "[]", "state.json: not what the datasets library writes, it has no list"),
+        ("state.json", '{"_data_files": {"a": 1}}', "it has no list '_data_files'"),
+        ("state.json", '{"_data_files": ["a"]}', "does not list the names of data files"),
+        ("state.json", '{"_data_files": [{"filename": 3}]}', "does not list the names of data fi"),
+        (
+            "state.json",
+            '{"_data_files": [{"filename": "../x.arrow"}]}',
+            "not list the names of da",
+        ),
+        ("state.json", '{"_data_files": [{"filename": "no.arrow"}]}', "no.arrow: .*No such file"),
+        ("state.json", "[" * 100_000, "state.json: not what the datasets library writes"),
+        ("dataset_dict.json", '{"splits": "train"}', "dataset_dict.json: not what the datasets"),
+        ("dataset_dict.json", '{"splits": [3]}', "does not list the names of splits"),
+        ("dataset_dict.json", None, "dataset_dict.json: not a regular file; save the folder"),
+    ],
+)
+def test_an_odd_folder_of_a_saved_data_set_is_named(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RequestError, match=message) as raised:
+        read_requests(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_and_named(tmp_path: Path) -> None:
+    for name, write in WRITERS.items():
+        WRITERS[name](tmp_path / name)
+        odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + name.encode())
+        (tmp_path / name).rename(odd)
+        first, *_ = read_requests(odd)
+        assert f"\\udcff{name}:" in first.source, write
 
 
 BY_COLUMN = Fusion("weighted_mean", "column")
@@ -308,9 +586,7 @@ def test_a_row_gives_a_request_for_each_segment_where_each_runs_alone(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["million.parquet", "million.jsonl"])
-def test_the_first_of_a_million_rows_come_at_once_and_in_little_memory(
-    tmp_path: Path, name: str
-) -> None:
+def test_the_first_of_a_million_rows_take_little_memory(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     count = 1_000_000
     if name.endswith(".parquet"):
@@ -320,14 +596,13 @@ def test_the_first_of_a_million_rows_come_at_once_and_in_little_memory(
     else:
         with path.open("w") as file:
             file.writelines(f'{{"uuid": "{n}", "segments": ["{n}"]}}\n' for n in range(count))
-    seconds, mebibytes, rows = read_in_a_process(path, 1000)
+    mebibytes, rows = read_in_a_process(path, 1000)
     assert rows == 1000
-    assert seconds < 1
     assert mebibytes < 200
 
 
-def read_in_a_process(path: Path, limit: int) -> tuple[float, float, int]:
-    """Seconds, peak of memory over that of the imports in MiB, and number of requests."""
+def read_in_a_process(path: Path, limit: int) -> tuple[float, int]:
+    """Peak of memory over that of the imports in MiB, and number of requests."""
     search_path = str(Path(flexmask.__file__).parents[1])
     printed = subprocess.run(
         [sys.executable, __file__, str(path), str(limit)],
@@ -335,17 +610,15 @@ def read_in_a_process(path: Path, limit: int) -> tuple[float, float, int]:
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    seconds, mebibytes, rows = json.loads(printed)
-    return seconds, mebibytes, rows
+    mebibytes, rows = json.loads(printed)
+    return mebibytes, rows
 
 
 def main(path: str, limit: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
     rows = sum(1 for _ in RequestSource(open_input(path), limit=limit))
-    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([seconds, (peak - before) / 1024, rows]))
+    print(json.dumps([(peak - before) / 1024, rows]))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather
 import pytest
 
 from flexmask.dataset.inputs import open_input
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.paraphrases import Selection
 from flexmask.dataset.prompts import TaskPrompts
-from flexmask.dataset.requests import RequestSource
+from flexmask.dataset.requests import OnError, RequestSource
 from flexmask.dataset.rows import Row, rows_in_memory
 from flexmask.dataset.task import Task, load_task, shipped_tasks
 from flexmask.errors import OptionError, RequestError, TaskError
@@ -281,3 +284,128 @@ def test_as_many_weights_as_paraphrases_are_needed(task_of: Callable[[str], Task
     task = task_of(MINIMAL.replace("[prompt]", '[paraphrases]\nselect = "first 1"\n[prompt]'))
     with pytest.raises(RequestError, match="a number for each of its 2 paraphrases, got 1"):
         request_of(task, {"q": ["x", "y"], "weights": [1]}, reads_weights=True)
+
+
+EXAMPLES_OF_ALL = 'prefix = "{{ examples }}"\n[examples]\ntemplate = "<{{ paraphrase }}>"\n'
+
+
+def test_examples_never_include_the_row_that_is_asked(
+    task_of: Callable[[str], Task], tmp_path: Path
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"q": ["q{n}?", "q{n}!"]}}\n' for n in range(9)))
+    task = task_of(MINIMAL + EXAMPLES_OF_ALL + 'count = 4\nfile = "train.jsonl"\n')
+    rows = open_input(str(path))
+    usual = request_of(task, {"q": "other"}).prefix
+    changed = 0
+    for number, request in enumerate(RequestSource(rows, TaskPrompts(task, rows))):
+        assert isinstance(request, Request)
+        assert f"q{number}" not in request.prefix
+        assert len(set(request.prefix.split("<"))) == 5
+        changed += request.prefix != usual
+        assert request.prefix == request_of(task, {"q": f"q{number}!"}).prefix
+    assert changed == 4
+
+
+def test_examples_that_are_too_few_beside_the_row_that_is_asked_are_an_error(
+    task_of: Callable[[str], Task],
+) -> None:
+    task = task_of(MINIMAL + EXAMPLES_OF_ALL + 'count = 2\nrows = [{q = "a"}, {q = "b"}]\n')
+    assert request_of(task, {"q": "c"}).prefix == "<a><b>"
+    with pytest.raises(RequestError, match="only 1 others of the 2 wanted; .*--num-examples 1"):
+        request_of(task, {"q": "b"})
+
+
+TWO_COLUMNS = MINIMAL.replace('q = "q"', 'q = ["q", "reworded"]')
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_column_of_paraphrases_that_no_row_has_is_an_error(
+    task_of: Callable[[str], Task], tmp_path: Path, on_error: OnError
+) -> None:
+    task = task_of(TWO_COLUMNS)
+    for name, text in {"a.jsonl": '{"q": "x"}\n' * 3, "a.csv": "q,rewordet\nx,y\n"}.items():
+        (tmp_path / name).write_text(text)
+        rows = open_input(str(tmp_path / name))
+        with pytest.raises(RequestError, match="no row has the column 'reworded' of the q para"):
+            list(RequestSource(rows, TaskPrompts(task, rows), on_error=on_error))
+
+
+def test_a_column_of_paraphrases_may_be_in_some_rows_only(task_of: Callable[[str], Task]) -> None:
+    rows = rows_in_memory([{"q": "x"}, {"q": "y", "reworded": "z"}], "rows.jsonl")
+    prompts = TaskPrompts(task_of(TWO_COLUMNS), rows)
+    assert len(list(RequestSource(rows, prompts))) == 2
+    assert len(list(RequestSource(rows, prompts, limit=1))) == 1  # who knows what comes
+    (request,) = RequestSource(
+        rows_in_memory([{"q": "x"}], "rows.jsonl"),
+        TaskPrompts(task_of(TWO_COLUMNS), rows, chosen_columns=["q"]),
+    )
+    assert isinstance(request, Request) and request.segments == ("x",)
+
+
+def test_numbers_beyond_all_measure_are_refused_at_once(task_of: Callable[[str], Task]) -> None:
+    many = 10**20
+    assert str(Selection.parse(f"first {many}")) == f"first {many}"
+    for text in (f"first {many}", f"indices 0 {many}", f"sample {many} auto"):
+        with pytest.raises(RequestError, match=f"{many}"):
+            Selection.parse(text).choose(GROUPS, "u")
+    for text in ("first " + "9" * 5000, "sample " + "9" * 5000 + " auto", "indices" + " 1" * 9999):
+        with pytest.raises(OptionError, match="paraphrases are selected by"):
+            Selection.parse(text)
+    rows = rows_in_memory([{"q": "x"}], "rows.jsonl")
+    assert len(list(RequestSource(rows, TaskPrompts(task_of(MINIMAL), rows), limit=many))) == 1
+    count = MINIMAL + f'[examples]\ncount = {many}\nrows = [{{q = "a"}}]\n'
+    with pytest.raises(TaskError, match=f"{many} examples wanted, it has 1 rows"):
+        request_of(task_of(count), {"q": "x"})
+
+
+@pytest.mark.parametrize("depth", [30, 200, 100_000])
+def test_a_task_nested_too_deep_is_one_line(task_of: Callable[[str], Task], depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    with pytest.raises(TaskError, match="mine.toml: nested more than 20 deep; write it flatter"):
+        task_of(MINIMAL + f"[examples]\nrows = [{{a = {nested}}}]\n")
+
+
+def test_a_task_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    for name, message in (
+        ("fifo", "not a regular file"),
+        ("zero", "not a regular"),
+        ("bytes", "UTF|utf"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            load_task(str(tmp_path / f"{name}.toml"))
+
+
+@pytest.mark.parametrize("key", ["prompt.segment", "prompt.suffix", "examples.template"])
+def test_a_template_beyond_its_bounds_is_named(task_of: Callable[[str], Task], key: str) -> None:
+    section, name = key.split(".")
+    endless = "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
+    text = MINIMAL.replace('segment = "{{ paraphrase }}"', "")
+    parts = {
+        "prompt": {"segment": "{{ paraphrase }}", "prefix": "{{ examples }}"},
+        "examples": {"template": "{{ paraphrase }}"},
+    }
+    parts[section][name] = endless
+    text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in parts["prompt"].items())
+    text += '[examples]\ncount = 1\nrows = [{q = "a"}]\n'
+    text += f"template = {json.dumps(parts['examples']['template'])}\n"
+    with pytest.raises((RequestError, TaskError), match=f"task 'mine', {key}: it makes more than"):
+        request_of(task_of(text), {"q": "x"})
+
+
+def test_a_template_leaves_columns_alone_that_it_does_not_name(
+    task_of: Callable[[str], Task], tmp_path: Path
+) -> None:
+    days = pa.array([10**9], pa.int32()).cast(pa.date32())
+    path = tmp_path / "rows.feather"
+    pyarrow.feather.write_feather(pa.table({"q": ["x"], "topic": ["t"], "day": days}), str(path))
+    rows = open_input(str(path))
+    task = task_of(MINIMAL + 'suffix = "{{ topic }}"')
+    (request,) = RequestSource(rows, TaskPrompts(task, rows))
+    assert isinstance(request, Request) and request.suffix == "t"
+    task = task_of(MINIMAL + 'suffix = "{{ day }}"')
+    with pytest.raises(RequestError, match="the column 'day' holds a date32"):
+        list(RequestSource(rows, TaskPrompts(task, rows)))

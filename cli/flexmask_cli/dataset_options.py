@@ -13,18 +13,20 @@ from flexmask.dataset.paraphrases import SYNTAX, Selection
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
-from flexmask_cli.options import split_pairs
+from flexmask_cli.options import path_of, refuse_empty, split_pairs
 
 if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
     from flexmask.dataset.requests import OnError, RequestSource
     from flexmask.dataset.rows import Input
     from flexmask.dataset.task import Examples, Task
+    from flexmask.dataset.text_format import TextFormat
 
 TaskName = Annotated[
     str | None,
     typer.Option(
         "--task",
         "-t",
+        callback=refuse_empty,
         help="How a row becomes a request: a name of 'flexmask tasks' or a TOML file.",
     ),
 ]
@@ -33,6 +35,7 @@ InputSource = Annotated[
     typer.Option(
         "--input",
         "-i",
+        callback=refuse_empty,
         help="JSON Lines, CSV, Parquet, Feather or Arrow; a folder saved by datasets, or a hub "
         "id, either with :split; - for JSON Lines on standard input. Without a task it has "
         "segments and, as wanted, uuid, prefix, suffix, answers, weights. "
@@ -45,16 +48,39 @@ Columns = Annotated[
         "--column", metavar="NAME=COLUMN", help="Read NAME from another column, or A,B,C of them."
     ),
 ]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHARACTER",
+        help="What stands between the cells of a CSV input, such as ';' or '\\t'. Default: the "
+        "comma, semicolon or tab that divides its first lines.",
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Encoding of a text input, such as cp1252 or utf-16. Default: UTF-8."
+    ),
+]
 ExamplesSource = Annotated[
     str | None,
-    typer.Option("--examples", help="Input to draw the task's few-shot examples from."),
+    typer.Option(
+        "--examples",
+        callback=refuse_empty,
+        help="Input to draw the task's few-shot examples from; never the question itself.",
+    ),
 ]
 NumExamples = Annotated[int | None, typer.Option(min=0, help="How many few-shot examples.")]
 Paraphrases = Annotated[
     str | None, typer.Option(metavar="SELECTION", help=f"Which paraphrases: {SYNTAX}.")
 ]
 PrefixFile = Annotated[
-    Path | None, typer.Option(help="Its text, as it is, takes the place of every prefix.")
+    Path | None,
+    typer.Option(
+        parser=path_of("--prefix-file"),
+        metavar="PATH",
+        help="Its text, as it is, takes the place of every prefix.",
+    ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first rows.")]
 NumSegments = Annotated[
@@ -76,6 +102,8 @@ class DatasetOptions:
     limit: int | None
     num_segments: int | None
     on_error: OnError
+    delimiter: str | None = None
+    encoding: str | None = None
     fusion: Fusion = Fusion()
 
     def load_task(self) -> Task | None:
@@ -117,7 +145,14 @@ class DatasetOptions:
         make = (
             PlainRequests(self._column_map(), prefix, by_column)
             if task is None
-            else TaskPrompts(task, rows, prefix=prefix, reads_weights=by_column)
+            else TaskPrompts(
+                task,
+                rows,
+                prefix=prefix,
+                reads_weights=by_column,
+                chosen_columns=self._column_map(),
+                examples_format=self._examples_format(),
+            )
         )
         return rows, RequestSource(
             rows, make, self.limit, self.num_segments, self.on_error, self.fusion
@@ -136,6 +171,8 @@ class DatasetOptions:
             examples = replace(examples, file=self.examples, rows=(), split="")
         if self.num_examples is not None:
             examples = replace(examples, count=self.num_examples)
+        if self.examples == self.input == "-":
+            raise OptionError("--input and --examples cannot both be standard input")
         if self.examples is not None and not examples.count:
             raise OptionError("--examples are drawn, but how many? say --num-examples")
         return examples
@@ -145,17 +182,39 @@ class DatasetOptions:
         from flexmask.dataset.rows import rows_in_memory
 
         if self.input is not None:
-            return open_input(self.input)
+            return open_input(self.input, self._text_format())
+        if self._text_format().is_told:
+            raise OptionError("--delimiter and --encoding need an --input that they tell of")
         if task is None:
             return open_input(str(questions_path()))
         if not task.sample:
             raise OptionError(f"task {task.name!r} has no sample rows; name an --input")
         return rows_in_memory(task.sample, f"{task.name}-sample")
 
+    def _text_format(self) -> TextFormat:
+        from flexmask.dataset.text_format import TextFormat
+
+        delimiter = self.delimiter and self.delimiter.replace("\\t", "\t")
+        return TextFormat(delimiter, self.encoding)
+
+    def _examples_format(self) -> TextFormat:
+        """As that of the input, for examples in a file of the same kind."""
+        from flexmask.dataset.text_format import TextFormat
+
+        if self.input is None or self.examples is None:
+            return TextFormat()
+        is_same_kind = Path(self.input).suffix.lower() == Path(self.examples).suffix.lower()
+        return self._text_format() if is_same_kind else TextFormat()
+
 
 def _read_prefix(path: Path) -> str:
+    from flexmask.dataset.bounded_file import read_whole_or_pipe
+    from flexmask.dataset.rows import printable
+
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prefix-file {path}: {error}") from None
+        return read_whole_or_pipe(path).decode()
+    except OSError as error:
+        reason = error.strerror or error
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text ({error.reason} at byte {error.start})"
+    raise OptionError(f"--prefix-file {printable(path)}: {reason}; name a text file")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -13,6 +14,44 @@ from flexmask.errors import OptionError
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.dataset.resume import OutputMode
+
+
+def refuse_empty(param: typer.CallbackParam, value: str | None) -> str | None:
+    """Pass on what an option names.
+
+    Raises:
+        OptionError: If that is empty: a shell variable that is not set, which must not stand for
+            a default.
+    """
+    if value == "":
+        raise _empty(max(param.opts, key=len))
+    return value
+
+
+def path_of(option: str) -> Callable[[str], Path]:
+    """The parser of an option that takes a path.
+
+    An empty one would be the working folder. Arrow opens no file whose name is not UTF-8, which
+    would show once a run has ended.
+    """
+
+    def path(text: str) -> Path:
+        if not text:
+            raise _empty(option)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise OptionError(f"{option} {shown}: its name is not UTF-8; choose another") from None
+        return Path(text)
+
+    return path
+
+
+def _empty(option: str) -> OptionError:
+    name = option if option.startswith("-") else option.upper()
+    return OptionError(f"{name} is empty; name something or leave it out (an unset variable?)")
+
 
 StrategyName = Annotated[
     str,
@@ -49,7 +88,10 @@ FusionWeights = Annotated[
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Hub id, folder or .gguf file. Default: the small bundled model."),
+    typer.Option(
+        callback=refuse_empty,
+        help="Hub id, folder or .gguf file. Default: the small bundled model.",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
 BatchSize = Annotated[str, typer.Option(help="Prompts that run together: a number or auto.")]
@@ -73,6 +115,10 @@ PrefillKernelName = Annotated[
         "flexmask[flash]. auto takes it for long prompts where it is installed.",
     ),
 ]
+
+
+MAX_DIGITS = 9
+"""Of a number of rows; Python refuses to read one of thousands."""
 
 
 class BadRows(StrEnum):
@@ -154,7 +200,7 @@ def parse_batch_size(text: str) -> int | None:
     """A number of rows; None for ``auto``."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) == 0:
         raise OptionError(f"--batch-size must be a positive number or auto, got {text!r}")
     return int(text)
 

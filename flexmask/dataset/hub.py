@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+
+import pyarrow as pa
 
 from flexmask.errors import RequestError
+
+_ROWS_PER_BATCH = 64
+"""Rows are streamed, and those that come with the first are waited for."""
 
 
 def open_hub_dataset(
     dataset_id: str, config: str | None, split: str | None
-) -> Callable[[], Iterator[dict[str, Any]]]:
+) -> Callable[[], Iterator[pa.RecordBatch]]:
     """Stream the rows of a split, which need not be named where there is only one.
 
     Args:
@@ -19,7 +23,7 @@ def open_hub_dataset(
         split: Such as ``test``.
 
     Returns:
-        A function that reads the rows from the beginning.
+        A function that reads the rows from the beginning, in batches.
 
     Raises:
         RequestError: If ``datasets`` is missing, or the data set, configuration or split.
@@ -44,7 +48,11 @@ def open_hub_dataset(
             )
         (found,) = found.values()
 
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from found
+    # As Arrow, images and sounds in columns that nobody uses are not decoded.
+    tables = found.with_format("arrow")
 
-    return rows
+    def batches() -> Iterator[pa.RecordBatch]:
+        for table in tables.iter(_ROWS_PER_BATCH):
+            yield from table.to_batches()
+
+    return batches

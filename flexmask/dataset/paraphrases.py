@@ -12,6 +12,9 @@ from flexmask.errors import OptionError, RequestError
 
 SYNTAX = "'all', 'first N', 'indices I J …' or 'sample N GROUP + M GROUP'"
 
+_MAX_SYNTAX = 10_000
+_LONG_NUMBER = re.compile(r"\d{1000}")  # Python reads no more than some thousand digits
+
 Paraphrase = TypeVar("Paraphrase")
 Groups = Mapping[str, Sequence[Paraphrase]]
 """Paraphrases by the name of their group, such as ``manual`` and ``auto``."""
@@ -27,10 +30,12 @@ class Selection:
     in the file.
 
     Attributes:
-        indices: What to take; None takes all, or samples.
+        first: How many to take from the first on.
+        indices: Which to take. Where there are neither these nor the others, all are taken.
         samples: How many to draw from which group.
     """
 
+    first: int | None = None
     indices: tuple[int, ...] | None = None
     samples: tuple[tuple[int, str], ...] = ()
 
@@ -41,13 +46,15 @@ class Selection:
         Raises:
             OptionError: If it is something else.
         """
+        if len(text) > _MAX_SYNTAX or _LONG_NUMBER.search(text):
+            raise OptionError(f"paraphrases are selected by {SYNTAX}, got {text:.40}…")
         word, _, rest = text.strip().partition(" ")
         if text.strip() == "all":
             return cls()
         if word == "first" and re.fullmatch(r"[1-9]\d*", rest):
-            return cls(tuple(range(int(rest))))
+            return cls(first=int(rest))
         if word == "indices" and re.fullmatch(r"\d+([\s,]+\d+)*", rest):
-            return cls(tuple(map(int, re.findall(r"\d+", rest))))
+            return cls(indices=tuple(map(int, re.findall(r"\d+", rest))))
         parts = [re.fullmatch(r"\s*([1-9]\d*)\s+(\w+)\s*", part) for part in rest.split("+")]
         if word == "sample" and all(parts):
             return cls(samples=tuple((int(part[1]), part[2]) for part in parts if part))
@@ -57,10 +64,10 @@ class Selection:
         """As `parse` reads it."""
         if self.samples:
             return "sample " + " + ".join(f"{number} {group}" for number, group in self.samples)
+        if self.first is not None:
+            return f"first {self.first}"
         if self.indices is None:
             return "all"
-        if self.indices == tuple(range(len(self.indices))):
-            return f"first {len(self.indices)}"
         return "indices " + " ".join(map(str, self.indices))
 
     def choose(self, groups: Groups[Paraphrase], uuid: str) -> list[Paraphrase]:
@@ -72,11 +79,12 @@ class Selection:
         if self.samples:
             return self._sample(groups, random.Random(uuid))
         every = [text for texts in groups.values() for text in texts]
-        if self.indices is None:
+        if self.first is None and self.indices is None:
             return every
-        if max(self.indices) >= len(every):
+        needed = self.first if self.indices is None else max(self.indices) + 1
+        if needed is not None and needed > len(every):
             raise RequestError(f"{self} of the paraphrases asked for, but it has {len(every)}")
-        return [every[index] for index in self.indices]
+        return every[: self.first] if self.indices is None else [every[i] for i in self.indices]
 
     def _sample(self, groups: Groups[Paraphrase], generator: random.Random) -> list[Paraphrase]:
         chosen: list[Paraphrase] = []

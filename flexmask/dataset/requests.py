@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import sys
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Protocol
 
-from flexmask.dataset.columns import numbers_of, renamed, text_of, texts_of, uuid_of
+from flexmask.dataset.columns import Columns, MissingColumnError
 from flexmask.dataset.inputs import open_input
 from flexmask.dataset.rows import Input, Row
+from flexmask.dataset.text_format import TextFormat
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.request import Request, RequestKey
@@ -19,6 +21,10 @@ OnError = Literal["stop", "skip"]
 
 FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
 """Columns that make a request where there is no task."""
+
+MAX_CHARACTERS = 8 * 2**20
+"""Of a request. A million tokens of English are some five million characters; tokenizing more
+than any model takes would cost gigabytes and many seconds before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class RequestMaker(Protocol):
     def __call__(self, row: Row) -> Request:
         """Make it."""
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise `RequestError` if a column that is read is none of those that rows have."""
+
 
 @dataclass(frozen=True)
 class PlainRequests:
@@ -82,20 +91,23 @@ class PlainRequests:
         Raises:
             RequestError: If the row cannot be used.
         """
-        values = renamed(row.values, self.columns)
-        if values.get("segments") is None:
-            keys = ", ".join(repr(key) for key in values) or "none"
-            raise RequestError(
+        columns = Columns(row.values, self.columns)
+        if "segments" not in columns or columns["segments"] is None:
+            keys = ", ".join(repr(key) for key in columns) or "none"
+            raise MissingColumnError(
                 f"the row has no 'segments', a list of strings; its columns: {keys}"
             )
         return Request(
-            segments=texts_of(values, "segments"),
-            prefix=text_of(values, "prefix") if self.prefix is None else self.prefix,
-            suffix=text_of(values, "suffix"),
-            answers=texts_of(values, "answers"),
-            uuid=uuid_of(values, str(row.number)),
-            weights=numbers_of(values, "weights") if self.reads_weights else (),
+            segments=columns.texts("segments"),
+            prefix=columns.text("prefix") if self.prefix is None else self.prefix,
+            suffix=columns.text("suffix"),
+            answers=columns.answers(),
+            uuid=columns.uuid(str(row.number)),
+            weights=columns.weights(["segments"]) if self.reads_weights else (),
         )
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Nothing to check: every row without segments is refused."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +137,20 @@ class RequestSource:
 
         Raises:
             RequestError: If there are no rows, or all are bad; at a bad row unless those are
-                skipped; if the input cannot be read.
+                skipped; if the input cannot be read; if a column that a task reads is in no row.
         """
         row_of: dict[str, int] = {}
         first_bad = None
         has_good = False
-        for row in islice(self.rows, self.limit):
+        seen: set[str] = set()
+        count = 0
+        limit = None if self.limit is None else min(self.limit, sys.maxsize)
+        for row in islice(self.rows, limit):
+            count += 1
+            if not row.error and not seen.issuperset(row.values):
+                seen.update(row.values)
+                if self.rows.has_fixed_columns:
+                    self.make.check_columns(seen)
             try:
                 request = self._request(row)
                 if request.uuid in row_of:
@@ -140,9 +160,11 @@ class RequestSource:
                     )
                 has_good = True
             except RequestError as error:
+                advice = self.rows.advice if isinstance(error, MissingColumnError) else ""
+                message = f"{row.where}: {error}{advice}"
                 if self.on_error == "stop":
-                    raise RequestError(f"{row.where}: {error}") from None
-                bad = BadRow(self._free_uuid(row, row_of), f"{row.where}: {error}")
+                    raise RequestError(message) from None
+                bad = BadRow(self._free_uuid(row, row_of), message)
                 first_bad = first_bad or bad
                 row_of[bad.uuid] = row.number
                 yield bad
@@ -155,6 +177,8 @@ class RequestSource:
                 if first_bad
                 else f"{self.rows.name}: no rows in it"
             )
+        if limit is None or count < limit:
+            self.make.check_columns(seen)
 
     def _request(self, row: Row) -> Request:
         if row.error:
@@ -163,12 +187,18 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         self.fusion.check(request)
+        characters = len(request.prefix) + len(request.suffix) + sum(map(len, request.segments))
+        if characters > MAX_CHARACTERS:
+            raise RequestError(
+                f"its prompt has {characters:,} characters, more than any model takes; shorten "
+                f"it to {MAX_CHARACTERS:,}"
+            )
         return replace(request, source=row.where)
 
     def _free_uuid(self, row: Row, taken: Container[str]) -> str:
-        column, *_ = self.make.columns.get("uuid", ("uuid",))
         try:
-            uuid = uuid_of({"uuid": row.values.get(column)}, row.where)
+            names = {name: it for name, it in self.make.columns.items() if name == "uuid"}
+            uuid = Columns(row.values, names).uuid(row.where)
             uuid.encode()
         except (RequestError, UnicodeEncodeError):
             return row.where
@@ -176,7 +206,12 @@ class RequestSource:
 
 
 def read_requests(
-    source: str, *, num_segments: int | None = None, limit: int | None = None
+    source: str,
+    *,
+    num_segments: int | None = None,
+    limit: int | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> list[Request]:
     """Read all requests of an input with a column ``segments``, a list of strings.
 
@@ -188,10 +223,14 @@ def read_requests(
             JSON Lines on standard input.
         num_segments: Keep this many segments of each request.
         limit: Read this many rows only.
+        delimiter: What stands between the cells of CSV; None to find it out.
+        encoding: Of a text file; None for UTF-8.
 
     Raises:
+        OptionError: If delimiter or encoding is none.
         RequestError: If the input is missing, or a row cannot be used; the message names the
             file, the line and what to do.
     """
-    requests = RequestSource(open_input(source), limit=limit, num_segments=num_segments)
+    rows = open_input(source, TextFormat(delimiter, encoding))
+    requests = RequestSource(rows, limit=limit, num_segments=num_segments)
     return [request for request in requests if isinstance(request, Request)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flexmask.dataset.text_format import OPTIONS
 from flexmask.errors import RequestError
 
 KINDS = "JSON Lines, CSV, Parquet, Feather or Arrow, a folder saved by datasets, or a hub id"
@@ -22,7 +23,8 @@ class Row:
     Attributes:
         where: Where it stands, as ``file:line``; for messages.
         number: Its number from 1, in JSON Lines that of its line.
-        values: By column; absent values are None or left out.
+        values: By column; absent values are None or left out. Of CSV and Arrow, a value is
+            converted when it is asked for, and one that cannot be raises `RequestError` then.
         error: Why it cannot be read; empty if it can.
     """
 
@@ -40,12 +42,16 @@ class Input:
         name: As messages name it.
         stem: A short name for files made from it.
         split_of: Opens another split, where the input has splits.
+        has_fixed_columns: Whether every row has the same columns.
+        advice: Added to a message about columns that are missing.
     """
 
     name: str
     stem: str
     read: Callable[[], Iterator[Row]]
     split_of: Callable[[str], Input] | None = None
+    has_fixed_columns: bool = False
+    advice: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         """Read the rows from the beginning."""
@@ -59,14 +65,42 @@ def rows_in_memory(values: Iterable[Mapping[str, Any]], name: str) -> Input:
 
 
 @contextmanager
-def as_request_errors(name: str) -> Iterator[None]:
+def as_request_errors(name: str, encoding: str = "UTF-8") -> Iterator[None]:
     """Turn what goes wrong while reading ``name`` into a `RequestError`."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name}: not UTF-8 text ({error.reason}); expected {KINDS}") from None
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
+        raise RequestError(
+            f"{name}: not {encoding} text ({reason}); {OPTIONS}; other kinds of input are {KINDS}"
+        ) from None
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
         raise RequestError(f"{name}: damaged, or of an unknown kind ({reason})") from None
     except OSError as error:
         raise RequestError(f"{name}: {error.strerror or error}; --input takes {KINDS}") from None
+
+
+def printable(path: Path) -> str:
+    r"""The name of a file as text that can be written everywhere.
+
+    Python holds bytes of a name that are not UTF-8 as halves of surrogate pairs, which neither
+    a file nor an Arrow column takes; here they are ``\udcff``.
+    """
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+_TYPE_NAMES = {
+    bool: "a boolean",
+    dict: "an object",
+    float: "a number",
+    int: "a number",
+    list: "an array",
+    str: "a string",
+    type(None): "null",
+}
+
+
+def type_name(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    return _TYPE_NAMES.get(type(value), type(value).__name__)

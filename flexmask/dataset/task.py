@@ -6,18 +6,24 @@ flexmask and are known by name.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexmask.dataset.bounded_file import read_whole
 from flexmask.dataset.judge import CUTS, METRICS, Judge
 from flexmask.dataset.paraphrases import Selection
+from flexmask.dataset.rows import printable
+from flexmask.dataset.text_rows import is_deeper
 from flexmask.dataset.toml_section import Section
 from flexmask.errors import FlexMaskError, TaskError
 
 SHIPPED = Path(__file__).parent / "tasks"
+_MAX_DEPTH = 20
+"""Tables and lists within each other; a task has five, and its rows may have some."""
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
 
 
@@ -99,7 +105,7 @@ def load_task(name: str) -> Task:
         TaskError: If there is none, or it cannot be used; the message names file and key.
     """
     path = SHIPPED / f"{name}.toml"
-    if not path.is_file():
+    if "/" in name or not os.path.isfile(path):
         path = Path(name)
         if path.suffix != ".toml":
             known = ", ".join(task.name for task in shipped_tasks())
@@ -113,13 +119,18 @@ def shipped_tasks() -> list[Task]:
 
 
 def _read_task(path: Path) -> Task:
+    file = printable(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_whole(path).decode())
     except OSError as error:
-        raise TaskError(f"{path}: {error.strerror}; --task takes a name or a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: not TOML: {error}") from None
-    root = Section(str(path), "", table)
+        raise TaskError(f"{file}: {error.strerror}; --task takes a name or a TOML file") from None
+    except ValueError as error:  # not TOML, not UTF-8, an integer of too many digits
+        raise TaskError(f"{file}: not TOML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise _too_deep(file) from None
+    if is_deeper(table, _MAX_DEPTH):
+        raise _too_deep(file)
+    root = Section(file, "", table)
     sections = ("prompt", "paraphrases", "answer", "columns", "examples")
     prompt, paraphrases, answer, columns, examples = map(root.section, sections)
     summary, instruction = root.text("summary", ""), root.text("instruction", "")
@@ -150,6 +161,10 @@ def _read_task(path: Path) -> Task:
     for section in (prompt, paraphrases, answer):
         section.check_all_asked()
     return task
+
+
+def _too_deep(file: str) -> TaskError:
+    return TaskError(f"{file}: nested more than {_MAX_DEPTH} deep; write it flatter")
 
 
 def _selection(paraphrases: Section) -> Selection:

@@ -9,7 +9,14 @@ import typer
 
 from flexmask.errors import OptionError
 from flexmask_cli import render
-from flexmask_cli.options import Device, Dtype, Parameters, StrategyName, parse_lengths
+from flexmask_cli.options import (
+    Device,
+    Dtype,
+    Parameters,
+    StrategyName,
+    parse_lengths,
+    refuse_empty,
+)
 from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
@@ -29,13 +36,22 @@ Suffix = Annotated[
 ]
 Input = Annotated[
     str | None,
-    typer.Option("--input", "-i", help="Requests (JSON Lines); - for standard input."),
+    typer.Option(
+        "--input",
+        "-i",
+        callback=refuse_empty,
+        help="Requests (JSON Lines); - for standard input.",
+    ),
 ]
 Row = Annotated[
     int | None, typer.Option(min=1, help="Which row of the input, from 1.  [default: 1]")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Whose tokenizer reads the input. Default: the bundled model's.")
+    str | None,
+    typer.Option(
+        callback=refuse_empty,
+        help="Whose tokenizer reads the input. Default: the bundled model's.",
+    ),
 ]
 HeadNumbers = Annotated[str, typer.Option("--heads", help="Query heads and key heads.")]
 HeadDim = Annotated[int, typer.Option(min=1, help="Size of a head.")]

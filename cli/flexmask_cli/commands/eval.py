@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexmask_cli import render
+from flexmask_cli.options import path_of
 
 if TYPE_CHECKING:
     from flexmask.dataset.evaluate import Comparison, Evaluation
 
 Files = Annotated[
-    list[Path], typer.Argument(metavar="FILE", help="Result files of the same questions.")
+    list[Path],
+    typer.Argument(
+        metavar="FILE", parser=path_of("FILE"), help="Result files of the same questions."
+    ),
 ]
 
 

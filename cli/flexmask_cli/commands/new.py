@@ -10,13 +10,19 @@ import typer
 from flexmask.errors import OptionError
 from flexmask.new_plugin import PluginNames, write_plugin
 from flexmask_cli import render
+from flexmask_cli.options import path_of
 from flexmask_cli.strategy_choice import load_plugins
 
 
 def new(
     name: Annotated[str, typer.Argument(help="Name of the distribution, such as my-strategy.")],
     directory: Annotated[
-        Path | None, typer.Option(help="Where it is written. Default: a folder of its name.")
+        Path | None,
+        typer.Option(
+            parser=path_of("--directory"),
+            metavar="PATH",
+            help="Where it is written. Default: a folder of its name.",
+        ),
     ] = None,
 ) -> None:
     """Write a plugin with a strategy that works, to be changed into yours."""

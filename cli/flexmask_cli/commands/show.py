@@ -9,7 +9,13 @@ import typer
 
 from flexmask.errors import OptionError
 from flexmask_cli import render
-from flexmask_cli.options import Parameters, parse_lengths, parse_parameters
+from flexmask_cli.options import (
+    Parameters,
+    parse_lengths,
+    parse_parameters,
+    path_of,
+    refuse_empty,
+)
 from flexmask_cli.strategy_choice import choose_several, load_plugins, stdout_to_stderr
 
 if TYPE_CHECKING:
@@ -24,7 +30,11 @@ PAGE_NEW_TOKENS = 8
 
 File = Annotated[
     str | None,
-    typer.Argument(metavar="FILE", help="Requests (JSON Lines), or a result file (.feather)."),
+    typer.Argument(
+        metavar="FILE",
+        callback=refuse_empty,
+        help="Requests (JSON Lines), or a result file (.feather).",
+    ),
 ]
 Strategies = Annotated[
     list[str] | None,
@@ -40,7 +50,10 @@ Against = Annotated[
     str | None,
     typer.Option(metavar="NAME[:KEY=VALUE]", help="Draw the difference to this strategy."),
 ]
-Input = Annotated[str | None, typer.Option("--input", "-i", help="As FILE; - for standard input.")]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", "-i", callback=refuse_empty, help="As FILE; - for standard input."),
+]
 Row = Annotated[
     int | None, typer.Option(min=1, help="Which row of the file, from 1.  [default: 1]")
 ]
@@ -49,7 +62,10 @@ NumSegments = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="Whose tokenizer. Default: the bundled model, or what made the result."),
+    typer.Option(
+        callback=refuse_empty,
+        help="Whose tokenizer. Default: the bundled model, or what made the result.",
+    ),
 ]
 Prefix = Annotated[
     int | None, typer.Option(min=0, help="Without a file: tokens of the prefix.  [default: 6]")
@@ -69,7 +85,14 @@ NewTokens = Annotated[
 ]
 Tile = Annotated[int, typer.Option(min=1, help="Tokens along a side of a tile.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write .png, .svg, .pdf or .html instead.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        parser=path_of("--output"),
+        metavar="PATH",
+        help="Write .png, .svg, .pdf or .html instead.",
+    ),
 ]
 Ascii = Annotated[bool, typer.Option("--ascii", help="Plain characters, as when piped.")]
 Stats = Annotated[

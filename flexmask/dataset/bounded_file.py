@@ -1,0 +1,76 @@
+"""Opens files that neither block nor go on for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_BYTES = 64 * 2**20
+"""Of files that are read as a whole; a larger one is named by mistake."""
+
+_DESCRIPTOR = re.compile(r"/dev/fd/(\d{1,9})|/proc/self/fd/(\d{1,9})|/dev/(stdin)")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; a pipe without a writer is refused and not waited for.
+
+    Raises:
+        OSError: If it is none, or cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_whole(path: Path) -> bytes:
+    """Read a regular file of at most `MAX_BYTES`.
+
+    Raises:
+        OSError: If it is none, is longer, or cannot be read.
+    """
+    with open_regular(path) as file:
+        return _read(file)
+
+
+def read_whole_or_pipe(path: Path) -> bytes:
+    """As `read_whole`; a pipe that this process was started with (``<(…)``) is read to its end."""
+    fd = inherited_pipe(path)
+    if fd is None:
+        return read_whole(path)
+    with os.fdopen(os.dup(fd), "rb") as file:
+        return _read(file)
+
+
+def inherited_pipe(path: Path) -> int | None:
+    """The descriptor of a pipe that a path such as ``/dev/fd/63`` names; None for other paths.
+
+    A shell's ``<(…)`` is such a path. The pipe is open, so that reading it waits for no writer.
+    """
+    named = _DESCRIPTOR.fullmatch(str(path))
+    if named is None:
+        return None
+    fd = int(named[1] or named[2] or 0)
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:  # closed; opening the path says so
+        return None
+    return fd if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+
+
+def _read(file: BinaryIO) -> bytes:
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"longer than {MAX_BYTES:,} bytes")
+    return content

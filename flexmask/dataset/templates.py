@@ -1,0 +1,319 @@
+"""Jinja templates of tasks, sandboxed and bounded in time and size.
+
+A template is a program that came with a file. Jinja's sandbox keeps it from the machine, but lets
+it loop for hours or make ``"x" * 10**12``. Here every loop, call, filter and operator of a
+template spends from a budget, which works in any thread, where a signal would not.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.meta import find_undeclared_variables
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from flexmask.errors import FlexMaskError
+
+MAX_SECONDS = 1.0
+"""CPU time of the templates of a row, so that a busy machine refuses nothing."""
+
+MAX_CHARACTERS = 16 * 2**20
+"""Characters, and items of lists, that the templates of a row make on the way to its prompt."""
+
+MAX_NUMBER = 10**6
+"""Largest number that text is padded or repeated to, in one call."""
+
+_MAX_BITS = 10**5
+_STEPS = "__steps"
+_TOO_LONG = f"it makes more than {MAX_CHARACTERS:,} characters for one row; make it shorter"
+_LONG_NUMBER = re.compile(r"\d{7,}")
+
+
+class TemplateSyntaxFault(Exception):
+    """A template that cannot be compiled; its text says where and why."""
+
+
+class TemplateFault(Exception):
+    """A template that cannot be filled in; its text says why."""
+
+
+class _LimitError(FlexMaskError):
+    """Raised within a template that goes beyond its bounds."""
+
+
+class Budget:
+    """What the templates of one row may still spend."""
+
+    def __init__(self) -> None:
+        """Begin with all of it."""
+        self._ends_at = time.thread_time() + MAX_SECONDS
+        self._left = MAX_CHARACTERS
+
+    def spend(self, size: int = 0) -> None:
+        """Take off ``size`` characters, and look at the clock.
+
+        Raises:
+            FlexMaskError: If either is used up.
+        """
+        self._left -= size
+        if self._left < 0:
+            raise _LimitError(_TOO_LONG)
+        if time.thread_time() > self._ends_at:
+            raise _LimitError(
+                f"it takes more than {MAX_SECONDS:g} s of CPU time for one row; make it simpler"
+            )
+
+
+_budget: ContextVar[Budget] = ContextVar("budget")
+
+
+@contextmanager
+def one_row() -> Iterator[None]:
+    """Give the templates that are filled in meanwhile one budget together."""
+    token = _budget.set(Budget())
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+class RowTemplate:
+    """A template that is filled in from the columns of a row."""
+
+    def __init__(self, source: str) -> None:
+        """Compile it.
+
+        Raises:
+            TemplateSyntaxFault: If it is not one.
+        """
+        environment = _BoundedEnvironment()
+        try:
+            self._names = find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
+        except (TemplateError, SyntaxError) as error:
+            line = getattr(error, "lineno", None)
+            raise TemplateSyntaxFault(f"line {line}: {error}" if line else str(error)) from None
+        except (RecursionError, MemoryError):  # from the parser, and from Python's compiler
+            raise TemplateSyntaxFault("nested too deep; write it flatter") from None
+
+    def render(self, columns: Mapping[str, Any], **more: str) -> str:
+        """Fill it in; columns that it does not name are not read.
+
+        Args:
+            columns: Those of the row.
+            **more: What else it may name; these come before columns of the same name.
+
+        Raises:
+            TemplateFault: If that fails, or takes more time or text than it may.
+            RequestError: If a column cannot be read.
+        """
+        if _budget.get(None) is None:
+            with one_row():
+                return self.render(columns, **more)
+        values = {name: columns[name] for name in self._names if name in columns}
+        values |= {name: text for name, text in more.items() if name in self._names}
+        at_hand = ", ".join(dict.fromkeys([*columns, *more]))
+        parts: list[str] = []
+        try:
+            for part in self._template.generate(values):
+                _spend(len(part))
+                parts.append(part)
+        except _LimitError as error:
+            raise TemplateFault(str(error)) from None
+        except RecursionError:
+            raise TemplateFault("it calls itself, or prints a list, too deep") from None
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateFault(f"{reason}; at hand: {at_hand}") from None
+        return "".join(parts)
+
+
+class _BoundedCode(CodeGenerator):
+    """Writes the Python code of templates; what ``~`` and ``[…]`` make is spent like all else."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self._made(super().visit_Concat, node, frame)
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._made(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._made(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._made(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _made(self, visit: Callable[[Any, Frame], None], node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.made(")
+        visit(node, frame)
+        self.write(")")
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with a price on whatever takes time or makes text."""
+
+    code_generator_class = _BoundedCode
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self) -> None:
+        # Not optimized: constant expressions would be evaluated without a budget.
+        super().__init__(
+            undefined=StrictUndefined,
+            keep_trailing_newline=True,
+            autoescape=False,
+            optimized=False,
+        )
+        del self.globals["lipsum"]  # text by the number of paragraphs, for web designers
+        for name, filter_ in self.filters.items():
+            self.filters[name] = _priced(name, filter_)
+        self.filters[_STEPS] = _steps
+
+    def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
+        for loop in source.find_all(nodes.For):
+            loop.iter = nodes.Filter(
+                loop.iter, _STEPS, [], [], None, None, lineno=loop.iter.lineno
+            )
+        return super()._generate(source, *arguments, **options)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        _check_operands(operator, left, right)
+        return _made(super().call_binop(context, operator, left, right))
+
+    def call(self, context: Context, function: Any, *arguments: Any, **options: Any) -> Any:
+        _spend()
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str | bytes | int):
+            name = getattr(method, "__name__", "")
+            _check_call(name, [owner, *arguments, *options.values()])
+            if name == "join" and arguments:
+                arguments = (_texts_of(arguments[0], owner), *arguments[1:])
+        return _made(super().call(context, function, *arguments, **options))
+
+    def made(self, value: Any) -> Any:
+        """Spend what a value costs."""
+        return _made(value)
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """Join what a macro or a block has written."""
+        kept = []
+        for part in parts:
+            _spend(len(part))
+            kept.append(part)
+        return "".join(kept)
+
+
+def _spend(size: int = 0) -> None:
+    budget = _budget.get(None)
+    if budget is not None:
+        budget.spend(size)
+
+
+def _made(value: Any) -> Any:
+    """Spend the length of a text, or of all that a list holds.
+
+    A list that holds another twice, which holds another twice, and so on, is small to make and
+    endless to print or compare.
+    """
+    if isinstance(value, list | tuple | dict):
+        containers = [value]
+        while containers:
+            container = containers.pop()
+            _spend(len(container))
+            items = container.values() if isinstance(container, dict) else container
+            containers += [item for item in items if isinstance(item, list | tuple | dict)]
+    elif isinstance(value, Sized):
+        _spend(len(value))
+    return value
+
+
+def _steps(items: Iterable[Any]) -> Iterator[Any]:
+    """The items of a loop; each costs a step."""
+    for item in items:
+        _spend()
+        yield item
+
+
+def _texts_of(items: Any, separator: Any) -> Iterator[Any]:
+    """What is about to be joined; each item costs its length."""
+    beside = len(separator) if isinstance(separator, Sized) else 0
+    for item in items:
+        _spend(beside + (len(item) if isinstance(item, Sized) else 0))
+        yield item
+
+
+def _priced(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that spends from the budget."""
+
+    def priced(*arguments: Any, **options: Any) -> Any:
+        _spend()
+        if name == "join":  # called with Jinja's context, items and separator
+            context, items, *more = arguments
+            separator = more[0] if more else options.get("d", "")
+            arguments = (context, _texts_of(items, separator), *more)
+        else:
+            _check_call(name, [*arguments, *options.values()])
+        return _made(filter_(*arguments, **options))
+
+    for key, value in getattr(filter_, "__dict__", {}).items():
+        setattr(priced, key, value)  # such as the mark that makes Jinja pass its context
+    return priced
+
+
+def _check_call(name: str, values: list[Any]) -> None:
+    """Refuse a call that would make a text out of all proportion, before it makes it.
+
+    Args:
+        name: Of the method or filter.
+        values: What it is called on, and with.
+    """
+    texts = [value for value in values if isinstance(value, str)]
+    is_padding = bool(texts) or name in ("batch", "slice")
+    if is_padding and any(isinstance(it, int) and abs(it) > MAX_NUMBER for it in values):
+        raise _LimitError(f"{name} is given a number of more than {MAX_NUMBER:,}; make it smaller")
+    if name in ("format", "format_map") and texts:
+        _check_format(texts[0], values)
+    elif name == "replace" and len(texts) > 2:
+        text, old, new, *_ = texts
+        _check_size(text.count(old) * len(new))
+
+
+def _check_format(form: str, values: list[Any]) -> None:
+    if _LONG_NUMBER.search(form):
+        raise _LimitError(f"it pads text to more than {MAX_NUMBER:,}; make it shorter")
+    fields = form.count("%") + form.count("{")
+    _check_size(fields * max((len(it) for it in values if isinstance(it, Sized)), default=0))
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARACTERS:
+        raise _LimitError(_TOO_LONG)
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    if operator == "*":
+        for value, number in ((left, right), (right, left)):
+            if isinstance(value, Sized) and isinstance(number, int):
+                _check_size(len(value) * number)
+    elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
+        _check_size(len(left) + len(right))
+    elif operator == "%" and isinstance(left, str):
+        _check_format(left, [*right] if isinstance(right, tuple) else [right])
+        if "*" in left:
+            _check_call("%", [left, *(right if isinstance(right, tuple) else (right,))])
+    if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length()
+        bits = bits * max(right, 1) if operator == "**" else bits + right.bit_length()
+        if bits > _MAX_BITS:
+            raise _LimitError(f"it computes a number of more than {_MAX_BITS:,} bits")

@@ -1,0 +1,133 @@
+"""Templates of tasks: what they are filled in from, and their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from flexmask.dataset import templates
+from flexmask.dataset.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
+
+LONG = "it makes more than"
+SLOW = "s of CPU time"
+LARGE = "is given a number of more than"
+
+
+class Watched(Mapping[str, Any]):
+    """Columns that remember which were read."""
+
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+        self.read: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.append(name)
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def test_only_the_columns_that_a_template_names_are_read() -> None:
+    columns = Watched(a="x", b="y", c="z")
+    template = RowTemplate("{{ a }}{% if c is defined %}{{ more }}{% endif %}")
+    assert template.render(columns, more="!") == "x!"
+    assert sorted(columns.read) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ q | upper }}, {{ q ~ 1 }}", "HÉLLO, héllo1"),
+        ("{{ [1, 2] | join(', ') }} {{ '-'.join(['a', 'b']) }}", "1, 2 a-b"),
+        ("{{ 2**10 }} {{ '%s' % q }} {{ 'a{}'.format(q) }}", "1024 héllo ahéllo"),
+        ("{% set a, b = 1, 2 %}{% for x, y in [(a, b)] %}{{ x + y }}{% endfor %}", "3"),
+        ("{% for x in [[1], [2]] recursive %}{{ loop.length }}{% endfor %}", "22"),
+        ("{{ {'b': 1, 'a': 2} | dictsort }}", "[('a', 2), ('b', 1)]"),
+        ("{{ q | replace('l', 'L') }}", "héLLo"),
+        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(q) }}", "<héllo>"),
+        ("{{ q | truncate(4, true, leeway=0) | center(6) }}|", " h... |"),
+    ],
+)  # fmt: skip
+def test_what_templates_are_used_for_works(source: str, text: str) -> None:
+    assert RowTemplate(source).render({"q": "héllo"}) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 'x' * 10**9 }}", LONG),
+        ("{{ [1] * 10**9 }}", LONG),
+        ("{{ 'x' | center(1000000000) }}", LARGE),
+        ("{{ 'x'.center(1000000000) }}", LARGE),
+        ("{{ [1] | batch(1000000000, 1) | list }}", LARGE),
+        ("{{ '%1000000000d' % 1 }}", "it pads text"),
+        ("{{ '%*d' % (1000000000, 1) }}", LARGE),
+        ("{{ '{:1000000000}'.format(1) }}", "it pads text"),
+        ("{{ ('x' * 1000000) | replace('x', 'y' * 1000) }}", LONG),
+        ("{{ ('y' * 1000).join(range(100000) | map('string')) }}", LONG),
+        ("{{ range(100000) | map('string') | join('y' * 1000) }}", LONG),
+        ("{{ 9 ** 999999 }}", "it computes a number"),
+        ("{% for a in range(100000) %}{{ 'a' * 100000 }}{% endfor %}", LONG),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself"),
+        ("{{ lipsum(1000) }}", "'lipsum' is undefined; at hand: q"),
+        *(
+            (f"{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}"
+             f"{{% set n.x = n.x {op} n.x %}}{{% endfor %}}{{{{ n.x }}}}", LONG)
+            for op in "~+"
+        ),
+    ],
+)  # fmt: skip
+def test_a_template_that_makes_too_much_is_stopped_in_any_thread(
+    source: str, message: str
+) -> None:
+    template = RowTemplate(source)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TemplateFault, match=message):
+        pool.submit(template.render, {"q": "x"}).result()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in q %}{% for k in q %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% set n = namespace(l=[1]) %}{% for i in range(70) %}{% set n.l = [n.l, n.l] %}"
+        "{% endfor %}{{ n.l }}",
+        "{{ range(99999) | map('center', 100) | map('upper') | select('in', [1]) | list }}"
+        "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+    ],
+)  # fmt: skip
+def test_a_template_that_goes_on_for_hours_is_stopped(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
+    with pytest.raises(TemplateFault, match=f"{SLOW}|{LONG}"):
+        RowTemplate(source).render({"q": "x" * 999})
+
+
+def test_the_templates_of_a_row_share_one_budget() -> None:
+    half = RowTemplate("{% for i in range(6) %}{{ 'x' * 1000000 }}{% endfor %}")
+    assert len(half.render({})) == len(half.render({})) == 6_000_000
+    with one_row(), pytest.raises(TemplateFault, match=LONG):
+        half.render({})
+        half.render({})
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ " + "[" * 9999 + "]" * 9999 + " }}", "{{ " + "-" * 9999 + "1 }}"]
+)
+def test_a_template_nested_too_deep_is_refused(source: str) -> None:
+    with pytest.raises(TemplateSyntaxFault, match="nested too deep"):
+        RowTemplate(source)
