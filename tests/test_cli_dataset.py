@@ -86,6 +86,35 @@ def test_a_dry_run_prints_the_exact_prompts(flexmask, tmp_path):
     assert printed == MARKED.format(path=path)
 
 
+def test_a_dry_run_reads_csv_in_its_encoding_between_its_delimiters(flexmask, tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("segments|answers\nOù?|là\n", encoding="cp1252")
+    options = ["--delimiter", "|", "--encoding", "cp1252"]
+    printed = flexmask("generate", "--input", path, *options, "--dry-run")
+    assert "<segment 1>Où?</segment 1>" in printed
+    assert "accepted: là" in printed
+
+
+def test_a_prefix_and_rows_from_pipes_of_the_shell_are_read(tmp_path):
+    shell = (
+        '"$0" -m flexmask_cli generate --dry-run -i <(cat rows) --prefix-file <(echo Be brief.)'
+    )
+    (tmp_path / "rows").write_text('{"segments": ["x"]}\n' * 2000)
+    result = subprocess.run(
+        ["bash", "-c", shell, sys.executable],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("<prefix>Be brief.\n</prefix>") == 2000
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", ""], ["eval", ""], ["warmup", "--model", ""], ["bench", "--input", ""]]
+)
+def test_an_empty_name_is_refused_by_every_command(error_of, arguments):
+    assert "is empty; name something or leave it out" in error_of(*arguments)
+
+
 ALONE = """\
 == a, segment 1, weight 2 ({path}:1)
 <prefix></prefix>
@@ -234,6 +263,24 @@ def test_text_of_special_tokens_is_counted_and_can_be_allowed(tmp_path):
         (["--column", "answers"], "--column takes NAME=COLUMN, got 'answers'"),
         (["--column", "question=q"], "no column 'question' to be read from another"),
         (["--column", "answers=label"], "no column 'label' for answers; its columns: 'uuid'"),
+        *(
+            (
+                [option, ""],
+                f"{option} is empty; name something or leave it out (an unset variable?)",
+            )
+            for option in (
+                *("--input", "--model", "--prefix-file", "--output", "--task", "--examples"),
+            )
+        ),
+        (["--prefix-file", "/dev/zero"], "--prefix-file /dev/zero: not a regular file"),
+        (["--delimiter", ";"], "--delimiter and --encoding need an --input"),
+        (["--input", "x.csv", "--encoding", "utf-0"], "the encoding must be one that Python kno"),
+        (
+            ["--task", "webqa", "--input", "-", "--examples", "-"],
+            "--input and --examples cannot both be standard input",
+        ),
+        (["--task", "webqa", "--paraphrases", f"first {10**20}"], f"first {10**20} of the parap"),
+        (["--batch-size", "9" * 5000], "--batch-size must be a positive number or auto"),
         (["--output", "out.csv"], "out.csv: unknown extension '.csv'; name it .feather, .arrow"),
     ],
 )

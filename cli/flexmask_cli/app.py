@@ -24,6 +24,7 @@ from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
 from flexmask_cli.commands.tasks import tasks
 from flexmask_cli.commands.warmup import warmup
+from flexmask_cli.streams import prepared_streams
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -87,6 +88,7 @@ def main() -> None:
     # cycles as often as Python does takes a tenth of a short run.
     gc.set_threshold(50_000, 20, 100)
     try:
-        build_app()()
+        with prepared_streams():
+            build_app()()
     except FlexMaskError as error:
         sys.exit(f"error: {' '.join(str(error).splitlines())}")

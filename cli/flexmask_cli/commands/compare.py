@@ -16,6 +16,8 @@ from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
     DatasetOptions,
+    Delimiter,
+    Encoding,
     ExamplesSource,
     InputSource,
     Limit,
@@ -27,6 +29,7 @@ from flexmask_cli.dataset_options import (
 from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.options import (
+    MAX_DIGITS,
     AllowSpecialTokens,
     BadRows,
     BatchSize,
@@ -47,9 +50,11 @@ from flexmask_cli.options import (
     TopP,
     TrustRemoteCode,
     parse_mode,
+    path_of,
 )
 from flexmask_cli.progress import track
 from flexmask_cli.strategy_choice import choose_named, load_plugins
+from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
     from flexmask.comparison.cell import Cell, Way
@@ -85,6 +90,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
+        parser=path_of("--output"),
+        metavar="PATH",
         help="Folder for the report and the result files. "
         "Default: outputs/<input>/<model>/compare.",
     ),
@@ -101,6 +108,8 @@ def compare(
     input: InputSource = None,
     output: Output = None,
     limit: Limit = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     column: Columns = None,
     paraphrases: Paraphrases = None,
     examples: ExamplesSource = None,
@@ -139,6 +148,8 @@ def compare(
         limit=limit,
         num_segments=None,
         on_error=on_error.value,
+        delimiter=delimiter,
+        encoding=encoding,
         fusion=_read_for(ways),
     )
     loaded_task = dataset.load_task()
@@ -196,12 +207,13 @@ def compare(
         options=options.for_engine() | {"on_error": on_error.value},
     )
     runner.check(cells)
-    with render.warnings_as_lines():
-        if not all(map(runner.has_result, cells)):
-            runner.load_engine()  # one that fails ends the run, and not each cell by itself
-        errors = _run(runner, cells, is_quiet=quiet)
-    results = tabulate(cells, folder, options.judge, errors)
-    save_report(results, folder, options.judge)
+    with run_goes_on():
+        with render.warnings_as_lines():
+            if not all(map(runner.has_result, cells)):
+                runner.load_engine()  # one that fails ends the run, and not each cell by itself
+            errors = _run(runner, cells, is_quiet=quiet)
+        results = tabulate(cells, folder, options.judge, errors)
+        save_report(results, folder, options.judge)
     if as_json:
         render.print_json([result.figures() for result in results])
     else:
@@ -237,7 +249,7 @@ def _parse_count(text: str) -> int | None:
     text = text.strip()
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) == 0:
         raise OptionError(f"--num-segments must be numbers as in 1,3,5 or all, got {text!r}")
     return int(text)
 

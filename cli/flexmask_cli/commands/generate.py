@@ -14,6 +14,8 @@ from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
     DatasetOptions,
+    Delimiter,
+    Encoding,
     ExamplesSource,
     InputSource,
     Limit,
@@ -51,9 +53,11 @@ from flexmask_cli.options import (
     TrustRemoteCode,
     Verbose,
     parse_mode,
+    path_of,
 )
 from flexmask_cli.progress import track
 from flexmask_cli.strategy_choice import choose_strategy
+from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
     from flexmask.dataset.requests import RequestSource
@@ -66,6 +70,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
+        parser=path_of("--output"),
+        metavar="PATH",
         help="A .feather, .parquet or .jsonl file. "
         "Default: outputs/<input>/<model>/<strategy>-<segments>.feather, with the fusion between "
         "those two unless it is attention.",
@@ -85,6 +91,8 @@ def generate(
     output: Output = None,
     limit: Limit = None,
     dry_run: DryRun = False,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     column: Columns = None,
     paraphrases: Paraphrases = None,
     num_segments: NumSegments = None,
@@ -125,6 +133,8 @@ def generate(
         limit=limit,
         num_segments=num_segments,
         on_error=on_error.value,
+        delimiter=delimiter,
+        encoding=encoding,
         fusion=fused,
     )
     loaded_task = dataset.load_task()
@@ -162,9 +172,12 @@ def generate(
     path = output or default_output_path(
         stem, model or DEMO, chosen.name, num_segments, str(fused)
     )
-    with ResultWriter.open(
-        path, config=config, requests=requests, mode=mode, judge=judge
-    ) as writer:
+    with (
+        run_goes_on(),
+        ResultWriter.open(
+            path, config=config, requests=requests, mode=mode, judge=judge
+        ) as writer,
+    ):
         if writer.remaining:
             with render.warnings_as_lines():
                 engine = options.load_engine(is_verbose=verbose)
