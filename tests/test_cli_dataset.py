@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def test_a_prefix_and_rows_from_pipes_of_the_shell_are_read(tmp_path):
 )
 def test_an_empty_name_is_refused_by_every_command(error_of, arguments):
     assert "is empty; name something or leave it out" in error_of(*arguments)
+
+
+@pytest.mark.parametrize("command", ["eval", "show"])
+def test_a_result_that_is_no_file_is_refused_at_once(error_of, tmp_path, command):
+    os.mkfifo(tmp_path / "out.feather")
+    assert "not a file but a pipe or device" in error_of(command, tmp_path / "out.feather")
 
 
 ALONE = """\

@@ -27,8 +27,9 @@ def _end(status: int) -> None:
     """End the process; return, and leave it to Python, if what it printed cannot be written."""
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # None: it is closed
+                stream.flush()
     except OSError:
         return
     os._exit(status)

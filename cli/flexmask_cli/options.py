@@ -48,6 +48,16 @@ def path_of(option: str) -> Callable[[str], Path]:
     return path
 
 
+def refuse_devices(path: Path) -> None:
+    """Refuse a result that can be read only once, since its first bytes tell its kind.
+
+    Raises:
+        OptionError: If it is a pipe or device.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OptionError(f"{path}: not a file but a pipe or device; write it to a file")
+
+
 def _empty(option: str) -> OptionError:
     name = option if option.startswith("-") else option.upper()
     return OptionError(f"{name} is empty; name something or leave it out (an unset variable?)")

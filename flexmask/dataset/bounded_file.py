@@ -34,14 +34,14 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def read_whole(path: Path) -> bytes:
-    """Read a regular file of at most `MAX_BYTES`.
+def read_whole(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a regular file of at most ``max_bytes``.
 
     Raises:
         OSError: If it is none, is longer, or cannot be read.
     """
     with open_regular(path) as file:
-        return _read(file)
+        return _read(file, max_bytes)
 
 
 def read_whole_or_pipe(path: Path) -> bytes:
@@ -50,7 +50,7 @@ def read_whole_or_pipe(path: Path) -> bytes:
     if fd is None:
         return read_whole(path)
     with os.fdopen(os.dup(fd), "rb") as file:
-        return _read(file)
+        return _read(file, MAX_BYTES)
 
 
 def inherited_pipe(path: Path) -> int | None:
@@ -69,8 +69,8 @@ def inherited_pipe(path: Path) -> int | None:
     return fd if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
 
 
-def _read(file: BinaryIO) -> bytes:
-    content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"longer than {MAX_BYTES:,} bytes")
+def _read(file: BinaryIO, max_bytes: int) -> bytes:
+    content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"longer than {max_bytes:,} bytes")
     return content

@@ -22,6 +22,8 @@ from flexmask.dataset.toml_section import Section
 from flexmask.errors import FlexMaskError, TaskError
 
 SHIPPED = Path(__file__).parent / "tasks"
+_MAX_BYTES = 2**20
+"""Of a task file, which some thousand examples do not fill; Python reads a megabyte a second."""
 _MAX_DEPTH = 20
 """Tables and lists within each other; a task has five, and its rows may have some."""
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
@@ -121,7 +123,7 @@ def shipped_tasks() -> list[Task]:
 def _read_task(path: Path) -> Task:
     file = printable(path)
     try:
-        table = tomllib.loads(read_whole(path).decode())
+        table = tomllib.loads(read_whole(path, _MAX_BYTES).decode())
     except OSError as error:
         raise TaskError(f"{file}: {error.strerror}; --task takes a name or a TOML file") from None
     except ValueError as error:  # not TOML, not UTF-8, an integer of too many digits

@@ -120,7 +120,6 @@ class RowTemplate:
                 return self.render(columns, **more)
         values = {name: columns[name] for name in self._names if name in columns}
         values |= {name: text for name, text in more.items() if name in self._names}
-        at_hand = ", ".join(dict.fromkeys([*columns, *more]))
         parts: list[str] = []
         try:
             for part in self._template.generate(values):
@@ -132,6 +131,7 @@ class RowTemplate:
             raise TemplateFault("it calls itself, or prints a list, too deep") from None
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
+            at_hand = ", ".join(dict.fromkeys([*columns, *more]))
             raise TemplateFault(f"{reason}; at hand: {at_hand}") from None
         return "".join(parts)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexmask_cli import render
-from flexmask_cli.options import path_of
+from flexmask_cli.options import path_of, refuse_devices
 
 if TYPE_CHECKING:
     from flexmask.dataset.evaluate import Comparison, Evaluation
@@ -34,6 +34,8 @@ def evaluate(
     from flexmask.dataset.evaluate import compare
     from flexmask.dataset.evaluate import evaluate as evaluate_file
 
+    for path in files:
+        refuse_devices(path)
     metrics = ["exact", "f1", *(["lemma"] if lemma else [])]
     evaluations = [evaluate_file(path, metrics, language=language) for path in files]
     comparisons = compare(evaluations)

@@ -14,6 +14,7 @@ from flexmask_cli.options import (
     parse_lengths,
     parse_parameters,
     path_of,
+    refuse_devices,
     refuse_empty,
 )
 from flexmask_cli.strategy_choice import choose_several, load_plugins, stdout_to_stderr
@@ -155,6 +156,8 @@ def _source(
     if file is not None and input is not None:
         raise OptionError(f"one file at a time, got {file} and --input {input}")
     source = file or input
+    if source is not None and Path(source).suffix:  # a result; pipes of a shell have none
+        refuse_devices(Path(source))
     if source is not None and any(length is not None for length in lengths):
         raise OptionError(
             "--prefix, --segments and --suffix make up a request; leave them out with a file"
