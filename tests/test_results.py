@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,69 +35,17 @@ from flexmask.dataset.resume import OutputMode
 from flexmask.dataset.run_config import RunConfig
 from flexmask.dataset.schema import SCHEMA
 from flexmask.errors import OutputError, RequestError
-from flexmask.generation import Generation
 from flexmask.request import Request
-
-CONFIG = RunConfig(
-    run={"strategy": "causal", "parameters": {"window": 8}, "max_new_tokens": 10, "top_p": None},
-    environment={"device": "cpu", "torch": "2.13.0"},
+from result_runs import (
+    CONFIG,
+    answer,
+    expected_table,
+    interrupted_run,
+    journal_of,
+    make_requests,
+    run,
+    uuids,
 )
-
-
-def make_requests(count: int) -> list[Request]:
-    return [
-        Request(
-            uuid=f"q{number}",
-            prefix="Réponds.\n\n",
-            segments=(f"Q: {number}?\nA:", f"Q: what is {number}?\nA:"),
-            suffix=" →" if number % 2 else "",
-            answers=() if number % 3 == 2 else (str(number), f"the {number}"),
-        )
-        for number in range(count)
-    ]
-
-
-def answer(request: Request) -> Generation:
-    """Always the same for a request; right where its number is even."""
-    number = int(request.uuid[1:])
-    text = f" The {number - number % 2}.\nQ: next"
-    return Generation(request, text, tuple(range(number + 1)), "stop", 40 + number)
-
-
-def run(
-    output: Path,
-    requests: Sequence[Request],
-    mode: OutputMode = "new",
-    config: RunConfig = CONFIG,
-    stop_before: str | None = None,
-) -> ResultSummary:
-    """Generate what is left, one row a write; `stop_before` is a uuid to be interrupted at."""
-    with ResultWriter.open(output, config=config, requests=requests, mode=mode) as writer:
-        for request in writer.remaining:
-            if request.uuid == stop_before:
-                raise KeyboardInterrupt
-            writer.write([answer(request)])
-    return writer.summary
-
-
-def interrupted_run(output: Path, requests: Sequence[Request], at: str, **options: Any) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(output, requests, stop_before=at, **options)
-
-
-def expected_table(requests: Sequence[Request], tmp_path: Path) -> pa.Table:
-    """What an undisturbed run writes."""
-    output = tmp_path / "undisturbed.feather"
-    run(output, requests, mode="overwrite")
-    return pyarrow.feather.read_table(output)
-
-
-def journal_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def uuids(path: Path) -> list[Any]:
-    return read_finished_rows(path)["uuid"].to_pylist()
 
 
 @pytest.fixture
@@ -271,7 +220,11 @@ def test_a_cut_journal_is_resumed(output: Path, tmp_path: Path) -> None:
     content = journal_of(output).read_bytes()
     for size in {*range(0, len(content), 61), len(content)}:
         journal_of(output).write_bytes(content[:size])
-        run(output, requests, mode="resume")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(output, requests, mode="resume")
+        said = [str(item.message).partition("; ")[0] for item in caught]
+        assert said in ([], [f"{journal_of(output)}: ends within a write"])
         assert pyarrow.feather.read_table(output).equals(expected, check_metadata=True)
         output.unlink()
 

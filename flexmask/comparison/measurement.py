@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
-from flexmask.dataset.journal import os_errors, temporary_path
+from flexmask.dataset.whole_file import replacing
 from flexmask.errors import OutputError
 
 if TYPE_CHECKING:
@@ -100,10 +100,8 @@ class Measurement:
         Raises:
             OutputError: If it cannot be written.
         """
-        temporary = temporary_path(path)
-        with os_errors(path, "cannot be written ({})"):
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), indent=2).encode() + b"\n")
 
 
 class Stopwatch:

@@ -9,9 +9,9 @@ from pathlib import Path
 from flexmask.comparison.page import report_html
 from flexmask.comparison.run import ReportFolder
 from flexmask.comparison.table import CellResult
-from flexmask.dataset.journal import os_errors
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.results import read_run_config
+from flexmask.dataset.whole_file import replacing
 
 
 def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judge) -> None:
@@ -27,10 +27,10 @@ def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judg
     """
     title, facts = _heading(results, folder)
     record = {"facts": facts, "cells": [result.figures() for result in results]}
-    with os_errors(folder.path, "the report cannot be written ({})"):
-        folder.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        page = report_html(title, facts, results, folder, judge)
-        folder.page.write_text(page, encoding="utf-8")
+    with replacing(folder.record) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
+    with replacing(folder.page) as file:
+        file.write(report_html(title, facts, results, folder, judge).encode())
 
 
 def _heading(results: Sequence[CellResult], folder: ReportFolder) -> tuple[str, dict[str, str]]:

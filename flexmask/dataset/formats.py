@@ -7,7 +7,7 @@ which the other formats hold themselves, stands beside it: ``out.jsonl`` has ``o
 from __future__ import annotations
 
 import json
-import os
+import mmap
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from io import BufferedWriter
@@ -16,19 +16,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexmask.dataset.journal import WRITING, os_errors, sync_folder, temporary_path
+from flexmask.dataset.journal_stream import JournalContent, is_stream, read_stream
 from flexmask.dataset.schema import RUN, SCHEMA
+from flexmask.dataset.whole_file import WRITING, os_errors, replacing, target_of
 from flexmask.errors import OutputError
 
 _FEATHER = b"ARROW1"
 _PARQUET = b"PAR1"
-_STREAM = b"\xff\xff\xff\xff"
+_JSON_LINES = ".jsonl"
 
 
-def read_rows(path: Path) -> pa.Table:
+def read_rows(path: Path) -> JournalContent:
     """Read a result file of any format, or a journal up to its last whole write.
-
-    A journal that ends before its schema does is read as a table of no columns and no rows.
 
     Raises:
         OutputError: If it is of no such format, or damaged.
@@ -36,18 +35,18 @@ def read_rows(path: Path) -> pa.Table:
     with os_errors(path, "cannot be read ({})"):
         with path.open("rb") as file:
             start = file.read(6)
-        if path.suffix == ".jsonl":
-            return _whole(_read_json_lines, path)
-        if start.startswith(_PARQUET):
-            return _whole(_read_parquet, path)
-        if not start:
-            return pa.table({})
-        content = pa.memory_map(str(path)).read_buffer()
+            if path.suffix.lower() == _JSON_LINES:
+                return JournalContent(_whole(_read_json_lines, path))
+            if start.startswith(_PARQUET):
+                return JournalContent(_whole(_read_parquet, path))
+            if not start:
+                return JournalContent(pa.table({}))
+            content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if start.startswith(_FEATHER):
-        return _whole(lambda _: pa.ipc.open_file(content).read_all(), path)
-    if start[:4] != _STREAM[: len(start)]:
+        return JournalContent(_whole(lambda _: pa.ipc.open_file(content).read_all(), path))
+    if not is_stream(start):
         raise OutputError(f"{path}: not a result file")
-    return _read_stream(content)
+    return read_stream(content, path)
 
 
 def is_result(path: Path) -> bool:
@@ -58,8 +57,8 @@ def is_result(path: Path) -> bool:
     """
     if path.suffix.lower() in (".feather", ".arrow", ".partial"):
         return True
-    if path.suffix == ".jsonl":
-        return _sidecar(path).exists()
+    if path.suffix.lower() == _JSON_LINES:
+        return sidecar_path(path).exists()
     if path.suffix == ".parquet" and path.exists():
         from pyarrow.parquet import read_schema
 
@@ -81,23 +80,10 @@ def write_rows(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Non
     """
     write = _WRITERS[path.suffix.lower()]
     if write is _write_json_lines:
-        _replace(_sidecar(path), lambda file: file.write((schema.metadata or {})[RUN]))
-    _replace(path, lambda file: write(file, schema, tables))
-
-
-def _replace(path: Path, write: Callable[[BufferedWriter], object]) -> None:
-    temporary = temporary_path(path)
-    with os_errors(path, WRITING):
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path)
+        with replacing(sidecar_path(path), WRITING, like=[path]) as file:
+            file.write((schema.metadata or {})[RUN])
+    with replacing(path, WRITING) as file:
+        write(file, schema, tables)
 
 
 def _write_feather(file: BufferedWriter, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -125,13 +111,17 @@ _WRITERS: Mapping[str, Callable[[BufferedWriter, pa.Schema, Iterable[pa.Table]],
     ".feather": _write_feather,
     ".arrow": _write_feather,
     ".parquet": _write_parquet,
-    ".jsonl": _write_json_lines,
+    _JSON_LINES: _write_json_lines,
 }
 EXTENSIONS = tuple(_WRITERS)
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_suffix(".run.json")
+def sidecar_path(path: Path) -> Path:
+    """Where the run of a JSON Lines file stands: ``out.run.json``, or ``out.JSONL.run.json``."""
+    target = target_of(path)
+    if target.suffix == _JSON_LINES:
+        return target.with_suffix(".run.json")
+    return target.with_name(target.name + ".run.json")  # out.jsonl may stand beside it
 
 
 def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
@@ -154,24 +144,11 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _read_json_lines(path: Path) -> pa.Table:
-    metadata = {RUN: _sidecar(path).read_bytes()} if _sidecar(path).exists() else {}
+    sidecar = sidecar_path(path)
+    metadata = {RUN: sidecar.read_bytes()} if sidecar.exists() else {}
     schema = SCHEMA.with_metadata(metadata)
     with path.open(encoding="utf-8") as file:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
     if any(row.keys() != set(schema.names) for row in rows):
         return pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
     return pa.Table.from_pylist(rows, schema=schema)
-
-
-def _read_stream(content: pa.Buffer) -> pa.Table:
-    try:
-        reader = pa.ipc.open_stream(content)
-    except pa.ArrowInvalid:
-        return pa.table({})
-    batches = []
-    with suppress(StopIteration, pa.ArrowException, OSError):  # the last two: it ends in a write
-        while True:
-            batch = reader.read_next_batch()
-            batch.validate(full=True)
-            batches.append(batch)
-    return pa.Table.from_batches(batches, reader.schema)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 
+from flexmask.dataset.journal_stream import JournalContent, read_stream, sealed
+from flexmask.dataset.whole_file import (
+    NOT_FOLLOWED,
+    WRITING,
+    create_temporary,
+    os_errors,
+    sync_folder,
+    temporary_path,
+)
 from flexmask.errors import OutputError
 
-WRITING = "cannot be written ({}); finished rows are kept, --resume goes on from them"
-"""What `os_errors` says of a write."""
+_COPIED_BYTES = 1 << 20
 
 
 class Journal:
     """The rows that a run has finished: an Arrow IPC stream beside its output.
 
     It is locked while open (``flock``, advisory); the lock ends with the process, however that
-    ends. The file is empty until `restart`, and an empty one does not outlive `close`.
+    ends. The file is empty until `restart`, and an empty one does not outlive `close`. Rows are
+    read from the open file, and what others do to its name does not reach them.
 
     Attributes:
         path: ``<output>.partial``.
@@ -31,6 +41,8 @@ class Journal:
         self.path = journal_path(output)
         self._output = output
         self._fd = fd
+        self._end = os.fstat(fd).st_size
+        self._chain = 0
 
     @classmethod
     def acquire(cls, output: Path) -> Journal:
@@ -49,54 +61,122 @@ class Journal:
                     "another --output"
                 ) from None
             except OSError as error:
+                is_link = error.errno == errno.ELOOP
+                reason = "a link stands there" if is_link else error.strerror
                 raise OutputError(
-                    f"{path}: cannot be opened and locked ({error.strerror}); choose another "
-                    "place with --output"
+                    f"{path}: cannot be opened and locked ({reason}); choose another place with "
+                    "--output"
                 ) from None
             if _stands_at(path, fd):
                 return cls(output, fd)
             os.close(fd)  # its owner replaced or removed it before the lock was ours
 
+    def read(self) -> JournalContent:
+        """Its rows, those of a damaged journal up to the damage.
+
+        Raises:
+            OutputError: If none of them can be read.
+        """
+        with os_errors(self.path, "cannot be read ({})"):
+            self._check_unchanged()
+            if not self._end:
+                return JournalContent(pa.table({}))
+            content = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        return read_stream(pa.py_buffer(content), self.path)
+
     def restart(self, schema: pa.Schema, rows: pa.Table) -> None:
         """Replace what it holds, atomically; the lock passes to the new file."""
-        temporary = temporary_path(self._output)
+        chain = 0
+
+        def write(fd: int) -> None:
+            nonlocal chain
+            for part in (schema.serialize(), *(batch.serialize() for batch in rows.to_batches())):
+                message, chain = sealed(part, chain)
+                _write_all(fd, message)
+
         with os_errors(self.path, WRITING):
-            fd = _open_locked(temporary, os.O_TRUNC)
-            try:
-                _write_all(fd, schema.serialize())
-                for batch in rows.to_batches():
-                    _write_all(fd, batch.serialize())
-                os.fsync(fd)
-                os.replace(temporary, self.path)
-            except BaseException:
-                os.close(fd)
-                temporary.unlink(missing_ok=True)
-                raise
-            os.close(self._fd)
-            self._fd = fd
-            sync_folder(self.path)
+            self._replace(write)
+        self._chain = chain
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Write rows and sync them; on failure the journal ends where it ended before."""
+        """Write rows and sync them; on failure the journal ends where it ended before.
+
+        Raises:
+            OutputError: If they cannot be written, or somebody has changed the journal.
+        """
         with os_errors(self.path, WRITING):
-            end = os.fstat(self._fd).st_size
+            self._check_unchanged()
+            self._keep_in_place()
+            message, chain = sealed(batch.serialize(), self._chain)
             try:
-                _write_all(self._fd, batch.serialize())
+                _write_all(self._fd, message)
                 os.fsync(self._fd)
             except BaseException:
-                os.ftruncate(self._fd, end)
+                os.ftruncate(self._fd, self._end)
                 raise
+        self._end += len(message)
+        self._chain = chain
 
     def close(self, *, keep: bool = True) -> None:
-        """Let go of the lock; what was written stays unless ``keep`` is false."""
-        fd, self._fd = self._fd, -1
+        """Let go of the lock; what was written stays unless ``keep`` is false.
+
+        Raises:
+            OutputError: If the file cannot be removed, or cannot be kept.
+        """
         try:
-            if not keep or os.fstat(fd).st_size == 0:
+            if keep and os.fstat(self._fd).st_size:
+                with os_errors(self.path, "is gone and cannot be written again ({})"):
+                    self._keep_in_place()
+            elif _stands_at(self.path, self._fd):
                 with os_errors(self.path, "cannot be removed ({})"):
                     self.path.unlink(missing_ok=True)
         finally:
+            fd, self._fd = self._fd, -1
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not, if a forked child lives
             os.close(fd)
+
+    def _check_unchanged(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if size != self._end:
+            raise OutputError(
+                f"{self.path}: another process has changed it while this one wrote it ({size:,} "
+                f"bytes, not {self._end:,}); --resume goes on from the rows that are whole"
+            )
+
+    def _keep_in_place(self) -> None:
+        """Write the open file under its name again if that was removed."""
+        if _stands_at(self.path, self._fd):
+            return
+        if os.path.lexists(self.path):
+            raise OutputError(
+                f"{self.path}: another file was put in its place, and the rows of this run have "
+                "no name any more; choose another --output"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._replace(self._copy_to)
+
+    def _copy_to(self, fd: int) -> None:
+        start = 0
+        while some := os.pread(self._fd, _COPIED_BYTES, start):
+            _write_all(fd, some)
+            start += len(some)
+
+    def _replace(self, write: Callable[[int], None]) -> None:
+        """Put a new locked file in place, once ``write`` has filled it."""
+        temporary = temporary_path(self._output)
+        fd = create_temporary(self._output, [self._output, self.path])
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write(fd)
+            os.fsync(fd)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(fd)
+            temporary.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd, self._end = fd, os.fstat(fd).st_size
+        sync_folder(self.path)
 
 
 def journal_path(output: Path) -> Path:
@@ -104,25 +184,18 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-@contextmanager
-def os_errors(path: Path, message: str) -> Iterator[None]:
-    """Turn an `OSError` about ``path`` into an `OutputError`; its reason goes into ``message``."""
+def _open_locked(path: Path) -> int:
+    """Open a journal and lock it; one that was made for that goes if it cannot be locked."""
+    flags = os.O_RDWR | os.O_APPEND | NOT_FOLLOWED
     try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: {message.format(error.strerror or error)}") from error
-
-
-def temporary_path(output: Path) -> Path:
-    """Where a file is written before it replaces ``output``."""
-    return output.with_name(output.name + ".tmp")
-
-
-def _open_locked(path: Path, flags: int = 0) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o666)
+        fd, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        fd, is_new = os.open(path, flags | os.O_CREAT, 0o666), False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
+    except BaseException as error:
+        if is_new and not isinstance(error, BlockingIOError):
+            path.unlink(missing_ok=True)
         os.close(fd)
         raise
     return fd
@@ -130,22 +203,12 @@ def _open_locked(path: Path, flags: int = 0) -> int:
 
 def _stands_at(path: Path, fd: int) -> bool:
     try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
         return False
 
 
-def _write_all(fd: int, data: pa.Buffer) -> None:
+def _write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename to ``path`` survive a crash of the machine."""
-    fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems do not sync folders
-            os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,8 +1,8 @@
 """Result files, written through a journal that survives a crash, resumed row by row.
 
 While a run goes on, its finished rows stand in ``<output>.partial``, the journal: an Arrow IPC
-stream, appended to and synced at each write, and locked by the process that writes it. A clean
-end puts the rows in input order, moves the file in place and removes the journal::
+stream with checksums, appended to and synced at each write, and locked by the process that writes
+it. A clean end puts the rows in input order, moves the file in place and removes the journal::
 
     write ─► out.feather.partial ─► out.feather.tmp ─► out.feather
              append, sync           sync               atomic rename
@@ -25,6 +25,8 @@ Example::
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -50,7 +52,7 @@ from flexmask.dataset.resume import (
 )
 from flexmask.dataset.run_config import RunConfig
 from flexmask.dataset.schema import FAILED, RUN, SCHEMA, row_of
-from flexmask.errors import OutputError, RequestError
+from flexmask.errors import FlexMaskWarning, OutputError, RequestError
 from flexmask.generation import Generation
 from flexmask.request import Request, RequestKey
 
@@ -255,7 +257,13 @@ class ResultWriter:
                 f"{self._output}: {len(self._pending)} of {len(self._order)} requests have no "
                 "row yet; pass --resume to generate them"
             )
-        rows = read_rows(self._journal.path)
+        content = self._journal.read()
+        rows = content.rows
+        if content.loss or Counter(keys(rows)) != Counter(self._order):
+            raise OutputError(
+                f"{self._journal.path}: damaged while it was written: {rows.num_rows:,} of "
+                f"{len(self._order):,} rows are whole; --resume generates the others again"
+            )
         write_rows(self._output, self._schema, _in_order(rows, self._order))
 
 
@@ -287,7 +295,8 @@ def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = 
 def read_finished_rows(path: str | Path) -> pa.Table:
     """Read a result file, or the journal of a run that was interrupted or still goes on.
 
-    Of a journal that ends within a write, the rows before that write are read.
+    Of a journal that ends within a write, the rows before that write are read; of one that is
+    damaged, the rows before the damage, with a warning.
 
     Returns:
         A table with the columns of `SCHEMA` and the run in its metadata (`read_run_config`).
@@ -296,7 +305,10 @@ def read_finished_rows(path: str | Path) -> pa.Table:
         OutputError: If there is no such file, or it is not a result file.
     """
     path = Path(path)
-    return Earlier.of(path, read_rows(path)).rows
+    content = read_rows(path)
+    if content.tail == "damaged":
+        warnings.warn(f"{path}: {content.loss}", FlexMaskWarning, stacklevel=2)
+    return Earlier.of(path, content.rows).rows
 
 
 def read_run_config(path: str | Path) -> RunConfig:
@@ -306,7 +318,7 @@ def read_run_config(path: str | Path) -> RunConfig:
         OutputError: If there is no such file, or it is not a result file.
     """
     path = Path(path)
-    return Earlier.of(path, read_rows(path)).config
+    return Earlier.of(path, read_rows(path).rows).config
 
 
 def _in_order(rows: pa.Table, order: Iterable[RequestKey]) -> Iterator[pa.Table]:

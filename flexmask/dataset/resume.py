@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from flexmask.dataset.judge import Judge
 from flexmask.dataset.requests import BadRow
 from flexmask.dataset.run_config import RunConfig
 from flexmask.dataset.schema import FAILED, RUN, SCHEMA, verdict
-from flexmask.errors import OutputError, RequestError
+from flexmask.errors import FlexMaskWarning, OutputError, RequestError
 from flexmask.request import Request, RequestKey
 
 OutputMode = Literal["new", "overwrite", "resume"]
@@ -71,17 +72,23 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
     if mode == "overwrite":
         return None
     try:
-        unfinished = read_rows(journal.path)
-        if mode == "resume" and unfinished.num_rows:
-            return Earlier.of(journal.path, unfinished)
+        unfinished = journal.read()
+        if mode == "resume" and unfinished.loss:
+            warnings.warn(
+                f"{journal.path}: {unfinished.loss}; what they held is generated again",
+                FlexMaskWarning,
+                stacklevel=2,
+            )
+        if mode == "resume" and unfinished.rows.num_rows:
+            return Earlier.of(journal.path, unfinished.rows)
         if mode == "resume":
-            return Earlier.of(output, read_rows(output)) if output.exists() else None
+            return Earlier.of(output, read_rows(output).rows) if output.exists() else None
     except OutputError as error:
         raise OutputError(f"{error}; {START_AGAIN}") from None
-    if unfinished.num_rows:
+    if unfinished.rows.num_rows or unfinished.tail == "damaged":
         raise OutputError(
-            f"{journal.path}: holds {unfinished.num_rows} finished rows of an interrupted run; "
-            "pass --resume to go on, --overwrite to start again, or another --output"
+            f"{journal.path}: holds {unfinished.rows.num_rows} finished rows of an interrupted "
+            "run; pass --resume to go on, --overwrite to start again, or another --output"
         )
     if output.exists():
         raise OutputError(

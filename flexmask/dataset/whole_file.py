@@ -1,0 +1,119 @@
+"""Files that appear whole or not at all, in their place and in no other."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BufferedWriter
+from pathlib import Path
+
+from flexmask.errors import OutputError
+
+WRITING = "cannot be written ({}); finished rows are kept, --resume goes on from them"
+"""What `os_errors` says of a write of rows."""
+
+NOT_FOLLOWED = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def os_errors(path: Path, message: str) -> Iterator[None]:
+    """Turn an `OSError` about ``path`` into an `OutputError`; its reason goes into ``message``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {message.format(error.strerror or error)}") from error
+
+
+def target_of(path: Path) -> Path:
+    """The file that a path leads to: itself, or where the link leads that stands there."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it replaces ``path``."""
+    return path.with_name(path.name + ".tmp")
+
+
+def create_temporary(path: Path, like: Sequence[Path]) -> int:
+    """Create the file at `temporary_path`, for appending.
+
+    What stands there, left by a process that was killed or put there by somebody, is removed
+    and never written to: a link there would lead out of the folder.
+
+    Args:
+        path: What the file is to replace.
+        like: It gets the mode, and where that is allowed the owner, of the first of these files
+            that is there.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: If it cannot be created.
+    """
+    temporary = temporary_path(path)
+    temporary.unlink(missing_ok=True)
+    model = next((found for other in like if (found := _status(other)) is not None), None)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | NOT_FOLLOWED
+    fd = os.open(temporary, flags, 0o666 if model is None else 0o600)
+    if model is not None:
+        try:
+            with suppress(PermissionError):  # only root gives files away
+                os.fchown(fd, model.st_uid, model.st_gid)
+            os.fchmod(fd, stat.S_IMODE(model.st_mode))
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+@contextmanager
+def replacing(
+    path: Path, message: str = "cannot be written ({})", like: Sequence[Path] = ()
+) -> Iterator[BufferedWriter]:
+    """Open a new file that takes the place of ``path`` once it is written and synced.
+
+    A link at ``path`` is written through. After an exception ``path`` is as it was.
+
+    Args:
+        path: What is replaced; a file that stands there gives the new one its mode.
+        message: Of the error; the reason goes into it.
+        like: Files that give the new one their mode where ``path`` is not there.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    target = target_of(path)
+    with os_errors(path, message):
+        temporary = temporary_path(target)
+        fd = create_temporary(target, [target, *like])
+        try:
+            with os.fdopen(fd, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(target)
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename to ``path`` survive a crash of the machine."""
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems do not sync folders
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        found = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
