@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.metadata import Distribution, distributions
+from pathlib import Path
 
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.hookspecs import ENTRY_POINT_GROUP
@@ -147,6 +150,30 @@ def make_strategy(name: str, parameters: Mapping[str, ParameterValue]) -> Strate
     is_file = is_strategy_file(name)
     cls = strategy_of_file(name) if is_file else load_registry().strategy(name)
     return cls.from_parameters(parameters)
+
+
+def recorded_plugin(name: str) -> Mapping[str, str] | None:
+    """What a run's configuration records of the plugin that a strategy comes from.
+
+    The version alone would not do: that of an editable installation stays while its code changes.
+
+    Returns:
+        Distribution, version, and a digest of the file that defines the strategy; None for a
+        built-in strategy, and for one straight from a file, whose name is recorded with a digest.
+    """
+    if is_strategy_file(name):
+        return None
+    found = load_registry().registered(name)
+    owner = found.owner
+    if owner.distribution == BUILT_IN:
+        return None
+    source = inspect.getsourcefile(found.cls)
+    code = b"" if source is None else Path(source).read_bytes()
+    return {
+        "distribution": owner.distribution,
+        "version": owner.version,
+        "sha256": hashlib.sha256(code).hexdigest()[:12],
+    }
 
 
 def _find_distributions() -> dict[str, Distribution]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
+from flexmask.model_identity import model_files
+from flexmask.registry import recorded_plugin
 from flexmask.strategy_file import recorded_name
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
@@ -96,7 +98,9 @@ class GenerationOptions:
             run={
                 "strategy": recorded_name(reference),
                 "parameters": strategy.parameter_values(),
+                "plugin": recorded_plugin(reference),
                 "model": self.model or DEMO,
+                "model_files": model_files(self.model or str(model_path())),
                 "dtype": self.dtype,
                 "task": self.task and self.task.record(),
                 "judge": asdict(self.judge),

@@ -52,11 +52,17 @@ class Earlier:
         return cls(path, rows, config)
 
     def check_same_run(self, config: RunConfig) -> None:
-        """Refuse what another run made.
+        """Refuse what another run made, or what does not say which.
 
         Raises:
             OutputError: With the differences.
         """
+        if missing := config.unrecorded(self.config):
+            raise OutputError(
+                f"{self.path}: cannot be verified to be of the same model and plugin, since an "
+                "earlier version of flexmask wrote it and did not record "
+                f"{' and '.join(missing)}; {START_AGAIN}"
+            )
         if differences := config.differences(self.config):
             raise OutputError(
                 f"{self.path}: made by a different run ({'; '.join(differences)}); {START_AGAIN}"

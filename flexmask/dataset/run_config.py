@@ -9,6 +9,9 @@ from typing import Any, Self
 
 _LONGEST_SHOWN = 80
 
+IDENTITY = ("model_files", "plugin")
+"""Entries of a run that say which files and which code made it; early versions recorded none."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -46,6 +49,10 @@ class RunConfig:
         environments = [*earlier.earlier_environments, earlier.environment]
         others = [other for other in environments if other != self.environment]
         return replace(self, earlier_environments=others)
+
+    def unrecorded(self, earlier: RunConfig) -> list[str]:
+        """Entries of `IDENTITY` that an earlier run does not have, so that nobody can compare."""
+        return [name for name in IDENTITY if name in self.run and name not in earlier.run]
 
     def differences(self, earlier: RunConfig) -> list[str]:
         """What changes the rows and was otherwise in an earlier run, as in ``seed: 1 → 2``."""

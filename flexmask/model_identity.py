@@ -1,0 +1,77 @@
+"""What identifies a model: its files on disk, or its commit on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+"""Names of files that hold weights, or say where they are."""
+
+OTHERS = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template.json", "chat_template.jinja", "*/*.jinja"),
+)
+"""Names of what else changes prompts and tokens: configuration, code, tokenizer, templates."""
+
+HASHED_BYTES = 64 << 20
+"""Up to this size a file is read whole, which takes less than a tenth of a second."""
+
+HEAD_BYTES = 1 << 20
+"""How much is read of a larger one: the names, shapes and types of its tensors, and the first."""
+
+
+@cache
+def model_files(model: str) -> Mapping[str, str]:
+    """What identifies the files of a model, by name, once per process.
+
+    Args:
+        model: Hub id, folder, or file.
+
+    Returns:
+        For each file its size and SHA-256; for a large one its size, the time of its last change
+        and the SHA-256 of its beginning. For a model of the hub its commit. Nothing for a model
+        that cannot be found, which those who load it say.
+    """
+    path = Path(model)
+    if path.is_file():
+        return {path.name: _identity(path)}
+    if path.is_dir():
+        found = {file for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)}
+        return {
+            file.relative_to(path).as_posix(): _identity(file)
+            for file in sorted(found)
+            if file.is_file()
+        }
+    commit = _commit(model)
+    return {} if commit is None else {"commit": commit}
+
+
+def _identity(file: Path) -> str:
+    status = file.stat()
+    with file.open("rb") as content:
+        if status.st_size <= HASHED_BYTES:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+            return f"{status.st_size} bytes, sha256 {digest[:16]}"
+        digest = hashlib.sha256(content.read(HEAD_BYTES)).hexdigest()
+    seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
+    changed = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09}Z"
+    return f"{status.st_size} bytes, changed {changed}, begins with sha256 {digest[:16]}"
+
+
+def _commit(model: str) -> str | None:
+    """The commit of a model of the hub that is loaded now: folders of its cache are named so."""
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return None
+    from transformers.utils.hub import cached_file  # slow to import
+
+    try:
+        config = cached_file(model, "config.json")
+    except (OSError, ValueError):
+        return None
+    return None if config is None else Path(config).parent.name
