@@ -11,6 +11,7 @@ import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
+from flexmask.printable import WORDS, printable
 from flexmask.registry import LOAD_PLUGINS
 from flexmask_cli.commands.bench import bench
 from flexmask_cli.commands.check import check
@@ -91,4 +92,5 @@ def main() -> None:
         with prepared_streams():
             build_app()()
     except FlexMaskError as error:
-        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+        message = " ".join(str(error).splitlines())
+        sys.exit(f"error: {printable(message, WORDS)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
 from types import FrameType, TracebackType
 from typing import Self
+
+from flexmask_cli.streams import write_note
 
 
 class Interrupt:
@@ -37,5 +38,5 @@ class Interrupt:
         if self.is_requested:
             raise KeyboardInterrupt
         self.is_requested = True
-        line = "interrupted: the current batch ends first; Ctrl-C again ends at once"
-        print(f"\n{line}", file=sys.stderr, flush=True)
+        write_note("")
+        write_note("interrupted: the current batch ends first; Ctrl-C again ends at once")

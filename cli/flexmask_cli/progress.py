@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from flexmask_cli.streams import write_note
+
 if TYPE_CHECKING:
     from flexmask.dataset.run import DatasetRun
     from flexmask.engine import RunStats
@@ -91,7 +93,7 @@ def _with_lines(
         now = time.monotonic()
         pace.update(run.generations.stats, rows, now)
         if now - shown_at >= SECONDS_PER_LINE:
-            print(pace.line(run.generations.stats), file=sys.stderr, flush=True)
+            write_note(pace.line(run.generations.stats))
             shown_at = now
         yield batch
 

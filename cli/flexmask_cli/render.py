@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import FUSIONS
+from flexmask.printable import WORDS, printable, printable_json
+from flexmask_cli.streams import write_note, write_styled, write_text
 
 if TYPE_CHECKING:
     from flexmask.comparison.table import CellResult
@@ -58,24 +62,32 @@ def print_table(rows: Sequence[Mapping[str, str]], wrapped: Collection[str]) -> 
     for name in rows[0]:
         table.add_column(name, no_wrap=name not in wrapped, overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(printable(cell, WORDS) for cell in row.values()))
 
     is_terminal = sys.stdout.isatty()
-    console = Console(force_terminal=is_terminal, markup=False, emoji=False, highlight=False)
+    written = io.StringIO()
+    console = Console(
+        file=written,
+        force_terminal=is_terminal,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
     needed = console.measure(table, options=console.options.update(width=UNLIMITED))
     console.width = max(console.width, needed.minimum) if is_terminal else needed.maximum
     console.print(table)
+    write_styled(written.getvalue())
 
 
 def print_json(value: Any) -> None:
     """Print JSON, indented."""
-    print(json.dumps(value, indent=2), flush=True)  # a closed pipe shows now, not at exit
+    write_styled(printable_json(json.dumps(value, indent=2)) + "\n")
 
 
 def print_warnings(lines: Iterable[str]) -> None:
     """Print each line to stderr."""
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+        write_note(f"warning: {line}")
 
 
 @contextmanager
@@ -101,17 +113,23 @@ def print_passing(text: str) -> None:
     """Show on a terminal what is going on, until the next line is printed over it."""
     erase_rest = "\x1b[K"
     if sys.stdout.isatty():
-        print(text + erase_rest, end="\r", flush=True)
+        write_styled(f"{printable(text, WORDS)}{erase_rest}\r")
 
 
 def print_note(line: str) -> None:
     """Print to stderr what is no warning and no result."""
-    print(f"note: {line}", file=sys.stderr)
+    write_note(f"note: {line}")
+
+
+def print_fault() -> None:
+    """Print the traceback of the exception that is being handled to stderr."""
+    for line in traceback.format_exc().splitlines():
+        write_note(line)
 
 
 def print_line(line: str) -> None:
     """Print a line."""
-    print(line, flush=True)
+    write_text(line)
 
 
 def print_figures(figures: Mapping[str, str | int | float]) -> None:
@@ -120,7 +138,7 @@ def print_figures(figures: Mapping[str, str | int | float]) -> None:
     for name, value in figures.items():
         formats = {int: ",", float: ".4g", str: ""}
         text = format(value, formats[type(value)])
-        print(f"{name.replace('_', ' '):{width}}  {text:>14}", flush=True)
+        write_text(f"{name.replace('_', ' '):{width}}  {text:>14}")
 
 
 def print_check(check: Check) -> None:
@@ -136,12 +154,15 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
     from rich.text import Text
 
     from flexmask.pictures.answer_text import answer_text
-    from flexmask.pictures.prompt_text import prompt_text, visible
+    from flexmask.pictures.prompt_text import prompt_text
     from flexmask.pictures.terminal import ascii_picture, block_picture
 
     is_ascii = is_ascii or not sys.stdout.isatty() or "utf" not in sys.stdout.encoding.lower()
     columns, lines = shutil.get_terminal_size()
+    written = io.StringIO()
     console = Console(
+        file=written,
+        force_terminal=sys.stdout.isatty(),
         width=columns if sys.stdout.isatty() else UNLIMITED,
         color_system=None if is_ascii else "auto",
         soft_wrap=True,
@@ -149,18 +170,19 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
         emoji=False,
         highlight=False,
     )
-    console.print(Text(visible(subject.heading), "bold"))
+    console.print(Text(printable(subject.heading, WORDS), "bold"))
     if subject.answer is not None:
         console.print(answer_text(subject.answer))
     for picture in pictures:
-        console.print(Text(picture.title, "bold"))
+        console.print(Text(printable(picture.title, WORDS), "bold"))
         console.print(prompt_text(picture.tokens, columns))
-        console.print(picture.summary)
+        console.print(printable(picture.summary, WORDS))
         if is_ascii:
             console.print(ascii_picture(picture, min(columns, ASCII_COLUMNS)))
         else:
             is_coloured = console.color_system is not None and not console.no_color
             console.print(block_picture(picture, columns, lines, is_coloured=is_coloured))
+    write_styled(written.getvalue())
 
 
 def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, stats: RunStats) -> None:
@@ -176,7 +198,7 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, stats: RunSt
         f"attention: compiled FlexAttention; layers: {layers}",
         f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
     ):
-        print(line, file=sys.stderr)
+        write_note(line)
 
 
 def print_kernels(engine: Engine) -> None:
@@ -186,7 +208,8 @@ def print_kernels(engine: Engine) -> None:
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
     if "decode_attention" in runner.decode_kernels.values() and runner.placed.key_table:
         decode += "; copies of what prompts begin with are read once"
-    print(f"prefill: {prefill}\ndecode: {decode}", file=sys.stderr)
+    write_note(f"prefill: {prefill}")
+    write_note(f"decode: {decode}")
 
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
@@ -208,23 +231,23 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
 
 
 def print_prompt(request: Request | BadRow, weight: float | None = None) -> None:
-    """Print the texts of a prompt as they are, each between tags."""
+    """Print the texts of a prompt, each between tags; control characters show as escapes."""
     from flexmask.dataset.requests import BadRow
 
+    uuid = printable(request.uuid, WORDS)
     if isinstance(request, BadRow):
-        print(f"== {request.uuid}\nfailed: {request.error}\n", flush=True)
+        write_text(f"== {uuid}\nfailed: {printable(request.error, WORDS)}\n")
         return
     alone = "" if request.segment is None else f", segment {request.segment}"
     weighted = "" if weight is None else f", weight {weight:g}"
-    print(f"== {request.uuid}{alone}{weighted} ({request.source})")
+    lines = [f"== {uuid}{alone}{weighted} ({printable(request.source, WORDS)})"]
     parts = [("prefix", request.prefix), ("suffix", request.suffix)]
     segments = enumerate(request.segments, start=request.segment or 1)
     parts[1:1] = [(f"segment {number}", text) for number, text in segments]
-    for name, text in parts:
-        print(f"<{name}>{text}</{name}>")
+    lines += [f"<{name}>{text}</{name}>" for name, text in parts]
     if request.answers:
-        print(f"accepted: {' | '.join(request.answers)}")
-    print(flush=True)
+        lines.append(f"accepted: {' | '.join(request.answers)}")
+    write_text("\n".join([*lines, ""]))
 
 
 def print_stats(stats: RunStats, fusion: Fusion) -> None:
@@ -245,7 +268,7 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
     if stats.halvings:
         lines.append(f"out of memory: batches halved {stats.halvings} times, no row lost")
-    print("\n".join(["", *lines]), flush=True)
+    write_text("\n".join(["", *lines]))
 
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
@@ -258,13 +281,15 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
         uuids, correct, scores = rows.to_pydict().values()
         exact = estimate_mean(scores_by_question(uuids, correct).values())
         of = "" if len(uuids) == len(set(uuids)) else ", each question counted once"
-        print(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact{of})")
+        write_text(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact{of})")
         if judge.metric != "exact":
             estimate = estimate_mean(scores_by_question(uuids, scores).values())
-            print(f"{judge.metric}: {percent(estimate)}")
+            write_text(f"{judge.metric}: {percent(estimate)}")
     if results.failed:
-        print(f"failed: {results.failed} rows; the column 'error' says why, --resume tries again")
-    print(f"{results.rows} rows in {path}", flush=True)
+        write_text(
+            f"failed: {results.failed} rows; the column 'error' says why, --resume tries again"
+        )
+    write_text(f"{results.rows} rows in {path}")
 
 
 def print_comparison(results: Sequence[CellResult]) -> None:
@@ -274,7 +299,7 @@ def print_comparison(results: Sequence[CellResult]) -> None:
     print_table([{name: row[name] for name in used} for row in rows], wrapped=["what"])
     for result in results:
         if result.cell.same:
-            print(f"{result.cell.title} is also {', '.join(result.cell.same)}")
+            write_text(f"{result.cell.title} is also {', '.join(result.cell.same)}")
     for result in results:
         if result.error:
             print_warnings([f"{result.cell.title} failed: {result.error}"])
@@ -307,12 +332,11 @@ def print_attention_case(subject: Subject, strategy: Strategy, case: AttentionBe
 
     figures = case.figures()
     heads = figures["heads"]
-    print(
+    write_text(
         f"{strategy_title(strategy)}: {subject.heading}\n"
         f"{figures['tokens']:,} tokens, {figures['density']:.1%} of pairs allowed; "
         f"{heads['query']} query and {heads['key']} key heads of {heads['dim']}, "
         f"{figures['dtype']} on {figures['device']}\n",
-        flush=True,
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from flexmask.errors import OutputError
+from flexmask.printable import LINES, WORDS, printable
 
 _STDERR = 2
 
@@ -122,6 +123,22 @@ def run_goes_on() -> Iterator[None]:
     finally:
         stream.is_quiet = False
     stream.raise_failure()
+
+
+def write_text(text: str, end: str = "\n") -> None:
+    """Write lines to stdout; what would command a terminal shows as an escape."""
+    write_styled(printable(text, LINES) + end)
+
+
+def write_styled(text: str) -> None:
+    """Write to stdout what is made here, colours included; others' text is `printable` by then."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_note(line: str) -> None:
+    """Write a line to stderr; where that has gone the run goes on without."""
+    print(printable(line, WORDS), file=sys.stderr, flush=True)
 
 
 def _printed(stream: TextIO | None, *, is_quiet: bool) -> TextIO:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from flexmask.dataset.judge import is_exact_match
-from flexmask.pictures.prompt_text import visible
 from flexmask.pictures.subject import Answer
+from flexmask.printable import printable
 
 VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 
@@ -22,18 +22,18 @@ def answer_text(answer: Answer) -> Text:
     text = Text("generation  ", "bold")
     for piece, is_accepted in marked_pieces(answer.generation, answer.accepted):
         if is_accepted:
-            text.append(f"[{visible(piece)}]", "bold underline")
+            text.append(f"[{printable(piece)}]", "bold underline")
         else:
-            text.append(visible(piece))
+            text.append(printable(piece))
     text.append(f"  ({answer.finish_reason})\n", "dim")
-    text.append("prediction  ", "bold").append(f"{visible(answer.prediction)}  ")
+    text.append("prediction  ", "bold").append(f"{printable(answer.prediction)}  ")
     text.append(f"({VERDICTS[answer.is_correct]})\n", "dim")
     if answer.accepted:
         text.append("accepted    ", "bold")
         for number, accepted in enumerate(answer.accepted):
             is_match = is_exact_match(answer.prediction, [accepted])
             text.append(", " if number else "")
-            accepted = visible(accepted)
+            accepted = printable(accepted)
             text.append(f"[{accepted}]" if is_match else accepted, "underline" if is_match else "")
         text.append("\n")
     return text

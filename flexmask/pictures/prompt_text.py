@@ -9,6 +9,7 @@ from rich.text import Text
 
 from flexmask.pictures.palette import part_colour
 from flexmask.pictures.tokens import Band, DrawnTokens
+from flexmask.printable import printable
 
 MAX_LINES = 3
 """How many lines of tokens a part may take; what is between its ends is left out."""
@@ -29,14 +30,6 @@ def prompt_text(tokens: DrawnTokens, columns: int) -> Text:
         if tokens.texts:
             lines += _token_lines(tokens, band, columns)
     return Text("\n").join(lines)
-
-
-def visible(text: str) -> str:
-    """Text with what does not print, line breaks and control sequences included, as escapes."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def _heading(tokens: DrawnTokens, band: Band) -> Text:
@@ -78,7 +71,7 @@ def _wrapped(
     line: list[tuple[int, str, str]] = []
     used = 0
     for slot in range(band.start, band.stop):
-        text, position = visible(tokens.texts[slot]) or '""', str(tokens.position_ids[slot])
+        text, position = printable(tokens.texts[slot]) or '""', str(tokens.position_ids[slot])
         width = max(cell_len(text), len(position)) + 1
         if line and used + width > columns:
             yield line

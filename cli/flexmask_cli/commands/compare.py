@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -273,7 +272,7 @@ def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[C
         except FlexMaskError as error:
             errors[cell] = str(error)
         except Exception as error:  # a plugin's, or torch's: the other cells go on
-            traceback.print_exc()
+            render.print_fault()
             errors[cell] = f"{type(error).__name__}: {error}"
         except KeyboardInterrupt:
             render.print_warnings(

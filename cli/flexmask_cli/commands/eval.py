@@ -37,7 +37,8 @@ def evaluate(
     for path in files:
         refuse_devices(path)
     metrics = ["exact", "f1", *(["lemma"] if lemma else [])]
-    evaluations = [evaluate_file(path, metrics, language=language) for path in files]
+    with render.warnings_as_lines():
+        evaluations = [evaluate_file(path, metrics, language=language) for path in files]
     comparisons = compare(evaluations)
     if as_json:
         render.print_json(

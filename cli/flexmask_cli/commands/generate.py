@@ -172,33 +172,41 @@ def generate(
     path = output or default_output_path(
         stem, model or DEMO, chosen.name, num_segments, str(fused)
     )
+    run: DatasetRun | None = None
+    shown: list[Generation] = []
     with (
         run_goes_on(),
+        render.warnings_as_lines(),
         ResultWriter.open(
             path, config=config, requests=requests, mode=mode, judge=judge
         ) as writer,
     ):
         if writer.remaining:
-            with render.warnings_as_lines():
-                engine = options.load_engine(is_verbose=verbose)
-                run = DatasetRun(
-                    engine,
-                    chosen,
-                    writer,
-                    on_error=on_error.value,
-                    fusion=fused,
-                    **options.for_engine(),
-                )
-                if verbose:
-                    render.print_notes(engine, chosen, fused, run.generations.stats)
-                _run(run, writer, fused, is_quiet=quiet)
-                if verbose:
-                    render.print_kernels(engine)
-    if not quiet:
-        render.print_outcome(path, writer.summary, judge)
+            engine = options.load_engine(is_verbose=verbose)
+            run = DatasetRun(
+                engine,
+                chosen,
+                writer,
+                on_error=on_error.value,
+                fusion=fused,
+                **options.for_engine(),
+            )
+            if verbose:
+                render.print_notes(engine, chosen, fused, run.generations.stats)
+            shown = _run(run, writer, is_quiet=quiet)
+            if verbose:
+                render.print_kernels(engine)
+    # Only now, with the file in place: what is printed may go to somebody who has left.
+    if quiet:
+        return
+    if run is not None:
+        render.print_answers(shown, judge)
+        render.print_stats(run.generations.stats, fused)
+    render.print_outcome(path, writer.summary, judge)
 
 
-def _run(run: DatasetRun, writer: ResultWriter, fusion: Fusion, *, is_quiet: bool) -> None:
+def _run(run: DatasetRun, writer: ResultWriter, *, is_quiet: bool) -> list[Generation]:
+    """Generate all that is left; gives the first of it, to be shown."""
     first: list[Generation] = []
     interrupt = Interrupt()
     try:
@@ -211,9 +219,7 @@ def _run(run: DatasetRun, writer: ResultWriter, fusion: Fusion, *, is_quiet: boo
         kept = writer.summary.rows
         render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
-    if not is_quiet:
-        render.print_answers(first, writer.judge)
-        render.print_stats(run.generations.stats, fusion)
+    return first
 
 
 def _print_prompts(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexmask_cli import render
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
     BatchSize,
@@ -51,7 +52,7 @@ def warmup(
             batch_size=rows,
         )
         seconds = time.perf_counter() - started
-        typer.echo(
+        render.print_line(
             f"{name}: a batch of {stats.batch_size} rows in {seconds:.1f} s, "
             f"{stats.compilations} graphs compiled or read from disk"
         )

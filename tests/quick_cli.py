@@ -1,0 +1,59 @@
+"""The command line with an engine that answers at once, without a model: run it as a program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from flexmask.generation import Generation
+from flexmask.request import Request
+
+
+class QuickRun:
+    """A run whose every answer is the first accepted one, or ``none``."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._requests = requests
+        self.stats = SimpleNamespace(
+            **dict.fromkeys(
+                (
+                    *("rows", "generated_tokens", "prompt_tokens", "computed_tokens"),
+                    *("tokens_per_s", "prefill_s", "decode_s", "compilations", "batch_size"),
+                    *("warm_compilations", "mask_hits", "mask_misses", "decode_peak_bytes"),
+                    *("halvings", "capacity"),
+                ),
+                0,
+            )
+        )
+
+    def batches(self) -> Iterator[list[Generation]]:
+        for request in self._requests:
+            text = request.answers[0] if request.answers else "none"
+            yield [Generation(request, f" {text}", (1, 2), "length", 3)]
+
+
+class QuickEngine:
+    model = SimpleNamespace(dtype="float32", device="cpu")
+    runner = SimpleNamespace(
+        layer_windows={}, prefill_kernel=None, decode_kernels={}, placed=SimpleNamespace()
+    )
+
+    def generate(self, requests: Iterable[Request], strategy: Any, **options: Any) -> QuickRun:
+        return QuickRun(requests)
+
+
+def run() -> None:
+    from flexmask_cli import __main__, generation_options
+
+    generation_options.load_engine = lambda *arguments, **options: QuickEngine()
+    __main__.run()
+
+
+COMMAND = [sys.executable, os.path.abspath(__file__)]
+"""As ``flexmask``."""
+
+if __name__ == "__main__":
+    run()
