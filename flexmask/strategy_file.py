@@ -17,6 +17,7 @@ from flexmask.guarded_call import call_guarded
 from flexmask.strategy import Strategy, check_strategy_class
 
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
+_RECORDED = re.compile(r"(?P<reference>.+) \(sha256 (?P<digest>[0-9a-f]{12})\)")
 
 
 def is_strategy_file(reference: str) -> bool:
@@ -87,6 +88,41 @@ def recorded_name(reference: str) -> str:
     if not is_strategy_file(reference):
         return reference
     return f"{reference} (sha256 {_digest(_parts(reference)[0])})"
+
+
+def reference_of_record(recorded: str, location: str | None = None) -> str:
+    """How to ask for the strategy that a run's configuration records.
+
+    A file counts if it holds what it held then: the one of the recorded path, or any beside it or
+    in the working folder, since it may have been renamed.
+
+    Args:
+        recorded: As `recorded_name` gives it.
+        location: Where the file was, if that is recorded.
+
+    Raises:
+        StrategyError: If it was a file, and none that holds the same is found.
+    """
+    match = _RECORDED.fullmatch(recorded)
+    if match is None or not is_strategy_file(match["reference"]):
+        return recorded
+    path, name = _parts(match["reference"])
+    first = [path, *([] if location is None else [Path(location)])]
+    folders = dict.fromkeys([Path(), *(file.parent for file in first)])
+    others = (file for folder in folders for file in sorted(folder.glob("*.py")))
+    for file in (*first, *others):
+        if file.is_file() and _digest(file) == match["digest"]:
+            return f"{file}:{name}" if name else str(file)
+    state = "has changed since" if any(file.is_file() for file in first) else "is not there"
+    raise StrategyError(
+        f"the run's strategy is of the file {path}, which {state} (sha256 {match['digest']}); "
+        "name it with --strategy, or put it back"
+    )
+
+
+def recorded_location(reference: str) -> str | None:
+    """Where the file of a strategy is, for a run's configuration; None if it is of no file."""
+    return str(_parts(reference)[0].absolute()) if is_strategy_file(reference) else None
 
 
 def _digest(path: Path) -> str:

@@ -97,7 +97,7 @@ def test_long_parts_leave_out_their_middle():
 def test_control_sequences_of_a_text_do_not_reach_the_terminal():
     attack = "\x1b]0;title\x07\r"
     shown = ShownRequest(TokenizedRequest((), ((1,),), (1,)), 0, lambda token: attack)
-    answer = Answer(attack, attack, (attack,), True, "eos", "m", STRATEGY)
+    answer = Answer(attack, attack, (attack,), True, "eos", "m", lambda: STRATEGY)
     texts = (prompt_text(draw_mask(STRATEGY, shown).tokens, 80), answer_text(answer))
     for text in texts:
         assert "\\x1b]0;title\\x07\\r" in text.plain
@@ -106,7 +106,7 @@ def test_control_sequences_of_a_text_do_not_reach_the_terminal():
 
 def test_accepted_answers_are_marked_in_what_was_generated():
     answer = Answer(
-        "the UK", "the UK, or Britain\n", ("uk", "Britain"), None, "eos", "m", STRATEGY
+        "the UK", "the UK, or Britain\n", ("uk", "Britain"), None, "eos", "m", lambda: STRATEGY
     )
     assert "the [UK], or [Britain]\\n" in answer_text(answer).plain
     assert list(marked_pieces("Ukraine", ("uk",))) == [("Ukraine", False)]

@@ -11,7 +11,7 @@ from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.model_identity import model_files
 from flexmask.registry import recorded_plugin
-from flexmask.strategy_file import recorded_name
+from flexmask.strategy_file import recorded_location, recorded_name
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
 
@@ -108,7 +108,12 @@ class GenerationOptions:
                 **self._that_change_rows(),
                 "sampling": asdict(self.sampling),
             },
-            environment={**self.machine(), "batch_size": self.batch_size, "input": input},
+            environment={
+                **self.machine(),
+                "batch_size": self.batch_size,
+                "input": input,
+                "strategy_file": recorded_location(reference),
+            },
         )
 
     def machine(self) -> Mapping[str, str]:

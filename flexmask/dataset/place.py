@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from flexmask.dataset.formats import EXTENSIONS
+from flexmask.dataset.whole_file import target_of
 from flexmask.errors import OutputError
 
 
@@ -42,24 +43,46 @@ def path_safe(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).lstrip(".") or "_"
 
 
-def check_place(output: Path) -> None:
-    """Write a file in the folder of ``output``, which is made where it is missing.
+def check_place(path: Path) -> Path:
+    """Write a file in the folder of an output, which is made where it is missing.
+
+    Returns:
+        The file to write: ``path``, or where the link leads that stands there.
 
     Raises:
-        OutputError: If that fails, or ``output`` is a folder or of no known extension.
+        OutputError: If that fails, or the output is a folder, of no known extension, or no name
+            that every format and message can hold.
     """
-    if os.path.isdir(output):  # unlike Path.is_dir, quiet about folders that may not be read
-        raise OutputError(f"{output}: a folder; name a file in it: {output / 'results.feather'}")
-    if output.suffix.lower() not in EXTENSIONS:
+    output = target_of(path)
+    for each in dict.fromkeys((path, output)):
+        _check_name(each)
+    if output.suffix.lower() != path.suffix.lower():
         raise OutputError(
-            f"{output}: unknown extension {output.suffix!r}; name it {', '.join(EXTENSIONS)}"
+            f"{path}: a link to {output}, which has another extension; name that file itself"
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent, buffering=0) as trial:
             trial.write(b"flexmask")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{output.parent}: nothing can be written there ({error.strerror}); choose another "
-            "place with --output"
+            f"{output.parent}: nothing can be written there ({reason}); choose another place with "
+            "--output"
         ) from None
+    return output
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"{path}: a name that is not UTF-8; choose another --output") from None
+    if "\0" in str(path):
+        raise OutputError(f"{path}: no file can have this name; choose another --output")
+    if os.path.isdir(path):  # unlike Path.is_dir, quiet about folders that may not be read
+        raise OutputError(f"{path}: a folder; name a file in it: {path / 'results.feather'}")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise OutputError(
+            f"{path}: unknown extension {path.suffix!r}; name it {', '.join(EXTENSIONS)}"
+        )

@@ -173,7 +173,7 @@ class ResultWriter:
 
         Args:
             path: The file to make, of the format that its extension names; missing
-                folders are created.
+                folders are created, and a link is written through.
             config: Recorded in the file; a resumed run must have the same ``run``.
             requests: All requests of the run, finished or not, in the order of the file. They
                 are iterated more than once.
@@ -185,8 +185,7 @@ class ResultWriter:
                 stands in the way of ``mode``; or if the run cannot be resumed.
             RequestError: If two requests have the same uuid.
         """
-        output = Path(path)
-        check_place(output)
+        output = check_place(Path(path))
         journal = Journal.acquire(output)
         try:
             earlier = find_earlier(output, journal, mode)
@@ -281,8 +280,7 @@ def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = 
         OutputError: If the output cannot be written, is written by another process, or stands in
             the way of ``mode``; the message says what to do.
     """
-    output = Path(path)
-    check_place(output)
+    output = check_place(Path(path))
     journal = Journal.acquire(output)
     try:
         earlier = find_earlier(output, journal, mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from flexmask.dataset.formats import read_rows
+from flexmask.dataset.formats import read_rows, sidecar_path
 from flexmask.dataset.journal import Journal
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.requests import BadRow
@@ -76,9 +77,11 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
         OutputError: If what is there stands in the way of ``mode``, or is not ours.
     """
     if mode == "overwrite":
+        _check_sidecar(output, is_replaced=True)
         return None
     try:
         unfinished = journal.read()
+        _check_sidecar(output, is_replaced=output.exists() or unfinished.rows.num_rows > 0)
         if mode == "resume" and unfinished.loss:
             warnings.warn(
                 f"{journal.path}: {unfinished.loss}; what they held is generated again",
@@ -102,6 +105,32 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
             "another --output"
         )
     return None
+
+
+def _check_sidecar(output: Path, *, is_replaced: bool) -> None:
+    """Refuse to write over a file that another program, or another output, has beside this one.
+
+    Args:
+        output: The output.
+        is_replaced: Whether the run of an earlier output of this name may stand there.
+
+    Raises:
+        OutputError: If there is such a file.
+    """
+    path = sidecar_path(output)
+    if output.suffix.lower() != ".jsonl" or not os.path.lexists(path):
+        return
+    try:
+        RunConfig.from_json(path.read_bytes())
+    except (OSError, ValueError):
+        raise OutputError(
+            f"{path}: what run makes {output.name} would be written there, and another file is "
+            "there; move it"
+        ) from None
+    if not is_replaced:
+        raise OutputError(
+            f"{path}: records the run of another file, since there is no {output.name}; move it"
+        )
 
 
 @dataclass(frozen=True)

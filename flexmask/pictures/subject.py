@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexmask.dataset.formats import is_result
 from flexmask.dataset.requests import read_requests
 from flexmask.dataset.results import read_finished_rows, read_run_config
+from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.errors import OptionError, OutputError, RequestError
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request
 from flexmask.strategy import Strategy
+from flexmask.strategy_file import reference_of_record
 
 if TYPE_CHECKING:
     from flexmask.tokenization import RequestTokenizer
@@ -37,7 +39,8 @@ class Answer:
         is_correct: Whether the prediction is one of them; None where there are none.
         finish_reason: Why generation ended.
         model: The model.
-        strategy: The strategy with the parameters of the run.
+        strategy: Gives the strategy with the parameters of the run, and runs its file if it is of
+            one; raises a `StrategyError` where it cannot be found any more.
     """
 
     prediction: str
@@ -46,7 +49,7 @@ class Answer:
     is_correct: bool | None
     finish_reason: str
     model: str
-    strategy: Strategy
+    strategy: Callable[[], Strategy]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,6 @@ def subject_of_file(
         RequestError: If there is no such row, or it cannot be tokenized.
         OutputError: If it is a result file that cannot be read.
         ModelError: If the tokenizer cannot be loaded.
-        StrategyError: If the run's strategy cannot be found any more.
     """
     if is_result(Path(source)):
         if num_segments is not None:
@@ -116,7 +118,8 @@ def subject_of_file(
 
 
 def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
-    run = read_run_config(source).run
+    config = read_run_config(source)
+    run = config.run
     if missing := [name for name in RUN_KEYS if name not in run]:
         raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
     fusion = run.get("fusion", {}).get("name", "attention")
@@ -140,7 +143,7 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
         is_correct=values["correct"],
         finish_reason=values["finish_reason"],
         model=run["model"],
-        strategy=make_strategy(run["strategy"], run["parameters"]),
+        strategy=partial(_strategy_of_run, config),
     )
     tokenize = _load_tokenizer(
         model or answer.model,
@@ -154,6 +157,12 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
         new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
     )
     return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
+
+
+def _strategy_of_run(config: RunConfig) -> Strategy:
+    location = config.environment.get("strategy_file")
+    reference = reference_of_record(config.run["strategy"], location)
+    return make_strategy(reference, config.run["parameters"])
 
 
 def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) -> tuple[str, ...]:

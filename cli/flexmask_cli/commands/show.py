@@ -203,7 +203,8 @@ def _default_strategies(subject: Subject, parameters: dict[str, str]) -> list[St
         return choose_several([DEFAULT_STRATEGY], parameters)
     if parameters:
         raise OptionError("--param needs --strategy; without it a result is shown as it was run")
-    return [subject.answer.strategy]
+    with render.warnings_as_lines(), stdout_to_stderr():
+        return [subject.answer.strategy()]
 
 
 def _with_new_tokens(subject: Subject, count: int | None, output: Path | None) -> Subject:
