@@ -1,18 +1,20 @@
-"""Runs code of others so that it can neither hang, print to stdout nor change torch's settings."""
+"""Runs code of others so that it cannot hang, print to stdout, or change what the process shares.
+
+What is not contained: `os._exit`, a crash in C, and threads that such code starts and leaves.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import FrameType
 from typing import Generic, TypeVar
 
 from flexmask.errors import FlexMaskError, OptionError
+from flexmask.process_state import KeptOpen, ProcessState, kept_open
 from flexmask.torch_settings import read_settings, restore_settings
 
 PLUGIN_TIMEOUT = "FLEXMASK_PLUGIN_TIMEOUT"
@@ -51,7 +53,8 @@ def call_guarded(
 ) -> GuardedResult[T]:
     """Call ``function`` in a thread, for a limited time.
 
-    Printed text and changed settings of torch are taken back and noted.
+    Printed text, changed settings of torch, another working directory and closed streams are taken
+    back and noted.
 
     Args:
         function: What to call.
@@ -70,18 +73,24 @@ def call_guarded(
         except BaseException as error:
             outcome.append(GuardedResult(None, error, ()))
 
-    settings, printed = read_settings(), io.StringIO()
+    settings, state, printed = read_settings(), ProcessState(), KeptOpen()
     # A thread, since nothing else bounds an import on every platform. It has grad mode, default
     # device and context variables of its own.
     thread = threading.Thread(target=run, name=f"loading {module}", daemon=True)
-    with redirect_stdout(printed):
-        thread.start()
-        try:
-            thread.join(timeout_s)
-        finally:
-            if thread.is_alive():
-                _stop(thread, module)
-    notes = [f"changed {change}, which was put back" for change in restore_settings(settings)]
+    try:
+        with kept_open(printed):
+            thread.start()
+            try:
+                thread.join(timeout_s)
+            finally:
+                if thread.is_alive():
+                    _stop(thread, module)
+        notes = state.restore()
+    finally:
+        state.close()
+    notes += [f"changed {change}, which was put back" for change in restore_settings(settings)]
+    if printed.was_closed:
+        notes.append("closed stdout, which was kept open")
     if text := " ".join(printed.getvalue().split()):
         notes.insert(0, f"printed to stdout, which results may go to: {_shortened(text)!r}")
     if not outcome:

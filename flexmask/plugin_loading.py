@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, EntryPoint
 
@@ -15,6 +17,8 @@ from flexmask.fault import described, place_of_code, place_of_fault
 from flexmask.guarded_call import call_guarded, plugin_timeout_s
 from flexmask.hookspecs import ENTRY_POINT_GROUP
 from flexmask.strategy import Strategy, check_strategy_class
+
+_VALUE = re.compile(r"\w+(\.\w+)*(\s*:\s*\w+(\.\w+)*)?\s*(\[.*\])?")
 
 UNKNOWN = "?"
 """Version of a distribution whose metadata is gone."""
@@ -56,9 +60,10 @@ class PluginRecord:
 
 def name_and_version(distribution: Distribution) -> tuple[str, str]:
     """Of a distribution; of one without metadata, the name of its folder and ``?``."""
-    metadata = distribution.metadata
-    if "Name" in metadata and "Version" in metadata:
-        return metadata["Name"], metadata["Version"]
+    with suppress(Exception):  # metadata that cannot be read is as good as none
+        metadata = distribution.metadata
+        if "Name" in metadata and "Version" in metadata:
+            return metadata["Name"], metadata["Version"]
     return getattr(getattr(distribution, "_path", None), "name", "unnamed"), UNKNOWN
 
 
@@ -74,12 +79,27 @@ def load_distribution(
     whole = PluginRecord(*name_and_version(distribution), "entry_points.txt", "")
     try:
         _check_requirement(distribution)
-        entry_points = sorted(distribution.entry_points.select(group=ENTRY_POINT_GROUP))
+        entry_points = sorted(declared_entry_points(distribution))
     except FlexMaskError as error:
         return (replace(whole, error=str(error)),)
     except Exception as error:
         return (replace(whole, error=f"it cannot be read: {described(error)}"),)
     return tuple(_load_all(whole, entry_points, reserved))
+
+
+def declared_entry_points(distribution: Distribution) -> Iterator[EntryPoint]:
+    """The entry points of the group ``flexmask``, malformed ones included.
+
+    `Distribution.entry_points` gives up at the first line of any group that it cannot parse.
+    """
+    group = ""
+    for line in (distribution.read_text("entry_points.txt") or "").splitlines():
+        line = line.strip()
+        if line.startswith("[") and line.endswith("]"):
+            group = line[1:-1].strip()
+        elif group == ENTRY_POINT_GROUP and line and not line.startswith(("#", ";")):
+            name, _, value = line.partition("=")
+            yield EntryPoint(name.strip(), value.strip(), group)
 
 
 def _load_all(
@@ -90,6 +110,12 @@ def _load_all(
         record = replace(whole, entry_point=entry_point.name, value=entry_point.value)
         if entry_point.name in seen:
             error = f"entry point {entry_point.name!r} is declared twice; rename one"
+            yield replace(record, error=error)
+        elif not _VALUE.fullmatch(entry_point.value):
+            error = (
+                f"its entry point {entry_point.name!r} names no module but "
+                f"{entry_point.value!r}; write package.module or package.module:object"
+            )
             yield replace(record, error=error)
         else:
             yield _load_plugin(record, entry_point, reserved)

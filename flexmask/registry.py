@@ -183,9 +183,20 @@ def _find_distributions() -> dict[str, Distribution]:
     """
     found: dict[str, Distribution] = {}
     for distribution in distributions():
-        if f"[{ENTRY_POINT_GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+        if _may_declare_plugins(distribution):
             found.setdefault(_normalized(name_and_version(distribution)[0]), distribution)
     return dict(sorted(found.items()))
+
+
+def _may_declare_plugins(distribution: Distribution) -> bool:
+    """Whether a distribution names the group; loading says what is wrong with one not readable."""
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError as error:
+        text = error.object.decode("latin-1")
+    except OSError:
+        return True
+    return f"[{ENTRY_POINT_GROUP}]" in text
 
 
 def _select(found: Mapping[str, Distribution], wanted: str | None) -> list[Distribution]:

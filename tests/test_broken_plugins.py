@@ -1,5 +1,9 @@
 """Broken plugins: what each is told, and that all others work."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -123,6 +127,96 @@ def wait_for_thread(name):
         if thread.name == name:
             thread.join(timeout=10)
             assert not thread.is_alive()
+
+
+PROCESS = {
+    "working directory": (
+        "import os\nos.chdir('/')",
+        "changed the working directory, which was put back",
+    ),
+    "working directory that is removed": (
+        "import os, tempfile\nfolder = tempfile.mkdtemp()\nos.chdir(folder)\nos.rmdir(folder)",
+        "changed the working directory, which was put back",
+    ),
+    "stdout": ("import sys\nsys.stdout.close()", "closed stdout, which was kept open"),
+    "stdout for good": (
+        "import sys\nsys.__stdout__.close()",
+        "closed stdout, which was kept open",
+    ),
+    "stderr": ("import sys\nsys.stderr.close()", "closed stderr, which was opened again"),
+    "stdin": ("import sys\nsys.stdin.close()", "closed stdin, which was opened again"),
+    "descriptor": (
+        "import os\nos.close(1)",
+        "closed or redirected descriptor 1, stdout, which was put back",
+    ),
+    "streams replaced": ("import sys\nsys.stdout = sys.stderr = None", None),
+}
+
+
+@pytest.mark.parametrize(("source", "note"), PROCESS.values(), ids=PROCESS)
+def test_what_a_plugin_does_to_the_process_is_taken_back(working, tmp_path, source, note):
+    """In a process of its own, whose streams are real."""
+    working.install("flexmask-mine", source + "\n" + plugin("mine"))
+    program = "from flexmask_cli.__main__ import run\nimport sys\n"
+    program += "sys.argv[1:] = ['strategies', '--json']\nrun()"
+    started = tmp_path / "started"
+    started.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", f"import atexit, os\natexit.register(lambda: print(os.getcwd()))\n"
+         f"{program}"],
+        cwd=started,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(working.folder), *sys.path])},
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    listed, _, folder = result.stdout.rpartition("]")
+    assert {item["name"] for item in json.loads(listed + "]")} >= {"first", "last", "mine"}
+    assert folder.strip() == str(started)
+    expected = "" if note is None else f"warning: plugin 'flexmask-mine 1.0 (mine)' {note}\n"
+    assert result.stderr == expected
+
+
+ENTRY_POINTS = {
+    "no module": ("mine = !!!", "'mine' names no module but '!!!'"),
+    "two objects": ("mine = a:b:c", "'mine' names no module but 'a:b:c'"),
+    "nothing": ("mine =", "'mine' names no module but ''"),
+    "no equals sign": ("mine", "'mine' names no module but ''"),
+    "no name": ("= flexmask_nowhere!", "'' names no module but 'flexmask_nowhere!'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), ENTRY_POINTS.values(), ids=ENTRY_POINTS)
+def test_a_malformed_entry_point_is_named_and_the_others_load(working, line, message):
+    working.install("flexmask-mine", plugin("mine"), entry_points=f"{line}\ngood = flexmask_mine")
+    (problem,) = _lines()
+    assert problem.startswith("plugin 'flexmask-mine 1.0 (")
+    assert problem.endswith(
+        f"failed: its entry point {message}; write package.module or package.module:object"
+    )
+    assert load_registry().strategy("mine").__module__ == "flexmask_mine"
+    assert_others_work()
+
+
+def test_entry_points_that_are_not_text_are_named(working):
+    working.install("flexmask-mine", plugin("mine"))
+    file = working.folder / "flexmask_mine-1.0.dist-info" / "entry_points.txt"
+    file.write_bytes(file.read_bytes() + b"\xff = x\n")
+    (problem,) = _lines()
+    assert problem.startswith(
+        "plugin 'flexmask-mine 1.0 (entry_points.txt)' failed: it cannot be read: UnicodeDecodeErr"
+    )
+    assert_others_work()
+
+
+def test_metadata_that_is_not_text_is_named(working):
+    working.install("flexmask-mine", plugin("mine"))
+    (working.folder / "flexmask_mine-1.0.dist-info" / "METADATA").write_bytes(b"Name: \xff\xfe")
+    (problem,) = _lines()
+    assert "its metadata names no version" in problem or "cannot be read" in problem
+    assert_others_work()
 
 
 def test_a_plugin_that_needs_a_newer_flexmask_is_told_in_a_sentence(working):

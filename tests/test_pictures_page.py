@@ -71,7 +71,8 @@ def test_texts_cannot_leave_their_place_in_the_page():
     request = TokenizedRequest((), ((1, 2), (1, 3)), (4,))
     shown = ShownRequest(request, 0, lambda token: attack)
     strategy = make_strategy("causal", {})
-    answer = Answer(attack, attack + " {{DATA}}", ("alert",), True, "eos", attack, lambda: strategy)
+    generation = attack + " {{DATA}}"
+    answer = Answer(attack, generation, ("alert",), True, "eos", attack, lambda: strategy)
     page = page_html([draw_mask(strategy, shown)], Subject(attack, shown, answer))
     assert page.count("<script") == 2
     assert "&lt;script&gt;<mark>alert</mark>(1)" in page

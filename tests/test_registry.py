@@ -126,11 +126,11 @@ def test_a_missing_object_in_a_module_is_recorded(site):
     )
 
 
-def test_entry_points_that_cannot_be_read_are_recorded(site):
+def test_an_entry_point_without_a_module_is_recorded(site):
     site.install("flexmask-broken", "", entry_points="no equals sign")
     broken = record("flexmask-broken")
-    assert broken.entry_point == "entry_points.txt"
-    assert broken.error.startswith("it cannot be read: ")
+    assert broken.entry_point == "no equals sign"
+    assert broken.error.startswith("its entry point 'no equals sign' names no module but ''")
 
 
 def test_an_entry_point_to_what_is_no_plugin_is_recorded(site):
