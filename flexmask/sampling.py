@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexmask.errors import OptionError
+from flexmask.limits import check_size, shown_number
+
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Temperatures: beyond them, logits in 32 bits become infinite, or all the same."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0.0:
-            raise OptionError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0:
-            raise OptionError(f"top_k must not be negative, got {self.top_k}")
+            raise OptionError(
+                f"temperature must not be negative, got {shown_number(self.temperature)}"
+            )
+        if self.temperature != 0.0 and not SMALLEST <= self.temperature <= LARGEST:
+            raise OptionError(
+                f"temperature must be 0, or {SMALLEST:g} to {LARGEST:g}, got "
+                f"{shown_number(self.temperature)}"
+            )
+        check_size("top_k", self.top_k)
         if not 0.0 < self.top_p <= 1.0:
             raise OptionError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 

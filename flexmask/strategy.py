@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -21,6 +22,7 @@ from typing import (
 
 from flexmask.errors import StrategyError
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
+from flexmask.limits import LARGEST_SIZE, shown_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,13 +104,19 @@ class Strategy(ABC):
     """Whether no token sees a later one; if not, earlier ones still do not see the tail."""
 
     def __post_init__(self) -> None:
-        """Check parameters against their declared minimum.
+        """Check parameters against their declared minimum, and that masks can compute with them.
 
         Raises:
-            StrategyError: If one is smaller.
+            StrategyError: If one is smaller, not finite, or an integer of more than 32 bits.
         """
         for item in _fields(type(self)):
             minimum, value = item.metadata.get("minimum"), getattr(self, item.name)
+            if isinstance(value, int) and abs(value) > LARGEST_SIZE:
+                raise StrategyError(
+                    f"{item.name} must be at most {LARGEST_SIZE:,}, got {shown_number(value)}"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise StrategyError(f"{item.name} must be finite, got {value}")
             if minimum is not None and value < minimum:
                 bounds = {0: "not be negative", 1: "be positive"}
                 bound = bounds.get(minimum, f"be at least {minimum}")

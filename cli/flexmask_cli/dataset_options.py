@@ -13,6 +13,7 @@ from flexmask.dataset.paraphrases import SYNTAX, Selection
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
+from flexmask.limits import LARGEST_SIZE
 from flexmask_cli.options import path_of, refuse_empty, split_pairs
 
 if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
@@ -70,7 +71,9 @@ ExamplesSource = Annotated[
         help="Input to draw the task's few-shot examples from; never the question itself.",
     ),
 ]
-NumExamples = Annotated[int | None, typer.Option(min=0, help="How many few-shot examples.")]
+NumExamples = Annotated[
+    int | None, typer.Option(min=0, max=LARGEST_SIZE, help="How many few-shot examples.")
+]
 Paraphrases = Annotated[
     str | None, typer.Option(metavar="SELECTION", help=f"Which paraphrases: {SYNTAX}.")
 ]
@@ -82,9 +85,12 @@ PrefixFile = Annotated[
         help="Its text, as it is, takes the place of every prefix.",
     ),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first rows.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", "-n", min=1, max=LARGEST_SIZE, help="Only the first rows.")
+]
 NumSegments = Annotated[
-    int | None, typer.Option(min=1, help="Only the first segments of each request.")
+    int | None,
+    typer.Option(min=1, max=LARGEST_SIZE, help="Only the first segments of each request."),
 ]
 
 

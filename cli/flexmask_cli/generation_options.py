@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
+from flexmask.errors import OptionError
+from flexmask.limits import check_size
 from flexmask.model_identity import model_files
 from flexmask.registry import recorded_plugin
 from flexmask.strategy_file import recorded_location, recorded_name
@@ -47,6 +49,23 @@ class GenerationOptions:
     top_k: int
     seed: int
 
+    def __post_init__(self) -> None:
+        """Raise now what needs no library to be found.
+
+        Raises:
+            OptionError: If an option has an impossible value.
+        """
+        check_size("--max-new-tokens", self.max_new_tokens, 1)
+        parse_batch_size(self.batch_size)
+        parse_prefill_kernel(self.prefill_kernel)
+        if not all(self.stop):
+            raise OptionError("--stop must not be empty; leave it out to generate to the end")
+        for option, texts in (("--model", [self.model or ""]), ("--stop", self.stop)):
+            for text in texts:
+                if not _is_utf8(text):
+                    raise OptionError(f"{option} must be UTF-8, got {text!r}")
+        _ = self.sampling  # which checks itself
+
     @property
     def judge(self) -> Judge:
         """The task's, else that of all."""
@@ -77,8 +96,6 @@ class GenerationOptions:
         from flexmask.device import resolve_device, resolve_dtype
 
         self.judge.check()
-        self.for_engine()
-        parse_prefill_kernel(self.prefill_kernel)
         resolve_dtype(self.dtype, resolve_device(self.device))
 
     def for_engine(self) -> dict[str, Any]:
@@ -154,3 +171,11 @@ class GenerationOptions:
             "chat_template": self.uses_chat_template,
             "allow_special_tokens": self.allow_special_tokens,
         }
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not come as half characters
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from flexmask.errors import OptionError
+from flexmask.limits import read_size
 
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
@@ -127,10 +128,6 @@ PrefillKernelName = Annotated[
 ]
 
 
-MAX_DIGITS = 9
-"""Of a number of rows; Python refuses to read one of thousands."""
-
-
 class BadRows(StrEnum):
     """What ``--on-error`` takes."""
 
@@ -210,9 +207,7 @@ def parse_batch_size(text: str) -> int | None:
     """A number of rows; None for ``auto``."""
     if text == "auto":
         return None
-    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) == 0:
-        raise OptionError(f"--batch-size must be a positive number or auto, got {text!r}")
-    return int(text)
+    return read_size("--batch-size", text, "a positive number or auto")
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -221,10 +216,8 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         OptionError: If one is not a positive number.
     """
-    lengths = text.split(",")
-    if not all(length.strip().isdecimal() and int(length) for length in lengths):
-        raise OptionError(f"--segments must be positive numbers as in 40,35,38, got {text!r}")
-    return [int(length) for length in lengths]
+    form = "positive numbers as in 40,35,38"
+    return [read_size("--segments", length, form) for length in text.split(",")]
 
 
 def parse_prefill_kernel(text: str) -> PrefillKernel | None:

@@ -24,6 +24,7 @@ from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
+from flexmask.limits import check_size
 from flexmask.registry import make_strategy
 from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
@@ -153,10 +154,9 @@ class Engine:
             strategy = make_strategy(strategy, {})
         if isinstance(fusion, str):
             fusion = Fusion(fusion)
-        if max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        if batch_size is not None and batch_size < 1:
-            raise OptionError(f"batch_size must be positive, got {batch_size}")
+        check_size("max_new_tokens", max_new_tokens, 1)
+        if batch_size is not None:
+            check_size("batch_size", batch_size, 1)
         requests = checked_requests(requests)
         if isinstance(stop, str):
             raise TypeError(
@@ -204,8 +204,10 @@ class Engine:
             batch_size: Rows that run together; None chooses by memory.
 
         Raises:
-            OptionError: If the segments do not fit into the prompt.
+            OptionError: If the segments do not fit into the prompt, or a size is impossible.
         """
+        check_size("prompt_tokens", prompt_tokens, 1)
+        check_size("max_new_tokens", max_new_tokens, 1)
         length = (prompt_tokens - 1) // max(1, num_segments)
         if num_segments < 1 or length < 2:
             raise OptionError(

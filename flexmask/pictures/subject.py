@@ -14,6 +14,7 @@ from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.errors import OptionError, OutputError, RequestError
+from flexmask.limits import shown_number
 from flexmask.pictures.tokens import ShownRequest
 from flexmask.registry import make_strategy
 from flexmask.request import Request
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from flexmask.tokenization import RequestTokenizer
 
 RUN_KEYS = ("strategy", "parameters", "model", "chat_template")
+MOST_TOKENS = 1 << 24
+"""Of a request that only lengths are known of."""
+
 DEMO = "demo"
 """How a run records the bundled model."""
 
@@ -75,12 +79,17 @@ def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Sub
     """A request of which only lengths are known.
 
     Raises:
-        OptionError: If a length is not positive.
+        OptionError: If a length is not positive, or all together are too many.
     """
     if not segments or min(segments) < 1 or suffix < 1 or prefix < 0:
         raise OptionError(
             f"lengths must be positive, got prefix {prefix}, segments {list(segments)}, "
             f"suffix {suffix}"
+        )
+    if prefix + sum(segments) + suffix > MOST_TOKENS:
+        raise OptionError(
+            f"a request of {shown_number(prefix + sum(segments) + suffix)} tokens; at most "
+            f"{MOST_TOKENS:,} can be drawn"
         )
     listed = " + ".join(map(str, segments))
     heading = f"{prefix} prefix tokens, segments of {listed}, {suffix} of the fusion tail"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexmask.errors import OptionError
+from flexmask.limits import LARGEST_SIZE, read_size
 from flexmask_cli import render
 from flexmask_cli.options import (
     Device,
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
 PREFIX, SEGMENTS, SUFFIX = 60, "40,35,38", 4
 
 Prefix = Annotated[
-    int | None, typer.Option(min=0, help="Without an input: tokens of the prefix.  [default: 60]")
+    int | None,
+    typer.Option(
+        min=0, max=LARGEST_SIZE, help="Without an input: tokens of the prefix.  [default: 60]"
+    ),
 ]
 Segments = Annotated[
     str | None,
     typer.Option(help="Without an input: tokens of each segment.  [default: 40,35,38]"),
 ]
 Suffix = Annotated[
-    int | None, typer.Option(min=1, help="Without an input: tokens of the suffix.  [default: 4]")
+    int | None,
+    typer.Option(
+        min=1, max=LARGEST_SIZE, help="Without an input: tokens of the suffix.  [default: 4]"
+    ),
 ]
 Input = Annotated[
     str | None,
@@ -44,7 +51,8 @@ Input = Annotated[
     ),
 ]
 Row = Annotated[
-    int | None, typer.Option(min=1, help="Which row of the input, from 1.  [default: 1]")
+    int | None,
+    typer.Option(min=1, max=LARGEST_SIZE, help="Which row of the input, from 1.  [default: 1]"),
 ]
 Model = Annotated[
     str | None,
@@ -54,7 +62,7 @@ Model = Annotated[
     ),
 ]
 HeadNumbers = Annotated[str, typer.Option("--heads", help="Query heads and key heads.")]
-HeadDim = Annotated[int, typer.Option(min=1, help="Size of a head.")]
+HeadDim = Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="Size of a head.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -122,11 +130,9 @@ def bench(
 
 def _parse_heads(text: str) -> tuple[int, int]:
     query, separator, key = text.partition(":")
-    if not separator:
-        key = query
-    if not (query.isdecimal() and key.isdecimal()):
-        raise OptionError(f"--heads must be two numbers as in 24:8, or one, got {text!r}")
-    return int(query), int(key)
+    form = "two numbers as in 24:8, or one"
+    count = read_size("--heads", query, form)
+    return count, read_size("--heads", key, form) if separator else count
 
 
 def _subject(

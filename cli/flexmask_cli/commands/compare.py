@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexmask.errors import FlexMaskError, OptionError
+from flexmask.errors import FlexMaskError
 from flexmask.fusion import Fusion
+from flexmask.limits import read_size
 from flexmask_cli import render
 from flexmask_cli.dataset_options import (
     Columns,
@@ -28,7 +29,6 @@ from flexmask_cli.dataset_options import (
 from flexmask_cli.generation_options import DEMO, GenerationOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.options import (
-    MAX_DIGITS,
     AllowSpecialTokens,
     BadRows,
     BatchSize,
@@ -248,9 +248,7 @@ def _parse_count(text: str) -> int | None:
     text = text.strip()
     if text == "all":
         return None
-    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) == 0:
-        raise OptionError(f"--num-segments must be numbers as in 1,3,5 or all, got {text!r}")
-    return int(text)
+    return read_size("--num-segments", text, "numbers as in 1,3,5 or all")
 
 
 def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[Cell, str]:

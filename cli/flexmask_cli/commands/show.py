@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexmask.errors import OptionError
+from flexmask.limits import LARGEST_SIZE
 from flexmask_cli import render
 from flexmask_cli.options import (
     Parameters,
@@ -56,10 +57,12 @@ Input = Annotated[
     typer.Option("--input", "-i", callback=refuse_empty, help="As FILE; - for standard input."),
 ]
 Row = Annotated[
-    int | None, typer.Option(min=1, help="Which row of the file, from 1.  [default: 1]")
+    int | None,
+    typer.Option(min=1, max=LARGEST_SIZE, help="Which row of the file, from 1.  [default: 1]"),
 ]
 NumSegments = Annotated[
-    int | None, typer.Option(min=1, help="Only the first segments of the request.")
+    int | None,
+    typer.Option(min=1, max=LARGEST_SIZE, help="Only the first segments of the request."),
 ]
 Model = Annotated[
     str | None,
@@ -69,22 +72,30 @@ Model = Annotated[
     ),
 ]
 Prefix = Annotated[
-    int | None, typer.Option(min=0, help="Without a file: tokens of the prefix.  [default: 6]")
+    int | None,
+    typer.Option(
+        min=0, max=LARGEST_SIZE, help="Without a file: tokens of the prefix.  [default: 6]"
+    ),
 ]
 Segments = Annotated[
     str | None,
     typer.Option(help="Without a file: tokens of each segment.  [default: 8,6,7]"),
 ]
 Suffix = Annotated[
-    int | None, typer.Option(min=1, help="Without a file: tokens of the suffix.  [default: 3]")
+    int | None,
+    typer.Option(
+        min=1, max=LARGEST_SIZE, help="Without a file: tokens of the suffix.  [default: 3]"
+    ),
 ]
 NewTokens = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Rows that generation adds. Default: as generated; else 8 on a page, or none."
+        min=0,
+        max=LARGEST_SIZE,
+        help="Rows that generation adds. Default: as generated; else 8 on a page, or none.",
     ),
 ]
-Tile = Annotated[int, typer.Option(min=1, help="Tokens along a side of a tile.")]
+Tile = Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="Tokens along a side of a tile.")]
 Output = Annotated[
     Path | None,
     typer.Option(

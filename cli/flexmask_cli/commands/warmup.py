@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexmask.limits import check_size
 from flexmask_cli import render
 from flexmask_cli.loading import load_engine
 from flexmask_cli.options import (
@@ -41,6 +42,9 @@ def warmup(
     """Compile for a model, a strategy and sizes; a later run finds it on disk."""
     chosen = choose_strategy(strategy, param)
     rows = parse_batch_size(batch_size)
+    check_size("--prompt-tokens", prompt_tokens, 1)
+    check_size("--num-segments", num_segments, 1)
+    check_size("--max-new-tokens", max_new_tokens, 1)
     engine = load_engine(model, device, dtype, trust_remote_code, verbose=False)
     for name in ("cold", "warm"):
         started = time.perf_counter()

@@ -1,0 +1,61 @@
+"""Sizes that a user may ask for: what is too large to be one is said before anything is made."""
+
+from __future__ import annotations
+
+from flexmask.errors import OptionError
+
+LARGEST_SIZE = 2**31 - 1
+"""What counts of tokens, rows and segments are stored in: 32 bits."""
+
+_SHOWN_DIGITS = 20
+
+
+def check_size(name: str, value: int, least: int = 0) -> int:
+    """Check a number of something.
+
+    Args:
+        name: The option or argument.
+        value: Its value, which is returned.
+        least: The smallest that is allowed: 0 or 1.
+
+    Raises:
+        OptionError: If it is too small or too large.
+    """
+    if value < least:
+        bound = "not be negative" if least == 0 else "be positive"
+        raise OptionError(f"{name} must {bound}, got {shown_number(value)}")
+    if value > LARGEST_SIZE:
+        raise OptionError(f"{name} must be at most {LARGEST_SIZE:,}, got {shown_number(value)}")
+    return value
+
+
+def read_size(name: str, text: str, form: str) -> int:
+    """Read a positive number.
+
+    Args:
+        name: The option.
+        text: Its value.
+        form: What it should look like, as in ``a positive number or auto``.
+
+    Raises:
+        OptionError: If it is none, or too large.
+    """
+    digits = text.strip().lstrip("0")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise OptionError(f"{name} must be {form}, got {_shortened(text)!r}")
+    if len(digits) > _SHOWN_DIGITS:  # Python refuses to read very many
+        raise OptionError(
+            f"{name} must be at most {LARGEST_SIZE:,}, got a number of {len(digits):,} digits"
+        )
+    return check_size(name, int(digits), 1)
+
+
+def shown_number(value: float) -> str:
+    """A number for a message, whatever its length."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length():,} bits"
+    return str(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 2 * _SHOWN_DIGITS else f"{text[: 2 * _SHOWN_DIGITS]}…"
