@@ -29,20 +29,21 @@ def check_size(name: str, value: int, least: int = 0) -> int:
     return value
 
 
-def read_size(name: str, text: str, form: str) -> int:
+def read_size(name: str, text: str, form: str, *, given: str | None = None) -> int:
     """Read a positive number.
 
     Args:
         name: The option.
         text: Its value.
         form: What it should look like, as in ``a positive number or auto``.
+        given: All that was given, where the text is a part of it.
 
     Raises:
         OptionError: If it is none, or too large.
     """
     digits = text.strip().lstrip("0")
     if not (digits.isascii() and digits.isdecimal()):
-        raise OptionError(f"{name} must be {form}, got {_shortened(text)!r}")
+        raise OptionError(f"{name} must be {form}, got {_shortened(given or text)!r}")
     if len(digits) > _SHOWN_DIGITS:  # Python refuses to read very many
         raise OptionError(
             f"{name} must be at most {LARGEST_SIZE:,}, got a number of {len(digits):,} digits"

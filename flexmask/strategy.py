@@ -299,7 +299,7 @@ def _parse(name: str, value: ParameterValue, hint: Any) -> ParameterValue:
     if isinstance(value, str) or (hint is float and isinstance(value, int)):
         try:
             parsed: ParameterValue = hint(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise expected from None
         return parsed
     if not isinstance(value, hint):

@@ -7,7 +7,6 @@ import random
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
+from damage import DAMAGES
 from flexmask.dataset.results import ResultWriter, read_finished_rows
 from flexmask.dataset.schema import RUN, SCHEMA
 from flexmask.errors import FlexMaskWarning, OutputError
@@ -30,58 +30,6 @@ from result_runs import (
 )
 
 ROWS = 12
-
-Damage = Callable[[bytearray, random.Random], None]
-
-
-def flip_a_bit(content: bytearray, generator: random.Random) -> None:
-    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-
-
-def zero_a_sector(content: bytearray, generator: random.Random) -> None:
-    start = generator.randrange(len(content) // 512 + 1) * 512
-    content[start : start + 512] = bytes(len(content[start : start + 512]))
-
-
-def zero_the_tail(content: bytearray, generator: random.Random) -> None:
-    start = generator.randrange(len(content))
-    content[start:] = bytes(len(content) - start)
-
-
-def zero_beyond_the_end(content: bytearray, generator: random.Random) -> None:
-    content += bytes(generator.randrange(1, 9000))
-
-
-def cut(content: bytearray, generator: random.Random) -> None:
-    del content[generator.randrange(len(content)) :]
-
-
-def lose_a_piece(content: bytearray, generator: random.Random) -> None:
-    start = generator.randrange(len(content))
-    del content[start : start + generator.randrange(1, 600)]
-
-
-def double_a_piece(content: bytearray, generator: random.Random) -> None:
-    start = generator.randrange(len(content))
-    content[start:start] = content[start : start + generator.randrange(1, 4000)]
-
-
-def fill_with_noise(content: bytearray, generator: random.Random) -> None:
-    start = generator.randrange(len(content))
-    length = generator.randrange(1, 64)
-    content[start : start + length] = generator.randbytes(len(content[start : start + length]))
-
-
-DAMAGES: Sequence[Damage] = (
-    flip_a_bit,
-    zero_a_sector,
-    zero_the_tail,
-    zero_beyond_the_end,
-    cut,
-    lose_a_piece,
-    double_a_piece,
-    fill_with_noise,
-)
 
 
 def damage_and_resume(output: Path, whole: bytes, expected: pa.Table, case: int) -> str:

@@ -217,7 +217,7 @@ def parse_lengths(text: str) -> list[int]:
         OptionError: If one is not a positive number.
     """
     form = "positive numbers as in 40,35,38"
-    return [read_size("--segments", length, form) for length in text.split(",")]
+    return [read_size("--segments", length, form, given=text) for length in text.split(",")]
 
 
 def parse_prefill_kernel(text: str) -> PrefillKernel | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from flexmask.errors import OutputError
 _FEATHER = b"ARROW1"
 _PARQUET = b"PAR1"
 _JSON_LINES = ".jsonl"
+
+DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, RecursionError, AttributeError)
+"""What libraries raise for files that are not as their writer left them."""
 
 
 def read_rows(path: Path) -> JournalContent:
@@ -52,18 +54,20 @@ def read_rows(path: Path) -> JournalContent:
 def is_result(path: Path) -> bool:
     """Whether a file says what run made it; no row is read.
 
-    Feather and Arrow files, and journals, always count as results: what is wrong with one shows
-    when it is read.
+    Feather and Arrow files, journals, and Parquet files that are damaged always count as results:
+    what is wrong with one shows when it is read.
     """
     if path.suffix.lower() in (".feather", ".arrow", ".partial"):
         return True
     if path.suffix.lower() == _JSON_LINES:
         return sidecar_path(path).exists()
-    if path.suffix == ".parquet" and path.exists():
+    if path.suffix.lower() == ".parquet" and path.exists():
         from pyarrow.parquet import read_schema
 
-        with suppress(pa.ArrowException, OSError):
+        try:
             return RUN in (read_schema(path).metadata or {})
+        except DAMAGE:
+            return True
     return False
 
 
@@ -96,7 +100,7 @@ def _write_feather(file: BufferedWriter, schema: pa.Schema, tables: Iterable[pa.
 def _write_parquet(file: BufferedWriter, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     from pyarrow.parquet import ParquetWriter  # slow to import
 
-    with ParquetWriter(file, schema, compression="zstd") as writer:
+    with ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table)
 
@@ -128,7 +132,7 @@ def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
     try:
         table = read(path)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, TypeError):
+    except DAMAGE:
         raise OutputError(f"{path}: damaged, not readable as {path.suffix}") from None
     return table
 
@@ -136,7 +140,7 @@ def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
 def _read_parquet(path: Path) -> pa.Table:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    with ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
     if table.column_names != SCHEMA.names:
         return table

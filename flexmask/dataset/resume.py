@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from flexmask.dataset.journal import Journal
 from flexmask.dataset.judge import Judge
 from flexmask.dataset.requests import BadRow
 from flexmask.dataset.run_config import RunConfig
-from flexmask.dataset.schema import FAILED, RUN, SCHEMA, verdict
+from flexmask.dataset.schema import FAILED, NEVER_NULL, RUN, SCHEMA, verdict
 from flexmask.errors import FlexMaskWarning, OutputError, RequestError
 from flexmask.request import Request, RequestKey
 
@@ -50,6 +50,8 @@ class Earlier:
             ) from None
         if not rows.schema.equals(SCHEMA):
             raise OutputError(f"{path}: its columns are not those that this version writes")
+        if name := next((name for name in NEVER_NULL if _has_null(rows[name])), None):
+            raise OutputError(f"{path}: damaged, its column {name!r} has empty places")
         return cls(path, rows, config)
 
     def check_same_run(self, config: RunConfig) -> None:
@@ -200,6 +202,12 @@ def values(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
 def keys(rows: pa.Table | pa.RecordBatch) -> Iterator[RequestKey]:
     """The key of the request of each row."""
     return zip(values(rows, "uuid"), values(rows, "segment"), strict=True)
+
+
+def _has_null(column: pa.ChunkedArray[Any]) -> bool:
+    if column.null_count or not pa.types.is_list(column.type):
+        return column.null_count > 0
+    return any(cast(Any, chunk).flatten().null_count for chunk in column.chunks)
 
 
 def _without_failures(rows: pa.Table) -> pa.Table:

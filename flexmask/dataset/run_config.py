@@ -35,8 +35,14 @@ class RunConfig:
         Raises:
             ValueError: If it is something else.
         """
-        recorded = json.loads(text)
-        if not isinstance(recorded, dict) or recorded.keys() != cls.__dataclass_fields__.keys():
+        try:
+            recorded = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        kinds = {"run": dict, "environment": dict, "earlier_environments": list}
+        if not isinstance(recorded, dict) or recorded.keys() != kinds.keys():
+            raise ValueError("not the configuration of a run")
+        if not all(isinstance(recorded[name], kind) for name, kind in kinds.items()):
             raise ValueError("not the configuration of a run")
         return cls(**recorded)
 

@@ -40,6 +40,12 @@ one that was run alone, else null; ``weights`` are those of the segments, or nul
 exact match and ``score`` what the judge gives, both null where there are no answers; ``error``
 says why a row failed, and is null where it did not."""
 
+NEVER_NULL = (
+    *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
+    *("prompt_tokens", "generated_tokens", "finish_reason"),
+)
+"""Columns that every row fills, lists with every item."""
+
 
 def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
     """The row of a generation, or of what failed; that has no text, and is wrong."""

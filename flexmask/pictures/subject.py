@@ -24,7 +24,15 @@ from flexmask.strategy_file import reference_of_record
 if TYPE_CHECKING:
     from flexmask.tokenization import RequestTokenizer
 
-RUN_KEYS = ("strategy", "parameters", "model", "chat_template")
+RUN_KEYS = {
+    "strategy": str,
+    "parameters": dict,
+    "model": str,
+    "chat_template": bool,
+    "fusion": dict,
+}
+"""Entries of a run that a picture needs, and their types."""
+
 MOST_TOKENS = 1 << 24
 """Of a request that only lengths are known of."""
 
@@ -129,9 +137,12 @@ def subject_of_file(
 def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     config = read_run_config(source)
     run = config.run
-    if missing := [name for name in RUN_KEYS if name not in run]:
+    recorded = {"fusion": {}, **run}  # early versions had one way only
+    if missing := [
+        key for key, kind in RUN_KEYS.items() if not isinstance(recorded.get(key), kind)
+    ]:
         raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
-    fusion = run.get("fusion", {}).get("name", "attention")
+    fusion = recorded["fusion"].get("name", "attention")
     if fusion not in ("attention", "none", "each"):
         raise OptionError(
             f"{source}: its prompts ran apart (fusion {fusion!r}), with no mask between them to "
@@ -142,6 +153,10 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     (values,) = rows.slice(row - 1, 1).to_pylist()
     if values["error"]:
         raise RequestError(f"{source}: row {row} failed: {values['error']}")
+    if not 0 <= values["generated_tokens"] <= MOST_TOKENS:
+        raise OutputError(
+            f"{source}: damaged, row {row} has {values['generated_tokens']} generated tokens"
+        )
     request = Request(
         segments=tuple(values["paraphrases"]), prefix=values["prefix"], suffix=values["suffix"]
     )
@@ -170,7 +185,8 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
 
 def _strategy_of_run(config: RunConfig) -> Strategy:
     location = config.environment.get("strategy_file")
-    reference = reference_of_record(config.run["strategy"], location)
+    where = location if isinstance(location, str) else None
+    reference = reference_of_record(config.run["strategy"], where)
     return make_strategy(reference, config.run["parameters"])
 
 

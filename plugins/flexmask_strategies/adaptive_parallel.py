@@ -45,10 +45,10 @@ class AdaptiveParallel(Strategy):
     scale: float = parameter(0.9, help="Of the documents' weight as a whole; above 0.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, value in self.parameter_values().items():
             if not 0 < float(value) < float("inf"):
                 raise StrategyError(f"{name} must be a positive number, got {value}")
+        super().__post_init__()
 
     def layout(self, request: TokenizedRequest) -> Layout:
         return shared_prefix_layout(request, "restart")

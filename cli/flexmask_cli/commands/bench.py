@@ -131,8 +131,8 @@ def bench(
 def _parse_heads(text: str) -> tuple[int, int]:
     query, separator, key = text.partition(":")
     form = "two numbers as in 24:8, or one"
-    count = read_size("--heads", query, form)
-    return count, read_size("--heads", key, form) if separator else count
+    count = read_size("--heads", query, form, given=text)
+    return count, read_size("--heads", key, form, given=text) if separator else count
 
 
 def _subject(
