@@ -16,6 +16,7 @@ import pyarrow.feather
 import pytest
 
 from damage import DAMAGES
+from flexmask.dataset.batch_checksum import checksum
 from flexmask.dataset.evaluate import evaluate
 from flexmask.dataset.formats import EXTENSIONS
 from flexmask.dataset.results import read_finished_rows
@@ -58,6 +59,50 @@ def test_no_damage_to_a_result_ends_in_a_traceback(output: Path) -> None:
                 refused += 1
         file.write_bytes(whole)
     assert refused > 60
+
+
+@pytest.mark.parametrize("extension", [".feather", ".arrow", ".parquet"])
+def test_no_bit_of_a_result_changes_a_row_unnoticed(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"out{extension}"
+    run(path, make_requests(6), config=CONFIG)
+    whole, right = path.read_bytes(), read_finished_rows(path)
+    generator = random.Random(0)
+    refused = 0
+    for bit in generator.sample(range(len(whole) * 8), 400):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert read_finished_rows(path).equals(right)
+        except OutputError:
+            refused += 1
+    assert refused > 200
+
+
+def test_rows_that_somebody_filters_are_still_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "out.feather"
+    run(path, make_requests(6), config=CONFIG)
+    table = pyarrow.feather.read_table(path)
+    pyarrow.feather.write_feather(table.slice(2, 3), path)
+    assert read_finished_rows(path)["uuid"].to_pylist() == ["q2", "q3", "q4"]
+
+
+def test_a_checksum_is_of_values_and_not_of_buffers(tmp_path: Path) -> None:
+    rows = [
+        {"a": None, "b": ["x", None, "é"], "c": 1.5, "d": True},
+        {"a": "long text", "b": None, "c": None, "d": None},
+        {"a": "", "b": [], "c": 0.1, "d": False},
+    ]
+    schema = pa.schema(
+        {"a": pa.string(), "b": pa.list_(pa.string()), "c": pa.float64(), "d": pa.bool_()}
+    )
+    whole = pa.RecordBatch.from_pylist(rows * 3, schema=schema)
+    sliced = pa.RecordBatch.from_pylist([rows[2], *rows * 3], schema=schema).slice(1)
+    assert checksum(sliced) == checksum(whole)
+    changed = [{"a": "x"}, {"b": ["x", None]}, {"b": ["x", None, "e"]}, {"c": -1.5}, {"d": None}]
+    others = [pa.RecordBatch.from_pylist([rows[0] | c], schema=schema) for c in changed]
+    first = pa.RecordBatch.from_pylist(rows[:1], schema=schema)
+    assert len({checksum(batch) for batch in [first, *others]}) == len(changed) + 1
 
 
 @pytest.fixture

@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 
 from flexmask.dataset.formats import EXTENSIONS
-from flexmask.dataset.results import check_output, read_finished_rows
+from flexmask.dataset.results import ResultWriter, check_output, read_finished_rows
 from flexmask.dataset.resume import OutputMode
 from flexmask.dataset.whole_file import replacing
 from flexmask.errors import OutputError
-from result_runs import interrupted_run, journal_of, make_requests, run, uuids
+from result_runs import (
+    CONFIG,
+    answer,
+    interrupted_run,
+    journal_of,
+    make_requests,
+    run,
+    uuids,
+)
 
 REQUESTS = make_requests(3)
 
@@ -183,6 +191,18 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError):
         check_output(tmp_path / name, "new")
+
+
+def test_another_working_directory_during_a_run_moves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ResultWriter.open("out.feather", config=CONFIG, requests=REQUESTS) as writer:
+        os.chdir("elsewhere")
+        writer.write(map(answer, REQUESTS))
+    assert uuids(tmp_path / "out.feather") == ["q0", "q1", "q2"]
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out.feather"]
 
 
 def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path: Path) -> None:

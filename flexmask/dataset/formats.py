@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flexmask.dataset.batch_checksum import checksum
 from flexmask.dataset.journal_stream import JournalContent, is_stream, read_stream
 from flexmask.dataset.schema import RUN, SCHEMA
 from flexmask.dataset.whole_file import WRITING, os_errors, replacing, target_of
@@ -23,6 +24,7 @@ from flexmask.errors import OutputError
 _FEATHER = b"ARROW1"
 _PARQUET = b"PAR1"
 _JSON_LINES = ".jsonl"
+_CHECKSUM = b"flexmask.crc32"
 
 DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, RecursionError, AttributeError)
 """What libraries raise for files that are not as their writer left them."""
@@ -45,7 +47,7 @@ def read_rows(path: Path) -> JournalContent:
                 return JournalContent(pa.table({}))
             content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if start.startswith(_FEATHER):
-        return JournalContent(_whole(lambda _: pa.ipc.open_file(content).read_all(), path))
+        return JournalContent(_whole(lambda _: _read_feather(content), path))
     if not is_stream(start):
         raise OutputError(f"{path}: not a result file")
     return read_stream(content, path)
@@ -94,7 +96,9 @@ def _write_feather(file: BufferedWriter, schema: pa.Schema, tables: Iterable[pa.
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with pa.ipc.new_file(file, schema, options=options) as writer:
         for table in tables:
-            writer.write_table(table)
+            for batch in table.to_batches():
+                metadata = {_CHECKSUM: str(checksum(batch)).encode()}
+                writer.write_batch(batch, custom_metadata=metadata)
 
 
 def _write_parquet(file: BufferedWriter, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -135,6 +139,21 @@ def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
     except DAMAGE:
         raise OutputError(f"{path}: damaged, not readable as {path.suffix}") from None
     return table
+
+
+def _read_feather(content: pa.Buffer) -> pa.Table:
+    """Read batches; whoever filters or changes rows writes batches that have no checksum."""
+    batches = []
+    with pa.ipc.open_file(content) as reader:
+        for number in range(reader.num_record_batches):
+            batch, metadata = reader.get_batch_with_custom_metadata(number)
+            recorded = dict(metadata or {}).get(_CHECKSUM)
+            if recorded is not None:
+                batch.validate(full=True)
+                if recorded != str(checksum(batch)).encode():
+                    raise ValueError("a batch has another checksum")
+            batches.append(batch)
+        return pa.Table.from_batches(batches, reader.schema)
 
 
 def _read_parquet(path: Path) -> pa.Table:

@@ -47,7 +47,7 @@ def check_place(path: Path) -> Path:
     """Write a file in the folder of an output, which is made where it is missing.
 
     Returns:
-        The file to write: ``path``, or where the link leads that stands there.
+        The file to write, from the root: ``path``, or where the link leads that stands there.
 
     Raises:
         OutputError: If that fails, or the output is a folder, of no known extension, or no name
@@ -70,7 +70,7 @@ def check_place(path: Path) -> Path:
             f"{output.parent}: nothing can be written there ({reason}); choose another place with "
             "--output"
         ) from None
-    return output
+    return output.absolute()  # code of others may change the working directory later on
 
 
 def _check_name(path: Path) -> None:
