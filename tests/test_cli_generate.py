@@ -10,10 +10,12 @@ import time
 
 import pyarrow.feather
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import OutputError
+from flexmask.tokenization import load_tokenizer
 from flexmask_cli.app import main
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]
@@ -119,6 +121,63 @@ def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(small, tmp_path,
     assert read_run_config(path).run["fusion"] == {"name": "each", "weights": None}
     other = ["--output", path, "--resume", "--fusion", "none", *options[-3:]]
     assert "fusion.name: 'each' → 'none'" in error_of(*small[:-2], "--num-segments", 2, *other)
+
+
+@pytest.fixture
+def other_model(tmp_path):
+    """Copies the bundled model with another generation config or other weights."""
+
+    def make(generation_config=(), change=lambda weights: None):
+        folder = tmp_path / "other"
+        shutil.copytree(model_path(), folder)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(generation_config)))
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def test_verbose_tells_what_the_generation_config_of_the_model_does(small, other_model, error_of):
+    folder = other_model(
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3}
+    )
+    result = run(*small, "--limit", 1, "--model", folder, "-v")
+    assert result.returncode == 0, result.stderr
+    assert "generation config ends rows with: 1, 201\n" in result.stderr
+    assert "generation config applies: RepetitionPenaltyLogitsProcessor\n" in result.stderr
+    would = "generation config would sample (temperature=0.6, top_p=0.9); this run does as --temp"
+    assert would in result.stderr
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 3}))
+    message = error_of(*small, "--overwrite", "--model", folder)
+    assert "the model's generation config asks for beam search (num_beams=3)" in message
+
+
+def test_rows_with_invalid_logits_are_skipped_or_named(small, tmp_path, other_model, error_of):
+    tokenizer = load_tokenizer(model_path())
+    names = ("Mirel", "Zanzibar", "Tasko")
+    texts = [f"Q: Where is {name}?" for name in names]
+    rows = [{"uuid": name, "segments": [text]} for name, text in zip(names, texts, strict=True)]
+    of_each = [set(tokenizer.encode(text)) for text in texts]
+    spoilt = min(of_each[1] - of_each[0] - of_each[2])
+
+    def spoil(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.embed_tokens.weight"][spoilt] = float("nan")
+
+    folder = other_model(change=spoil)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    options = [*small, "--input", write_rows(tmp_path / "rows.jsonl", rows), "--model", folder]
+    message = error_of(*options, "--quiet")
+    assert "rows.jsonl:2 (request 'Zanzibar'): token 1: the model's logits hold NaN" in message
+    result = run(*options, "--overwrite", "--on-error", "skip")
+    assert result.returncode == 0, result.stderr
+    table = pyarrow.feather.read_table(small[-1])
+    assert table["uuid"].to_pylist() == list(names)
+    assert [error is None for error in table["error"].to_pylist()] == [True, False, True]
 
 
 def test_a_segment_without_shared_ending_warns_in_one_line(small, tmp_path):

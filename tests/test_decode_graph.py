@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from flexmask.attention.flex_call import _padded_groups, _without_padding
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.row_processors import RowProcessors
+from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import Fusion
 from flexmask.sampling import Sampling
@@ -72,6 +76,59 @@ def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
     assert loop.no_graph_reason == ""
     assert all(first == second for first, second in decode_in(together, loop))
     assert decode_in(apart, loop) == decode(runner, new_loop(runner))
+
+
+@pytest.fixture
+def processors(models, tokenizer, monkeypatch):
+    """Makes the processors of a batch anew, since they note what each row holds."""
+    model = models("llama", "flexmask", "cuda")
+    config = GenerationConfig(
+        repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=3, eos_token_id=2
+    )
+    monkeypatch.setattr(model, "generation_config", config)
+    rules = GenerationRules.of(model, tokenizer)
+    prompts = [layout.token_ids for layout in LAYOUTS]
+    return lambda: RowProcessors(rules, prompts, STEPS, model.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=40, seed=3)], ids=str)
+def test_the_graph_up_to_the_logits_gives_what_steps_without_it_give(runner, processors, sampling):
+    def decode_processed(loop):
+        loop.load(LAST_TOKENS, UUIDS, processors=processors())
+        runner.prefill(runner.plan(LAYOUTS))
+        return list(loop.run())
+
+    loop = new_loop(runner, sampling)
+    plain = decode(runner, loop)
+    expected = decode_processed(without_graph(new_loop(runner, sampling)))
+    assert decode_processed(loop) == expected != plain
+    assert decode_processed(loop) == expected
+    assert decode(runner, loop) == plain  # a graph of the whole step beside it
+    assert loop.no_graph_reason == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, seed=3)], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_graph_tells_a_row_without_a_finite_maximum(runner, monkeypatch, sampling, value):
+    step, spoil = runner.decode, torch.zeros(2, 211, device="cuda")
+
+    def spoilt_step(token_ids):
+        return step(token_ids) + spoil
+
+    monkeypatch.setattr(runner, "decode", spoilt_step)
+    loop = new_loop(runner, sampling)
+    expected = decode(runner, loop)
+    spoil[0, 7], spoil[1, :100] = value, -torch.inf
+    tokens = decode(runner, loop)
+    assert [row[0] for row in tokens] == [NOT_FINITE] + [0] * (STEPS - 1)
+    assert all(row[1] >= 100 for row in tokens)
+    spoil[1] = -torch.inf
+    assert decode(runner, loop)[0] == [NOT_FINITE, NO_TOKEN]
+    spoil.zero_()
+    assert decode(runner, loop) == expected
+    assert loop.no_graph_reason == ""
 
 
 @pytest.mark.gpu

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from flexmask.dataset.requests import BadRow
     from flexmask.dataset.results import ResultSummary
     from flexmask.doctor import Check
-    from flexmask.engine import Engine, RunStats
+    from flexmask.engine import Engine, GenerationRun, RunStats
+    from flexmask.engine.generation_rules import GenerationRules
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
     from flexmask.pictures.mask_picture import Picture
@@ -185,9 +186,9 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
     write_styled(written.getvalue())
 
 
-def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, stats: RunStats) -> None:
+def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: GenerationRun) -> None:
     """Say on stderr what is about to run, and how."""
-    model, kinds = engine.model, engine.runner.layer_windows
+    model, kinds, stats = engine.model, engine.runner.layer_windows, run.stats
     layers = ", ".join(
         kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
     )
@@ -197,8 +198,23 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, stats: RunSt
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
         f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
+        *_rules_of_generation(run.rules),
     ):
         write_note(line)
+
+
+def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
+    """What the model's generation config makes of this run."""
+    endings = [*map(str, sorted(rules.eos_token_ids)), *map(repr, rules.stop_strings)]
+    yield f"the model's generation config ends rows with: {', '.join(endings) or 'nothing'}"
+    if rules.applied:
+        yield f"the model's generation config applies: {', '.join(rules.applied)}"
+    if rules.sampling is not None:
+        values = ", ".join(f"{name}={value}" for name, value in rules.sampling.items())
+        yield (
+            f"the model's generation config would sample ({values or 'with its defaults'}); "
+            "this run does as --temperature, --top-k and --top-p say"
+        )
 
 
 def print_kernels(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import secrets
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from flexmask.encoding.tokenizer_edits import (
     Left,
@@ -173,14 +174,22 @@ class TextEncoder:
                 return [self._ids_as_it_is(text, left, is_plain) for text in texts]
             backend = self._at(left, right, is_plain)
             if backend is self._tokenizer.backend_tokenizer:
-                encoded = self._tokenizer(list(texts), add_special_tokens=False)
-                return [tuple(token_ids) for token_ids in encoded["input_ids"]]
+                return self._ids_of_all(texts)
             batch = backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [tuple(encoding.ids) for encoding in batch]
         except RequestError:
             raise
         except Exception as error:  # tokenizers raises nothing more special
             raise RequestError(f"it cannot be tokenized: {described(error)}") from error
+
+    def _ids_of_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)
+        if _is_cut_or_padded(encoded):
+            # Someone pads or truncates with the same tokenizer in another thread.
+            self._tokenizer = copy.deepcopy(self._tokenizer)
+            self._at.cache_clear()
+            encoded = self._tokenizer(list(texts), add_special_tokens=False)
+        return [tuple(token_ids) for token_ids in encoded["input_ids"]]
 
     def _backend_at(self, left: Left, right: Right, is_plain: bool) -> Tokenizer:
         if is_plain:
@@ -213,3 +222,14 @@ class TextEncoder:
         raise RequestError(
             f"this tokenizer has no tokens for {text[:20]!r} apart from what stands before it"
         )
+
+
+def _is_cut_or_padded(encoded: BatchEncoding) -> bool:
+    """Whether truncation or padding, which nobody asked for here, changed token ids.
+
+    A fast tokenizer keeps how to do both as a state, which each call sets before it encodes.
+    """
+    return any(
+        encoding.overflowing or 0 in encoding.attention_mask
+        for encoding in encoded.encodings or ()
+    )

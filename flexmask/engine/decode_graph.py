@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ WARM_UP_STEPS = 2
 """Steps before the capture: the first compiles, the second allocates what stays."""
 
 
-class DecodeGraph:
+Output = TypeVar("Output")
+
+
+class DecodeGraph(Generic[Output]):
     """Replays a step.
 
     Everything that a step reads or writes must stay where it is: weights, caches, buffers.
     """
 
-    def __init__(self, step: Callable[[], None], state: Sequence[Tensor]) -> None:
+    def __init__(self, step: Callable[[], Output], state: Sequence[Tensor]) -> None:
         """Capture ``step``.
 
         Args:
@@ -39,9 +43,11 @@ class DecodeGraph:
                     tensor.copy_(content)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            step()
+        # What other threads do on the device meanwhile is no part of the step, and no mistake.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._output = step()
 
-    def replay(self) -> None:
-        """Run the step again."""
+    def replay(self) -> Output:
+        """Run the step again; what it returns lies where it always does, with new content."""
         self._graph.replay()
+        return self._output

@@ -15,6 +15,7 @@ from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.row_processors import RowProcessors
 from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
@@ -31,8 +32,9 @@ class DecodeLoop:
 
     Where rows are fused, it samples for all rows of a group from the fusion of their logits.
 
-    On CUDA a step is captured as a graph once and replayed. Where that cannot be done,
-    ``no_graph_reason`` says why, a warning too, and steps run without it.
+    On CUDA a step is captured as a graph once and replayed: all of it, or up to the logits where
+    the model's generation config has processors, which the host runs row by row. Where a graph
+    cannot be captured, ``no_graph_reason`` says why, a warning too, and steps run without it.
     """
 
     def __init__(
@@ -47,13 +49,15 @@ class DecodeLoop:
         self._runner = runner
         rows, device = runner.placed.batch_size, runner.device
         self._fusion = fusion
+        self._processors: RowProcessors | None = None
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._max_new_tokens = max_new_tokens
         self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._reported = torch.zeros_like(self._token_ids)
         self._has_ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self._step_number = torch.zeros(1, dtype=torch.long, device=device)
-        self._graphs: dict[tuple[str, ...], DecodeGraph] = {}
+        self._graphs: dict[tuple[bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
         self.no_graph_reason = ""
 
     def load(
@@ -61,6 +65,7 @@ class DecodeLoop:
         last_token_ids: Sequence[int],
         seeds: Sequence[str],
         groups: Sequence[Sequence[float]] = (),
+        processors: RowProcessors | None = None,
     ) -> None:
         """Take in a batch; done before its prefill, nothing has to wait for that.
 
@@ -68,10 +73,13 @@ class DecodeLoop:
             last_token_ids: The last token of each prompt.
             seeds: One per row; with the seed of sampling they determine what is sampled.
             groups: Where logits are fused, which rows are (`LogitFusion.load`).
+            processors: What the model's generation config makes of the logits of each row, before
+                they are fused; None for nothing.
         """
         self._sampler.load(seeds)
         if self._fusion is not None:
             self._fusion.load(groups)
+        self._processors = processors
         self._token_ids.copy_(torch.tensor(last_token_ids)[:, None])
         self._has_ended.zero_()
         self._step_number.zero_()
@@ -82,7 +90,8 @@ class DecodeLoop:
         On a GPU the first steps are queued when this returns.
 
         Returns:
-            The next token of each row, step by step. Tokens after a row's end mean nothing.
+            The next token of each row, step by step. Tokens after a row's end mean nothing, and
+            `NOT_FINITE` or `NO_TOKEN` ends a row for which none can be chosen.
         """
         lag = LAG if self._token_ids.is_cuda else 0
         queued = deque(self._step_result() for _ in range(min(lag, self._max_new_tokens)))
@@ -95,11 +104,21 @@ class DecodeLoop:
         while queued:
             yield _arrived(*queued.popleft())
 
+    @torch.no_grad()
     def _advance(self) -> None:
+        logits = self._replay_or_run(self._step if self._processors is None else self._forward)
+        if self._processors is not None:
+            assert logits is not None
+            self._runner.cache.tainted |= ~logits.amax(-1, keepdim=True).isfinite()
+            self._choose(self._processors(logits))
+            self._processors.append(self._token_ids)
+
+    def _replay_or_run(self, step: Callable[[], Tensor | None]) -> Tensor | None:
+        """Run the part of a step that can be captured, from its graph where there is one."""
         if not self._token_ids.is_cuda or self.no_graph_reason:
-            return self._step()
-        kernels = tuple(self._runner.decode_kernels.values())
-        if kernels not in self._graphs:
+            return step()
+        key = (self._processors is None, tuple(self._runner.decode_kernels.values()))
+        if key not in self._graphs:
             state = (
                 self._runner.placed.slots,
                 self._token_ids,
@@ -107,7 +126,7 @@ class DecodeLoop:
                 self._step_number,
             )
             try:
-                self._graphs[kernels] = DecodeGraph(self._step, state)
+                self._graphs[key] = DecodeGraph(step, state)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -117,15 +136,26 @@ class DecodeLoop:
                     FlexMaskWarning,
                     stacklevel=2,
                 )
-                return self._step()
-        return self._graphs[kernels].replay()
+                return step()
+        return self._graphs[key].replay()
 
-    @torch.no_grad()
     def _step(self) -> None:
-        logits = self._runner.decode(self._token_ids)
+        self._choose(self._forward())
+
+    def _forward(self) -> Tensor:
+        return self._runner.decode(self._token_ids)
+
+    def _choose(self, logits: Tensor) -> None:
+        """Choose a token for each row, and feed it to the next step."""
         if self._fusion is not None:
             logits = self._fusion(logits)
-        state = (self._token_ids, self._has_ended, self._step_number)
+        state = (
+            self._runner.cache.tainted,
+            self._reported,
+            self._token_ids,
+            self._has_ended,
+            self._step_number,
+        )
         if self._sampler.is_greedy and logits.is_cuda:
             with compile_settings(logits.device):
                 return _compiled_end_of_step()(logits, self._eos, *state)
@@ -134,23 +164,35 @@ class DecodeLoop:
     def _step_result(self) -> _StepResult:
         """Queue a step, and the copy of its tokens to the host."""
         self._advance()
-        if not self._token_ids.is_cuda:
-            return self._token_ids.clone(), None
-        tokens = torch.empty(self._token_ids.shape, dtype=torch.long, pin_memory=True)
-        tokens.copy_(self._token_ids, non_blocking=True)
+        if not self._reported.is_cuda:
+            return self._reported.clone(), None
+        tokens = torch.empty(self._reported.shape, dtype=torch.long, pin_memory=True)
+        tokens.copy_(self._reported, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return tokens, event
 
 
 def _take(
-    chosen: Tensor, eos: Tensor, token_ids: Tensor, has_ended: Tensor, step_number: Tensor
+    chosen: Tensor,
+    eos: Tensor,
+    tainted: Tensor,
+    reported: Tensor,
+    token_ids: Tensor,
+    has_ended: Tensor,
+    step_number: Tensor,
 ) -> None:
-    """Feed the next step: a row that has ended repeats its last token."""
+    """Report what was chosen and feed the next step; a row that has ended repeats its last token.
+
+    A row for which no token can be chosen ends too, and goes on with token 0, which means nothing.
+    """
+    tainted |= chosen < 0
     chosen = torch.where(has_ended, token_ids, chosen)
+    has_ended |= chosen < 0
     if len(eos):
         has_ended |= torch.isin(chosen, eos)
-    token_ids.copy_(chosen)
+    reported.copy_(chosen)
+    token_ids.copy_(chosen.clamp(min=0))
     step_number += 1
 
 

@@ -14,12 +14,14 @@ from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.engine.batch_runner import RunOptions
 from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.loading import load_model
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prompts import Job, PromptPlanner
 from flexmask.engine.run import GenerationRun
 from flexmask.engine.run_stats import RunStats
+from flexmask.engine.turns import TURN, Occupancy
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
@@ -39,7 +41,11 @@ BATCHES_PER_WINDOW = 16
 
 
 class Engine:
-    """Generates under mask strategies with one model."""
+    """Generates under mask strategies with one model.
+
+    Several runs of one engine may be under way, in one thread or in several: they take turns, a
+    batch each, and give what each of them gives alone.
+    """
 
     def __init__(
         self,
@@ -63,7 +69,9 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.mask_cache = BlockMaskCache()
-        self.runner = ModelRunner(model, self.mask_cache, prefill_kernel)
+        self.occupancy = Occupancy()
+        with TURN:
+            self.runner = ModelRunner(model, self.mask_cache, prefill_kernel)
         self._loop_key: object = None
         self._loop: DecodeLoop | None = None
 
@@ -95,12 +103,13 @@ class Engine:
             CompilerError: If torch.compile finds no compiler.
         """
         target = resolve_device(device)
-        loaded = load_model(
-            model,
-            device=target,
-            dtype=resolve_dtype(dtype, target),
-            trust_remote_code=trust_remote_code,
-        )
+        with TURN:
+            loaded = load_model(
+                model,
+                device=target,
+                dtype=resolve_dtype(dtype, target),
+                trust_remote_code=trust_remote_code,
+            )
         return cls(*loaded, prefill_kernel=prefill_kernel)
 
     def generate(
@@ -124,7 +133,8 @@ class Engine:
         its ``request`` says which (`Request.alone`).
 
         Requests are tokenized and checked some batches ahead, the first of them at once;
-        batches run as the result is iterated.
+        batches run as the result is iterated. What the model's generation config asks for beside
+        sampling applies (`GenerationRules`).
 
         Args:
             requests: What to generate for.
@@ -140,8 +150,9 @@ class Engine:
                 ``<eos>``, as that token, which may end a turn. By default it is text like any
                 other, and a warning counts the requests that hold some.
             answer_of: Cuts from a generation the answer that the fusion ``vote`` counts.
-            on_refused: Called with each request that cannot be tokenized or exceeds the model's
-                context, which is then left out; None raises.
+            on_refused: Called with each request that cannot be tokenized, exceeds the model's
+                context or gets logits that are NaN or infinite, which is then left out; None
+                raises.
 
         Raises:
             RequestError: If a request is refused and there is no ``on_refused``.
@@ -149,6 +160,7 @@ class Engine:
             OptionError: If an option has an impossible value.
             StrategyError: If there is no strategy of that name.
             TypeError: If requests, stop or sampling are of another type.
+            ModelError: If the model's generation config cannot be applied.
         """
         if isinstance(strategy, str):
             strategy = make_strategy(strategy, {})
@@ -180,10 +192,12 @@ class Engine:
         )  # fmt: skip
         size = BATCHES_PER_WINDOW * (batch_size or self._largest_batch())
         windows = planner.windows(requests, size)
+        rules = self.generation_rules()
+        all_stops = (*stop, *rules.stop_strings)
         options = RunOptions(
-            max_new_tokens, sampling or Sampling(), tuple(stop), fusion, answer_of
+            max_new_tokens, rules, sampling or Sampling(), all_stops, fusion, answer_of
         )
-        return GenerationRun(self, strategy, tokenizer, windows, options, batch_size)
+        return GenerationRun(self, strategy, tokenizer, windows, options, batch_size, on_refused)
 
     def warm_up(
         self,
@@ -218,8 +232,11 @@ class Engine:
         layout = strategy.layout(TokenizedRequest((), segments, (0,)))
         capacity = bucketed_capacity(len(layout) + max_new_tokens)
         rows = batch_size or self.auto_batch_size(self._largest_batch(), capacity)
-        window = [Job(number, Request(("-",)), (layout,), ("",)) for number in range(rows)]
-        options = RunOptions(max_new_tokens)
+        window = [
+            Job(number, Request(("-",), uuid="warm-up"), (layout,), ("",))
+            for number in range(rows)
+        ]
+        options = RunOptions(max_new_tokens, self.generation_rules())
         tokenizer = RequestTokenizer(self.tokenizer)
         run = GenerationRun(self, strategy, tokenizer, iter([window]), options, rows)
         for _ in run.batches():
@@ -263,7 +280,7 @@ class Engine:
     ) -> DecodeLoop:
         """Make ready for batches of one size; what is there already is used again."""
         is_new = self.runner.prepare(strategy, batch_size, capacity)
-        chosen_by = (options.sampling, options.max_new_tokens, self.eos_token_ids())
+        chosen_by = (options.sampling, options.max_new_tokens, options.rules.eos_token_ids)
         fused = (options.fusion, group_size) if options.fusion.is_of_logits else None
         if is_new or self._loop is None or self._loop_key != (chosen_by, fused):
             self._loop_key = (chosen_by, fused)
@@ -276,15 +293,13 @@ class Engine:
         self._loop_key = self._loop = None
         self.runner.release()
 
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a row: those of the generation config, else the tokenizer's."""
-        config = self.model.generation_config
-        ids = self.tokenizer.eos_token_id if config is None else config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        if ids is None:
-            return frozenset()
-        return frozenset([ids] if isinstance(ids, int) else ids)
+    def generation_rules(self) -> GenerationRules:
+        """What the model's generation config asks for, as it is now.
+
+        Raises:
+            ModelError: If it cannot be applied.
+        """
+        return GenerationRules.of(self.model, self.tokenizer)
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

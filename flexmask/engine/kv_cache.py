@@ -15,6 +15,9 @@ class KVCache:
     """The buffers ``key_cache`` and ``value_cache`` of each attention module, `(B, H_kv, S, D)`.
 
     Views of one model share them.
+
+    Attributes:
+        tainted: ``(B, 1)``, true where a row may hold NaN or infinity; who computes sets it.
     """
 
     def __init__(
@@ -31,11 +34,13 @@ class KVCache:
         self._shapes = shapes
         self._dtype = dtype
         self._bound = (0, 0)
+        self.tainted = torch.zeros(0, 1, dtype=torch.bool)
 
     def bind(self, batch_size: int, capacity: int) -> None:
         """Replace the buffers by zeros for ``batch_size`` rows of ``capacity`` slots."""
         device = next(self._views[0].parameters()).device
         self._bound = (batch_size, capacity)
+        self.tainted = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
         for name, shape in self._shapes.items():
             size = (batch_size, shape.num_kv_heads, capacity)
             key = torch.zeros(*size, shape.key_dim, dtype=self._dtype, device=device)
@@ -44,6 +49,18 @@ class KVCache:
                 module = view.get_submodule(name)
                 module.register_buffer("key_cache", key, persistent=False)
                 module.register_buffer("value_cache", value, persistent=False)
+
+    def clear_if_tainted(self) -> None:
+        """Set keys and values to zero where they are, if `tainted` says so; asks the device.
+
+        A slot that a mask leaves out still counts if it holds NaN: zero times NaN is NaN.
+        """
+        if not self.tainted.any():
+            return
+        self.tainted.zero_()
+        for buffers in self._layers():
+            for buffer in buffers:
+                buffer.zero_()
 
     @property
     def num_bytes(self) -> int:

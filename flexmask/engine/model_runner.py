@@ -182,6 +182,7 @@ class ModelRunner:
         placed.load(plan)
         if not placed.see_only_themselves([[0]], length, plan.kv_length):
             return False
+        self.cache.clear_if_tainted()
         self._compute(plan)
         values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
         self.shared_prefix = SharedPrefix(layout.token_ids[:length], values)
@@ -251,6 +252,7 @@ class ModelRunner:
         placed.slots.copy_(torch.tensor(plan.counts))
         # Before the computation is queued, because asking waits for the device.
         self.decode_kernels = placed.decode_kernels()
+        self.cache.clear_if_tainted()
         if any(plan.starts):
             if placed.see_only_themselves(plan.starts, plan.shared_length, plan.kv_length):
                 assert self.shared_prefix is not None
@@ -281,12 +283,16 @@ class ModelRunner:
         compute = self._prefill_model.base_model
         with compile_settings(self.device):
             try:
-                compute(prefill_kernel=self.prefill_kernel, **arguments)
+                output = compute(prefill_kernel=self.prefill_kernel, **arguments)
             except InductorError as error:
                 if self.prefill_kernel != "flash":
                     raise
                 self.prefill_kernel = self._kernels.replace_flash(placed.strategy, error)
-                compute(prefill_kernel=self.prefill_kernel, **arguments)
+                output = compute(prefill_kernel=self.prefill_kernel, **arguments)
+        # A key or value that is no number makes its token's hidden state none.
+        hidden: Tensor = output.last_hidden_state
+        largest, smallest = hidden.amax((1, 2)), hidden.amin((1, 2))
+        self.cache.tainted[:rows, 0] |= ~(largest.isfinite() & smallest.isfinite())
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE
 from flexmask.generation import FinishReason, Generation
 from flexmask.request import Request
 from flexmask.tokenization import RequestTokenizer
+
+FAULTS = {
+    NOT_FINITE: "the model's logits hold NaN or infinity; check its weights, and load it in "
+    "bfloat16 or float32 if it runs in float16",
+    NO_TOKEN: "every token is excluded, by the model's logits or by its generation config; "
+    "correct its generation_config.json",
+}
+"""Why no token can be chosen, by what stands for the token."""
 
 
 class Row:
@@ -14,6 +23,7 @@ class Row:
 
     Attributes:
         finish_reason: Why no more are taken; None while they are.
+        fault: Why the next token could not be chosen; empty if all could.
     """
 
     def __init__(
@@ -37,10 +47,23 @@ class Row:
         self._eos_token_ids = eos_token_ids
         self._token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.fault = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no more tokens are taken."""
+        return bool(self.finish_reason or self.fault)
 
     def append(self, token_id: int) -> None:
-        """Take in the next token, which means nothing if the row is complete."""
-        if self.finish_reason:
+        """Take in the next token, which means nothing if the row is complete.
+
+        Args:
+            token_id: The token, or a key of `FAULTS`.
+        """
+        if self.is_complete:
+            return
+        if token_id in FAULTS:
+            self.fault = f"token {len(self._token_ids) + 1}: {FAULTS[token_id]}"
             return
         self._token_ids.append(token_id)
         if token_id in self._eos_token_ids:

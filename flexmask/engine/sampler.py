@@ -20,6 +20,12 @@ from flexmask.sampling import Sampling
 
 NUM_CHUNKS = 128
 
+NOT_FINITE = -1
+"""Stands for the token of a row whose largest logit is NaN or infinity."""
+
+NO_TOKEN = -2
+"""Stands for the token of a row whose logits are all minus infinity."""
+
 
 class Sampler:
     """Chooses tokens for the rows of a batch, from buffers that stay in place."""
@@ -63,7 +69,7 @@ class Sampler:
             step: ``(1,)`` number of the token within the generation.
 
         Returns:
-            Token ids ``(B, 1)``.
+            Token ids ``(B, 1)``; `NOT_FINITE` or `NO_TOKEN` where no token can be chosen.
         """
         if self.is_greedy:
             return most_likely(logits)
@@ -72,16 +78,35 @@ class Sampler:
         cumulative = scores.double().softmax(-1).cumsum(-1)
         targets = self._uniforms.index_select(1, step) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, targets, right=True)
-        return chosen.clamp(max=logits.shape[-1] - 1)
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)
+        return _where_finite(logits.amax(-1, keepdim=True), chosen)
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """Argmax in two steps, because torch gives a row of logits to few programs on CUDA."""
+    """Argmax in two steps, because torch gives a row of logits to few programs on CUDA.
+
+    Args:
+        logits: ``(B, V)``.
+
+    Returns:
+        Token ids ``(B, 1)``; `NOT_FINITE` or `NO_TOKEN` where no token can be chosen.
+    """
     batch_size, vocab_size = logits.shape
     chunks = math.gcd(vocab_size, NUM_CHUNKS)
     largest, index = logits.view(batch_size, chunks, -1).max(-1)
     chunk = largest.argmax(-1, keepdim=True)
-    return chunk * (vocab_size // chunks) + index.gather(1, chunk)
+    chosen = chunk * (vocab_size // chunks) + index.gather(1, chunk)
+    return _where_finite(largest.amax(-1, keepdim=True), chosen)
+
+
+def _where_finite(largest: Tensor, chosen: Tensor) -> Tensor:
+    """Keep the choice of a row whose largest logit is a number.
+
+    A maximum is NaN where any logit is, so it tells all of a row; single logits of minus infinity
+    are how a model or a processor excludes tokens.
+    """
+    unusable = torch.where(largest == -torch.inf, NO_TOKEN, NOT_FINITE)
+    return torch.where(largest.isfinite(), chosen, unusable)
 
 
 def _uniforms(seed: int, row_seed: str, count: int) -> Tensor:

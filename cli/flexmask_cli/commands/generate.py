@@ -192,7 +192,7 @@ def generate(
                 **options.for_engine(),
             )
             if verbose:
-                render.print_notes(engine, chosen, fused, run.generations.stats)
+                render.print_notes(engine, chosen, fused, run.generations)
             shown = _run(run, writer, is_quiet=quiet)
             if verbose:
                 render.print_kernels(engine)

@@ -1,0 +1,259 @@
+"""The rules in a model's generation config: which logits it changes and what ends a row.
+
+They are applied as transformers' `generate` applies them with ``do_sample=False``. Everything
+private to transformers that this needs is in this module: `_get_logits_processor`,
+`_get_generation_parameters`, `_get_default_generation_params` and the attribute
+``_eos_token_tensor``, as they are in 5.17 and 5.24.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flexmask.errors import FlexMaskWarning, ModelError
+
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+"""Fields that only count where `generate` samples."""
+
+REFUSED = {
+    "num_beams": ("beam search", 1),
+    "constraints": ("constrained beam search", None),
+    "force_words_ids": ("constrained beam search", None),
+    "dola_layers": ("DoLa decoding", None),
+    "assistant_ensemble_weight": ("decoding with an assistant's probabilities", None),
+    "guidance_scale": ("guidance by a second, unconditional pass", 1),
+    "token_healing": ("token healing", False),
+    "max_time": ("a limit of time", None),
+}
+"""Fields that change the tokens of `generate` in a way that flexmask does not compute, with the
+name of that way and the value that asks for nothing."""
+
+_PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
+"""What processors raise for values that they cannot take."""
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """What a model's generation config asks for, read once for each run.
+
+    Applied: ``repetition_penalty``, ``no_repeat_ngram_size`` and their ``encoder_`` forms, which
+    look at the prompt, ``bad_words_ids``, ``sequence_bias``, ``suppress_tokens``,
+    ``begin_suppress_tokens``, ``min_length``, ``min_new_tokens``, ``forced_bos_token_id``,
+    ``forced_eos_token_id``, ``exponential_decay_length_penalty``, ``remove_invalid_values``,
+    ``renormalize_logits``, ``watermarking_config``, and whatever else the model's own class adds;
+    also ``eos_token_id`` and ``stop_strings``. Refused: `REFUSED`, and ``penalty_alpha`` where
+    `generate` would search contrastively. Ignored: `SAMPLING_FIELDS`, since how to sample is an
+    option of the run; ``max_length`` and ``max_new_tokens``, since the length is too; what only
+    matters for several beams, several sequences or speed.
+
+    Attributes:
+        model: The model.
+        eos_token_ids: Tokens that end a row.
+        stop_strings: Strings that do.
+        config: A copy of the generation config as it was, without sampling; None where a model
+            has none, which asks for nothing.
+        applied: The processors that it asks for, by class name.
+        sampling: Values other than the defaults by which `generate` would sample; None where it
+            would not.
+    """
+
+    model: PreTrainedModel
+    eos_token_ids: frozenset[int]
+    stop_strings: tuple[str, ...] = ()
+    config: GenerationConfig | None = field(default=None, repr=False)
+    applied: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Read the rules of a model.
+
+        Tokens that end a row are those of the generation config, else the tokenizer's; an empty
+        list ends none.
+
+        Raises:
+            ModelError: If the generation config holds what cannot be applied.
+        """
+        config = copy.deepcopy(model.generation_config)
+        eos_token_ids = _eos_token_ids(config, model, tokenizer)
+        if config is None:
+            return cls(model, eos_token_ids)
+        _refuse_misplaced(model)
+        try:
+            _refuse_unsupported(config)
+            stop, sampling = _stop_strings(config), _sampling_of(config)
+            # Values of another way to generate would change which processors there are.
+            config.do_sample, config.num_beams, config.num_return_sequences = False, 1, 1
+            rules = cls(model, eos_token_ids, stop, config, sampling=sampling)
+            return replace(rules, applied=rules._try_processors())
+        except _PROCESSOR_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"the model's generation config cannot be applied: {reason}; "
+                "correct its generation_config.json"
+            ) from error
+
+    @property
+    def keeps_invalid_values(self) -> bool:
+        """Whether NaN and infinite logits stay what they are, and are an error."""
+        return self.config is None or self.config.remove_invalid_values is not True
+
+    def processors(
+        self, prompt: Sequence[int], max_new_tokens: int, device: torch.device
+    ) -> LogitsProcessorList:
+        """The processors that `generate` would use for a prompt alone, which may have state.
+
+        Args:
+            prompt: Its token ids.
+            max_new_tokens: Most tokens that follow it.
+            device: Where its logits are.
+        """
+        if self.config is None:
+            return LogitsProcessorList()
+        config, length = copy.copy(self.config), len(prompt)
+        eos = sorted(self.eos_token_ids)
+        cast(Any, config)._eos_token_tensor = torch.tensor(eos, device=device) if eos else None
+        config.max_length = length + max_new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = length + config.min_new_tokens
+        make_processors: Callable[..., LogitsProcessorList] = cast(
+            Any, self.model
+        )._get_logits_processor
+        return make_processors(
+            generation_config=config,
+            input_ids_seq_length=length,
+            encoder_input_ids=torch.tensor([list(prompt)], device=device),
+            device=device,
+            model_kwargs={},
+        )
+
+    def _try_processors(self) -> tuple[str, ...]:
+        """Apply the processors once to made-up logits, so that impossible values show at once.
+
+        Done on the CPU, where an index out of range is an exception and nothing worse.
+        """
+        vocab_size = self.model.config.get_text_config().vocab_size
+        # One prompt token and one new one: the first token and the last one in a single step.
+        processors = self.processors([0], 1, torch.device("cpu"))
+        apply_processors(processors, torch.zeros(1, 1).long(), torch.zeros(1, vocab_size))
+        return tuple(type(processor).__name__ for processor in processors)
+
+
+def apply_processors(processors: LogitsProcessorList, token_ids: Tensor, logits: Tensor) -> Tensor:
+    """Apply the processors of one row.
+
+    Args:
+        processors: Those of its prompt.
+        token_ids: ``(1, S)``, prompt and generated tokens so far.
+        logits: ``(1, V)`` in float32.
+
+    Returns:
+        Scores ``(1, V)``.
+    """
+    return processors(cast(torch.LongTensor, token_ids), cast(torch.FloatTensor, logits))
+
+
+def _refuse_misplaced(model: PreTrainedModel) -> None:
+    """Refuse what `generate` refuses: its fields in the config of the model itself."""
+    if misplaced := model.config._get_generation_parameters():
+        name = next(iter(misplaced))
+        raise ModelError(
+            f"the model's config holds {name}, which belongs to its generation config; "
+            f"set model.generation_config.{name} instead"
+        )
+
+
+def _refuse_unsupported(config: GenerationConfig) -> None:
+    for name, (meaning, neutral) in REFUSED.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise ModelError(
+                f"the model's generation config asks for {meaning} ({name}={value!r}), which "
+                f"flexmask does not do; set its {name} to {neutral}"
+            )
+    alpha, top_k = getattr(config, "penalty_alpha", None), config.top_k
+    if alpha is not None and alpha > 0 and (top_k is None or top_k > 1):
+        raise ModelError(
+            f"the model's generation config asks for contrastive search (penalty_alpha={alpha!r}),"
+            " which flexmask does not do; set its penalty_alpha to None"
+        )
+
+
+def _sampling_of(config: GenerationConfig) -> dict[str, Any] | None:
+    if config.do_sample is not True:
+        return None
+    defaults = config._get_default_generation_params()
+    values = {name: getattr(config, name, None) for name in SAMPLING_FIELDS}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and value != defaults.get(name)
+    }
+
+
+def _stop_strings(config: GenerationConfig) -> tuple[str, ...]:
+    stop = config.stop_strings
+    strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ModelError(
+            f"stop_strings of the model's generation config must be texts, got {stop!r}; "
+            "correct its generation_config.json"
+        )
+    return tuple(strings)
+
+
+def _eos_token_ids(
+    config: GenerationConfig | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    named = None if config is None else _token_ids(config.eos_token_id)
+    if named is None:
+        named = _token_ids(tokenizer.eos_token_id) or ()
+    vocab_size = model.config.get_text_config().vocab_size
+    known = frozenset(token_id for token_id in named if 0 <= token_id < vocab_size)
+    if unknown := sorted(set(named) - known):
+        warnings.warn(
+            f"eos_token_id {', '.join(map(str, unknown))} is none of the model's {vocab_size} "
+            "tokens, so it ends no row",
+            FlexMaskWarning,
+            stacklevel=2,
+        )
+    return known
+
+
+def _token_ids(value: Any) -> tuple[int, ...] | None:
+    """Token ids as a config gives them: one, several, a tensor of them, or None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if value is None:
+        return None
+    ids = [value] if isinstance(value, int) else value
+    if not isinstance(ids, (list, tuple, set, frozenset)) or not all(
+        isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids
+    ):
+        raise ModelError(
+            f"eos_token_id must be a token id or a list of them, got {value!r}; "
+            "correct the model's generation_config.json"
+        )
+    return tuple(ids)

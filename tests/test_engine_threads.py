@@ -1,0 +1,243 @@
+"""One engine for several runs: in several threads, and alternately in one."""
+
+import copy
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from flexmask.demo import model_path
+from flexmask.engine import Engine
+from flexmask.errors import FlexMaskWarning, ModelError, RequestError
+from flexmask.request import Request
+from flexmask.sampling import Sampling
+from flexmask.tokenization import RequestTokenizer
+from oracles import make_model, random_words
+from oracles import random_text_request as request
+
+REQUESTS = [request(seed, 1 + seed % 4, 5 + 3 * seed) for seed in range(7)]
+WITH_PREFIX = [dataclasses.replace(one, prefix=random_words(77, 30)) for one in REQUESTS]
+KINDS = {
+    "isolated": (REQUESTS, {"strategy": "ensemble_isolation", "batch_size": 3}),
+    "causal": (REQUESTS[::-1], {"strategy": "causal", "batch_size": 2}),
+    "prefix": (WITH_PREFIX, {"strategy": "ensemble_isolation", "batch_size": 3}),
+    "fused": (REQUESTS[:3], {"strategy": "causal", "batch_size": 3, "fusion": "mean"}),
+    "hot": (REQUESTS, {"strategy": "causal", "batch_size": 3, "sampling": Sampling(2.0, seed=1)}),
+}
+
+
+def start(engine, kind, **more):
+    requests, options = KINDS[kind]
+    return engine.generate(requests, **{"max_new_tokens": 4} | options | more)
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    """What each kind of run gives when no other is under way."""
+    return {kind: list(start(engine, kind)) for kind in KINDS}
+
+
+def overlapping(run):
+    """A run that starts a batch before it hands out the one before, as on a GPU."""
+    run._overlaps = True
+    return run
+
+
+def in_threads(*tasks):
+    """Run tasks at the same time; their results, or what they raise."""
+    together = threading.Barrier(len(tasks))
+
+    def after_all_are_there(task):
+        together.wait()
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return [future.result() for future in [pool.submit(after_all_are_there, t) for t in tasks]]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("isolated", "isolated"), ("isolated", "causal", "fused"), ("prefix", "hot")],
+    ids=str,
+)
+def test_runs_in_several_threads_give_what_each_gives_alone(engine, alone, kinds):
+    tasks = [lambda kind=kind: list(start(engine, kind)) for kind in kinds]
+    for _ in range(2):
+        assert in_threads(*tasks) == [alone[kind] for kind in kinds]
+
+
+@pytest.mark.parametrize("change", [lambda run: run, overlapping], ids=["cpu", "overlapping"])
+def test_runs_iterated_alternately_give_what_each_gives_alone(engine, alone, change):
+    kinds = ["isolated", "prefix", "causal", "fused", "hot"]
+    runs = [change(start(engine, kind)) for kind in kinds]
+    rows = list(zip_longest(*runs))
+    for kind, column in zip(kinds, zip(*rows, strict=True), strict=True):
+        assert [one for one in column if one is not None] == alone[kind]
+
+
+def test_what_is_counted_of_a_run_is_its_own(engine):
+    lone = start(engine, "prefix")
+    list(lone)
+    other, run = start(engine, "causal"), start(engine, "prefix")
+    for _ in zip_longest(other, run):
+        pass
+    names = ("rows", "prompt_tokens", "generated_tokens", "compilations", "halvings")
+    for name in names:
+        assert getattr(run.stats, name) == getattr(lone.stats, name), name
+    lookups = [each.stats.mask_hits + each.stats.mask_misses for each in (run, lone)]
+    assert lookups[0] >= lookups[1]
+    assert other.stats.compilations == 0
+
+
+def test_several_threads_may_share_one_run(engine, alone):
+    run = start(engine, "isolated")
+    parts = in_threads(lambda: list(run), lambda: list(run))
+    rows = {one.request.uuid: one for one in parts[0] + parts[1]}
+    assert len(parts[0] + parts[1]) == len(rows)
+    assert [rows[asked.uuid] for asked in REQUESTS] == alone["isolated"]
+
+
+def test_an_abandoned_run_and_one_whose_reader_fails_stop_no_other(engine, alone):
+    abandoned, failing = overlapping(start(engine, "prefix")), overlapping(start(engine, "causal"))
+    assert next(abandoned.batches())
+    with pytest.raises(ZeroDivisionError):
+        for _ in failing:
+            raise ZeroDivisionError
+    assert list(start(engine, "isolated")) == alone["isolated"]
+    del abandoned
+    assert in_threads(lambda: list(start(engine, "isolated"))) == [alone["isolated"]]
+
+
+def test_requests_may_come_from_another_run_of_the_engine(engine, alone):
+    def longer(generations):
+        for generation in generations:
+            yield dataclasses.replace(generation.request, suffix=f"t9 {generation.text} t8")
+
+    options = {"max_new_tokens": 3, "batch_size": 2}
+    want = list(engine.generate(longer(alone["isolated"]), "causal", **options))
+    chained = longer(overlapping(start(engine, "isolated")))
+    assert list(overlapping(engine.generate(chained, "causal", **options))) == want
+
+
+def test_memory_that_runs_out_in_one_run_leaves_the_other_right(engine, alone, monkeypatch):
+    prefill = engine.runner.prefill
+
+    def prefill_with_little_memory(plan):
+        if len(plan.layouts) > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return prefill(plan)
+
+    monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
+    large = overlapping(start(engine, "prefix", batch_size=4))
+    small = overlapping(start(engine, "causal"))
+    with pytest.warns(FlexMaskWarning, match="4 rows at a time become 2"):
+        rows = list(zip_longest(large, small))
+    assert [row[0] for row in rows] == alone["prefix"]
+    assert [row[1] for row in rows] == alone["causal"]
+
+
+def test_a_batch_that_fails_in_the_turn_of_another_run_fails_in_its_own(engine, alone):
+    run = overlapping(start(engine, "prefix"))
+    batches = run.batches()
+    assert next(batches)  # the second batch is running
+
+    def fail(batch):
+        raise RuntimeError("the device is gone")
+
+    run._runner._read = fail
+    assert list(start(engine, "isolated")) == alone["isolated"]
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(batches)
+
+
+def test_a_batch_interrupted_in_the_turn_of_another_run_is_not_mistaken_for_done(engine, alone):
+    run = overlapping(start(engine, "prefix"))
+    batches = run.batches()
+    assert next(batches)
+
+    def interrupt(batch):
+        raise KeyboardInterrupt
+
+    run._runner._read = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(start(engine, "isolated"))
+    assert list(start(engine, "isolated")) == alone["isolated"]
+    with pytest.raises(ModelError, match="interrupted while it finished a batch of this one"):
+        list(batches)
+
+
+def test_a_request_refused_in_the_turn_of_another_run_is_told_to_its_own(engine, alone):
+    refused = []
+    bad = Request(("t9 t8",), uuid="bad")
+    requests = [*REQUESTS, bad]
+    options = {"max_new_tokens": 4, "batch_size": 3}
+    run = engine.generate(
+        requests, "causal", on_refused=lambda *pair: refused.append(pair), **options
+    )
+    batches = overlapping(run).batches()
+    kept = next(batches) + next(batches)
+    loop = run._runner._running.steps
+    spoilt = [[-1] * len(tokens) for tokens in loop]
+    run._runner._running = dataclasses.replace(run._runner._running, steps=iter(spoilt))
+    assert list(start(engine, "isolated")) == alone["isolated"]
+    assert refused == []
+    kept += [one for batch in batches for one in batch]
+    assert all(isinstance(error, RequestError) for _, error in refused)
+    assert bad in [asked for asked, _ in refused]
+    assert len(kept) + len(refused) == len(requests)
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu_take_turns_too(models, tokenizer):
+    engine = Engine(models("llama", "flexmask", "cuda"), tokenizer)
+    kinds = ["isolated", "prefix", "causal", "fused", "hot"]
+    lone = {kind: list(start(engine, kind)) for kind in kinds}
+    tasks = [lambda kind=kind: list(start(engine, kind)) for kind in kinds]
+    another = lambda: list(start(Engine(engine.model, tokenizer), "isolated"))  # noqa: E731
+    assert in_threads(*tasks, another) == [*lone.values(), lone["isolated"]]
+    rows = list(zip_longest(*(start(engine, kind) for kind in kinds)))
+    for kind, column in zip(kinds, zip(*rows, strict=True), strict=True):
+        assert [one for one in column if one is not None] == lone[kind]
+
+
+def test_two_engines_work_in_two_threads(engine, alone, tokenizer):
+    models = [make_model("llama", "flexmask") for _ in range(2)]  # by torch's one generator
+    first, second = (
+        lambda model=model: list(start(Engine(model, tokenizer), "isolated")) for model in models
+    )
+    results = in_threads(first, lambda: list(start(engine, "prefix")), second)
+    assert results == [alone["isolated"], alone["prefix"], alone["isolated"]]
+
+
+@pytest.mark.parametrize("change", ["padding", "truncation"])
+def test_a_tokenizer_that_another_thread_sets_up_changes_no_tokens(tokenizer, monkeypatch, change):
+    shared = copy.deepcopy(tokenizer)
+    set_up = type(shared).set_truncation_and_padding
+
+    def set_up_and_be_interrupted(self, *args, **options):
+        set_up(self, *args, **options)
+        if self is shared and change == "padding":
+            self.backend_tokenizer.enable_padding(length=64)
+        elif self is shared:
+            self.backend_tokenizer.enable_truncation(3)
+
+    monkeypatch.setattr(type(shared), "set_truncation_and_padding", set_up_and_be_interrupted)
+    tokenize = RequestTokenizer(shared)
+    assert len(shared("t4 t5 t6 t7")["input_ids"]) in (3, 64)
+    for asked in REQUESTS:
+        assert tokenize(asked) == RequestTokenizer(tokenizer)(asked)
+
+
+def test_engines_may_be_loaded_while_another_runs(engine, alone):
+    def load():
+        return Engine.from_pretrained(str(model_path()), device="cpu", dtype="bfloat16").model
+
+    first, rows, second = in_threads(load, lambda: list(start(engine, "isolated")), load)
+    assert rows == alone["isolated"]
+    assert torch.get_default_dtype() == torch.float32
+    for name, weight in first.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, second.get_parameter(name))
