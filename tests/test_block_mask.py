@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from torch.nn.attention.flex_attention import create_block_mask as torch_create_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmask.block_mask import DecodeRowMask, create_block_mask, explain_mask, tile_classifier
+from flexmask.block_mask.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals import exact_index
+from flexmask.block_mask.tile_states import Axis
 from flexmask.errors import MaskError
 from mask_grammar import CallableMask, RandomMask, random_masks
 
@@ -507,9 +511,247 @@ def test_flex_attention_gives_the_same_with_either_mask() -> None:
     assert torch.equal(*outputs)
 
 
-# Illegal masks.
+# Rows of captured tensors.
 
 short = torch.arange(100)
+rows_of_ids = torch.stack((torch.arange(300) // 60, torch.arange(300) // 45))
+pairs_of_ends = torch.tensor([[0, 100], [50, 300]])
+kept = torch.tensor([[[0, 2], [1, 4], [0, 3], [2, 3], [4, 1]]]).expand(2, 2, 5, 2).contiguous()
+three = torch.tensor([[7, 90, 200], [30, 31, 299]])
+
+
+def in_order(pair: Any, k: Any) -> Any:
+    start, end = pair
+    return (k >= start) & (k < end)
+
+
+def first_and_last(values: Any, q: Any, k: Any) -> Any:
+    first, *others = values
+    return (k >= first) | (q < others[-1])
+
+
+def before_any(values: Any, q: Any, k: Any) -> Any:
+    allowed = q >= k
+    for value in values:
+        allowed = allowed | (k < value)
+    return allowed
+
+
+ROWS_WITH_RULES: dict[str, MaskMod] = {
+    "unpacked": lambda b, h, q, k: in_order(pairs_of_ends[b], k),
+    "unpacked with a star": lambda b, h, q, k: first_and_last(three[b], q, k),
+    "iterated": lambda b, h, q, k: before_any(three[b], q, k),
+    "listed": lambda b, h, q, k: in_order(list(pairs_of_ends[b]), k),
+    "enumerated": lambda b, h, q, k: dict(enumerate(three[b]))[1] > k,
+    "unbound": lambda b, h, q, k: in_order(pairs_of_ends[b].unbind(), k),
+    "unbound by torch": lambda b, h, q, k: in_order(torch.unbind(pairs_of_ends[b]), k),
+    "rows of rows": lambda b, h, q, k: in_order(next(iter(kept[b]))[q // 64], k // 64),
+    "last entry": lambda b, h, q, k: pairs_of_ends[b][-1] > k,
+    "cast": lambda b, h, q, k: rows_of_ids.int()[b].long()[q] == rows_of_ids[b][k],
+    "cast twice": lambda b, h, q, k: pairs_of_ends[b].bool().long()[0] <= k,
+    "cast to another's dtype": lambda b, h, q, k: rows_of_ids[b].to(q)[q] >= k // 60,
+    "cast and unpacked": lambda b, h, q, k: in_order(pairs_of_ends[b].float(), k),
+    "shape": lambda b, h, q, k: q + k < rows_of_ids[b].shape[0],
+    "size": lambda b, h, q, k: q + k < rows_of_ids[b].size(-1) - len(rows_of_ids[b]) // 3,
+    "dim": lambda b, h, q, k: q + k < kept[b].dim() * 100 + kept[b, h].ndim,
+    "numel": lambda b, h, q, k: (q >= k) if kept[b].numel() == 20 else (q < k),
+    "dtype": lambda b, h, q, k: (q < k) if kept[b].is_floating_point() else (q >= k),
+    "index of numpy": lambda b, h, q, k: rows_of_ids[np.int64(1)][q] == rows_of_ids[b][k],
+    "numpy first": lambda b, h, q, k: np.int64(70) <= q - k,
+}
+
+ROWS_WITHOUT_RULES: dict[str, MaskMod] = {
+    "view": lambda b, h, q, k: rows_of_ids[b].view(-1)[q] == rows_of_ids[b][k],
+    "reshape": lambda b, h, q, k: rows_of_ids[b].reshape(5, 60)[q // 60, q % 60] == k // 60,
+    "flip": lambda b, h, q, k: rows_of_ids[b].flip(0)[q] == rows_of_ids[b][k],
+    "slice": lambda b, h, q, k: rows_of_ids[b, ::2][q // 2] == rows_of_ids[b][k],
+    "new dimension": lambda b, h, q, k: rows_of_ids[b][None, q][0] == rows_of_ids[b][k],
+    "arithmetic": lambda b, h, q, k: (rows_of_ids[b] + 1)[q] == rows_of_ids[b][k],
+    "comparison": lambda b, h, q, k: (rows_of_ids[b] == 3)[q] | (q >= k),
+    "two rows": lambda b, h, q, k: torch.maximum(rows_of_ids[b], rows_of_ids[h])[q] >= k // 50,
+    "where": lambda b, h, q, k: torch.where(q > k, rows_of_ids[b], 0)[q] == rows_of_ids[b][k],
+    "gather": lambda b, h, q, k: rows_of_ids.gather(1, q.expand(2, 1))[b, 0] == k // 60,
+    "take": lambda b, h, q, k: torch.take(rows_of_ids[b], q) == rows_of_ids[b][k],
+    "split": lambda b, h, q, k: pairs_of_ends[b].split(1)[1][0] > k,
+    "table by a row": lambda b, h, q, k: short[pairs_of_ends[b].clamp(max=99)][1] <= k,
+    "list of an index": lambda b, h, q, k: short[[q // 3]] >= k,
+    "any over the own dimension": lambda b, h, q, k: (kept[b, h, q // 64] == k // 64).any(-1),
+    "any beside another condition": lambda b, h, q, k: (
+        (q >= k) & (kept[b, h, q // 64] == k // 64).any(-1)
+    ),
+    "torch.any": lambda b, h, q, k: torch.any(kept[b, h, q // 64] == k // 64, dim=-1),
+    "all": lambda b, h, q, k: (kept[b, h, q // 64] <= k // 64).all(),
+    "sum": lambda b, h, q, k: (kept[b, h, q // 64] == k // 64).sum(-1) > 0,
+    "amin": lambda b, h, q, k: (kept[b, h, q // 64] - k // 64).abs().amin(-1) < 1,
+    "amax": lambda b, h, q, k: (kept[b, h, q // 64] - k // 64).abs().amax() < 2,
+    "values of min": lambda b, h, q, k: (kept[b, h, q // 64] - k // 64).abs().min(-1).values < 1,
+    "indices of max": lambda b, h, q, k: kept[b, h, q // 64].max(dim=-1)[1] == k // 64,
+    "argmax": lambda b, h, q, k: kept[b, h, q // 64].argmax() == k // 64,
+    "sort": lambda b, h, q, k: kept[b, h, q // 64].sort().values[1] == k // 64,
+    "mean": lambda b, h, q, k: kept[b, h, q // 64].float().mean() < k / 64,
+    "sum in Python": lambda b, h, q, k: sum(pairs_of_ends[b] + 1) - 200 <= k,
+    "isin": lambda b, h, q, k: torch.isin(k // 64, kept[b, h, q // 64]),
+    "searchsorted": lambda b, h, q, k: torch.searchsorted(three[b], q) >= k // 60,
+    "whole table": lambda b, h, q, k: (short == q).any() & (k < short.max()),
+    "stack of comparisons": lambda b, h, q, k: torch.stack((q >= k, k < 10)).any(0),
+    "all of a stack": lambda b, h, q, k: torch.stack([q >= k, k > 10]).all(),
+    "rows of all batch rows": lambda b, h, q, k: (rows_of_ids[:, q] == rows_of_ids[:, k]).all(),
+    "matrix product": lambda b, h, q, k: (kept[b, h, 0] @ kept[b, h, 1]) * 20 > q + k,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch.vmap warns of what it does slowly
+@pytest.mark.parametrize("name", [*ROWS_WITH_RULES, *ROWS_WITHOUT_RULES])
+def test_what_is_asked_of_a_row_of_a_table_is_as_in_torch(name: str) -> None:
+    mask_mod = (ROWS_WITH_RULES | ROWS_WITHOUT_RULES)[name]
+    check(mask_mod, 2, 2, 300, 290, BLOCK_SIZE=64)
+
+
+@pytest.mark.parametrize("name", ROWS_WITH_RULES)
+def test_entries_casts_and_shapes_of_rows_need_no_vmap(name: str) -> None:
+    with mock.patch("torch.vmap", side_effect=AssertionError("a rule is missing")):
+        create_block_mask(ROWS_WITH_RULES[name], 2, 2, 300, 290, "cpu", 64)
+
+
+def test_conditions_beside_a_reduction_still_decide_tiles() -> None:
+    mask_mod = ROWS_WITHOUT_RULES["any beside another condition"]
+    report = explain_mask(mask_mod, 2, 2, 300, 300, "cpu", 32)
+    above_the_diagonal = 2 * 2 * 10 * 9 // 2
+    assert report.decided_by_intervals >= above_the_diagonal
+
+
+def test_a_table_made_anew_at_each_call_is_not_kept() -> None:
+    made = []
+
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        table = torch.arange(300) * 1
+        made.append(weakref.ref(table))
+        return table[q] >= table[k]
+
+    check(mask_mod, None, None, 300, 300, BLOCK_SIZE=16)
+    evaluator = MaskEvaluator(mask_mod, torch.device("cpu"))
+    axis = Axis(0, 300, 16)
+    zero = exact_index(torch.zeros(1, 1, 1, 1, dtype=torch.int64), 1, evaluator)
+    for _ in range(3):
+        cells = (axis.all_cells(torch.arange(400), 16, dim, evaluator) for dim in (2, 3))
+        evaluator.interval_ends(zero, zero, *cells)
+    gc.collect()
+    assert [ref for ref in made if ref() is not None] == []
+
+
+RARE = [torch.uint16, torch.uint32, torch.uint64, torch.complex64]
+RARE += [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", RARE, ids=str)
+def test_tables_of_rare_dtypes_are_exact(dtype: torch.dtype) -> None:
+    values = (torch.arange(300) // 60).to(dtype)
+    as_floats = torch.float32 if not dtype.is_complex else torch.complex64
+    check(lambda b, h, q, k: values[q] == values[k], 1, 1, 300, 290, BLOCK_SIZE=64)
+    check(lambda b, h, q, k: (values[q] != values[k]) & (q >= k), 1, 1, 300, 290, BLOCK_SIZE=64)
+    check(lambda b, h, q, k: values[q].to(as_floats) == values[k].to(as_floats), 1, 1, 300, 290)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float8_e5m2], ids=str)
+def test_tables_of_dtypes_with_an_order_are_bounded_by_intervals(dtype: torch.dtype) -> None:
+    values = (torch.arange(3000) // 600).to(dtype)
+    mask_mod = lambda b, h, q, k: values[q].to(torch.int32) == values[k].to(torch.int32)  # noqa: E731
+    report = explain_mask(mask_mod, 1, 1, 3000, 3000, "cpu")
+    assert report.decided_by_intervals > report.decided_by_evaluation
+
+
+REDUCTION_PROGRAM = """
+import resource, torch
+from flexmask.block_mask import create_block_mask
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+kept = torch.arange(32 * 32).view(32, 32)
+
+def mask_mod(b, h, q, k):
+    return (kept[q // 64] * 0 <= k).all(-1)
+
+create_block_mask(mask_mod, 1, 1, 128, 128, "cpu", memory_bytes=2**24)
+before = peak_bytes()
+create_block_mask(mask_mod, 1, 1, 2048, 2048, "cpu", memory_bytes=2**24)
+print(peak_bytes() - before)
+"""
+
+
+def test_reductions_stay_within_the_memory_too() -> None:
+    """Without regard to the 32 entries of a row, 128 MiB would be taken of 16."""
+    run = subprocess.run(
+        [sys.executable, "-c", REDUCTION_PROGRAM], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 2 * 2**24
+
+
+REDUCTIONS = [
+    "any over the own dimension",
+    "torch.any",
+    "sum",
+    "values of min",
+    "argmax",
+    "sort",
+    "isin",
+    "searchsorted",
+    "whole table",
+    "all of a stack",
+    "matrix product",
+]
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_are_refused_where_attention_must_compile_the_mask(name: str) -> None:
+    mask_mod = ROWS_WITHOUT_RULES[name]
+    message = "a reduction, which FlexAttention cannot compile.* must be pointwise"
+    with pytest.raises(MaskError, match=message):
+        create_block_mask(mask_mod, 2, 2, 300, 300, "cpu", pointwise_only=True)
+    with pytest.raises(MaskError, match=message):
+        explain_mask(mask_mod, 2, 2, 300, 300, "cpu", pointwise_only=True)
+    with pytest.raises(MaskError, match=message):
+        DecodeRowMask(mask_mod, 2, 300, "cpu")
+
+
+def test_larger_of_two_is_pointwise() -> None:
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return torch.max(q, k) + q.min(k) < 300
+
+    create_block_mask(mask_mod, 1, 1, 300, 300, "cpu", pointwise_only=True)
+
+
+# Inside of torch.compile.
+
+
+def attended(x: Tensor) -> Tensor:
+    built = create_block_mask(causal, None, None, 256, 256, "cpu")
+    return x + built.kv_num_blocks.sum()
+
+
+def test_a_full_graph_that_builds_a_mask_is_refused_in_one_line() -> None:
+    compiled = torch.compile(attended, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError) as caught:
+        compiled(torch.zeros(2))
+    assert str(caught.value).splitlines()[0] == (
+        "a BlockMask cannot be built inside a compiled graph, because building looks at values; "
+        "build it before the compiled function and pass it in"
+    )
+
+
+def test_between_two_graphs_a_mask_is_built() -> None:
+    compiled = torch.compile(attended, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), attended(torch.zeros(2)))
+
+
+def test_a_mask_is_passed_into_a_full_graph() -> None:
+    built = create_block_mask(causal, None, None, 256, 256, "cpu")
+    compiled = torch.compile(lambda m: m.kv_num_blocks + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(built), built.kv_num_blocks + 1)
+
+
+# Illegal masks.
+
 four = torch.tensor(4)
 
 
@@ -526,17 +768,26 @@ ILLEGAL: dict[str, tuple[MaskMod, str]] = {
     "if on a capture": (lambda b, h, q, k: q >= k if four > 3 else q < k, "__bool__"),
     "int": (lambda b, h, q, k: q >= int(k), r"int\(\) of a tensor"),
     "list": (lambda b, h, q, k: q >= [1, 2][k], "a tensor as Python index"),
-    "any": (lambda b, h, q, k: (short == q).any(), r"calls any\(\), a reduction.*capture it"),
-    "sum": (lambda b, h, q, k: q * 0 < short.sum(), r"calls sum\(\), a reduction"),
-    "max": (lambda b, h, q, k: q < short.max(), r"calls max\(\), a reduction"),
+    "in": (lambda b, h, q, k: (q in short) & (q >= k), "reads a value on the host"),
+    "in a row": (lambda b, h, q, k: k in pairs_of_ends[b], "reads a value on the host: `in`"),
+    "list of a row": (lambda b, h, q, k: k >= pairs_of_ends[b].tolist()[0], r"tolist\(\)"),
+    "if on a row": (lambda b, h, q, k: q >= k if (kept[b] > 3).any() else q < k, "`if`"),
+    "random": (lambda b, h, q, k: torch.rand(()) > 0.5, "random numbers with rand.*draw them"),
+    "byte index": (lambda b, h, q, k: short[q.byte()] == k, r"with torch.uint8.*`index.long\(\)`"),
+    "too many": (lambda b, h, q, k: pairs_of_ends[b][2] > k, "with 2 to 2 in dimension 1"),
     "integer": (lambda b, h, q, k: q - k, r"returns torch.int64; it must return torch.bool"),
     "None": (lambda b, h, q, k: None, "returns NoneType"),
+    "row computed": (lambda b, h, q, k: kept[b, h, 0] + 1 == q, "index captured tensors in all"),
     "row": (lambda b, h, q, k: short.view(10, 10)[b] >= 0, "index captured tensors in all"),
     "part": (lambda b, h, q, k: short.view(10, 10)[b], "part of a captured tensor; index all"),
     "short": (lambda b, h, q, k: short[q] == k, r"tensor 'short' of shape \(100,\) with 0 to 299"),
     "short, computed": (
         lambda b, h, q, k: torch.where(q < 100, short[q * 1], 0) == k,
         r"'short' of shape \(100,\) out of range; clamp",
+    ),
+    "short, a row computed": (
+        lambda b, h, q, k: (short.view(2, 50)[b] + 1)[q] == k,
+        r"a tensor of shape \(50,\) with 0 to 299",
     ),
     "short, without rule": (lambda b, h, q, k: short[torch.gcd(q, q)] == k, "out of range"),
     "signature": (lambda b, h, q: q > 0, r"must take \(b, h, q_idx, kv_idx\)"),
@@ -552,7 +803,7 @@ def test_illegal_masks_are_named_with_the_rule_and_the_fix(name: str) -> None:
     assert "test_block_mask.py:" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["Python bool", "if", "item", "any", "integer", "row"])
+@pytest.mark.parametrize("name", ["Python bool", "if", "item", "integer", "row"])
 def test_illegal_masks_are_found_behind_operations_without_a_rule(name: str) -> None:
     illegal, message = ILLEGAL[name]
 

@@ -69,6 +69,26 @@ def sees_one_ahead(batch):
     return lambda b, h, q_idx, kv_idx: q_idx + 1 >= kv_idx
 
 
+@mask_strategy
+def sees_kept_segments(batch):
+    """Wrong: reduces over the second dimension of a table."""
+    kept = batch.table([[0, 1], [1, 2], [2, 0]])
+    ids = batch.segment_ids
+
+    def allowed(b, h, q_idx, kv_idx):
+        listed = kept[ids[b, q_idx].clamp(0, 2)] == ids[b, kv_idx]
+        return (q_idx >= kv_idx) & (listed.any(-1) | (q_idx == kv_idx))
+
+    return allowed
+
+
+def test_a_mask_that_reduces_over_a_dimension_of_its_table_is_not_pointwise():
+    finding = first_finding(sees_kept_segments())
+    assert finding.rule == "pointwise"
+    assert "calls any(), a reduction, which FlexAttention cannot compile" in finding.message
+    assert "must be pointwise" in finding.message
+
+
 def first_finding(strategy):
     return next(outcome.finding for outcome in run_rules(strategy) if outcome.finding)
 

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
+from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.doctor import Check, run_checks
 from flexmask.doctor import attention as attention_checks
 from flexmask.doctor import environment as environment_checks
-from flexmask.doctor.check import tried
+from flexmask.doctor.check import WrongResult, tried
 from flexmask.doctor.kernels import check_decode_kernels
 from flexmask.registry import PluginRecord, Registry
 from flexmask_cli.app import main
@@ -102,6 +103,26 @@ def test_attention_that_computes_something_else_is_broken(monkeypatch):
     check = attention_checks.check_prefill(torch.device("cpu"))
     assert check.state == "broken"
     assert check.detail.startswith("WrongResult: differs from dense attention by ")
+
+
+def without_reading_tiles(module, query, key, value, block_mask, **kwargs):
+    slots = torch.arange(query.shape[2])
+    dense = attention_checks._dense_mask(block_mask.mask_mod, slots)
+    return dense_attention(module, query, key, value, dense)
+
+
+def test_flash_that_attends_to_empty_tiles_computes_something_else(monkeypatch):
+    monkeypatch.setattr(attention_checks, "flexmask_attention", without_reading_tiles)
+    with pytest.raises(WrongResult, match="keys that only tiles hide: differs from dense"):
+        attention_checks._flash_compared(torch.device("cpu"))
+
+
+def test_flash_that_reads_the_tiles_agrees_with_dense_attention(monkeypatch):
+    def by_the_cpus_kernel(*arguments, prefill_kernel):
+        return flexmask_attention(*arguments)
+
+    monkeypatch.setattr(attention_checks, "flexmask_attention", by_the_cpus_kernel)
+    assert "of dense attention" in attention_checks._flash_compared(torch.device("cpu"))
 
 
 def test_without_a_gpu_its_paths_are_unavailable_and_not_broken(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import Interval, NoIntervalRule, Span, exact_index
+from flexmask.block_mask.intervals import Interval, Span, exact_index
+from flexmask.block_mask.stand_in import NoIntervalRule
 from flexmask.errors import MaskError
 from mask_grammar import RandomMask, random_masks
 
@@ -153,6 +155,24 @@ def test_integers_that_wrap_around_are_not_decided_wrongly(dtype: torch.dtype) -
         lambda b, h, q, k: ~table[q] < table[k],
     ):
         check_sound(mask_mod, 8, 4)
+
+
+def test_casts_to_rare_dtypes_are_not_decided_wrongly() -> None:
+    for mask_mod in (
+        lambda b, h, q, k: (q - k).to(torch.uint16) == 3,
+        lambda b, h, q, k: (q - k).to(torch.uint32).long() < 5,
+        lambda b, h, q, k: (q * 20).to(torch.float8_e4m3fn).float() >= k,
+        lambda b, h, q, k: ~((q * 20).to(torch.float8_e4m3fn).float() < k),
+        lambda b, h, q, k: (q - k).to(torch.complex64) == 0,
+    ):
+        evaluator = MaskEvaluator(mask_mod, CPU)
+        zero = exact_index(torch.zeros(1, 1, 1, dtype=torch.int64), 1, evaluator)
+        queries = exact_index(torch.arange(Q_LEN)[None, :, None], Q_LEN, evaluator)
+        keys = exact_index(torch.arange(KV_LEN)[None, None], KV_LEN, evaluator)
+        dense = create_mask(mask_mod, 1, 1, Q_LEN, KV_LEN, device="cpu")[0, 0]
+        assert torch.equal(evaluator.pairs(zero, zero, queries, keys)[0], dense)
+        with contextlib.suppress(NoIntervalRule):
+            check_sound(mask_mod, 8, 4)
 
 
 def test_nan_and_infinity_are_not_decided_wrongly() -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
+from flexmask import mask_strategy
 from flexmask.attention.backend import register_attention
 from flexmask.attention.flex_call import last_tile_first
 from flexmask.block_mask.cache import BlockMaskCache
@@ -356,6 +357,25 @@ def test_flash_computes_what_tritons_kernel_computes(strategy):
         computed[kernel] = [values.clone() for pair in cached for values in pair]
     for flash, triton in zip(*computed.values(), strict=True):
         assert (flash - triton).norm() / triton.norm() < 1e-2
+
+
+@mask_strategy
+def sees_kept_segments(batch):
+    """A token sees the segments that are listed for its own."""
+    kept = batch.table([[0, 1], [1, 2], [2, 0]])
+    ids = batch.segment_ids
+
+    def allowed(b, h, q_idx, kv_idx):
+        listed = kept[ids[b, q_idx].clamp(0, 2)] == ids[b, kv_idx]
+        return (q_idx >= kv_idx) & (listed.any(-1) | (q_idx == kv_idx))
+
+    return allowed
+
+
+def test_a_mask_that_reduces_is_refused_before_anything_runs(models):
+    runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
+    with pytest.raises(MaskError, match=r"calls any\(\), a reduction, which FlexAttention cannot"):
+        runner.prepare(sees_kept_segments(), 1, 256)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "triton"])

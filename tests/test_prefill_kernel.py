@@ -4,8 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask.attention.backend import dense_attention, flexmask_attention
+from flexmask.attention.flex_call import _never_trivial
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine import prefill_kernel
@@ -111,3 +116,66 @@ def test_short_prompts_have_small_tiles_with_tritons_kernel():
         (None, 640, False, (64, 64)),
     ):
         assert prefill_tile(kernel, capacity, has_options=has_options) == tile
+
+
+def allows_all(b, h, q_idx, kv_idx):
+    return b.new_ones((), dtype=torch.bool)
+
+
+def hidden_by_tiles(device):
+    """Three rows of tiles that allow all: tile 0 partial; 1 full; 0 partial and 2 full."""
+
+    def tensor(values):
+        return torch.tensor([[values]], dtype=torch.int32, device=device)
+
+    return BlockMask.from_kv_blocks(
+        tensor([1, 0, 1]),
+        tensor([[0, 1, 2]] * 3),
+        tensor([0, 1, 1]),
+        tensor([[0, 1, 2], [1, 0, 2], [2, 0, 1]]),
+        BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+        mask_mod=allows_all,
+        seq_lengths=(3 * BLOCK_SIZE, 3 * BLOCK_SIZE),
+        compute_q_blocks=False,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        (None, "cpu"),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+        pytest.param("flash", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_empty_tiles_hide_keys_though_the_mask_mod_allows_all(kernel, device):
+    """FLASH by itself would not look at the tiles (pytorch #188322)."""
+    if kernel == "flash":
+        pytest.importorskip("flash_attn.cute")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, 4, 3 * BLOCK_SIZE, 64)
+    query, key, value = torch.randn(shape, generator=generator).to(device, dtype)
+    sees = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    dense = sees.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)[None, None]
+    module = torch.nn.Module()
+    with torch.no_grad():
+        tiles = hidden_by_tiles(device)
+        found, _ = flexmask_attention(module, query, key, value, tiles, prefill_kernel=kernel)
+        floats = (x.float() for x in (query, key, value))
+        wanted, _ = dense_attention(module, *floats, dense)
+    assert (found.float() - wanted).abs().max() < (1e-4 if device == "cpu" else 3e-2)
+
+
+def test_flash_never_gets_a_mask_mod_that_it_takes_for_none():
+    is_trivial = pytest.importorskip(
+        "torch._inductor.kernel.flex.flex_flash_attention"
+    ).is_trivial_mask_graph
+    indices = torch.zeros(4, dtype=torch.int32).unbind()
+
+    def graph(mask_mod):
+        return make_fx(mask_mod, decomposition_table=select_decomp_table())(*indices)
+
+    assert is_trivial(graph(allows_all))
+    assert not is_trivial(graph(_never_trivial(allows_all)))

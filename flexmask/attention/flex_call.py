@@ -18,7 +18,7 @@ from flexmask.errors import AttentionError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
 
-    from flexmask.strategy import ScoreMod
+    from flexmask.strategy import MaskMod, ScoreMod
 
 PrefillKernel = Literal["triton", "flash"]
 
@@ -101,7 +101,7 @@ def _attend(
         mask.full_kv_num_blocks,
         mask.full_kv_indices,
         BLOCK_SIZE=mask.BLOCK_SIZE,
-        mask_mod=mask.mask_mod,
+        mask_mod=_never_trivial(mask.mask_mod) if prefill_kernel == "flash" else mask.mask_mod,
         # From the tensors: a length read off the mask would be a constant of the graph.
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
@@ -130,6 +130,19 @@ def _attend(
     if scaled_part is not None:
         score_mod = scaled_score_mod(scaled_part, score_mod, query, key, own_key, scaling, weigh)
     return _without_padding(weigh(value, score_mod), heads, key.shape[1])
+
+
+def _never_trivial(mask_mod: MaskMod) -> MaskMod:
+    """Allow the same, by an expression that is no constant.
+
+    Under a mask_mod that is constantly true FLASH does not read which tiles are empty, and
+    attends to all keys (https://github.com/pytorch/pytorch/issues/188322, torch up to 2.13).
+    """
+
+    def never_trivial(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx, kv_idx) & (kv_idx >= 0)
+
+    return never_trivial
 
 
 def _kernel_options(

@@ -56,7 +56,9 @@ def model_block_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
         device, kwargs,
     )  # fmt: skip
-    mask = create_block_mask(mask_mod, batch_size, None, q_length, kv_length, device)
+    mask = create_block_mask(
+        mask_mod, batch_size, None, q_length, kv_length, device, pointwise_only=True
+    )
     return ModelBlockMask.from_kv_blocks(
         *plain_indices(mask),
         BLOCK_SIZE=mask.BLOCK_SIZE,

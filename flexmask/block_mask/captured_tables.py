@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.intervals import Interval, NoIntervalRule
+from flexmask.block_mask.interval_rule import COMMON
+from flexmask.block_mask.intervals import Interval
+from flexmask.block_mask.stand_in import NoIntervalRule, StandIn
 
 if TYPE_CHECKING:
     from flexmask.block_mask.evaluator import MaskEvaluator
@@ -20,27 +24,56 @@ POOLED_ENTRIES = 2**18
 """A table looked up at free ranges is first pooled to about this many entries."""
 
 
-class Selection:
+class Selection(StandIn):
     """A captured tensor of which some dimensions are indexed: ``table[b]`` on its way to ``[q]``.
 
     Attributes:
         table: The captured tensor.
         indices: The index of each dimension, None where there is none yet.
+        casts: Dtypes that what is selected is cast to, one after the other.
     """
 
+    __slots__ = ("casts", "indices", "table")
+
     def __init__(
-        self, evaluator: MaskEvaluator, table: Tensor, indices: Sequence[Any] | None = None
+        self,
+        evaluator: MaskEvaluator,
+        table: Tensor,
+        indices: Sequence[Any] | None = None,
+        casts: tuple[torch.dtype, ...] = (),
     ) -> None:
         """Start without indices, or go on with those given."""
+        self.evaluator = evaluator
         self.table = table
         self.indices = [None] * table.dim() if indices is None else list(indices)
-        self._evaluator = evaluator
+        self.casts = casts
 
-    def indexed(self, index: Any) -> Selection:
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of a tensor."""
+        return (self.table.dtype, *self.casts)[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Lengths of the dimensions that are left."""
+        lengths = zip(self.table.shape, self.indices, strict=True)
+        return torch.Size([length for length, index in lengths if index is None])
+
+    @property
+    def cells(self) -> torch.Size:
+        """Shape of the cells that it depends on."""
+        given = (x.cells for x in self.indices if isinstance(x, Interval))
+        cells: torch.Size = torch.broadcast_shapes(*given)
+        return cells
+
+    def cast_to(self, dtype: torch.dtype) -> Selection:
+        """Return the selection with its entries cast."""
+        return Selection(self.evaluator, self.table, self.indices, (*self.casts, dtype))
+
+    def indexed(self, index: Any) -> Selection | None:
         """Return the selection with further dimensions indexed.
 
-        Raises:
-            NoIntervalRule: If an index is neither a number nor ``:`` nor ``...``.
+        None if an index is neither a number nor ``:`` nor ``...``, or there are too many.
         """
         items = index if isinstance(index, tuple) else (index,)
         free = [dim for dim, x in enumerate(self.indices) if x is None]
@@ -49,33 +82,21 @@ class Selection:
             skipped = [slice(None)] * (len(free) - len(items) + 1)
             items = (*items[:at], *skipped, *items[at + 1 :])
         if len(items) > len(free):
-            raise NoIntervalRule("more indices than dimensions")
+            return None
         indices = list(self.indices)
         for dim, item in zip(free, items, strict=False):
             if isinstance(item, slice) and item == slice(None):
                 continue
             if not _is_number(item):
-                raise NoIntervalRule(f"an index of type {type(item).__name__}")
+                return None
             indices[dim] = item
-        return Selection(self._evaluator, self.table, indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Index the dimensions that are left."""
-        with torch._C.DisableTorchFunction():
-            return self._evaluator.select(self, index)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
-        """Mark the class as one that torch functions accept; none works on part of a tensor."""
-        raise NoIntervalRule("a captured tensor that is indexed in part")
+        return Selection(self.evaluator, self.table, indices, self.casts)
 
 
 def _is_number(item: Any) -> bool:
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor | StandIn):
         return item.dim() == 0
-    return isinstance(item, Interval) or (isinstance(item, int) and not isinstance(item, bool))
+    return isinstance(item, numbers.Integral) and not isinstance(item, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +145,7 @@ class CapturedTables:
 
     def __init__(self) -> None:
         """Start without tables."""
-        self._built: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._built: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Tensor:
         """Bound ``table[indices]`` in each cell.
@@ -136,18 +157,17 @@ class CapturedTables:
         Returns:
             Minima, maxima and again minima, ``(3, *cells)``, in the table's dtype: see
             `Interval.of_triple`.
+
+        Raises:
+            NoIntervalRule: If torch does not order numbers of the table's dtype.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
-        key = (id(table), *scales)
-        if key not in self._built:
-            # Holding the table as well keeps its id from being given to another.
-            self._built[key] = table, _scaled(table, scales)
-        scaled = self._built[key][1]
+        scaled = self._prepared(table, scales)
         if len(indices) == 1 and isinstance(scales[0], CellScale):
             span = indices[0].span
             assert span is not None
             if span.is_whole:
-                return scaled.view(3, *span.cell.shape)
+                return scaled.view(3, *span.cell.shape).to(table.dtype)
         positions: list[list[Any]] = [
             _positions(index, scale, length)
             for index, scale, length in zip(indices, scales, table.shape, strict=True)
@@ -157,10 +177,34 @@ class CapturedTables:
             for entry in itertools.product(*positions)
         ]
         if len(found) == 1:
-            return found[0]
+            return found[0].to(table.dtype)
         lows, highs, _ = zip(*found, strict=True)
         low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
-        return torch.stack((low, high, low))
+        return torch.stack((low, high, low)).to(table.dtype)
+
+    def _prepared(self, table: Tensor, scales: tuple[Scale, ...]) -> Tensor:
+        key = (id(table), *scales)
+        built = self._built.get(key)
+        if built is None or built[0]() is not table:
+            # A mask_mod may make a table at every call; what was made of those gone goes too.
+            self._built = {key: x for key, x in self._built.items() if x[0]() is not None}
+            built = self._built[key] = weakref.ref(table), _scaled(ordered(table), scales)
+        return built[1]
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Return the same numbers in a dtype that torch finds extrema in.
+
+    Raises:
+        NoIntervalRule: If there is none.
+    """
+    if values.dtype in COMMON:
+        return values
+    if values.dtype in (torch.uint16, torch.uint32):
+        return values.to(torch.int64)
+    if values.dtype.is_floating_point and values.dtype.itemsize == 1:
+        return values.to(torch.float32)
+    raise NoIntervalRule(f"a captured tensor of {values.dtype}")
 
 
 def _scale(table: Tensor, dim: int, index: Interval) -> Scale:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.block_mask.decode_row import DecodeRowMask
+from flexmask.block_mask.outside_graphs import outside_graphs
 from flexmask.block_mask.rules import MaskMod
 from flexmask.block_mask.tile_classifier import TileClassifier
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
@@ -39,6 +40,7 @@ Listed = tuple[Tensor, Tensor, Tensor, Tensor]
 """Counts and indices of each row's partial tiles, and of its full ones."""
 
 
+@outside_graphs
 def create_block_mask(
     mask_mod: MaskMod,
     B: int | None,
@@ -51,6 +53,7 @@ def create_block_mask(
     compute_q_blocks: bool = False,
     q_offset: int = 0,
     memory_bytes: int = 256 * 2**20,
+    pointwise_only: bool = False,
 ) -> BlockMask:
     """Build the BlockMask that torch's ``create_block_mask`` builds, without the square.
 
@@ -88,6 +91,9 @@ def create_block_mask(
         memory_bytes: What evaluation may take, about, besides some 25 bytes per tile, 8 of which
             are the BlockMask, and 32 per tile that intervals leave open. At least one sub-tile is
             evaluated at a time.
+        pointwise_only: Whether to refuse a mask_mod that reduces, as in
+            ``(kept[b, q_idx] == kv_idx).any()``. The BlockMask of one can be built, but
+            FlexAttention cannot compile the mask_mod into its kernel.
 
     Returns:
         BlockMask with ``kv_indices`` and ``full_kv_indices`` of shape
@@ -95,11 +101,11 @@ def create_block_mask(
 
     Raises:
         MaskError: If a size is not positive, or the mask_mod breaks a rule of FlexAttention: it
-            returns no bool tensor, reads a value, reduces, or indexes a captured tensor that is
-            too short or on another device.
+            returns no bool tensor, reads a value, reduces though ``pointwise_only``, or indexes a
+            captured tensor that is too short or on another device.
     """
     shape = _mask_shape(B, H, Q_LEN, KV_LEN, device, BLOCK_SIZE, q_offset, memory_bytes)
-    tiles = TileClassifier(mask_mod, shape).classify()
+    tiles = TileClassifier(mask_mod, shape, pointwise_only=pointwise_only).classify()
     return _block_mask(tiles.states, mask_mod, shape, compute_q_blocks)
 
 
@@ -148,6 +154,7 @@ class MaskReport:
         return report_html(self)
 
 
+@outside_graphs
 def explain_mask(
     mask_mod: MaskMod,
     B: int | None,
@@ -160,6 +167,7 @@ def explain_mask(
     compute_q_blocks: bool = False,
     q_offset: int = 0,
     memory_bytes: int = 256 * 2**20,
+    pointwise_only: bool = False,
 ) -> MaskReport:
     """Build a BlockMask and say what is in it and how its tiles were decided.
 
@@ -168,7 +176,7 @@ def explain_mask(
     """
     shape = _mask_shape(B, H, Q_LEN, KV_LEN, device, BLOCK_SIZE, q_offset, memory_bytes)
     started = _now_ms(shape.device)
-    classifier = TileClassifier(mask_mod, shape)
+    classifier = TileClassifier(mask_mod, shape, pointwise_only=pointwise_only)
     tiles = classifier.classify(records=True)
     block_mask = _block_mask(tiles.states, mask_mod, shape, compute_q_blocks)
     build_ms = _now_ms(shape.device) - started

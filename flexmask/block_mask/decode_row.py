@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import NoIntervalRule, exact_index
+from flexmask.block_mask.intervals import exact_index
 from flexmask.block_mask.rules import MaskMod, mask_name
+from flexmask.block_mask.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.errors import MaskError
 
@@ -32,7 +33,7 @@ def check_row_mask(mask_mod: MaskMod, B: int, KV_LEN: int, device: torch.device 
         MaskError: If it breaks a rule of FlexAttention, or depends on the head.
     """
     rows, keys = torch.arange(B, device=device), torch.arange(KV_LEN, device=device)
-    evaluator = MaskEvaluator(mask_mod, rows.device)
+    evaluator = MaskEvaluator(mask_mod, rows.device, pointwise_only=True)
     _first_queries(evaluator, rows, keys, (KV_LEN, KV_LEN))
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     row, slot = (exact_index(zero, n, evaluator) for n in (B, KV_LEN))
@@ -127,7 +128,9 @@ class DecodeRowMask:
             seq_lengths=(1, KV_LEN),
             compute_q_blocks=False,
         )
-        self._evaluator = MaskEvaluator(decode_row, self._device, reads_host=False)
+        self._evaluator = MaskEvaluator(
+            decode_row, self._device, reads_host=False, pointwise_only=True
+        )
         self.update(q_slots)
 
     def update(self, q_idx: Tensor) -> None:

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from flexmask.block_mask.captured_tables import CapturedTables, Selection
-from flexmask.block_mask.interval_rule import INTEGERS, Rule, finite_ends, fits, full_ends
-from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule
-from flexmask.block_mask.pairs_by_vmap import pairs_by_vmap
+from flexmask.block_mask.captured_tables import CapturedTables, Selection, ordered
+from flexmask.block_mask.interval_rule import (
+    COMMON,
+    INTEGERS,
+    Rule,
+    finite_ends,
+    fits,
+    full_ends,
+)
+from flexmask.block_mask.intervals import Bounds, Ends, Interval
+from flexmask.block_mask.pairs_by_vmap import PairsByVmap, index_as_torch
 from flexmask.block_mask.rule_table import RULES, cast_ends
 from flexmask.block_mask.rules import (
     EXTREMA,
+    INDEX_DTYPES,
     MaskMod,
     captured_name,
-    check_pointwise,
+    check_call,
     check_result,
     check_signature,
     functions_named,
     host_read_error,
     mask_name,
+)
+from flexmask.block_mask.stand_in import (
+    NoIntervalRule,
+    StandIn,
+    UnknownTensor,
 )
 from flexmask.errors import MaskError
 
@@ -45,7 +59,9 @@ CASTS: dict[Any, torch.dtype] = {
     Tensor.double: torch.float64,
 }
 FACTORIES = functions_named("zeros_like ones_like full_like new_zeros new_ones new_full")
-INDEX_DTYPES = (torch.int64, torch.int32)
+SHAPE_QUERIES = functions_named(
+    "dim ndimension numel nelement size is_floating_point is_complex is_signed element_size"
+)
 
 
 class MaskEvaluator(TorchFunctionMode):
@@ -55,8 +71,10 @@ class MaskEvaluator(TorchFunctionMode):
         mask_mod: What to run.
         device: Where tensors live.
         reads_host: Whether values may be read from the device to settle what intervals cannot.
+        pointwise_only: Whether to refuse what only FlexAttention's kernel cannot compute.
 
     Attributes:
+        device: Where tensors live.
         needs_vmap: Whether the mask_mod uses an operation that has no rule here, so that pairs
             must be evaluated through torch.vmap.
         tables: Extrema of the captured tensors.
@@ -64,14 +82,23 @@ class MaskEvaluator(TorchFunctionMode):
             intervals tell.
     """
 
-    def __init__(self, mask_mod: MaskMod, device: torch.device, reads_host: bool = True) -> None:
+    def __init__(
+        self,
+        mask_mod: MaskMod,
+        device: torch.device,
+        reads_host: bool = True,
+        *,
+        pointwise_only: bool = False,
+    ) -> None:
         """Start with no tables."""
         super().__init__()
+        self.device = device
         self.needs_vmap = False
         self.may_leave_tables = False
         self._mask_mod = mask_mod
-        self._device = device
         self._reads_host = reads_host
+        self._pointwise_only = pointwise_only
+        self._by_vmap = PairsByVmap(mask_mod, pointwise_only=pointwise_only)
         self.tables = CapturedTables()
         self._looked_up: dict[tuple[Any, ...], tuple[Tensor, list[Interval], Interval]] = {}
         self._wants_values = False
@@ -129,7 +156,7 @@ class MaskEvaluator(TorchFunctionMode):
                 self.needs_vmap = True
         if self.needs_vmap:
             indices = (b.lo[:, 0, 0], h.lo[:, 0, 0], q_idx.lo[..., 0], kv_idx.lo[:, 0])
-            mask, self._outside = pairs_by_vmap(self._mask_mod, *indices)
+            mask, self._outside = self._by_vmap(*indices)
         self._refuse_outside()
         return mask.expand(shape)
 
@@ -140,9 +167,10 @@ class MaskEvaluator(TorchFunctionMode):
     def read_bounds(self, ends: Ends) -> Bounds:
         """Return Python numbers around all cells."""
         if self._reads_host:
-            smallest, largest = torch.stack(torch.aminmax(ends)).tolist()
+            smallest, largest = torch.stack(torch.aminmax(ordered(ends))).tolist()
             return smallest, largest
-        limits = torch.iinfo(ends.dtype) if ends.dtype in INTEGERS else torch.finfo(ends.dtype)
+        is_float = ends.dtype.is_floating_point
+        limits = torch.finfo(ends.dtype) if is_float else torch.iinfo(ends.dtype)
         return cast(Bounds, (limits.min, limits.max))
 
     def _run(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Interval:
@@ -151,8 +179,11 @@ class MaskEvaluator(TorchFunctionMode):
         try:
             with torch.no_grad(), self:
                 result = self._mask_mod(*indices)
-        except TypeError as error:
-            # Functions that accept tensors only, or a true error: exact evaluation will tell.
+        except (MaskError, NoIntervalRule, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # What only a tensor can do, or an error of the mask_mod: exact evaluation will tell,
+            # and raise it again.
             check_signature(self._mask_mod)
             raise NoIntervalRule(str(error)) from error
         finally:
@@ -161,7 +192,7 @@ class MaskEvaluator(TorchFunctionMode):
         check_result(self._mask_mod, result)
         if isinstance(result, Interval):
             return result
-        return Interval(result.to(self._device), self, is_exact=True)
+        return Interval(result.to(self.device), self, is_exact=True)
 
     # What torch calls in place of its functions while the mask_mod runs.
 
@@ -170,33 +201,43 @@ class MaskEvaluator(TorchFunctionMode):
     ) -> Any:
         """Apply a torch function; those without an interval argument run as they are."""
         kwargs = kwargs or {}
-        if _has_interval((*args, *kwargs.values())):
+        if _stand_ins((*args, *kwargs.values())):
             return self.apply(func, args, kwargs)
-        check_pointwise(self._mask_mod, func, args, kwargs)
+        self._check_call((func, args, kwargs))
+        if func is Tensor.__getitem__ and any(type(x) in (bool, list) for x in _items(args[1])):
+            return index_as_torch(*args)
         return func(*args, **kwargs)
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Apply a torch function or Python operator of which some argument is an interval."""
+        """Apply a torch function or Python operator of which some argument is a stand-in."""
         with torch._C.DisableTorchFunction():
             if func is Tensor.__getitem__:
                 return self.select(args[0], args[1])
-            if func in EXTREMA and len(args) == 2 and isinstance(args[1], (Interval, Tensor)):
+            if func in SHAPE_QUERIES:
+                return func(*map(_described, args), **kwargs)
+            if func in EXTREMA and len(args) == 2 and isinstance(args[1], Tensor | StandIn):
                 func = EXTREMA[func]
             if func is Tensor.where:
                 func, args = torch.where, (args[1], args[0], *args[2:])
-            rule = RULES.get(func)
-            if rule is not None:
-                return self._apply_rule(rule, (func, args, kwargs))
             if func in CASTS:
                 return self._cast(args[0], CASTS[func])
             if func in (Tensor.to, Tensor.type, Tensor.type_as):
                 return self._convert(args[0], args[1:], kwargs)
-            if func in FACTORIES:
-                return self._filled((func, args, kwargs))
-            check_pointwise(self._mask_mod, func, args, kwargs)
+            if func in (Tensor.unbind, torch.unbind) and len(args) == 1 and not kwargs:
+                return tuple(args[0])
+            if not _has_dimensions((*args, *kwargs.values())):
+                rule = RULES.get(func)
+                if rule is not None:
+                    return self._apply_rule(rule, (func, args, kwargs))
+                if func in FACTORIES:
+                    return self._filled((func, args, kwargs))
+            self._check_call((func, args, kwargs))
             return self._unknown((func, args, kwargs))
 
-    def _apply_rule(self, rule: Rule, call: Call) -> Interval:
+    def _check_call(self, call: Call) -> None:
+        check_call(self._mask_mod, *call, pointwise_only=self._pointwise_only)
+
+    def _apply_rule(self, rule: Rule, call: Call) -> Any:
         func, args, kwargs = call
         if rule.promotes:
             args = self._promoted(args)
@@ -217,6 +258,8 @@ class MaskEvaluator(TorchFunctionMode):
                 return Interval(ends, self, is_exact=is_exact, bounds=bounds, span=span)
             if not is_exact:
                 return self._unknown((func, args, kwargs))
+        if ends.dtype not in COMMON and not is_exact:
+            raise NoIntervalRule(f"arithmetic in {ends.dtype}")
         if ends.dtype.is_floating_point and not is_exact:
             ends = finite_ends(ends)
         return Interval(ends, self, is_exact=is_exact)
@@ -228,28 +271,34 @@ class MaskEvaluator(TorchFunctionMode):
         dtype = torch.promote_types(args[0].dtype, args[1].dtype)
         return tuple(x if x.dtype == dtype else self._cast_to(x, dtype) for x in args)
 
-    def _cast_to(self, x: Interval | Tensor, dtype: torch.dtype) -> Interval | Tensor:
-        return x.to(dtype) if isinstance(x, Tensor) else self._cast(x, dtype)
+    def _cast_to(self, x: StandIn | Tensor, dtype: torch.dtype) -> StandIn | Tensor:
+        return self._cast(x, dtype) if isinstance(x, StandIn) else x.to(dtype)
 
     def _operand(self, x: Any) -> Any:
         """Make an interval of a constant."""
         if x is None or isinstance(x, Interval):
             return x
+        if isinstance(x, StandIn):
+            raise NoIntervalRule("a tensor of several numbers as index")
         if isinstance(x, (bool, int, float)):
             number = cast(Tensor, x)
             return Interval(number, self, is_exact=True, bounds=cast(Bounds, (x, x)))
         if isinstance(x, Tensor):
             if x.dim() > 0:
-                raise NoIntervalRule("a captured tensor that is not indexed")
+                raise NoIntervalRule("a tensor of several numbers as index")
             self._check_device(x)
             return Interval(x, self, is_exact=True)
         if isinstance(x, numbers.Real):
             return self._operand(int(x) if isinstance(x, numbers.Integral) else float(x))
         raise NoIntervalRule(f"an operand of type {type(x).__name__}")
 
-    def _cast(self, value: Interval, dtype: torch.dtype) -> Interval:
+    def _cast(self, value: StandIn, dtype: torch.dtype) -> Any:
         if value.dtype == dtype:
             return value
+        if isinstance(value, Selection):
+            return value.cast_to(dtype)
+        if not isinstance(value, Interval):
+            return self._unknown((Tensor.to, (value, dtype), {}))
         if value.is_exact:
             return Interval(value.ends.to(dtype), self, is_exact=True)
         ends = cast_ends(value, dtype)
@@ -259,9 +308,11 @@ class MaskEvaluator(TorchFunctionMode):
         return Interval(ends, self, bounds=value.known_bounds if keeps_bounds else None)
 
     def _convert(
-        self, value: Interval | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Interval | Tensor:
+        self, value: StandIn | Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StandIn | Tensor:
         """Apply Tensor.to, .type or .type_as."""
+        if not args and not kwargs:
+            raise NoIntervalRule("the name of a type")
         target = value.dtype
         for x in (
             *args,
@@ -269,50 +320,100 @@ class MaskEvaluator(TorchFunctionMode):
         ):
             if isinstance(x, torch.dtype):
                 target = x
-            elif isinstance(x, (Tensor, Interval)):
+            elif isinstance(x, Tensor | StandIn):
                 target = x.dtype
             elif isinstance(x, (str, torch.device)) and torch.device(x) != value.device:
                 raise NoIntervalRule("a move to another device")
         return self._cast_to(value, target)
 
-    def _filled(self, call: Call) -> Interval:
+    def _filled(self, call: Call) -> Interval | Tensor:
         """Apply a function that makes a constant, such as ``b.new_ones(())``."""
         func, (like, *args), kwargs = call
-        if _has_interval((*args, *kwargs.values())):
+        if _stand_ins((*args, *kwargs.values())):
             raise NoIntervalRule(func.__name__)
-        value = func(like.lo, *args, **kwargs)
-        if value.shape not in ((), like.lo.shape):
-            raise NoIntervalRule(f"{func.__name__} of shape {tuple(value.shape)}")
-        value = value.expand(like.lo.shape)
-        return Interval(value, self, is_exact=True)
+        number = torch.empty((), dtype=like.dtype, device=self.device)
+        value: Tensor = func(number, *args, **kwargs)
+        if value.dim() > 0:
+            return value
+        return Interval(value.expand(like.cells), self, is_exact=True)
 
-    def _unknown(self, call: Call) -> Interval:
-        """Return an interval that holds every value of the result's dtype."""
+    def _unknown(self, call: Call) -> Any:
+        """Follow shape and dtype of a result, and nothing else.
+
+        Returns:
+            An interval that holds every value of the dtype, or, of what has dimensions, an
+            `UnknownTensor`; lists and tuples of them where the function returns such.
+
+        Raises:
+            NoIntervalRule: If that cannot be followed, or values are wanted.
+        """
         func, args, kwargs = call
         name = getattr(func, "__name__", str(func))
+        if self._wants_values:
+            raise NoIntervalRule(name)
         if "out" in kwargs or (name.endswith("_") and func not in RULES):
             raise NoIntervalRule(f"{name} in place")
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Interval)]
-        if func not in RULES and func not in CASTS and func is not Tensor.to:
-            if self._wants_values:
-                raise NoIntervalRule(name)
+        given = (*args, *kwargs.values())
+        for x in given:
+            if isinstance(x, Tensor):
+                self._check_device(x)
+        if _has_dimensions(given) or not (func in RULES or func in CASTS or func is Tensor.to):
             self.needs_vmap = True
-        dtype = _result_dtype(call)
-        shape = torch.broadcast_tensors(*(x.lo for x in given))[0].shape
-        return Interval(full_ends(dtype, shape, self._device), self)
+        return self._followed(_described_result(call), _stand_ins(given))
+
+    def _followed(self, described: Any, given: Sequence[StandIn]) -> Any:
+        """Make stand-ins, for what was made of those given, out of tensors on the meta device."""
+        cells = torch.broadcast_shapes(*(x.cells for x in given))
+
+        def stand_in(x: Any) -> StandIn:
+            if not isinstance(x, Tensor):
+                raise NoIntervalRule(f"a result of type {type(x).__name__}")
+            if x.dim() > 0:
+                return UnknownTensor(self, x.shape, x.dtype, cells)
+            return Interval(full_ends(x.dtype, cells, self.device), self)
+
+        return tree_map(stand_in, described)
 
     # Captured tensors.
 
-    def select(self, table: Tensor | Selection, index: Any) -> Interval | Selection:
-        """Index a captured tensor, or what earlier indices left of it."""
-        if isinstance(table, Interval):
-            raise NoIntervalRule("indexing an index")
-        selection = table if isinstance(table, Selection) else Selection(self, table)
-        selection = selection.indexed(index)
+    def select(self, table: Any, index: Any) -> Any:
+        """Index a tensor, or what stands for one."""
+        if isinstance(table, Tensor):
+            self._check_device(table)
+            table = Selection(self, table)
+        selection = table.indexed(index) if isinstance(table, Selection) else None
+        if selection is None:
+            return self._selected_unknown(table, index)
         if any(x is None for x in selection.indices):
             return selection
         indices = [self._operand(x) for x in selection.indices]
-        return self._look_up(selection.table, indices)
+        value: StandIn = self._look_up(selection.table, indices)
+        for dtype in selection.casts:
+            value = self._cast(value, dtype)
+        return value
+
+    def _selected_unknown(self, table: StandIn, index: Any) -> Any:
+        """Follow the shape of what is indexed by slices and the like, or has unknown entries."""
+        if self._wants_values:
+            raise NoIntervalRule("an index that is no number")
+        self.needs_vmap = True
+        items = _items(index)
+        dim, places = 0, list(items)
+        for i, item in enumerate(items):
+            if item is None or isinstance(item, slice):
+                dim += item is not None
+            elif item is Ellipsis:
+                dim = table.ndim - sum(x is not None for x in items[i + 1 :])
+            elif isinstance(item, bool):
+                raise NoIntervalRule("an index of bools")
+            else:
+                if isinstance(item, Tensor | StandIn):
+                    # Any number in range leaves the same shape.
+                    places[i] = 0
+                self._in_range(table, dim, self._operand(item))
+                dim += 1
+        given = _stand_ins((table, *items))
+        return self._followed(table.described[tuple(places)], given)
 
     def _look_up(self, table: Tensor, indices: list[Interval]) -> Interval:
         """Look up once per run what is indexed alike, as ``ids[q_idx]`` in several places."""
@@ -324,14 +425,13 @@ class MaskEvaluator(TorchFunctionMode):
         return self._looked_up[key][2].copied()
 
     def _extrema(self, table: Tensor, indices: list[Interval]) -> Interval:
-        self._check_device(table)
         indices = [self._in_range(table, dim, index) for dim, index in enumerate(indices)]
         if all(index.is_exact for index in indices):
             value = table[tuple(index.ends for index in indices)]
             return Interval(value, self, is_exact=True)
         return Interval.of_triple(self.tables.extrema(table, indices), self)
 
-    def _in_range(self, table: Tensor, dim: int, index: Interval) -> Interval:
+    def _in_range(self, table: Tensor | StandIn, dim: int, index: Interval) -> Interval:
         """Clamp an index to its dimension, and note the cells where it may lie outside."""
         if isinstance(index.ends, Tensor) and index.dtype not in INDEX_DTYPES:
             raise NoIntervalRule(f"an index of dtype {index.dtype}")
@@ -364,22 +464,37 @@ class MaskEvaluator(TorchFunctionMode):
 
     def _check_device(self, captured: Tensor) -> None:
         is_number_on_cpu = captured.dim() == 0 and captured.device.type == "cpu"
-        if captured.device != self._device and not is_number_on_cpu:
+        if captured.device != self.device and not is_number_on_cpu:
             raise MaskError(
                 f"{mask_name(self._mask_mod)} captures {self._named(captured)} on "
-                f"{captured.device}, but the mask is built on {self._device}; move one of them"
+                f"{captured.device}, but the mask is built on {self.device}; move one of them"
             )
 
-    def _named(self, captured: Tensor) -> str:
-        name = captured_name(self._mask_mod, captured)
+    def _named(self, captured: Tensor | StandIn) -> str:
+        name = "a tensor"
+        if isinstance(captured, Tensor):
+            name = captured_name(self._mask_mod, captured)
         return f"{name} of shape {tuple(captured.shape)}"
 
 
-def _has_interval(values: Iterable[Any]) -> bool:
-    return any(
-        isinstance(x, (Interval, Selection)) or (isinstance(x, (tuple, list)) and _has_interval(x))
-        for x in values
-    )
+def _stand_ins(values: Iterable[Any]) -> list[StandIn]:
+    """List the stand-ins among arguments, those in lists and tuples included."""
+    found: list[StandIn] = []
+    for x in values:
+        if isinstance(x, StandIn):
+            found.append(x)
+        elif isinstance(x, (tuple, list)):
+            found += _stand_ins(x)
+    return found
+
+
+def _items(index: Any) -> list[Any]:
+    return list(index) if isinstance(index, tuple) else [index]
+
+
+def _has_dimensions(values: Iterable[Any]) -> bool:
+    """Whether some argument is a tensor of several numbers, or stands for one."""
+    return any(isinstance(x, Tensor | StandIn) and x.dim() > 0 for x in values)
 
 
 def _value(x: Any) -> Any:
@@ -403,37 +518,42 @@ def _result_bounds(
     return rule.bounds(*map(bounds, operands), **{n: bounds(x) for n, x in limits.items()})
 
 
-def _result_dtype(call: Call) -> torch.dtype:
-    """Find the dtype of a function's result, without running it on data.
+def _described_result(call: Call) -> Any:
+    """Find shape and dtype of a function's result, without running it on data.
 
     A 0-d tensor among the arguments may count for promotion or not, depending on how torch.vmap
     treats the function: see `Rule.promotes`.
 
+    Returns:
+        Tensors on the meta device.
+
     Raises:
-        NoIntervalRule: If the result is not one number, or promotion is in doubt.
+        NoIntervalRule: If promotion is in doubt, or the function cannot be run on such tensors.
     """
-    dtypes = {_probed_dtype(call, shape) for shape in ([(1,)] if call[0] in RULES else [(1,), ()])}
-    if len(dtypes) > 1:
+    func, args, kwargs = call
+    promoted = _described_for(call, (1,))
+    if func in RULES and not _has_dimensions((*args, *kwargs.values())):
+        return promoted[0]
+    result = _described_for(call, ())
+    dtypes = [[getattr(x, "dtype", None) for x in tree_leaves(y)] for y in (promoted, result)]
+    if dtypes[0] != dtypes[1]:
         raise NoIntervalRule("a function that may promote a 0-d tensor")
-    return dtypes.pop()
+    return result
 
 
-def _probed_dtype(call: Call, shape: tuple[int, ...]) -> torch.dtype:
+def _described_for(call: Call, shape: tuple[int, ...]) -> Any:
+    """Run a function on the meta device, with tensors of some shape for single numbers."""
     func, args, kwargs = call
 
     def described(x: Any) -> Any:
         if isinstance(x, Interval):
             return torch.ones(shape, dtype=x.dtype, device="meta")
-        if isinstance(x, Selection):
-            raise NoIntervalRule("a captured tensor that is indexed in part")
-        if isinstance(x, list | tuple):
-            return type(x)(map(described, x))
-        return x.to("meta") if isinstance(x, Tensor) else x
+        return _described(x)
 
-    try:
-        result = func(*map(described, args), **{k: described(v) for k, v in kwargs.items()})
-    except RuntimeError as error:
-        raise NoIntervalRule(str(error)) from error
-    if not isinstance(result, Tensor) or result.shape != shape:
-        raise NoIntervalRule(getattr(func, "__name__", str(func)))
-    return result.dtype
+    return func(*tree_map(described, args), **tree_map(described, kwargs))
+
+
+def _described(x: Any) -> Any:
+    if isinstance(x, StandIn):
+        return x.described
+    return x.to("meta") if isinstance(x, Tensor) else x

@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.intervals import Bounds, Ends, Interval, NoIntervalRule, Span
+from flexmask.block_mask.intervals import Bounds, Ends, Interval, Span
+from flexmask.block_mask.stand_in import NoIntervalRule
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+COMMON = INTEGERS | FLOATS | {torch.bool}
+"""Dtypes that arithmetic rules cover; torch itself computes little in others."""
 
 ANY_INTEGER: Bounds = (-(2**200), 2**200)
 """Bounds of a result too large to work out: it fits no dtype."""
@@ -74,16 +78,16 @@ def full_ends(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> En
     """Ends that hold whatever a dtype holds.
 
     Raises:
-        NoIntervalRule: If the dtype is none that masks use.
+        NoIntervalRule: If the dtype is not a common one.
     """
+    if dtype not in COMMON:
+        raise NoIntervalRule(f"a value of {dtype}")
     if dtype == torch.bool:
         limits: tuple[float, float] = (False, True)
-    elif dtype.is_floating_point:
+    elif dtype in FLOATS:
         limits = (torch.nan, torch.nan)
-    elif dtype in INTEGERS:
-        limits = (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     else:
-        raise NoIntervalRule(str(dtype))
+        limits = (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     ends = [torch.full((), end, dtype=dtype, device=device).expand(shape) for end in limits]
     return torch.stack(ends)
 

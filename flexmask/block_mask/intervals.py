@@ -10,13 +10,13 @@ the dtype of the value they bound. A float interval with a NaN end holds anythin
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor
+
+from flexmask.block_mask.stand_in import StandIn
 
 if TYPE_CHECKING:
     from flexmask.block_mask.evaluator import MaskEvaluator
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 Ends = Tensor
 """Lower and upper ends, ``(2, *cells)``."""
 Bounds = tuple[int, int]
-
-
-class NoIntervalRule(Exception):
-    """The mask_mod does something that intervals cannot follow; it must be evaluated exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +48,11 @@ class Span:
     is_whole: bool = False
 
 
-class Interval:
+class Interval(StandIn):
     """Lower and upper ends of one value in every cell; what a mask_mod gets as ``q_idx``.
 
     To the mask_mod it looks like a 0-d tensor. Python operators and torch functions on it go to
-    the evaluator, which finds the rule.
+    the evaluator, which finds the rule (`stand_in.StandIn`).
 
     Attributes:
         ends: Lower and upper end in each cell, ``(2, *cells)``, in the dtype of the value. Of an
@@ -66,8 +62,7 @@ class Interval:
         span: The index range behind it, if it is an index.
     """
 
-    __slots__ = ("_bounds", "_flipped", "ends", "evaluator", "is_exact", "span")
-    __hash__ = object.__hash__
+    __slots__ = ("_bounds", "_flipped", "ends", "is_exact", "span")
 
     def __init__(
         self,
@@ -133,17 +128,10 @@ class Interval:
             self._bounds = self.evaluator.read_bounds(self.ends)
         return cast(Bounds, self.known_bounds)
 
-    # What a 0-d tensor has, as far as masks use it.
-
     @property
     def dtype(self) -> torch.dtype:
         """As of a tensor."""
         return self.ends.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """As of a tensor."""
-        return self.ends.device
 
     @property
     def shape(self) -> torch.Size:
@@ -151,57 +139,9 @@ class Interval:
         return torch.Size(())
 
     @property
-    def ndim(self) -> int:
-        """As of the 0-d tensor it stands for."""
-        return 0
-
-    def dim(self) -> int:
-        """As of the 0-d tensor it stands for."""
-        return 0
-
-    def size(self) -> torch.Size:
-        """As of the 0-d tensor it stands for."""
-        return torch.Size(())
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Find the tensor method ``name``; it goes through the evaluator."""
-        method = getattr(torch.Tensor, name, None)
-        if method is None or name.startswith("__"):
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if not callable(method):
-            raise NoIntervalRule(f"Tensor.{name}")
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self.evaluator.apply(method, (self, *args), kwargs)
-
-        return call
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
-        """Mark the class as one that torch functions accept; the evaluator is a mode above."""
-        raise NoIntervalRule(getattr(func, "__name__", str(func)))
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        """Refuse: an index of an index is no pointwise expression."""
-        raise NoIntervalRule("indexing an index")
-
-    def __bool__(self) -> NoReturn:
-        """Refuse `if` and `and`."""
-        self.evaluator.refuse_host_read("`if`, `and`, `or` or `not` on a tensor")
-
-    def __int__(self) -> NoReturn:
-        """Refuse int()."""
-        self.evaluator.refuse_host_read("int() of a tensor")
-
-    def __float__(self) -> NoReturn:
-        """Refuse float()."""
-        self.evaluator.refuse_host_read("float() of a tensor")
-
-    def __index__(self) -> NoReturn:
-        """Refuse range() and the indexing of lists."""
-        self.evaluator.refuse_host_read("a tensor as Python index")
+    def cells(self) -> torch.Size:
+        """Shape of the cells that the value depends on."""
+        return self.lo.shape
 
 
 def exact_index(index: Tensor, length: int, evaluator: MaskEvaluator, start: int = 0) -> Interval:
@@ -209,41 +149,3 @@ def exact_index(index: Tensor, length: int, evaluator: MaskEvaluator, start: int
     bounds = (start, start + length - 1)
     span = Span(index, start, 1, length)
     return Interval(index, evaluator, is_exact=True, bounds=bounds, span=span)
-
-
-def _install_operators() -> None:
-    binary = "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift".split()
-
-    def install(name: str, method: Callable[..., Any]) -> None:
-        setattr(Interval, f"__{name.rstrip('_')}__", method)
-
-    def forward(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: self.evaluator.apply(op, (self, other), {})
-
-    def reflected(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: self.evaluator.apply(op, (other, self), {})
-
-    def in_place(op: Callable[..., Any]) -> Callable[..., Any]:
-        def update(self: Interval, other: Any) -> Interval:
-            result = self.evaluator.apply(op, (self, other), {})
-            if result.dtype != self.dtype:
-                raise NoIntervalRule(f"in-place {op.__name__} that changes the dtype")
-            for name in Interval.__slots__:
-                setattr(self, name, getattr(result, name))
-            return self
-
-        return update
-
-    for name in binary:
-        op = getattr(operator, name)
-        install(name, forward(op))
-        install(f"r{name}", reflected(op))
-        install(f"i{name}", in_place(op))
-    for name in "lt le eq ne ge gt".split():
-        install(name, forward(getattr(operator, name)))
-    for name in "neg pos abs invert".split():
-        op = getattr(operator, name)
-        install(name, lambda self, op=op: self.evaluator.apply(op, (self,), {}))
-
-
-_install_operators()

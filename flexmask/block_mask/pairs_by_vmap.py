@@ -2,56 +2,130 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flexmask.block_mask.rules import MaskMod, check_pointwise, check_result
+from flexmask.block_mask.rules import (
+    INDEX_DTYPES,
+    MaskMod,
+    check_call,
+    check_index_dtypes,
+    check_result,
+)
 
-INDEX_DTYPES = (torch.int64, torch.int32)
+PROBED = 16
+"""Queries, and keys, that are evaluated to see how much memory a pair takes."""
+COMMON_BYTES = 8
+"""The largest intermediate of a pair that callers reckon with: one int64."""
 
-
-def pairs_by_vmap(
-    mask_mod: MaskMod, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Evaluate a mask_mod as torch's own builder does.
-
-    Args:
-        mask_mod: What to evaluate.
-        b: ``(N or 1,)``.
-        h: ``(N or 1,)``.
-        q_idx: ``(N, Q)``.
-        kv_idx: ``(N or 1, K)``.
-
-    Returns:
-        The mask, and where it indexed a captured tensor out of range: ``(N, Q, K)`` each.
-
-    Raises:
-        MaskError: If the mask_mod breaks a rule of FlexAttention.
-    """
-    tiles = len(q_idx)
-    mode = _PointwiseMode(mask_mod)
-
-    def checked(*indices: Tensor) -> tuple[Tensor, Tensor]:
-        mode.outside = indices[0].new_zeros((), dtype=torch.bool)
-        with mode:
-            mask = mask_mod(*indices)
-        check_result(mask_mod, mask)
-        return mask, mode.outside
-
-    over_keys = torch.vmap(checked, in_dims=(None, None, None, 0))
-    over_queries = torch.vmap(over_keys, in_dims=(None, None, 0, None))
-    over_tiles = torch.vmap(over_queries)
-    with torch.no_grad():
-        mask, outside = over_tiles(
-            b.expand(tiles), h.expand(tiles), q_idx, kv_idx.expand(tiles, -1)
-        )
-    return mask, outside
+Indices = tuple[Tensor, Tensor, Tensor, Tensor]
+Masks = tuple[Tensor, Tensor]
+"""A mask, and where it indexed a captured tensor out of range."""
 
 
-class _PointwiseMode(TorchFunctionMode):
+class PairsByVmap:
+    """Evaluates one mask_mod as torch's own builder does."""
+
+    def __init__(self, mask_mod: MaskMod, *, pointwise_only: bool) -> None:
+        """Evaluate nothing yet.
+
+        Args:
+            mask_mod: What to evaluate.
+            pointwise_only: Whether reductions are refused.
+        """
+        self._mask_mod = mask_mod
+        self._mode = _CheckedMode(mask_mod, pointwise_only)
+        self._probed: tuple[float, float] | None = None
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Masks:
+        """Evaluate pairs; where one takes more than an int64 or so, some of them at a time.
+
+        Args:
+            b: ``(N or 1,)``.
+            h: ``(N or 1,)``.
+            q_idx: ``(N, Q)``.
+            kv_idx: ``(N or 1, K)``.
+
+        Returns:
+            The mask, and where it indexed a captured tensor out of range: ``(N, Q, K)`` each.
+
+        Raises:
+            MaskError: If the mask_mod breaks a rule of FlexAttention.
+        """
+        tiles = len(q_idx)
+        indices = (b.expand(tiles), h.expand(tiles), q_idx, kv_idx.expand(tiles, -1))
+        shape = (tiles, q_idx.shape[1], kv_idx.shape[1])
+        parts = math.ceil(self._bytes_per_pair(indices) / COMMON_BYTES)
+        return self._in_parts(indices, shape, parts)
+
+    def _in_parts(self, indices: Indices, shape: tuple[int, int, int], parts: int) -> Masks:
+        """Evaluate in about so many parts: of tiles, then of queries, then of keys."""
+        dim = next((dim for dim in range(3) if shape[dim] > 1), None)
+        if parts <= 1 or dim is None:
+            return self._evaluated(indices)
+        count = min(parts, shape[dim])
+        b, h, q_idx, kv_idx = indices
+        rest = math.ceil(parts / count)
+        pieces: list[Masks] = []
+        for some in torch.arange(shape[dim]).tensor_split(count):
+            piece = slice(int(some[0]), int(some[-1]) + 1)
+            smaller = (
+                (b[piece], h[piece], q_idx[piece], kv_idx[piece]),
+                (b, h, q_idx[:, piece], kv_idx),
+                (b, h, q_idx, kv_idx[:, piece]),
+            )[dim]
+            length = piece.stop - piece.start
+            sizes = (*shape[:dim], length, *shape[dim + 1 :])
+            pieces.append(self._in_parts(smaller, cast("tuple[int, int, int]", sizes), rest))
+        masks, outside = zip(*pieces, strict=True)
+        return torch.cat(masks, dim), torch.cat(outside, dim)
+
+    def _evaluated(self, indices: Indices) -> Masks:
+        def checked(*indices: Tensor) -> Masks:
+            self._mode.outside = indices[0].new_zeros((), dtype=torch.bool)
+            with self._mode:
+                mask = self._mask_mod(*indices)
+            check_result(self._mask_mod, mask)
+            return mask, self._mode.outside
+
+        over_keys = torch.vmap(checked, in_dims=(None, None, None, 0))
+        over_queries = torch.vmap(over_keys, in_dims=(None, None, 0, None))
+        over_tiles = torch.vmap(over_queries)
+        with torch.no_grad():
+            mask, outside = over_tiles(*indices)
+        return mask, outside
+
+    def _bytes_per_pair(self, indices: Indices) -> float:
+        """Return what the largest intermediate takes: more where tables keep dimensions.
+
+        Of ``(kept[b, q_idx] == kv_idx).any()`` it is as many bools as a row of ``kept`` has
+        entries for each pair; of ``kept[b].flip(0)[q_idx]``, a row for each tile.
+        """
+        b, h, q_idx, kv_idx = indices
+        pairs_per_tile = q_idx.shape[1] * kv_idx.shape[1]
+        if self._probed is None:
+            one = (b[:1], h[:1], q_idx[:1, :1], kv_idx[:1, :1])
+            some = (b[:1], h[:1], q_idx[:1, :PROBED], kv_idx[:1, :PROBED])
+            of_one, of_some = (self._largest(x) for x in (one, some))
+            pairs = some[2].numel() * some[3].numel()
+            self._probed = of_one, max(0, of_some - of_one) / max(1, pairs - 1)
+        per_tile, per_pair = self._probed
+        return per_pair + per_tile / pairs_per_tile
+
+    def _largest(self, indices: Indices) -> int:
+        largest = _LargestResult()
+        with largest:
+            self._evaluated(indices)
+        return largest.bytes
+
+
+class _CheckedMode(TorchFunctionMode):
     """Makes captured tensors indexable under vmap, and notes indices out of range.
 
     Attributes:
@@ -60,9 +134,10 @@ class _PointwiseMode(TorchFunctionMode):
 
     outside: Tensor
 
-    def __init__(self, mask_mod: MaskMod) -> None:
+    def __init__(self, mask_mod: MaskMod, pointwise_only: bool) -> None:
         super().__init__()
         self._mask_mod = mask_mod
+        self._pointwise_only = pointwise_only
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -70,16 +145,66 @@ class _PointwiseMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:
             return self._index(args[0], args[1])
-        check_pointwise(self._mask_mod, func, args, kwargs)
+        check_call(self._mask_mod, func, args, kwargs, pointwise_only=self._pointwise_only)
         return func(*args, **kwargs)
 
     def _index(self, table: Tensor, index: Any) -> Tensor:
-        items = list(index) if isinstance(index, tuple) else [index]
-        if not all(isinstance(x, Tensor) and x.dtype in INDEX_DTYPES for x in items):
-            return table[index]
-        for dim, item in enumerate(items):
-            length = table.shape[dim]
-            self.outside = self.outside | (item < -length) | (item >= length)
-            items[dim] = item.clamp(-length, length - 1)
-        # Tensor.__getitem__ would read a 0-d index on the host, which vmap forbids.
-        return cast(Tensor, torch.ops.aten.index(table, items))
+        leaves = tree_leaves(index)
+        check_index_dtypes(self._mask_mod, leaves)
+        if all(isinstance(x, Tensor) for x in leaves):
+            items = leaves
+        else:
+            items = list(index) if isinstance(index, tuple) else [index]
+        dim = 0
+        for i, item in enumerate(items):
+            if item is Ellipsis:
+                dim = table.dim() - sum(x is not None for x in items[i + 1 :])
+            elif _is_index(item):
+                items[i] = self._in_range(item, table.shape[dim])
+            dim += item is not None and item is not Ellipsis
+        return index_as_torch(table, tuple(items))
+
+    def _in_range(self, index: Tensor, length: int) -> Tensor:
+        is_outside = (index < -length) | (index >= length)
+        self.outside = self.outside | (is_outside.any() if is_outside.dim() else is_outside)
+        return index.clamp(-length, length - 1)
+
+
+def index_as_torch(table: Tensor, index: Any) -> Tensor:
+    """Index a tensor as torch's builder does, which takes ``[0, 1]`` for ``(0, 1)``.
+
+    (Tensor.__getitem__ would also read a 0-d index on the host, which vmap forbids.)
+    """
+    # What torch's own builder uses (torch 2.11 to 2.13).
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    indexing = TransformGetItemToIndex()
+    getitem: Any = Tensor.__getitem__
+    selected = indexing.__torch_function__(getitem, (), (table, index))
+    return cast(Tensor, selected)
+
+
+def _is_index(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype in INDEX_DTYPES
+
+
+class _LargestResult(TorchDispatchMode):
+    """Notes the size of the largest tensor that is computed.
+
+    Attributes:
+        bytes: Its size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        for x in () if is_view else tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.itemsize)
+        return result

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 
 from flexmask.block_mask.arithmetic_rules import ARITHMETIC, WHERE
-from flexmask.block_mask.interval_rule import INTEGERS, Rule, fits
+from flexmask.block_mask.interval_rule import COMMON, INTEGERS, Rule, fits
 from flexmask.block_mask.intervals import Ends, Interval
 from flexmask.block_mask.logic_rules import LOGIC, nonzero
+from flexmask.block_mask.stand_in import NoIntervalRule
 
 
 def cast_ends(value: Interval, dtype: torch.dtype) -> Ends | None:
-    """Ends of ``value.to(dtype)``."""
+    """Ends of ``value.to(dtype)``.
+
+    Raises:
+        NoIntervalRule: If the dtype is not a common one: floats of a byte turn to NaN where they
+            overflow, and unsigned integers wrap around.
+    """
+    if dtype not in COMMON:
+        raise NoIntervalRule(f"a cast to {dtype}")
     source = value.dtype
     if dtype == torch.bool:
         return nonzero(value)

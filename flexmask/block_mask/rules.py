@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmask.block_mask.captured_tables import Selection
-from flexmask.block_mask.intervals import Interval
+from flexmask.block_mask.stand_in import StandIn
 from flexmask.errors import MaskError
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -26,13 +27,20 @@ def functions_named(names: str) -> frozenset[Any]:
 
 
 REDUCTIONS = functions_named(
-    "all any sum nansum mean prod amax amin aminmax argmax argmin max min median mode std var "
-    "norm logsumexp count_nonzero nonzero argwhere unique unique_consecutive cumsum cumprod "
-    "cummax cummin sort argsort topk kthvalue bincount histc"
-)
+    "all any sum nansum mean nanmean prod amax amin aminmax argmax argmin max min median "
+    "nanmedian mode std var std_mean var_mean quantile nanquantile norm dist cdist logsumexp "
+    "softmax log_softmax count_nonzero nonzero argwhere unique unique_consecutive cumsum cumprod "
+    "cummax cummin logcumsumexp sort msort argsort topk kthvalue bincount histc isin searchsorted "
+    "bucketize dot vdot inner matmul mm mv bmm einsum tensordot trace __matmul__ __rmatmul__"
+) | {operator.matmul}
 HOST_READS = functions_named(
     "item tolist numpy is_nonzero equal allclose "
     "__bool__ __int__ __float__ __index__ __complex__ __contains__"
+)
+INDEX_DTYPES = (torch.int64, torch.int32)
+RANDOM = functions_named(
+    "rand randn randint randperm normal rand_like randn_like randint_like bernoulli multinomial "
+    "poisson bernoulli_ normal_ uniform_ random_ exponential_ geometric_ cauchy_ log_normal_"
 )
 EXTREMA = {
     torch.max: torch.maximum,
@@ -52,23 +60,60 @@ def host_read_error(mask_mod: MaskMod, what: str) -> MaskError:
     )
 
 
-def check_pointwise(
-    mask_mod: MaskMod, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+def check_call(
+    mask_mod: MaskMod,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    pointwise_only: bool,
 ) -> None:
     """Check a call of torch that a mask_mod makes.
 
+    Args:
+        mask_mod: Who calls.
+        func: What is called.
+        args: With these arguments.
+        kwargs: And these keywords.
+        pointwise_only: Whether reductions are refused. A BlockMask can be built of a mask_mod
+            that reduces ``table[b]``, but FlexAttention cannot compile it into its kernel.
+
     Raises:
-        MaskError: If it reads a value on the host or reduces a tensor.
+        MaskError: If it reads a value on the host, draws random numbers, or reduces a tensor
+            though it may not.
     """
     if func in HOST_READS:
         raise host_read_error(mask_mod, f"{func.__name__}()")
-    if func in EXTREMA and ("other" in kwargs or isinstance((*args, None)[1], Tensor)):
+    if func in RANDOM:
+        raise MaskError(
+            f"{mask_name(mask_mod)} draws random numbers with {func.__name__}(); draw them "
+            "beforehand, capture the tensor, and index it"
+        )
+    if not pointwise_only:
+        return
+    if func in EXTREMA and ("other" in kwargs or isinstance((*args, None)[1], Tensor | StandIn)):
         return
     if func in REDUCTIONS:
         raise MaskError(
-            f"{mask_name(mask_mod)} calls {func.__name__}(), a reduction; a mask_mod decides one "
-            "(query, key) pair from values at that pair, so compute the reduced tensor "
-            "beforehand, capture it, and index it"
+            f"{mask_name(mask_mod)} calls {func.__name__}(), a reduction, which FlexAttention "
+            "cannot compile into its kernel: a mask_mod must be pointwise; compute the reduced "
+            "tensor beforehand, capture it, and index it"
+        )
+
+
+def check_index_dtypes(mask_mod: MaskMod, indices: Iterable[Any]) -> None:
+    """Check what a mask_mod indexes with.
+
+    Raises:
+        MaskError: If some index is a byte, which torch takes for a mask, or another integer that
+            torch does not index with.
+    """
+    for index in indices:
+        if not isinstance(index, Tensor | StandIn) or index.dtype in (*INDEX_DTYPES, torch.bool):
+            continue
+        raise MaskError(
+            f"{mask_name(mask_mod)} indexes a tensor with {index.dtype}; cast the index: "
+            "`index.long()`"
         )
 
 
@@ -92,7 +137,8 @@ def check_result(mask_mod: MaskMod, result: Any) -> None:
     Raises:
         MaskError: If it did not.
     """
-    if isinstance(result, Interval | Tensor) and result.dtype == torch.bool and not result.dim():
+    is_tensor = isinstance(result, Tensor | StandIn)
+    if is_tensor and result.dtype == torch.bool and not result.dim():
         return
     name = mask_name(mask_mod)
     if isinstance(result, bool):
@@ -100,7 +146,7 @@ def check_result(mask_mod: MaskMod, result: Any) -> None:
         raise MaskError(f"{name} returns the Python bool {result}; return a tensor: `{fix}`")
     if isinstance(result, Selection):
         raise MaskError(f"{name} returns part of a captured tensor; index all of its dimensions")
-    if not isinstance(result, Interval | Tensor):
+    if not is_tensor:
         raise MaskError(f"{name} returns {type(result).__name__}; it must return a bool tensor")
     if result.dtype != torch.bool:
         raise MaskError(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import Ends, NoIntervalRule, exact_index
+from flexmask.block_mask.intervals import Ends, exact_index
 from flexmask.block_mask.rules import MaskMod
+from flexmask.block_mask.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_states import (
     EMPTY,
     FULL,
@@ -51,10 +52,12 @@ class TileClassifier:
     row-major order, ``(N, 4)`` int64.
     """
 
-    def __init__(self, mask_mod: MaskMod, shape: MaskShape) -> None:
+    def __init__(
+        self, mask_mod: MaskMod, shape: MaskShape, *, pointwise_only: bool = False
+    ) -> None:
         """Prepare to classify."""
         self._shape = shape
-        self._evaluator = MaskEvaluator(mask_mod, shape.device)
+        self._evaluator = MaskEvaluator(mask_mod, shape.device, pointwise_only=pointwise_only)
         self._has_intervals = True
         self._scale = self._coarsest_scale()
         lengths = [

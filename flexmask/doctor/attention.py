@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.block_mask import DecodeRowMask, create_block_mask
@@ -26,7 +25,7 @@ from flexmask.mask_mods import (
     same_segment,
 )
 
-LENGTH = 256
+LENGTH, TILE = 256, 128
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference from dense attention in float32, of values of about one."""
@@ -52,7 +51,7 @@ def check_decode(device: torch.device) -> Check:
 
 
 def check_flash(device: torch.device) -> Check:
-    """FlexAttention's FLASH backend, which flash-attn-4 brings."""
+    """FlexAttention's FLASH backend, which flash-attn-4 brings, and its reading of tiles."""
     name = "attention, FLASH"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return Check(name, "unavailable", "needs a GPU of capability 9.0 or more")
@@ -94,18 +93,48 @@ def _compared(device: torch.device, slots: Tensor) -> str:
 
 
 def _flash_compared(device: torch.device) -> str:
-    block_mask = create_block_mask(causal, 1, None, LENGTH, LENGTH, device)
-    query, key, value = _inputs(device, torch.bfloat16, LENGTH)
-    compiled = torch.compile(flex_attention, fullgraph=True)
-    options: Any = {"BACKEND": "FLASH"}
+    slots = torch.arange(LENGTH, device=device)
+    causal_tiles = create_block_mask(causal, 1, None, LENGTH, LENGTH, device)
+    first_tile = (slots < TILE).expand(1, 1, LENGTH, LENGTH)
+    _under_flash(first_tile_only(device), first_tile, "keys that only tiles hide: ")
+    return _under_flash(causal_tiles, _dense_mask(causal, slots), "")
+
+
+def _under_flash(block_mask: BlockMask, dense: Tensor, what: str) -> str:
+    query, key, value = _inputs(dense.device, torch.bfloat16, LENGTH)
+    module = nn.Module()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its compiler warns of arguments that are its own
-        found = compiled(
-            query, key, value, block_mask=block_mask, enable_gqa=True, kernel_options=options
+        found, _ = flexmask_attention(
+            module, query, key, value, block_mask, prefill_kernel="flash"
         )
-        dense = _dense_mask(causal, torch.arange(LENGTH, device=device))
-        wanted, _ = dense_attention(nn.Module(), query.float(), key.float(), value.float(), dense)
-    return _agreement(found.transpose(1, 2), wanted)
+        wanted, _ = dense_attention(module, query.float(), key.float(), value.float(), dense)
+    return _agreement(found, wanted, what)
+
+
+def first_tile_only(device: torch.device) -> BlockMask:
+    """Hide all keys but those of the first tile, by the list of tiles alone.
+
+    FLASH has been seen to attend to every tile where the mask_mod allows all
+    (https://github.com/pytorch/pytorch/issues/188322).
+    """
+
+    def allows_all(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return b.new_ones((), dtype=torch.bool)
+
+    tiles = LENGTH // TILE
+    none = torch.zeros(1, 1, tiles, dtype=torch.int32, device=device)
+    order = torch.arange(tiles, dtype=torch.int32, device=device).expand(1, 1, tiles, tiles)
+    return BlockMask.from_kv_blocks(
+        none,
+        order.contiguous(),
+        none + 1,
+        order.contiguous(),
+        BLOCK_SIZE=(TILE, TILE),
+        mask_mod=allows_all,
+        seq_lengths=(LENGTH, LENGTH),
+        compute_q_blocks=False,
+    )
 
 
 def _replayed(device: torch.device) -> str:
@@ -158,9 +187,9 @@ def _inputs(
     return random(HEADS, queries), random(KV_HEADS, LENGTH), random(KV_HEADS, LENGTH)
 
 
-def _agreement(found: Tensor, wanted: Tensor) -> str:
+def _agreement(found: Tensor, wanted: Tensor, what: str = "") -> str:
     difference = (found.float() - wanted).abs().max().item()
     if not difference < TOLERANCE[found.dtype]:  # NaN too
-        raise WrongResult(f"differs from dense attention by {difference:.2g}")
+        raise WrongResult(f"{what}differs from dense attention by {difference:.2g}")
     dtype = str(found.dtype).removeprefix("torch.")
     return f"compiled in {dtype} on {found.device}, within {difference:.0e} of dense attention"

@@ -339,7 +339,14 @@ class ModelRunner:
 
         def build() -> BlockMask:
             return create_block_mask(
-                mask_mod, rows, None, length, plan.kv_length, self.device, plan.tile
+                mask_mod,
+                rows,
+                None,
+                length,
+                plan.kv_length,
+                self.device,
+                plan.tile,
+                pointwise_only=True,
             )
 
         return self._mask_cache.get(key, mask_mod, build)

@@ -72,7 +72,8 @@ def is_pointwise(subject: Subject) -> Iterator[Fault]:
     for case in CASES:
         size = len(subject.mask(case))
         batch = loaded_batch([subject.layout(case)], [0])
-        create_block_mask(subject.strategy.mask_mod(batch), 1, None, size, size, CPU)
+        mask_mod = subject.strategy.mask_mod(batch)
+        create_block_mask(mask_mod, 1, None, size, size, CPU, pointwise_only=True)
     yield from ()
 
 

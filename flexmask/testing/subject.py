@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.pairs_by_vmap import pairs_by_vmap
+from flexmask.block_mask.pairs_by_vmap import PairsByVmap
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
@@ -48,7 +48,8 @@ def evaluate(mask_mod: MaskMod, row: int, q_slots: Tensor, kv_slots: Tensor) -> 
         MaskError: If it breaks a rule of FlexAttention.
     """
     b, h = torch.tensor([row]), torch.tensor([0])
-    return pairs_by_vmap(mask_mod, b, h, q_slots[None], kv_slots[None])[0][0]
+    pairs = PairsByVmap(mask_mod, pointwise_only=True)
+    return pairs(b, h, q_slots[None], kv_slots[None])[0][0]
 
 
 class Subject:
