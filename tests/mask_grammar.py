@@ -134,8 +134,18 @@ TABLES = (
     "per_head[h][b, {}]",
     "cube[b, {}, {}]",
     "cube[h, q_idx, kv_idx]",
+    "rows[b].int()[{}]",
+    "(rows[b] + windows[h])[{}]",
+    "per_head[b].amax(0)[{}]",
 )
-BOOLS = ("flags[{}]", "allow[ids[{}], rows[b, {}]]", "dense[{}, {}]", "dense[q_idx, kv_idx]")
+BOOLS = (
+    "flags[{}]",
+    "allow[ids[{}], rows[b, {}]]",
+    "dense[{}, {}]",
+    "dense[q_idx, kv_idx]",
+    "(rows[:, {}] == 3).any()",
+    "(per_head[b, :, {}] < windows).all(-1)",
+)
 FLOATS = ("weights[{}]", "halves[h, {}]", "odd_floats[{}]", "tenth")
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 
