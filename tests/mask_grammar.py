@@ -135,17 +135,15 @@ TABLES = (
     "cube[b, {}, {}]",
     "cube[h, q_idx, kv_idx]",
     "rows[b].int()[{}]",
+)
+BOOLS = ("flags[{}]", "allow[ids[{}], rows[b, {}]]", "dense[{}, {}]", "dense[q_idx, kv_idx]")
+KEPT_DIMENSIONS = (
     "(rows[b] + windows[h])[{}]",
     "per_head[b].amax(0)[{}]",
+    "(rows[:, {}] == 3).sum()",
+    "(per_head[b, :, {}] < windows).all(-1).int()",
 )
-BOOLS = (
-    "flags[{}]",
-    "allow[ids[{}], rows[b, {}]]",
-    "dense[{}, {}]",
-    "dense[q_idx, kv_idx]",
-    "(rows[:, {}] == 3).any()",
-    "(per_head[b, :, {}] < windows).all(-1)",
-)
+"""Integers from dimensions that a table keeps, which no interval follows."""
 FLOATS = ("weights[{}]", "halves[h, {}]", "odd_floats[{}]", "tenth")
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 
@@ -229,6 +227,7 @@ class _Source:
         return self.pick(
             f"({self.bool(depth - 1)}).int()",
             f"torch.gcd({a}, {a} + 6)",
+            self.filled(self.pick(*KEPT_DIMENSIONS), 0),
             f"torch.div({a}, 4, rounding_mode='{self.pick('trunc', 'floor')}')",
             f"torch.full_like({a}, 11)",
             f"({a} + b.new_ones(()))",
