@@ -13,6 +13,7 @@ Usage::
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from typing import Any
 PAGE = Path(__file__).parent / "models.md"
 WORDS = {"ok": "right", "unavailable": "refused", "broken": "wrong"}
 """States of checks, in the words of the page."""
+MOST_PARAMETERS = 20_000_000
 BEGIN, END = "<!-- families -->", "<!-- end -->"
 
 SIZES: dict[str, int] = {
@@ -137,6 +139,10 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     config = small_config(family, len(tokenizer))
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"the configuration is not small: {size:,} parameters")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval().requires_grad_(False)

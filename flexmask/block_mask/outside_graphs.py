@@ -1,4 +1,4 @@
-"""What a function that cannot be part of a compiled graph does inside of torch.compile."""
+"""Refuses inside torch.compile the functions that cannot be part of a graph."""
 
 from __future__ import annotations
 
