@@ -17,6 +17,7 @@ class QuickRun:
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = requests
+        self.rules = SimpleNamespace(eos_token_ids=(), stop_strings=(), applied=(), sampling=None)
         self.stats = SimpleNamespace(
             **dict.fromkeys(
                 (

@@ -76,7 +76,7 @@ def test_a_parameter_that_no_mask_can_compute_with_is_refused(value: str) -> Non
         (["--model", os.fsdecode(b"m\xff")], "--model must be UTF-8, got 'm\\udcff'"),
         (["--batch-size", LONG], "--batch-size must be at most 2,147,483,647, got a number of 1,"),
         (["--top-k", LONG], "top_k must be at most 2,147,483,647, got a number of 3,322 bits"),
-        (["--output", os.fsdecode(b"o\xff.feather")], "a name that is not UTF-8; choose another"),
+        (["--output", os.fsdecode(b"o\xff.feather")], "name is not UTF-8; choose another"),
         (["--param", f"positions={LONG}"], "positions must be restart|sequential, got '99"),
     ],
 )

@@ -124,8 +124,9 @@ def test_dropped_keys_under_restarted_positions_are_refused(models):
 def test_the_wrong_number_of_rows_is_refused(models):
     strategy = EnsembleIsolation()
     layouts = [strategy.layout(random_request(5, 10, [20], 2))]
-    with use_strategy(strategy, layouts), pytest.raises(AttentionError, match="3 rows"):
-        generate(models("llama", "flexmask"), padded_batch("cpu"), do_sample=False)
+    with pytest.raises(AttentionError, match="3 rows"):
+        with use_strategy(strategy, layouts):
+            generate(models("llama", "flexmask"), padded_batch("cpu"), do_sample=False)
 
 
 def test_dropout_in_training_is_refused():
@@ -140,7 +141,7 @@ def test_dropout_in_training_is_refused():
 @pytest.mark.parametrize("option", ["s_aux", "position_bias"])
 def test_an_unsupported_score_modification_is_refused(option):
     tensor = torch.zeros(1, 2, 4, 16)
-    with pytest.raises(AttentionError, match=f"asks for {option}"):
+    with pytest.raises(AttentionError, match=f"asks for attention with {option}"):
         flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: tensor})
 
 

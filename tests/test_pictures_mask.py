@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from flexmask.attention.model_probe import WHOLE_MODEL
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
@@ -47,7 +48,7 @@ def test_a_picture_shows_the_masks_that_the_engine_runs_with(name, models):
     runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
     runner.prepare(strategy, batch_size=1, capacity=1024)
     runner.placed.batch.load([layout], [len(layout) - 1], [0])
-    mask_mod = runner.placed._mask_mods["full_attention"]
+    mask_mod = runner.placed._mask_mods[WHOLE_MODEL]
     prefill = create_block_mask(mask_mod, 1, None, 640, 640, "cpu", BLOCK_SIZE)
     runner.placed.batch.open_tail([len(layout) - 1])
     assert picture.mask.tile == BLOCK_SIZE == TILE

@@ -344,12 +344,12 @@ def test_a_column_of_paraphrases_may_be_in_some_rows_only(task_of: Callable[[str
 
 
 def test_numbers_beyond_all_measure_are_refused_at_once(task_of: Callable[[str], Task]) -> None:
-    many = 10**20
+    many = 10**6 - 1
     assert str(Selection.parse(f"first {many}")) == f"first {many}"
     for text in (f"first {many}", f"indices 0 {many}", f"sample {many} auto"):
         with pytest.raises(RequestError, match=f"{many}"):
             Selection.parse(text).choose(GROUPS, "u")
-    for text in ("first " + "9" * 5000, "sample " + "9" * 5000 + " auto", "indices" + " 1" * 9999):
+    for text in (f"first {10**20}", "first " + "9" * 5000, "sample " + "9" * 5000 + " auto"):
         with pytest.raises(OptionError, match="paraphrases are selected by"):
             Selection.parse(text)
     rows = rows_in_memory([{"q": "x"}], "rows.jsonl")

@@ -136,7 +136,7 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bo
         return CPU_TILE
     if kernel == "triton":
         for most, tile in TILES:
-            if capacity <= most and (has_options or min(tile) >= 64):
+            if capacity <= most and has_options:
                 return tile
     return (BLOCK_SIZE, BLOCK_SIZE)
 
