@@ -1,4 +1,4 @@
-"""Writes the README's table of strategies and fusions from benchmarks/results: ``make docs``."""
+"""Writes the README's tables of strategies and fusions from benchmarks/results: ``make docs``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "README.md"
-RESULT = ROOT / "benchmarks" / "results" / "compare-cpu-demo.json"
+RESULTS = {
+    "compare-real": ROOT / "benchmarks" / "results" / "compare-h100-smollm2.json",
+    "compare": ROOT / "benchmarks" / "results" / "compare-cpu-demo.json",
+}
+"""What each table of the README shows, by the mark before it."""
+PLAIN = " of causal"
 COUNTS = (1, 3, 5)
 HEAD = ("", "1", "3", "5", "5 less the first alone", "prompt tokens", "computed", "ms/question")
 
 
-def table() -> str:
-    """A line for each strategy and fusion; the last columns are those of most paraphrases."""
-    cells = json.loads(RESULT.read_text())["cells"]
-    names = dict.fromkeys(cell["name"] for cell in cells)
+def table(result: Path) -> str:
+    """A line for each strategy and fusion; the last columns are those of most paraphrases.
+
+    Of fusions, those of plain prompts are shown.
+    """
+    cells = json.loads(result.read_text())["cells"]
+    for cell in cells:
+        cell["name"] = cell["name"].removesuffix(PLAIN)
+    names = dict.fromkeys(cell["name"] for cell in cells if " of " not in cell["name"])
     lines = [HEAD, ["---"] * len(HEAD)]
     for name in names:
         of_count = {cell["num_segments"]: cell for cell in cells if cell["name"] == name}
@@ -28,12 +38,13 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """The README with its table written anew."""
-    pattern = r"(<!-- compare -->\n).*?(<!-- end -->)"
-    found, count = re.subn(pattern, rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{TARGET}: expected one table, found {count}")
-    return found
+    """The README with its tables written anew."""
+    for mark, result in RESULTS.items():
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, rf"\g<1>{table(result)}\g<2>", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{TARGET}: expected one table {mark}, found {count}")
+    return text
 
 
 def _last_columns(cell: dict[str, Any]) -> list[str]:

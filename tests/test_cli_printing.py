@@ -37,7 +37,8 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (
             "> /dev/full",
             1,
-            "error: standard output cannot be written (No space left on device); send it elsewhere\n",
+            "error: standard output cannot be written (No space left on device); "
+            "send it elsewhere\n",
         ),
         ("2> /dev/full >&2", 1, ""),
     ],

@@ -195,6 +195,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options:
     """
     if torch.compiler.is_compiling():
         return _attend(query, key, value, mask, *options)
+    lengths = (query.shape[2], key.shape[2])
+    if mask.seq_lengths != lengths:
+        raise AttentionError(
+            f"the model attends with {lengths[0]} queries to {lengths[1]} keys under a mask made "
+            f"for {mask.seq_lengths[0]} and {mask.seq_lengths[1]}; flexmask cannot mask it"
+        )
     if not key.is_cuda and torch.is_grad_enabled() and query.requires_grad:
         raise AttentionError(
             "FlexAttention computes no gradients on a CPU; run the model under torch.no_grad()"

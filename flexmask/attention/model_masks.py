@@ -131,6 +131,11 @@ def _strategy_mask(
             "a sliding-window cache has dropped keys that restarted positions still reach; "
             "use flexmask.Engine, or the strategy with positions=sequential"
         )
+    if kv_offset and window is None:
+        raise AttentionError(
+            "the model's cache has dropped keys that a layer without a window still sees; use "
+            "flexmask.Engine"
+        )
     batch = active.batch(capacity)
     mask_mod = active.strategy.mask_mod(batch)
     return mask_mod if window is None else and_masks(mask_mod, within_window(batch, window))
