@@ -214,9 +214,8 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"With transformers {transformers.__version__} and torch {torch.__version__}, of "
         f"{len(checked)} families {both} are right in both ways and {either - both} in one; "
-        f"{len(checked) - either - wrong} are refused, {wrong} are wrong. "
-        f"{len(outcomes) - len(checked)} more, most of them with parts of other modalities, have no "
-        "small configuration here.",
+        f"{len(checked) - either - wrong} are refused, {wrong} are wrong. No small configuration "
+        f"was made of {len(outcomes) - len(checked)} more, most with parts of other modalities.",
         "",
         "| family | `use_strategy` | engine | why not |",
         "| --- | --- | --- | --- |",
