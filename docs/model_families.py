@@ -74,6 +74,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
         {"use_sliding_window": True, "max_window_layers": 1},
     ),
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "jamba": {

@@ -249,7 +249,7 @@ def test_a_cache_that_does_not_hold_what_the_mask_is_for_is_refused(family, reas
 
 @pytest.mark.parametrize(
     "family",
-    ["gpt2", "gpt_neox", "opt", "gptj", "phi", "gemma3_text", "qwen3_moe", "deepseek_v3",
+    ["gpt2", "gpt_neox", "opt", "gptj", "phi", "gemma4_text", "qwen3_moe", "deepseek_v3",
      "cohere2", "granite", "glm4", "smollm3"],
 )  # fmt: skip
 def test_a_dozen_families_give_what_their_own_attention_gives(family):
