@@ -112,9 +112,10 @@ def small_config(family: str, vocab_size: int) -> Any:
     values: dict[str, Any] = {
         name: value
         for name, value in (SIZES | {"vocab_size": vocab_size, "eos_token_id": None}).items()
-        if hasattr(default, name) and not isinstance(getattr(cls, name, None), property)
+        if (name in vars(default) or hasattr(default, name))
+        and not isinstance(getattr(cls, name, None), property)
     }
-    if isinstance(getattr(default, "num_attention_heads", None), list):
+    if isinstance(vars(default).get("num_attention_heads"), list):
         del values["num_attention_heads"]
     if getattr(default, "kv_lora_rank", None):  # latent attention: a key head for each query head
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
