@@ -13,7 +13,7 @@ RESULTS = {
     "compare-real": ROOT / "benchmarks" / "results" / "compare-h100-smollm2.json",
     "compare": ROOT / "benchmarks" / "results" / "compare-cpu-demo.json",
 }
-"""What each table of the README shows, by the mark before it."""
+"""Results shown in the README's tables, by the mark before each."""
 PLAIN = " of causal"
 COUNTS = (1, 3, 5)
 HEAD = ("", "1", "3", "5", "5 less the first alone", "prompt tokens", "computed", "ms/question")

@@ -100,7 +100,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
-"""What single families need besides, or for the sizes to fit each other."""
+"""Values that single families need in addition, or for their sizes to fit each other."""
 
 
 def small_config(family: str, vocab_size: int) -> Any:

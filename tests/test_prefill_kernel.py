@@ -142,6 +142,9 @@ def hidden_by_tiles(device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Argument .* cannot be converted:UserWarning"
+)  # FLASH's compiler
 @pytest.mark.parametrize(
     ("kernel", "device"),
     [

@@ -204,7 +204,7 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: Generat
 
 
 def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
-    """What the model's generation config makes of this run."""
+    """Effects of the model's generation config on this run."""
     endings = [*map(str, sorted(rules.eos_token_ids)), *map(repr, rules.stop_strings)]
     yield f"the model's generation config ends rows with: {', '.join(endings) or 'nothing'}"
     if rules.applied:

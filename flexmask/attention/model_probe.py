@@ -42,7 +42,7 @@ ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one attention module of a model needs of a cache."""
+    """Sizes of the key-value cache that one attention module needs."""
 
     num_kv_heads: int
     key_dim: int
@@ -70,7 +70,7 @@ class AttentionCall:
 
     @property
     def shape(self) -> AttentionShape:
-        """What the module needs of a cache."""
+        """Sizes of the key-value cache that the module needs."""
         _, key, value = self.tensors
         return AttentionShape(key.shape[1], key.shape[3], value.shape[3], self.has_softcap)
 
@@ -123,7 +123,7 @@ class ProbeMask(ModelBlockMask):
 
 @dataclass
 class _Pass:
-    """What a probing pass found."""
+    """Calls of attention and logits of one probing pass."""
 
     calls: list[AttentionCall] = field(default_factory=list)
     logits: Tensor | None = None
@@ -147,7 +147,7 @@ def probe_mask(
 
 @dataclass(frozen=True)
 class ModelProbe:
-    """What a model does around attention.
+    """Facts about a model that its probing passes found; `probe_model` makes it.
 
     Attributes:
         model: The model.
@@ -227,7 +227,7 @@ class ModelProbe:
 
 
 def probe_model(model: PreTrainedModel) -> ModelProbe:
-    """Run a few tokens through a model and find out what it does around attention.
+    """Run a few tokens through a model, and refuse it if a mask cannot isolate its segments.
 
     Raises:
         AttentionError: If it does not attend through flexmask, or does what no mask can govern.
@@ -338,7 +338,7 @@ def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -
 
 
 def _same_tokens(a: _Pass, a_slots: Sequence[int], b: _Pass, b_slots: Sequence[int]) -> bool:
-    """Whether some tokens of the first rows have the same queries, keys and values."""
+    """Compare queries, keys and values of some tokens of the first rows."""
     return all(
         _agree(one[0, :, list(a_slots)], other[0, :, list(b_slots)])
         for a_call, b_call in zip(a.calls, b.calls, strict=True)
@@ -354,7 +354,7 @@ def _last_tokens_agree(found: _Pass) -> bool:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding; weights that give NaN are let pass."""
+    """Compare two tensors, allowing for rounding; weights that give NaN are let pass."""
     allowed = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps) * float(a.abs().max())
     return torch.allclose(a, b, rtol=0.0, atol=allowed, equal_nan=True) or not a.isfinite().all()
 
