@@ -168,16 +168,18 @@ def dense_attention(
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-IGNORED_ARGUMENTS = frozenset(
+KNOWN_ARGUMENTS = frozenset(
     {
         # The mask says it.
         "is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position",
         # They concern the model, and come along.
         "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels",
-        "logits_to_keep", "num_items_in_batch", "deterministic", "dropout",
+        "logits_to_keep", "num_items_in_batch", "deterministic",
+        # Refused before, where they ask for something.
+        "dropout", "output_attentions",
     }
 )  # fmt: skip
-"""Arguments that models pass to attention and that change nothing here."""
+"""Arguments that models pass to attention besides, and that change nothing here."""
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -193,8 +195,9 @@ def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
             "output_attentions=True needs attention weights, which flexmask never makes; "
             "choose attn_implementation='eager'"
         )
-    known = IGNORED_ARGUMENTS | {"output_attentions"}
-    unknown = [key for key, value in kwargs.items() if key not in known and value is not None]
+    unknown = [
+        key for key, value in kwargs.items() if key not in KNOWN_ARGUMENTS and value is not None
+    ]
     if unknown:
         raise AttentionError(
             f"{name} asks for attention with {', '.join(sorted(unknown))}, which flexmask does "
