@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flexmask.testing
-from flexmask import guarded_call, hookspecs, layout, mask_mods, registry
+from flexmask import hookspecs, layout, mask_mods, registry
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import ScaledPart, Strategy, parameter
@@ -80,8 +80,6 @@ def page() -> str:
         "\n## Environment variables\n",
         f"- `{registry.LOAD_PLUGINS}`: names of the distributions whose plugins load, separated "
         "by commas. Unset means all; empty, or `flexmask --no-plugins`, the built-in ones alone.",
-        f"- `{guarded_call.PLUGIN_TIMEOUT}`: seconds that a plugin may take to load, by default "
-        f"{guarded_call.DEFAULT_TIMEOUT_S:g}.",
     ]
     return "\n".join(parts) + "\n"
 

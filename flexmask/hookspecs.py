@@ -26,12 +26,12 @@ def register_strategies() -> Iterable[type[Strategy]]:
     """Return the strategy classes that this plugin offers.
 
     Called once, when strategies are first looked up. Import torch inside functions only: listings
-    load plugins too. What this prints, what it changes in torch's settings, another working
-    directory and closed streams are taken back, and it is not waited for longer than
-    ``FLEXMASK_PLUGIN_TIMEOUT`` seconds.
+    load plugins too. Text printed here is kept off stdout and reported; another working directory
+    and closed streams are undone and reported.
 
     One plugin that fails stops no other. What cannot be contained in one process: ``os._exit``, a
-    crash in C code, and threads that a plugin leaves running. ``flexmask --no-plugins`` and
+    crash in C code, threads that a plugin leaves running, global settings of libraries such as
+    torch's default dtype, and an import that never ends. ``flexmask --no-plugins`` and
     ``FLEXMASK_LOAD_PLUGINS`` leave such a plugin out.
     """
     raise NotImplementedError

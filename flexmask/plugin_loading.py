@@ -14,7 +14,7 @@ import pluggy
 from flexmask import __version__, hookspecs
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.fault import described, place_of_code, place_of_fault
-from flexmask.guarded_call import call_guarded, plugin_timeout_s
+from flexmask.guarded_call import call_guarded
 from flexmask.hookspecs import ENTRY_POINT_GROUP
 from flexmask.strategy import Strategy, check_strategy_class
 
@@ -159,7 +159,7 @@ def _load_plugin(
         _check_names(strategies, reserved)
         return strategies
 
-    result = call_guarded(load, entry_point.module, plugin_timeout_s())
+    result = call_guarded(load)
     record = replace(record, strategies=result.value or (), notes=result.notes)
     if result.error is None:
         return record

@@ -64,7 +64,7 @@ def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
 @cache
 def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
     name = f"flexmask_file_{path.stem}_{digest}"  # two folders may have a masks.py each
-    result = call_guarded(lambda: _run(location, name), name, timeout_s=None)
+    result = call_guarded(lambda: _run(location, name))
     for note in result.notes:
         warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
     if result.error is not None:

@@ -1,12 +1,9 @@
 """torch's global settings: what changed is named and put back."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from flexmask.torch_settings import read_settings, restore_settings
+from flexmask.testing.torch_settings import read_settings, restore_settings
 
 CHANGES = {
     "default dtype to torch.float64": lambda: torch.set_default_dtype(torch.float64),
@@ -27,18 +24,3 @@ def test_a_changed_setting_is_named_and_put_back(change):
     assert restore_settings(before) == (f"torch's {change}",)
     assert read_settings() == before
     assert restore_settings(before) == ()
-
-
-def test_settings_of_a_torch_that_is_not_imported_are_those_it_starts_with():
-    program = (
-        "import sys\n"
-        "from flexmask.torch_settings import read_settings, restore_settings\n"
-        "before = read_settings()\n"
-        "assert 'torch' not in sys.modules\n"
-        "import torch\n"
-        "assert restore_settings(before) == ()\n"
-        "torch.set_grad_enabled(False)\n"
-        "print(*restore_settings(before))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "torch's grad mode to False\n", result.stderr

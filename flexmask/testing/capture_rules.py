@@ -16,7 +16,7 @@ from flexmask.fault import innermost_place, place_of_fault
 from flexmask.testing.cases import SAME_SHAPE, SMALL
 from flexmask.testing.finding import Fault
 from flexmask.testing.subject import Subject, capacity_for, loaded_batch
-from flexmask.torch_settings import restore_settings
+from flexmask.testing.torch_settings import restore_settings
 
 if TYPE_CHECKING:
     from flexmask.strategy import MaskMod

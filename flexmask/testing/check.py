@@ -12,7 +12,7 @@ from flexmask.strategy import Strategy, check_strategy_class
 from flexmask.testing import capture_rules, mask_rules
 from flexmask.testing.finding import Fault, Finding
 from flexmask.testing.subject import Subject
-from flexmask.torch_settings import restore_settings
+from flexmask.testing.torch_settings import restore_settings
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
 from flexmask.testing.cases import Case
-from flexmask.torch_settings import read_settings
+from flexmask.testing.torch_settings import read_settings
 
 if TYPE_CHECKING:
     from flexmask.strategy import MaskMod
