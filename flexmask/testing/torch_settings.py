@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.backends import cudnn
 
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (
         torch.get_default_device,
