@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stamp import environment_stamp
 from torch import Tensor
 from torch._dynamo import mark_static
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,10 +25,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from flexmask import create_block_mask, explain_mask
 from flexmask.attention.flex_call import TRITON_OPTIONS, last_tile_first
 from flexmask.attention.model_probe import AttentionShape
+from flexmask.bench.ceilings import matrix_rate, read_bandwidth
+from flexmask.bench.clock import time_call
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
-from flexmask.speed.ceilings import matrix_rate, read_bandwidth
-from flexmask.speed.clock import time_call
+from stamp import environment_stamp
 
 HEADS, KV_HEADS, DIM = 24, 8, 128
 SEGMENTS, TAIL = 5, 128

@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from stamp import environment_stamp
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import create_block_mask as torch_create_block_mask
 
 from flexmask.block_mask import DecodeRowMask, create_block_mask
+from stamp import environment_stamp
 
 TILE = 128
 EAGER_BYTES_PER_PAIR = 11

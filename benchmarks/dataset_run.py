@@ -18,19 +18,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from dataset_peers import rerun_rows_per_s, separate_rows_per_s
-from stamp import environment_stamp
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dataset_peers import rerun_rows_per_s, separate_rows_per_s
 from flexmask.attention.backend import register_attention
-from flexmask.dataset.requests import read_requests
-from flexmask.dataset.results import ResultWriter
-from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.engine import Engine
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.run_config import RunConfig
 from flexmask.strategy import Strategy
+from flexmask.tasks.request_source import read_requests
+from stamp import environment_stamp
 
 LLAMA_3_2_3B = {
     "vocab_size": 128256,

@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
 from dataset_run import SHAPES, random_engine
 from stamp import environment_stamp
 

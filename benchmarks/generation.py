@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataset_run import SHAPES, random_engine
-from stamp import environment_stamp
-from start_peer import generate
 from transformers import PreTrainedModel
 
+from dataset_run import SHAPES, random_engine
+from flexmask.bench.ceilings import read_bandwidth
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.layout import TokenizedRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
-from flexmask.speed.ceilings import read_bandwidth
+from stamp import environment_stamp
+from start_peer import generate
 
 SEGMENTS = 5
 REPEATS = 3

@@ -16,13 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from stamp import environment_stamp
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
 from flexmask.block_mask import MaskReport, explain_mask
-from flexmask.block_mask.rules import MaskMod
+from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import (
@@ -34,6 +33,7 @@ from flexmask.mask_mods import (
     same_segment,
     within_window,
 )
+from stamp import environment_stamp
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SEGMENTS = 8

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from dataset_run import SHAPES, random_engine
-from stamp import environment_stamp
 
+from dataset_run import SHAPES, random_engine
 from flexmask import Engine, Fusion, Request
-from flexmask.dataset.requests import read_requests
 from flexmask.engine import RunStats
-from flexmask.registry import load_registry, make_strategy
+from flexmask.plugins.registry import load_registry, make_strategy
+from flexmask.tasks.request_source import read_requests
+from stamp import environment_stamp
 
 FUSIONS = (
     Fusion("none"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from flexmask.speed.machine import machine_stamp
+from flexmask.bench.machine import machine_stamp
 
 
 def environment_stamp() -> dict[str, str | int | None]:

@@ -133,7 +133,7 @@ def small_config(family: str, vocab_size: int) -> Any:
 
 
 def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]:
-    """Check a small model of a family (`flexmask.doctor.model.check_model`).
+    """Check a small model of a family (`flexmask.doctor.model_checks.check_model`).
 
     Returns:
         Name, state and detail of each check.
@@ -142,7 +142,7 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from flexmask.demo import model_path
-    from flexmask.doctor.model import check_model
+    from flexmask.doctor.model_checks import check_model
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     config = small_config(family, len(tokenizer))

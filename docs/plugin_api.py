@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flexmask.testing
-from flexmask import hookspecs, layout, mask_mods, registry
+import flexmask.check
+from flexmask import layout, mask_mods
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
+from flexmask.plugins import hookspecs, registry
 from flexmask.strategy import ScaledPart, Strategy, parameter
 from flexmask.strategy_function import mask_strategy
 
@@ -73,10 +74,10 @@ def page() -> str:
         _function(layout.placed_layout, "flexmask.layout."),
         _function(layout.consecutive_starts, "flexmask.layout."),
         "## The check\n",
-        _function(flexmask.testing.check_strategy, "flexmask.testing."),
-        _class(flexmask.testing.Finding, "flexmask.testing.", []),
+        _function(flexmask.check.check_strategy, "flexmask.check."),
+        _class(flexmask.check.Finding, "flexmask.check.", []),
         "| rule | asserts |\n|---|---|",
-        *(f"| {rule.name} | {rule.summary} |" for rule in flexmask.testing.RULES),
+        *(f"| {rule.name} | {rule.summary} |" for rule in flexmask.check.RULES),
         "\n## Environment variables\n",
         f"- `{registry.LOAD_PLUGINS}`: names of the distributions whose plugins load, separated "
         "by commas. Unset means all; empty, or `flexmask --no-plugins`, the built-in ones alone.",

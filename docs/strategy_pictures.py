@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flexmask.pictures.figure import save_figure
-from flexmask.pictures.mask_picture import draw_mask
-from flexmask.pictures.tokens import ShownRequest
-from flexmask.registry import BUILT_IN, load_registry, make_strategy
+from flexmask.plugins.registry import BUILT_IN, load_registry, make_strategy
+from flexmask.show.figure import save_figure
+from flexmask.show.mask_picture import draw_mask
+from flexmask.show.tokens import ShownRequest
 from flexmask.strategy import ParameterValue, Strategy
 
 SHOWN = ShownRequest.of_lengths(prefix=4, segments=(5, 4, 5), suffix=2, new_tokens=2)

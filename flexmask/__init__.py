@@ -8,25 +8,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from flexmask.version import __version__
 
 if TYPE_CHECKING:
     from flexmask.attention.backend import register_attention
     from flexmask.attention.strategy_context import use_strategy
     from flexmask.block_mask import create_block_mask, explain_mask
-    from flexmask.dataset.requests import read_requests
+    from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
     from flexmask.errors import FlexMaskError
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
-    from flexmask.hookspecs import hookimpl
     from flexmask.layout import Layout, TokenizedRequest
-    from flexmask.registry import load_registry, make_strategy
+    from flexmask.plugins.hookspecs import hookimpl
+    from flexmask.plugins.registry import load_registry, make_strategy
     from flexmask.request import Request
     from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy, parameter
     from flexmask.strategy_function import mask_strategy
-    from flexmask.tokenization import RequestTokenizer
+    from flexmask.tasks.request_source import read_requests
 
 _MODULE_OF = {
     "Engine": "engine",
@@ -39,19 +39,20 @@ _MODULE_OF = {
     "TokenizedRequest": "layout",
     "create_block_mask": "block_mask",
     "explain_mask": "block_mask",
-    "hookimpl": "hookspecs",
-    "RequestTokenizer": "tokenization",
+    "hookimpl": "plugins.hookspecs",
+    "RequestTokenizer": "encoding.tokenization",
     "Sampling": "sampling",
-    "load_registry": "registry",
-    "make_strategy": "registry",
+    "load_registry": "plugins.registry",
+    "make_strategy": "plugins.registry",
     "mask_strategy": "strategy_function",
     "parameter": "strategy",
-    "read_requests": "dataset.requests",
+    "read_requests": "tasks.request_source",
     "register_attention": "attention.backend",
     "use_strategy": "attention.strategy_context",
 }
 
 __all__ = [
+    "__version__",
     "Engine",
     "FlexMaskError",
     "Fusion",

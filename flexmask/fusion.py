@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexmask.dataset.judge import normalize_answer
 from flexmask.errors import OptionError, RequestError
 from flexmask.request import Request
+from flexmask.tasks.judge import normalize_answer
 
 FUSIONS = {
     "attention": "all segments in one prompt, under the strategy's mask",

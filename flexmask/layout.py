@@ -210,12 +210,12 @@ class Layout:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the position of every slot, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.pictures.layout_plot import plot_layout
+        from flexmask.show.layout_plot import plot_layout
 
         return plot_layout(self, ax)
 
     def _repr_html_(self) -> str:
-        from flexmask.pictures.notebook import layout_html
+        from flexmask.show.notebook import layout_html
 
         return layout_html(self)
 

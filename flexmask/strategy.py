@@ -230,14 +230,14 @@ class Strategy(ABC):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the mask on a small request, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.pictures.figure import plot_mask
-        from flexmask.pictures.mask_picture import draw_mask
-        from flexmask.pictures.notebook import SMALL
+        from flexmask.show.figure import plot_mask
+        from flexmask.show.mask_picture import draw_mask
+        from flexmask.show.notebook import SMALL
 
         return plot_mask(draw_mask(self, SMALL), ax)
 
     def _repr_html_(self) -> str:
-        from flexmask.pictures.notebook import strategy_html
+        from flexmask.show.notebook import strategy_html
 
         return strategy_html(self)
 

@@ -15,7 +15,7 @@ def fill_page(package: str, parts: Mapping[str, str], data: Any, scripts: Iterab
     this function fills with the package's ``page.css``, ``data`` and ``scripts``.
 
     Args:
-        package: Such as ``flexmask.pictures``.
+        package: Such as ``flexmask.show``.
         parts: Markup by place; ``STYLE`` may be among them and then comes first.
         data: JSON values for the scripts.
         scripts: Names of templates; each uses names of those before it.

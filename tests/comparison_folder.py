@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexmask.comparison.cell import ATTENTION, Cell, Contender, Way
-from flexmask.comparison.measurement import Measurement
-from flexmask.comparison.report import save_report
-from flexmask.comparison.run import ReportFolder
-from flexmask.comparison.table import CellResult, tabulate
-from flexmask.dataset.judge import Judge
-from flexmask.dataset.results import ResultWriter
-from flexmask.dataset.run_config import RunConfig
+from flexmask.compare.cell import ATTENTION, Cell, Contender, Way
+from flexmask.compare.comparison_run import ReportFolder
+from flexmask.compare.measurement import Measurement
+from flexmask.compare.report import save_report
+from flexmask.compare.table import CellResult, tabulate
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.run_config import RunConfig
+from flexmask.tasks.judge import Judge
 
 CONFIG = RunConfig(
     run={

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flexmask.engine import Engine
-from flexmask.registry import load_registry
+from flexmask.plugins.registry import load_registry
 from oracles import SHAPE, make_model
 from plugin_site import Site
 from real_model import smollm2_path

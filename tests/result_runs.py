@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
-from flexmask.dataset.results import ResultSummary, ResultWriter, read_finished_rows
-from flexmask.dataset.resume import OutputMode
-from flexmask.dataset.run_config import RunConfig
 from flexmask.generation import Generation
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultSummary, ResultWriter, read_finished_rows
+from flexmask.results.resume import OutputMode
+from flexmask.results.run_config import RunConfig
 
 CONFIG = RunConfig(
     run={"strategy": "causal", "parameters": {"window": 8}, "max_new_tokens": 10, "top_p": None},

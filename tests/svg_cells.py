@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flexmask.pictures.palette import part_colour, rgb
-from flexmask.pictures.tokens import ShownRequest
+from flexmask.show.palette import part_colour, rgb
+from flexmask.show.tokens import ShownRequest
 from flexmask.strategy import Strategy
 from oracles import dense_mask
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexmask.bench import attention_timing as attention_bench
+from flexmask.bench.attention_timing import AttentionBench, Floor, Heads, Timing
+from flexmask.bench.clock import Spread, time_call
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
 from flexmask.mask_mods import causal
-from flexmask.registry import make_strategy
-from flexmask.speed import attention as attention_bench
-from flexmask.speed.attention import AttentionBench, Floor, Heads, Timing
-from flexmask.speed.clock import Spread, time_call
+from flexmask.plugins.registry import make_strategy
 from flexmask.strategy import Strategy
 from flexmask_cli.app import main
 from oracles import dense_mask

@@ -25,8 +25,8 @@ from torch.nn.attention.flex_attention import create_block_mask as torch_create_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexmask.block_mask import DecodeRowMask, create_block_mask, explain_mask, tile_classifier
-from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import exact_index
+from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.interval import exact_index
 from flexmask.block_mask.tile_states import Axis
 from flexmask.errors import MaskError
 from mask_grammar import CallableMask, RandomMask, random_masks

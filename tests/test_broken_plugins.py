@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from flexmask.registry import load_registry, make_strategy
-from flexmask.testing import run_rules
+from flexmask.check import run_rules
+from flexmask.plugins.registry import load_registry, make_strategy
 from plugin_site import BUILT_IN, plugin
 
 

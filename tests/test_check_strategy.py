@@ -9,11 +9,11 @@ import torch
 
 import user_masks
 from flexmask import Strategy, mask_strategy
+from flexmask.check import RULES, check_strategy, run_rules
+from flexmask.check.cases import CASES, SAME_SHAPE
 from flexmask.errors import StrategyError
 from flexmask.mask_mods import and_masks, causal
-from flexmask.registry import load_registry, make_strategy
-from flexmask.testing import RULES, check_strategy, run_rules
-from flexmask.testing.cases import CASES, SAME_SHAPE
+from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask_strategies.causal import Causal
 from plugin_site import BUILT_IN
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from flexmask.new_plugin import EXAMPLE_NAMES, PluginNames, write_plugin
-from flexmask.registry import load_registry
+from flexmask.plugins.new_plugin import EXAMPLE_NAMES, PluginNames, write_plugin
+from flexmask.plugins.registry import load_registry
 from flexmask_cli.app import main
 from plugin_site import BUILT_IN, plugin
 

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from flexmask.dataset.results import ResultWriter, read_run_config
-from flexmask.dataset.run_config import RunConfig
 from flexmask.demo import model_path
 from flexmask.generation import Generation
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter, read_run_config
+from flexmask.results.run_config import RunConfig
 from flexmask_cli import progress
 from flexmask_cli.app import main
 from flexmask_cli.interrupt import Interrupt

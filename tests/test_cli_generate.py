@@ -12,10 +12,10 @@ import pyarrow.feather
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flexmask.dataset.results import read_finished_rows, read_run_config
 from flexmask.demo import model_path, questions_path
+from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.errors import OutputError
-from flexmask.tokenization import load_tokenizer
+from flexmask.results.result_writer import read_finished_rows, read_run_config
 from flexmask_cli.app import main
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]

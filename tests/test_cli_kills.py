@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
-from flexmask.dataset.results import read_finished_rows
+from flexmask.results.result_writer import read_finished_rows
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu", "--quiet"]
 COMMAND += ["--batch-size", "2", "--max-new-tokens", "6", "--resume"]

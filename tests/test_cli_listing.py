@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flexmask.errors import FlexMaskError
-from flexmask.registry import load_registry
+from flexmask.plugins.registry import load_registry
 from flexmask_cli import app, render
 from plugin_site import BUILT_IN
 

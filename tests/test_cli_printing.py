@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flexmask.dataset.results import read_finished_rows
 from flexmask.printable import LINES, WORDS, printable
+from flexmask.results.result_writer import read_finished_rows
 from flexmask_cli.app import main
 from quick_cli import COMMAND
 

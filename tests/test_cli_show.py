@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from flexmask.dataset.results import ResultWriter
-from flexmask.dataset.run_config import RunConfig
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.run_config import RunConfig
 from flexmask_cli.app import main
 from oracles import dense_mask
 

@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from flexmask.comparison.cell import ATTENTION, Contender, plan_ways
-from flexmask.comparison.lone_prompt import tells_parts_apart, with_plain_prompts
-from flexmask.comparison.measurement import Measurement, Stopwatch
-from flexmask.comparison.run import cut_to_counts
-from flexmask.comparison.sameness import Sameness
-from flexmask.dataset.requests import BadRow
+from flexmask.compare.cell import ATTENTION, Contender, plan_ways
+from flexmask.compare.comparison_run import cut_to_counts
+from flexmask.compare.lone_prompt import tells_parts_apart, with_plain_prompts
+from flexmask.compare.measurement import Measurement, Stopwatch
+from flexmask.compare.sameness import Sameness
 from flexmask.demo import model_path
+from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
 from flexmask.engine import RunStats
 from flexmask.errors import OptionError, OutputError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.mask_mods import causal
-from flexmask.registry import load_registry, make_strategy
+from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask.request import Request
 from flexmask.strategy_function import mask_strategy
-from flexmask.tokenization import RequestTokenizer, load_tokenizer
+from flexmask.tasks.request_source import BadRow
 
 BUILT_IN = ["causal", "prefix_segment", "ensemble_isolation"]
 REQUESTS = [

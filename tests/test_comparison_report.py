@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from comparison_folder import CONFIG, made_up_cell, write_cell, write_comparison
-from flexmask.comparison.run import CellRunner, ReportFolder
-from flexmask.dataset.evaluate import compare, evaluate
-from flexmask.dataset.judge import Judge
+from flexmask.compare.comparison_run import CellRunner, ReportFolder
 from flexmask.errors import OptionError, OutputError
 from flexmask.request import Request
+from flexmask.results.evaluation import compare, evaluate
+from flexmask.tasks.judge import Judge
 
 REQUESTS = [
     Request((f"Q {number}?", "again?"), answers=("yes",), uuid=str(number)) for number in range(20)

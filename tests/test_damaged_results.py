@@ -16,13 +16,13 @@ import pyarrow.feather
 import pytest
 
 from damage import DAMAGES
-from flexmask.dataset.batch_checksum import checksum
-from flexmask.dataset.evaluate import evaluate
-from flexmask.dataset.formats import EXTENSIONS
-from flexmask.dataset.results import read_finished_rows
-from flexmask.dataset.run_config import RunConfig
 from flexmask.errors import FlexMaskError, OutputError
-from flexmask.pictures.subject import subject_of_file
+from flexmask.results.batch_checksum import checksum
+from flexmask.results.evaluation import evaluate
+from flexmask.results.formats import EXTENSIONS
+from flexmask.results.result_writer import read_finished_rows
+from flexmask.results.run_config import RunConfig
+from flexmask.show.picture_source import subject_of_file
 from flexmask_cli.app import main
 from result_runs import make_requests, run
 

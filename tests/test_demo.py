@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexmask.demo import model_path, questions_path
-from flexmask.demo.corpus import encode
-from flexmask.demo.evaluate import (
+from demo_model.corpus import encode
+from demo_model.evaluate import (
     ARRANGEMENTS,
     SINGLE,
     accuracy,
@@ -20,9 +19,9 @@ from flexmask.demo.evaluate import (
     generate_greedily,
     single_paraphrases,
 )
-from flexmask.demo.train import run
-from flexmask.demo.train_config import ModelShape, TrainConfig
-from flexmask.demo.world import (
+from demo_model.train import run
+from demo_model.train_config import ModelShape, TrainConfig
+from demo_model.world import (
     RELATIONS,
     Noise,
     Question,
@@ -34,6 +33,7 @@ from flexmask.demo.world import (
     make_world,
     read_questions,
 )
+from flexmask.demo import model_path, questions_path
 
 RESTARTED, CONSECUTIVE, CONCATENATED = ARRANGEMENTS[1:]
 TINY = TrainConfig(

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import flexmask
+from flexmask.check import RULES, run_rules
 from flexmask.fusion import FUSIONS
-from flexmask.registry import load_registry, make_strategy
-from flexmask.strategy_file import names_in_file, strategy_of_file
-from flexmask.testing import RULES, run_rules
+from flexmask.plugins.registry import load_registry, make_strategy
+from flexmask.plugins.strategy_file import names_in_file, strategy_of_file
 from flexmask_cli.app import build_app, main
 from svg_cells import expected_colours, svg_cells
 
@@ -44,11 +44,17 @@ def test_the_readme_lists_every_strategy_and_command():
         assert f"flexmask {command.name or command.callback.__name__}" in README
 
 
-def test_the_tree_of_the_readme_names_every_module_of_the_core():
-    tree = README.partition("## Where things are")[2]
-    for path in (ROOT / "flexmask").rglob("*.py"):
-        named = path.name in tree or path.name == "__init__.py" or path.parent.name == "demo"
-        assert named, path
+def test_the_tree_of_the_page_on_architecture_is_current():
+    tree = program("architecture_tree")
+    text = tree.TARGET.read_text()
+    assert text == tree.page(text), "run: make docs"
+
+
+def test_every_module_says_in_its_first_line_what_it_holds():
+    tree = program("architecture_tree")
+    for package in tree.PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert tree.summary(path), path
 
 
 def test_every_public_name_exists():
@@ -202,9 +208,9 @@ def test_the_picture_of_each_strategy_in_the_readme_is_current(name):
     assert np.array_equal(drawn, expected_colours(strategy, shown, tile=128)), "run make docs"
 
 
-def test_the_python_of_the_pictures_page_runs():
+def test_the_python_of_the_page_on_pictures_runs():
     matplotlib.use("agg")
-    text = (ROOT / "docs" / "pictures.md").read_text()
+    text = (ROOT / "docs" / "show.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {}
     exec(code, names)

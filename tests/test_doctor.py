@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
-from flexmask.doctor import Check, run_checks
-from flexmask.doctor import attention as attention_checks
-from flexmask.doctor import environment as environment_checks
-from flexmask.doctor.check import WrongResult, tried
-from flexmask.doctor.kernels import check_decode_kernels
-from flexmask.registry import PluginRecord, Registry
+from flexmask.doctor import Check, attention_checks, environment_checks, run_checks
+from flexmask.doctor.check_result import WrongResult, tried
+from flexmask.doctor.kernel_checks import check_decode_kernels
+from flexmask.plugins.registry import PluginRecord, Registry
 from flexmask_cli.app import main
 
 

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
 from flexmask.engine.sampler import Sampler
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
 from flexmask.sampling import Sampling
-from flexmask.tokenization import RequestTokenizer
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment

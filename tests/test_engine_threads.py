@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flexmask.demo import model_path
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
 from flexmask.errors import FlexMaskWarning, ModelError, RequestError
 from flexmask.request import Request
 from flexmask.sampling import Sampling
-from flexmask.tokenization import RequestTokenizer
 from oracles import make_model, random_words
 from oracles import random_text_request as request
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmask.dataset.evaluate import compare, estimate_mean, evaluate
-from flexmask.dataset.judge import Judge, is_lemma_match, token_f1
-from flexmask.dataset.requests import BadRow
-from flexmask.dataset.results import ResultWriter
-from flexmask.dataset.run_config import RunConfig
 from flexmask.errors import OptionError, OutputError
 from flexmask.generation import Generation
 from flexmask.request import Request
+from flexmask.results.evaluation import compare, estimate_mean, evaluate
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.run_config import RunConfig
+from flexmask.tasks.judge import Judge, is_lemma_match, token_f1
+from flexmask.tasks.request_source import BadRow
 
 
 @pytest.mark.parametrize(

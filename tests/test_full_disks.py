@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import flexmask
-from flexmask.dataset.formats import EXTENSIONS
-from flexmask.dataset.results import ResultWriter, read_finished_rows
 from flexmask.errors import OutputError
+from flexmask.results.formats import EXTENSIONS
+from flexmask.results.result_writer import ResultWriter, read_finished_rows
 from result_runs import CONFIG, answer, journal_of, make_requests, run
 
 ROWS = 8

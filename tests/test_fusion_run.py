@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from flexmask.dataset.inputs import open_input
-from flexmask.dataset.judge import Judge
-from flexmask.dataset.requests import PlainRequests, RequestSource
-from flexmask.dataset.results import ResultWriter, read_finished_rows
-from flexmask.dataset.run import DatasetRun
-from flexmask.dataset.run_config import RunConfig
 from flexmask.fusion import FUSIONS, Fusion
+from flexmask.inputs.input_files import open_input
+from flexmask.results.dataset_run import DatasetRun
+from flexmask.results.result_writer import ResultWriter, read_finished_rows
+from flexmask.results.run_config import RunConfig
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.request_source import PlainRequests, RequestSource
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from oracles import SHAPE, random_text_request, random_words
 

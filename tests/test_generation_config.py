@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, WatermarkingConfig
 
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.errors import FlexMaskWarning, ModelError, RequestError
 from flexmask.sampling import Sampling
-from flexmask.tokenization import RequestTokenizer
 from flexmask_strategies.causal import Causal
 from oracles import make_model
 from oracles import random_text_request as request

@@ -24,12 +24,12 @@ import pyarrow.parquet
 import pytest
 
 import flexmask
-from flexmask.dataset.inputs import open_input
-from flexmask.dataset.requests import BadRow, PlainRequests, RequestSource, read_requests
-from flexmask.dataset.rows import Row
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
+from flexmask.inputs.input_files import open_input
+from flexmask.inputs.rows import Row
 from flexmask.request import Request
+from flexmask.tasks.request_source import BadRow, PlainRequests, RequestSource, read_requests
 
 ROWS: list[dict[str, Any]] = [
     {"uuid": "a", "segments": ["Où?", "Q,\n2"], "suffix": "\nA:", "answers": ["x", "y"]},

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import Interval, Span, exact_index
-from flexmask.block_mask.stand_in import NoIntervalRule
+from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.interval import Interval, Span, exact_index
+from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.errors import MaskError
 from mask_grammar import RandomMask, random_masks
 

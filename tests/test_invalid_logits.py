@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from flexmask.dataset.results import ResultWriter, read_finished_rows
-from flexmask.dataset.run import DatasetRun
-from flexmask.dataset.run_config import RunConfig
 from flexmask.engine import Engine
 from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE, most_likely
 from flexmask.errors import RequestError
 from flexmask.request import Request
+from flexmask.results.dataset_run import DatasetRun
+from flexmask.results.result_writer import ResultWriter, read_finished_rows
+from flexmask.results.run_config import RunConfig
 from flexmask.sampling import Sampling
 from flexmask_strategies.causal import Causal
 from oracles import make_model, random_words

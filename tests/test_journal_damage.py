@@ -15,9 +15,9 @@ import pyarrow.feather
 import pytest
 
 from damage import DAMAGES
-from flexmask.dataset.results import ResultWriter, read_finished_rows
-from flexmask.dataset.schema import RUN, SCHEMA
 from flexmask.errors import FlexMaskWarning, OutputError
+from flexmask.results.result_writer import ResultWriter, read_finished_rows
+from flexmask.results.schema import RUN, SCHEMA
 from result_runs import (
     CONFIG,
     answer,

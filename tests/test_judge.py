@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmask.dataset.judge import is_exact_match, normalize_answer
+from flexmask.tasks.judge import is_exact_match, normalize_answer
 
 
 def squad_normalize_answer(text: str) -> str:

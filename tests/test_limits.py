@@ -10,7 +10,7 @@ import pytest
 
 from flexmask.errors import OptionError, StrategyError
 from flexmask.limits import LARGEST_SIZE, check_size, read_size
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
 
 LONG = "9" * 1000
@@ -139,5 +139,5 @@ def test_no_size_of_any_command_ends_in_a_traceback(
 
 def test_these_need_no_torch() -> None:
     program = "import sys, flexmask.limits, flexmask.sampling, flexmask.printable\n"
-    program += "import flexmask.model_identity\nassert 'torch' not in sys.modules"
+    program += "import flexmask.checkpoint.identity\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexmask.dataset.list_cells import check_is_no_list, read_list
 from flexmask.errors import RequestError
+from flexmask.inputs.list_cells import check_is_no_list, read_list
 
 TEXTS = [
     "Where was Ada born?",

@@ -21,12 +21,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from flexmask.checkpoint import source as source_module
 from flexmask.checkpoint.transformers_calls import one_line
 from flexmask.checkpoint.weights import check_loaded_weights
-from flexmask.dataset.place import default_folder
 from flexmask.demo import model_path
+from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.engine import Engine
 from flexmask.errors import AttentionError, FlexMaskError, ModelError
 from flexmask.request import Request
-from flexmask.tokenization import load_tokenizer
+from flexmask.results.output_path import default_folder
 
 CONFIG = json.loads((model_path() / "config.json").read_text())
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flexmask import model_identity
-from flexmask.dataset.run_config import RunConfig
+from flexmask.checkpoint import identity as model_identity
+from flexmask.checkpoint.identity import model_files
 from flexmask.errors import OutputError
-from flexmask.model_identity import model_files
-from flexmask.registry import load_registry, recorded_plugin
+from flexmask.plugins.registry import load_registry, recorded_plugin
+from flexmask.results.run_config import RunConfig
 from plugin_site import Site, plugin
 from result_runs import interrupted_run, make_requests, run
 
@@ -102,7 +102,7 @@ def test_a_model_of_the_hub_is_told_by_its_commit(tmp_path: Path) -> None:
     snapshot = cache / "snapshots" / ("c0ffee" * 6 + "1234")
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    program = "from flexmask.model_identity import model_files as f\n"
+    program = "from flexmask.checkpoint.identity import model_files as f\n"
     program += "print(f('owner/name'), f('owner/other'))"
     printed = subprocess.run(
         [sys.executable, "-c", program],

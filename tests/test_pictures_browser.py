@@ -6,12 +6,12 @@ Needs Chromium on the PATH and playwright (``flexmask[browser-tests]``); skipped
 import pytest
 
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
-from flexmask.pictures.mask_picture import draw_difference, draw_mask
-from flexmask.pictures.page import save_page
-from flexmask.pictures.palette import FULL_COLOUR, PARTIAL_COLOUR, part_colour, rgb
-from flexmask.pictures.subject import Subject, subject_of_lengths
-from flexmask.pictures.tokens import ShownRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
+from flexmask.show.mask_page import save_page
+from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.palette import FULL_COLOUR, PARTIAL_COLOUR, part_colour, rgb
+from flexmask.show.picture_source import Subject, subject_of_lengths
+from flexmask.show.tokens import ShownRequest
 from oracles import dense_mask, random_request
 
 pytestmark = pytest.mark.browser
@@ -298,7 +298,7 @@ def test_a_difference_marks_what_only_one_strategy_sees(open_page):
 
 
 def test_pairs_that_the_page_does_not_hold_are_marked_as_unknown(open_page, tmp_path, monkeypatch):
-    monkeypatch.setattr("flexmask.pictures.page.MAX_PAIRS", TILE**2)
+    monkeypatch.setattr("flexmask.show.mask_page.MAX_PAIRS", TILE**2)
     path = tmp_path / "bounded.html"
     save_page([draw_mask(STRATEGIES[0], SUBJECT.shown, TILE)], SUBJECT, path)
     page = open_page(path)

@@ -13,12 +13,12 @@ from matplotlib.image import imread
 
 from flexmask.block_mask import explain_mask
 from flexmask.errors import FlexMaskError
-from flexmask.pictures.figure import DPI, mask_figure, save_figure
-from flexmask.pictures.mask_picture import draw_difference, draw_mask
-from flexmask.pictures.palette import rgb
-from flexmask.pictures.plotting import WIDTH_IN
-from flexmask.pictures.tokens import ShownRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
+from flexmask.show.figure import DPI, mask_figure, save_figure
+from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.palette import rgb
+from flexmask.show.plotting import WIDTH_IN
+from flexmask.show.tokens import ShownRequest
 from oracles import dense_mask
 from svg_cells import expected_colours, svg_cells
 

@@ -14,11 +14,11 @@ from flexmask.engine.model_runner import BLOCK_SIZE, ModelRunner
 from flexmask.errors import OptionError
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.mask_mods import causal
-from flexmask.pictures.cells import Cell, cell_grid
-from flexmask.pictures.mask_picture import cell_side, draw_difference, draw_mask
-from flexmask.pictures.tile_mask import TILE, TileMask
-from flexmask.pictures.tokens import DrawnTokens, ShownRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
+from flexmask.show.cells import Cell, cell_grid
+from flexmask.show.mask_picture import cell_side, draw_difference, draw_mask
+from flexmask.show.tile_mask import TILE, TileMask
+from flexmask.show.tokens import DrawnTokens, ShownRequest
 from flexmask.strategy import Strategy
 from oracles import dense_mask
 
@@ -212,11 +212,11 @@ def test_a_layout_alone_has_bands():
 LONG = """
 import re, sys
 from pathlib import Path
-from flexmask.pictures.figure import save_figure
-from flexmask.pictures.mask_picture import draw_mask
-from flexmask.pictures.page import save_page
-from flexmask.pictures.subject import subject_of_lengths
-from flexmask.registry import make_strategy
+from flexmask.show.figure import save_figure
+from flexmask.show.mask_picture import draw_mask
+from flexmask.show.mask_page import save_page
+from flexmask.show.picture_source import subject_of_lengths
+from flexmask.plugins.registry import make_strategy
 
 subject = subject_of_lengths(1000, [11000] * 5, 36).with_new_tokens(4500)
 picture = draw_mask(make_strategy("ensemble_isolation", {}), subject.shown)

@@ -9,9 +9,9 @@ import pytest
 
 from flexmask.block_mask import explain_mask
 from flexmask.mask_mods import causal
-from flexmask.pictures.notebook import SMALL
-from flexmask.pictures.palette import rgb
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
+from flexmask.show.notebook import SMALL
+from flexmask.show.palette import rgb
 from svg_cells import expected_colours
 
 SVG = "{http://www.w3.org/2000/svg}"

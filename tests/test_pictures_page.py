@@ -5,12 +5,12 @@ import re
 import pytest
 
 from flexmask.layout import TokenizedRequest
-from flexmask.pictures import page as page_module
-from flexmask.pictures.mask_picture import draw_difference, draw_mask
-from flexmask.pictures.page import page_html
-from flexmask.pictures.subject import Answer, Subject, subject_of_lengths
-from flexmask.pictures.tokens import ShownRequest
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
+from flexmask.show import mask_page as page_module
+from flexmask.show.mask_page import page_html
+from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.picture_source import Answer, Subject, subject_of_lengths
+from flexmask.show.tokens import ShownRequest
 from oracles import dense_mask
 from page_data import dense_layer, panels_of
 

@@ -2,16 +2,16 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from flexmask.demo import model_path
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.layout import TokenizedRequest
-from flexmask.pictures.answer_text import answer_text, marked_pieces
-from flexmask.pictures.mask_picture import draw_difference, draw_mask
-from flexmask.pictures.palette import part_colour
-from flexmask.pictures.prompt_text import prompt_text
-from flexmask.pictures.subject import Answer
-from flexmask.pictures.terminal import MARGIN, ascii_picture, block_picture
-from flexmask.pictures.tokens import ShownRequest
-from flexmask.registry import make_strategy
-from flexmask.tokenization import RequestTokenizer
+from flexmask.plugins.registry import make_strategy
+from flexmask.show.answer_text import answer_text, marked_pieces
+from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.palette import part_colour
+from flexmask.show.picture_source import Answer
+from flexmask.show.prompt_text import prompt_text
+from flexmask.show.terminal import MARGIN, ascii_picture, block_picture
+from flexmask.show.tokens import ShownRequest
 from oracles import dense_mask
 
 SHOWN = ShownRequest.of_lengths(prefix=5, segments=(7, 4, 6), suffix=3, new_tokens=2)

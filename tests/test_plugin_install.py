@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pyarrow import feather
 
-from flexmask.new_plugin import PluginNames, write_plugin
+from flexmask.plugins.new_plugin import PluginNames, write_plugin
 from plugin_site import BUILT_IN
 
 ROOT = Path(__file__).parents[1]

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
 from flexmask.engine import Engine
 from flexmask.errors import ModelError
 from flexmask.request import Request
-from flexmask.tokenization import RequestTokenizer, load_tokenizer
 from flexmask_cli.app import main
 from flexmask_strategies.causal import Causal
 from real_model import with_attention

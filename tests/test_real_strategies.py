@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flexmask.registry import load_registry
+from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.plugins.registry import load_registry
 from flexmask.request import Request
-from flexmask.tokenization import RequestTokenizer
 from real_model import dense_logits, with_attention
 
 pytestmark = pytest.mark.real

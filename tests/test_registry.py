@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from flexmask.errors import FlexMaskError, StrategyError
-from flexmask.registry import load_registry, make_strategy
+from flexmask.plugins.registry import load_registry, make_strategy
 from plugin_site import BUILT_IN, Site, plugin
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from flexmask.dataset import text_rows
-from flexmask.dataset.requests import read_requests
 from flexmask.errors import RequestError
+from flexmask.inputs import text_rows
 from flexmask.request import Request, checked_requests
+from flexmask.tasks.request_source import read_requests
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from flexmask.dataset.formats import EXTENSIONS
-from flexmask.dataset.judge import Judge
-from flexmask.dataset.requests import BadRow
-from flexmask.dataset.results import ResultWriter, read_finished_rows, read_run_config
-from flexmask.dataset.run_config import RunConfig
 from flexmask.errors import OutputError
 from flexmask.generation import Generation
 from flexmask.request import Request
+from flexmask.results.formats import EXTENSIONS
+from flexmask.results.result_writer import ResultWriter, read_finished_rows, read_run_config
+from flexmask.results.run_config import RunConfig
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.request_source import BadRow
 
 CONFIG = RunConfig({"strategy": "causal", "task": {"name": "t", "select": "first 2"}})
 REQUESTS = [

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from flexmask.dataset.formats import EXTENSIONS
-from flexmask.dataset.results import ResultWriter, check_output, read_finished_rows
-from flexmask.dataset.resume import OutputMode
-from flexmask.dataset.whole_file import replacing
 from flexmask.errors import OutputError
+from flexmask.results.formats import EXTENSIONS
+from flexmask.results.result_writer import ResultWriter, check_output, read_finished_rows
+from flexmask.results.resume import OutputMode
+from flexmask.results.whole_file import replacing
 from result_runs import (
     CONFIG,
     answer,

@@ -23,19 +23,19 @@ import pyarrow.feather
 import pytest
 
 import flexmask
-from flexmask.dataset.place import default_output_path
-from flexmask.dataset.results import (
+from flexmask.errors import OutputError, RequestError
+from flexmask.request import Request
+from flexmask.results.output_path import default_output_path
+from flexmask.results.result_writer import (
     ResultSummary,
     ResultWriter,
     check_output,
     read_finished_rows,
     read_run_config,
 )
-from flexmask.dataset.resume import OutputMode
-from flexmask.dataset.run_config import RunConfig
-from flexmask.dataset.schema import SCHEMA
-from flexmask.errors import OutputError, RequestError
-from flexmask.request import Request
+from flexmask.results.resume import OutputMode
+from flexmask.results.run_config import RunConfig
+from flexmask.results.schema import SCHEMA
 from result_runs import (
     CONFIG,
     answer,

@@ -7,13 +7,13 @@ import torch
 
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.check import check_strategy
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.errors import AttentionError
 from flexmask.layout import Layout, shared_prefix_layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, is_prefix, or_masks, same_segment
 from flexmask.strategy import Strategy, parameter
-from flexmask.testing import check_strategy
 from oracles import dense_mask, make_model, random_request
 
 STEPS, CAPACITY = 8, 640

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flexmask.dataset.results import ResultWriter
-from flexmask.dataset.run_config import RunConfig
 from flexmask.errors import StrategyError
 from flexmask.generation import Generation
+from flexmask.plugins.strategy_file import recorded_location, recorded_name, reference_of_record
 from flexmask.request import Request
-from flexmask.strategy_file import recorded_location, recorded_name, reference_of_record
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.run_config import RunConfig
 from flexmask_cli.app import main
 
 SOURCE = """

@@ -11,7 +11,7 @@ from flexmask.errors import RequestError, StrategyError
 from flexmask.layout import PREFIX, TAIL, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, holds_tokens, within_window
-from flexmask.registry import load_registry, make_strategy
+from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask_strategies.adaptive_parallel import AdaptiveParallel
 from flexmask_strategies.block_attention import BlockAttention
 from flexmask_strategies.causal import Causal

@@ -9,7 +9,7 @@ import pytest
 from flexmask import Strategy, make_strategy, mask_strategy, parameter
 from flexmask.errors import FlexMaskWarning, StrategyError
 from flexmask.mask_mods import causal
-from flexmask.strategy_file import (
+from flexmask.plugins.strategy_file import (
     is_strategy_file,
     names_in_file,
     recorded_name,

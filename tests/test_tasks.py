@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
-from flexmask.dataset.inputs import open_input
-from flexmask.dataset.judge import Judge
-from flexmask.dataset.paraphrases import Selection
-from flexmask.dataset.prompts import TaskPrompts
-from flexmask.dataset.requests import OnError, RequestSource
-from flexmask.dataset.rows import Row, rows_in_memory
-from flexmask.dataset.task import Task, load_task, shipped_tasks
 from flexmask.errors import OptionError, RequestError, TaskError
+from flexmask.inputs.input_files import open_input
+from flexmask.inputs.rows import Row, rows_in_memory
 from flexmask.request import Request
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.paraphrases import Selection
+from flexmask.tasks.request_source import OnError, RequestSource
+from flexmask.tasks.task import Task, load_task, shipped_tasks
+from flexmask.tasks.task_requests import TaskPrompts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

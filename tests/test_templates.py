@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flexmask.dataset import templates
-from flexmask.dataset.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
+from flexmask.tasks import templates
+from flexmask.tasks.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
 
 LONG = "it makes more than"
 SLOW = "s of CPU time"

@@ -12,10 +12,10 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer
 
 from flexmask.demo import model_path
 from flexmask.encoding.chat_template import ChatTemplate
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.errors import ModelError, RequestError
 from flexmask.layout import copied_prefix_layout
 from flexmask.request import Request
-from flexmask.tokenization import RequestTokenizer
 from small_tokenizers import KINDS, SPACED, byte_level, words_with_spaces
 
 EXACT = [*SPACED, "byte_level"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmask.testing.torch_settings import read_settings, restore_settings
+from flexmask.check.torch_settings import read_settings, restore_settings
 
 CHANGES = {
     "default dtype to torch.float64": lambda: torch.set_default_dtype(torch.float64),

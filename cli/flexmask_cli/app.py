@@ -11,8 +11,8 @@ import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
+from flexmask.plugins.registry import LOAD_PLUGINS
 from flexmask.printable import WORDS, printable
-from flexmask.registry import LOAD_PLUGINS
 from flexmask_cli.commands.bench import bench
 from flexmask_cli.commands.check import check
 from flexmask_cli.commands.compare import compare

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexmask.dataset.paraphrases import SYNTAX, Selection
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
 from flexmask.limits import LARGEST_SIZE
+from flexmask.tasks.paraphrases import SYNTAX, Selection
 from flexmask_cli.options import path_of, refuse_empty, split_pairs
 
 if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
-    from flexmask.dataset.requests import OnError, RequestSource
-    from flexmask.dataset.rows import Input
-    from flexmask.dataset.task import Examples, Task
-    from flexmask.dataset.text_format import TextFormat
+    from flexmask.inputs.rows import Input
+    from flexmask.inputs.text_format import TextFormat
+    from flexmask.tasks.request_source import OnError, RequestSource
+    from flexmask.tasks.task import Examples, Task
 
 TaskName = Annotated[
     str | None,
@@ -119,7 +119,7 @@ class DatasetOptions:
             OptionError: If an option needs a task and there is none, or has a wrong value.
             TaskError: If the task cannot be used.
         """
-        from flexmask.dataset.task import load_task
+        from flexmask.tasks.task import load_task
 
         if self.task is None:
             for name in ("examples", "num_examples", "paraphrases"):
@@ -142,8 +142,8 @@ class DatasetOptions:
             RequestError: If the input cannot be opened.
             OptionError: If the prefix cannot be read.
         """
-        from flexmask.dataset.prompts import TaskPrompts
-        from flexmask.dataset.requests import PlainRequests, RequestSource
+        from flexmask.tasks.request_source import PlainRequests, RequestSource
+        from flexmask.tasks.task_requests import TaskPrompts
 
         rows = self._rows(task)
         prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
@@ -184,8 +184,8 @@ class DatasetOptions:
         return examples
 
     def _rows(self, task: Task | None) -> Input:
-        from flexmask.dataset.inputs import open_input
-        from flexmask.dataset.rows import rows_in_memory
+        from flexmask.inputs.input_files import open_input
+        from flexmask.inputs.rows import rows_in_memory
 
         if self.input is not None:
             return open_input(self.input, self._text_format())
@@ -198,14 +198,14 @@ class DatasetOptions:
         return rows_in_memory(task.sample, f"{task.name}-sample")
 
     def _text_format(self) -> TextFormat:
-        from flexmask.dataset.text_format import TextFormat
+        from flexmask.inputs.text_format import TextFormat
 
         delimiter = self.delimiter and self.delimiter.replace("\\t", "\t")
         return TextFormat(delimiter, self.encoding)
 
     def _examples_format(self) -> TextFormat:
         """As that of the input, for examples in a file of the same kind."""
-        from flexmask.dataset.text_format import TextFormat
+        from flexmask.inputs.text_format import TextFormat
 
         if self.input is None or self.examples is None:
             return TextFormat()
@@ -214,8 +214,8 @@ class DatasetOptions:
 
 
 def _read_prefix(path: Path) -> str:
-    from flexmask.dataset.bounded_file import read_whole_or_pipe
-    from flexmask.dataset.rows import printable
+    from flexmask.inputs.bounded_file import read_whole_or_pipe
+    from flexmask.inputs.rows import printable
 
     try:
         return read_whole_or_pipe(path).decode()

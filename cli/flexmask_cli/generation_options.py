@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from flexmask.dataset.run_config import RunConfig
+from flexmask.checkpoint.identity import model_files
 from flexmask.demo import model_path
 from flexmask.errors import OptionError
 from flexmask.limits import check_size
-from flexmask.model_identity import model_files
-from flexmask.registry import recorded_plugin
-from flexmask.strategy_file import recorded_location, recorded_name
-from flexmask_cli.loading import load_engine
+from flexmask.plugins.registry import recorded_plugin
+from flexmask.plugins.strategy_file import recorded_location, recorded_name
+from flexmask.results.run_config import RunConfig
+from flexmask_cli.engine_loading import load_engine
 from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
 
 if TYPE_CHECKING:
-    from flexmask.dataset.judge import Judge
-    from flexmask.dataset.task import Task
+    from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
     from flexmask.fusion import Fusion
     from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy
-    from flexmask.tokenization import RequestTokenizer
+    from flexmask.tasks.judge import Judge
+    from flexmask.tasks.task import Task
 
 DEMO = "demo"
 
@@ -69,7 +69,7 @@ class GenerationOptions:
     @property
     def judge(self) -> Judge:
         """The task's, else that of all."""
-        from flexmask.dataset.judge import Judge
+        from flexmask.tasks.judge import Judge
 
         return self.task.judge if self.task else Judge()
 
@@ -142,7 +142,7 @@ class GenerationOptions:
 
     def load_tokenizer(self) -> RequestTokenizer:
         """Load the model's tokenizer, and not the model."""
-        from flexmask.tokenization import RequestTokenizer, load_tokenizer
+        from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
 
         path = self.model or str(model_path())
         tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)

@@ -14,7 +14,7 @@ from flexmask.limits import read_size
 
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
-    from flexmask.dataset.resume import OutputMode
+    from flexmask.results.resume import OutputMode
 
 
 def refuse_empty(param: typer.CallbackParam, value: str | None) -> str | None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
-    from flexmask.dataset.run import DatasetRun
     from flexmask.engine import RunStats
     from flexmask.generation import Generation
+    from flexmask.results.dataset_run import DatasetRun
     from flexmask_cli.interrupt import Interrupt
 
 SECONDS_PER_LINE = 5.0

@@ -19,21 +19,21 @@ from flexmask.printable import WORDS, printable, printable_json
 from flexmask_cli.streams import write_note, write_styled, write_text
 
 if TYPE_CHECKING:
-    from flexmask.comparison.table import CellResult
-    from flexmask.dataset.evaluate import Estimate
-    from flexmask.dataset.judge import Judge
-    from flexmask.dataset.requests import BadRow
-    from flexmask.dataset.results import ResultSummary
+    from flexmask.bench.attention_timing import AttentionBench, Floor, Timing
+    from flexmask.compare.table import CellResult
     from flexmask.doctor import Check
     from flexmask.engine import Engine, GenerationRun, RunStats
     from flexmask.engine.generation_rules import GenerationRules
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
-    from flexmask.pictures.mask_picture import Picture
-    from flexmask.pictures.subject import Subject
     from flexmask.request import Request
-    from flexmask.speed.attention import AttentionBench, Floor, Timing
+    from flexmask.results.evaluation import Estimate
+    from flexmask.results.result_writer import ResultSummary
+    from flexmask.show.mask_picture import Picture
+    from flexmask.show.picture_source import Subject
     from flexmask.strategy import Strategy
+    from flexmask.tasks.judge import Judge
+    from flexmask.tasks.request_source import BadRow
 
 UNLIMITED = 1_000_000
 """A width in characters that no table reaches."""
@@ -154,9 +154,9 @@ def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: b
     from rich.console import Console
     from rich.text import Text
 
-    from flexmask.pictures.answer_text import answer_text
-    from flexmask.pictures.prompt_text import prompt_text
-    from flexmask.pictures.terminal import ascii_picture, block_picture
+    from flexmask.show.answer_text import answer_text
+    from flexmask.show.prompt_text import prompt_text
+    from flexmask.show.terminal import ascii_picture, block_picture
 
     is_ascii = is_ascii or not sys.stdout.isatty() or "utf" not in sys.stdout.encoding.lower()
     columns, lines = shutil.get_terminal_size()
@@ -230,7 +230,7 @@ def print_kernels(engine: Engine) -> None:
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print what was answered, beside what is accepted."""
-    from flexmask.dataset.judge import is_exact_match
+    from flexmask.tasks.judge import is_exact_match
 
     rows = []
     for generation in generations:
@@ -248,7 +248,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
 
 def print_prompt(request: Request | BadRow, weight: float | None = None) -> None:
     """Print the texts of a prompt, each between tags; control characters show as escapes."""
-    from flexmask.dataset.requests import BadRow
+    from flexmask.tasks.request_source import BadRow
 
     uuid = printable(request.uuid, WORDS)
     if isinstance(request, BadRow):
@@ -289,8 +289,8 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
     """Print what the result file holds, and how right it is."""
-    from flexmask.dataset.evaluate import estimate_mean, scores_by_question
-    from flexmask.dataset.results import read_finished_rows
+    from flexmask.results.evaluation import estimate_mean, scores_by_question
+    from flexmask.results.result_writer import read_finished_rows
 
     if results.judged:
         rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
@@ -344,7 +344,7 @@ def _comparison_row(result: CellResult) -> dict[str, str]:
 
 def print_attention_case(subject: Subject, strategy: Strategy, case: AttentionBench) -> None:
     """Print what `flexmask bench` measures."""
-    from flexmask.pictures.mask_picture import strategy_title
+    from flexmask.show.mask_picture import strategy_title
 
     figures = case.figures()
     heads = figures["heads"]

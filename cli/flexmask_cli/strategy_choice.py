@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 from flexmask.errors import FlexMaskWarning, OptionError
-from flexmask.registry import Registry, load_registry, make_strategy
+from flexmask.plugins.registry import Registry, load_registry, make_strategy
+from flexmask.plugins.strategy_file import is_strategy_file, names_in_file, strategy_of_file
 from flexmask.strategy import Strategy
-from flexmask.strategy_file import is_strategy_file, names_in_file, strategy_of_file
 from flexmask_cli import render
 from flexmask_cli.options import parse_parameters
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.error_text import described
 from flexmask.errors import AttentionError, FlexMaskError
-from flexmask.fault import described
 
 TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
 """Two rows that end with the same token, at the same position."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.block_mask.decode_row import DecodeRowMask
+from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.block_mask.outside_graphs import outside_graphs
-from flexmask.block_mask.rules import MaskMod
 from flexmask.block_mask.tile_classifier import TileClassifier
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.block_mask.tile_states import (
@@ -144,12 +144,12 @@ class MaskReport:
 
     def plot(self, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
         """Draw the tiles of a batch row and head, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.pictures.tile_pictures import plot_report
+        from flexmask.show.tile_pictures import plot_report
 
         return plot_report(self, ax, b=b, h=h)
 
     def _repr_html_(self) -> str:
-        from flexmask.pictures.notebook import report_html
+        from flexmask.show.notebook import report_html
 
         return report_html(self)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import exact_index
-from flexmask.block_mask.rules import MaskMod, mask_name
-from flexmask.block_mask.stand_in import NoIntervalRule
+from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.interval import exact_index
+from flexmask.block_mask.intervals.legality import MaskMod, mask_name
+from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.errors import MaskError
 

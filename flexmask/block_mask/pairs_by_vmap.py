@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flexmask.block_mask.rules import (
+from flexmask.block_mask.intervals.legality import (
     INDEX_DTYPES,
     MaskMod,
     check_call,

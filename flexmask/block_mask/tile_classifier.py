@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import Ends, exact_index
-from flexmask.block_mask.rules import MaskMod
-from flexmask.block_mask.stand_in import NoIntervalRule
+from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.interval import Ends, exact_index
+from flexmask.block_mask.intervals.legality import MaskMod
+from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_states import (
     EMPTY,
     FULL,

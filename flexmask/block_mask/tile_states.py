@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.evaluator import MaskEvaluator
-from flexmask.block_mask.intervals import Interval, Span, exact_index
+from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.interval import Interval, Span, exact_index
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """States of a tile. Until it is decided, a tile counts as partial."""

@@ -1,6 +1,6 @@
 """Whether flexmask can work here: each thing it needs is tried, not assumed."""
 
-from flexmask.doctor.check import Check, State
-from flexmask.doctor.run import run_checks
+from flexmask.doctor.all_checks import run_checks
+from flexmask.doctor.check_result import Check, State
 
 __all__ = ["Check", "State", "run_checks"]

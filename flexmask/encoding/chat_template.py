@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from flexmask.error_text import described
 from flexmask.errors import ModelError, RequestError
-from flexmask.fault import described
 
 _HARD_TO_COPY = " x\n\"'<&>{}[]\\ "
 """Text that a template changes if it changes any: escapes, cuts or trims it."""

@@ -20,8 +20,8 @@ from flexmask.encoding.tokenizer_edits import (
     tokenizer_at,
     without_tokens,
 )
+from flexmask.error_text import described
 from flexmask.errors import RequestError
-from flexmask.fault import described
 
 
 class Encoded(NamedTuple):

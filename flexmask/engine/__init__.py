@@ -1,7 +1,7 @@
 """Generation: batches of requests through a model, under a mask strategy."""
 
 from flexmask.engine.engine import Engine
-from flexmask.engine.run import GenerationRun
+from flexmask.engine.generation_run import GenerationRun
 from flexmask.engine.run_stats import RunStats
 
 __all__ = ["Engine", "GenerationRun", "RunStats"]

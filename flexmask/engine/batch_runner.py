@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine.batch_row import Row
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.device_clock import DeviceClock, Mark
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.model_runner import compilations
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_reuse import pays_off, shared_beginning
-from flexmask.engine.prompts import Job
-from flexmask.engine.row import Row
+from flexmask.engine.prompt_queue import Job
 from flexmask.engine.row_processors import RowProcessors
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, RequestError
@@ -28,7 +29,6 @@ from flexmask.generation import Generation
 from flexmask.request import Request
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
-from flexmask.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
     from flexmask.engine.engine import Engine

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.device import resolve_device, resolve_dtype
+from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_runner import RunOptions
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.generation_rules import GenerationRules
-from flexmask.engine.loading import load_model
+from flexmask.engine.generation_run import GenerationRun
 from flexmask.engine.logit_fusion import LogitFusion
+from flexmask.engine.model_loading import load_model
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
-from flexmask.engine.prompts import Job, PromptPlanner
-from flexmask.engine.run import GenerationRun
+from flexmask.engine.prompt_queue import Job, PromptPlanner
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.turns import TURN, Occupancy
 from flexmask.errors import ModelError, OptionError, RequestError
@@ -27,11 +28,10 @@ from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
 from flexmask.limits import check_size
-from flexmask.registry import make_strategy
+from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
-from flexmask.tokenization import RequestTokenizer
 
 MAX_AUTO_BATCH_SIZE = 128
 CPU_AUTO_BATCH_SIZE = 8

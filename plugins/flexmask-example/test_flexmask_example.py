@@ -8,9 +8,9 @@ import torch
 from flexmask_example import recent_segments
 
 from flexmask import TokenizedRequest
+from flexmask.check import check_strategy
 from flexmask.errors import StrategyError
 from flexmask.layout_batch import LayoutBatch
-from flexmask.testing import check_strategy
 
 
 def test_the_strategy_keeps_every_rule():

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexmask.errors import StrategyError
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import PREFIX, TAIL, Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, is_prefix, or_masks, same_segment
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import ScaledPart, Strategy, parameter
 
 if TYPE_CHECKING:

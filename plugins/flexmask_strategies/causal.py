@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import Layout
 from flexmask.mask_mods import causal
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:

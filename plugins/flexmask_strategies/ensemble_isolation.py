@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import TAIL, Layout, Positions, TokenizedRequest, copied_prefix_layout
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, or_masks, same_segment
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy, parameter
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import PREFIX, TAIL, Layout
 from flexmask.mask_mods import (
     and_masks,
@@ -30,6 +29,7 @@ from flexmask.mask_mods import (
     or_masks,
     within_window,
 )
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy, parameter
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import PREFIX, Layout
 from flexmask.mask_mods import and_masks, causal, is_prefix, or_masks, same_segment
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import Layout
 from flexmask.mask_mods import and_masks, causal, or_masks, within_window
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy, parameter
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexmask.errors import RequestError, StrategyError
-from flexmask.hookspecs import hookimpl
 from flexmask.layout import PADDING, TAIL, Layout, TokenizedRequest, placed_layout
 from flexmask.mask_mods import and_masks, causal, is_fusion_tail, or_masks
+from flexmask.plugins.hookspecs import hookimpl
 from flexmask.strategy import Strategy, parameter
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from flexmask_cli.options import (
 from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
-    from flexmask.pictures.subject import Subject
+    from flexmask.show.picture_source import Subject
 
 PREFIX, SEGMENTS, SUFFIX = 60, "40,35,38", 4
 
@@ -93,9 +93,9 @@ def bench(
 
     import torch
 
+    from flexmask.bench.attention_timing import AttentionBench, Heads
+    from flexmask.bench.machine import machine_stamp
     from flexmask.device import resolve_device, resolve_dtype
-    from flexmask.speed.attention import AttentionBench, Heads
-    from flexmask.speed.machine import machine_stamp
 
     shape = Heads(*numbers, head_dim)
     target = resolve_device(device)
@@ -141,7 +141,7 @@ def _subject(
     model: str | None,
     lengths: tuple[int | None, str | None, int | None],
 ) -> Subject:
-    from flexmask.pictures.subject import subject_of_file, subject_of_lengths
+    from flexmask.show.picture_source import subject_of_file, subject_of_lengths
 
     if input is not None:
         return subject_of_file(input, row or 1, model=model)

@@ -13,8 +13,8 @@ from flexmask_cli.options import Parameters
 from flexmask_cli.strategy_choice import choose_strategies, stdout_to_stderr
 
 if TYPE_CHECKING:
+    from flexmask.check import Outcome
     from flexmask.strategy import Strategy
-    from flexmask.testing import Outcome
 
 
 def check(
@@ -33,7 +33,7 @@ def check(
 
 def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
     """Check one strategy; print rule by rule, then the findings."""
-    from flexmask.testing import RULES, run_rules
+    from flexmask.check import RULES, run_rules
 
     if is_silent:
         with stdout_to_stderr():

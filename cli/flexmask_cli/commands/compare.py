@@ -56,10 +56,10 @@ from flexmask_cli.strategy_choice import choose_named, load_plugins
 from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
-    from flexmask.comparison.cell import Cell, Way
-    from flexmask.comparison.run import CellRunner
-    from flexmask.dataset.run import DatasetRun
+    from flexmask.compare.cell import Cell, Way
+    from flexmask.compare.comparison_run import CellRunner
     from flexmask.generation import Generation
+    from flexmask.results.dataset_run import DatasetRun
 
 Strategies = Annotated[
     str,
@@ -155,12 +155,12 @@ def compare(
     rows, requests = dataset.open(loaded_task)
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.comparison.lone_prompt import with_plain_prompts
-    from flexmask.comparison.report import save_report
-    from flexmask.comparison.run import CellRunner, ReportFolder, cut_to_counts
-    from flexmask.comparison.sameness import Sameness
-    from flexmask.comparison.table import tabulate
-    from flexmask.dataset.place import default_folder
+    from flexmask.compare.comparison_run import CellRunner, ReportFolder, cut_to_counts
+    from flexmask.compare.lone_prompt import with_plain_prompts
+    from flexmask.compare.report import save_report
+    from flexmask.compare.sameness import Sameness
+    from flexmask.compare.table import tabulate
+    from flexmask.results.output_path import default_folder
 
     options = GenerationOptions(
         task=loaded_task,
@@ -223,7 +223,7 @@ def compare(
 
 
 def _plan(strategies: str, fusions: str, num_segments: str) -> list[Way]:
-    from flexmask.comparison.cell import Contender, plan_ways
+    from flexmask.compare.cell import Contender, plan_ways
 
     load_plugins()
     return plan_ways(

@@ -56,7 +56,7 @@ def _checks(
         return run_checks()
     from transformers.utils import logging
 
-    from flexmask.doctor.model import load_and_check
+    from flexmask.doctor.model_checks import load_and_check
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -12,7 +12,7 @@ from flexmask_cli import render
 from flexmask_cli.options import path_of, refuse_devices
 
 if TYPE_CHECKING:
-    from flexmask.dataset.evaluate import Comparison, Evaluation
+    from flexmask.results.evaluation import Comparison, Evaluation
 
 Files = Annotated[
     list[Path],
@@ -31,8 +31,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Judge result files; compare every two of them, question by question."""
-    from flexmask.dataset.evaluate import compare
-    from flexmask.dataset.evaluate import evaluate as evaluate_file
+    from flexmask.results.evaluation import compare
+    from flexmask.results.evaluation import evaluate as evaluate_file
 
     for path in files:
         refuse_devices(path)

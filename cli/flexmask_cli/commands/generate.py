@@ -60,10 +60,10 @@ from flexmask_cli.strategy_choice import choose_strategy
 from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
-    from flexmask.dataset.requests import RequestSource
-    from flexmask.dataset.results import ResultWriter
-    from flexmask.dataset.run import DatasetRun
     from flexmask.generation import Generation
+    from flexmask.results.dataset_run import DatasetRun
+    from flexmask.results.result_writer import ResultWriter
+    from flexmask.tasks.request_source import RequestSource
 
 Output = Annotated[
     Path | None,
@@ -161,9 +161,9 @@ def generate(
         return
 
     # Only now torch and what needs it: mistakes in the options above show at once.
-    from flexmask.dataset.place import default_output_path
-    from flexmask.dataset.results import ResultWriter
-    from flexmask.dataset.run import DatasetRun
+    from flexmask.results.dataset_run import DatasetRun
+    from flexmask.results.output_path import default_output_path
+    from flexmask.results.result_writer import ResultWriter
 
     options.check()
     judge = options.judge
@@ -225,7 +225,7 @@ def _run(run: DatasetRun, writer: ResultWriter, *, is_quiet: bool) -> list[Gener
 def _print_prompts(
     requests: RequestSource, fusion: Fusion, options: GenerationOptions, *, skips: bool
 ) -> None:
-    from flexmask.dataset.requests import BadRow
+    from flexmask.tasks.request_source import BadRow
 
     tokenize = options.load_tokenizer() if options.uses_chat_template else None
     for output in requests:

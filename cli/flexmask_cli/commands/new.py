@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flexmask.errors import OptionError
-from flexmask.new_plugin import PluginNames, write_plugin
+from flexmask.plugins.new_plugin import PluginNames, write_plugin
 from flexmask_cli import render
 from flexmask_cli.options import path_of
 from flexmask_cli.strategy_choice import load_plugins

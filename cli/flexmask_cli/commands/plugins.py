@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmask.plugin_loading import PluginRecord
-from flexmask.registry import Registry
+from flexmask.plugins.distribution_loading import PluginRecord
+from flexmask.plugins.registry import Registry
 from flexmask_cli import render
 from flexmask_cli.strategy_choice import load_plugins
 

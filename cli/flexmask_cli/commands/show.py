@@ -21,8 +21,8 @@ from flexmask_cli.options import (
 from flexmask_cli.strategy_choice import choose_several, load_plugins, stdout_to_stderr
 
 if TYPE_CHECKING:
-    from flexmask.pictures.mask_picture import MaskDifference, MaskPicture
-    from flexmask.pictures.subject import Subject
+    from flexmask.show.mask_picture import MaskDifference, MaskPicture
+    from flexmask.show.picture_source import Subject
     from flexmask.strategy import Strategy
 
 DEFAULT_STRATEGY = "ensemble_isolation"
@@ -179,7 +179,7 @@ def _source(
 
 
 def _check_output(output: Path, num_pictures: int) -> None:
-    from flexmask.pictures.picture_file import check_picture_path, is_page
+    from flexmask.show.picture_file import check_picture_path, is_page
 
     check_picture_path(output)
     if num_pictures > 1 and not is_page(output):
@@ -197,7 +197,7 @@ def _subject(
     model: str | None,
     num_segments: int | None,
 ) -> Subject:
-    from flexmask.pictures.subject import subject_of_file, subject_of_lengths
+    from flexmask.show.picture_source import subject_of_file, subject_of_lengths
 
     if source is not None:
         return subject_of_file(source, row, model=model, num_segments=num_segments)
@@ -219,7 +219,7 @@ def _default_strategies(subject: Subject, parameters: dict[str, str]) -> list[St
 
 
 def _with_new_tokens(subject: Subject, count: int | None, output: Path | None) -> Subject:
-    from flexmask.pictures.picture_file import is_page
+    from flexmask.show.picture_file import is_page
 
     if count is None and subject.answer is None and output is not None and is_page(output):
         count = PAGE_NEW_TOKENS
@@ -228,7 +228,7 @@ def _with_new_tokens(subject: Subject, count: int | None, output: Path | None) -
 
 @stdout_to_stderr()
 def _masks(strategies: list[Strategy], subject: Subject, tile: int) -> list[MaskPicture]:
-    from flexmask.pictures.mask_picture import draw_mask
+    from flexmask.show.mask_picture import draw_mask
 
     return [draw_mask(strategy, subject.shown, tile) for strategy in strategies]
 
@@ -237,7 +237,7 @@ def _masks(strategies: list[Strategy], subject: Subject, tile: int) -> list[Mask
 def _differences(
     strategies: list[Strategy], others: list[Strategy], subject: Subject, tile: int
 ) -> list[MaskDifference]:
-    from flexmask.pictures.mask_picture import draw_difference
+    from flexmask.show.mask_picture import draw_difference
 
     return [
         draw_difference(strategy, other, subject.shown, tile)
@@ -262,15 +262,15 @@ def _save(
     tile: int,
     output: Path,
 ) -> None:
-    from flexmask.pictures.picture_file import is_page
+    from flexmask.show.picture_file import is_page
 
     differences = _differences(strategies, others, subject, tile)
     if is_page(output):
-        from flexmask.pictures.page import save_page
+        from flexmask.show.mask_page import save_page
 
         save_page([*_masks([*strategies, *others], subject, tile), *differences], subject, output)
     else:
-        from flexmask.pictures.figure import save_figure
+        from flexmask.show.figure import save_figure
 
         (picture,) = differences or _masks(strategies, subject, tile)
         save_figure(picture, output)

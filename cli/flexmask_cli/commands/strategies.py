@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmask.registry import RegisteredStrategy
+from flexmask.plugins.registry import RegisteredStrategy
 from flexmask.strategy import Parameter, Strategy
 from flexmask_cli import render
 from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
@@ -57,9 +57,9 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
 
 def _picture(strategy: Strategy) -> str:
     """The mask of a small layout."""
-    from flexmask.pictures.mask_picture import draw_mask
-    from flexmask.pictures.subject import subject_of_lengths
-    from flexmask.pictures.terminal import ascii_picture
+    from flexmask.show.mask_picture import draw_mask
+    from flexmask.show.picture_source import subject_of_lengths
+    from flexmask.show.terminal import ascii_picture
 
     try:
         picture = draw_mask(strategy, subject_of_lengths(*SHOWN_LENGTHS).shown)

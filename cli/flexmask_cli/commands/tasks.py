@@ -10,14 +10,14 @@ import typer
 from flexmask_cli import render
 
 if TYPE_CHECKING:
-    from flexmask.dataset.task import Task
+    from flexmask.tasks.task import Task
 
 
 def tasks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the tasks that come with flexmask."""
-    from flexmask.dataset.task import shipped_tasks
+    from flexmask.tasks.task import shipped_tasks
 
     if as_json:
         render.print_json([_fields(task) for task in shipped_tasks()])

@@ -9,7 +9,7 @@ import typer
 
 from flexmask.limits import check_size
 from flexmask_cli import render
-from flexmask_cli.loading import load_engine
+from flexmask_cli.engine_loading import load_engine
 from flexmask_cli.options import (
     BatchSize,
     Device,

@@ -1,0 +1,1 @@
+"""The program that trained the bundled model, and the synthetic world of its questions."""

@@ -1,0 +1,312 @@
+"""One call of attention over one prompt, in every way there is, and the floor under them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexmask.attention.backend import dense_attention, flexmask_attention
+from flexmask.attention.compile_settings import compile_settings
+from flexmask.attention.flex_call import PrefillKernel, has_triton_options
+from flexmask.attention.model_probe import AttentionShape
+from flexmask.attention.scaled_part import place_part
+from flexmask.bench.ceilings import matrix_rate, read_bandwidth
+from flexmask.bench.clock import Spread, time_call
+from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
+from flexmask.engine.prefill_plan import prefill_length
+from flexmask.errors import OptionError
+from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutBatch
+from flexmask.mask_mods import strategy_mask
+from flexmask.strategy import Strategy
+
+LONGEST_DENSE = {"cuda": 16_384, "cpu": 4_096}
+"""Tokens up to which a dense mask is made: it has as many elements as there are pairs."""
+CAUSAL = "SDPA, causal"
+LONGEST_SCORES = 2_048
+"""Tokens up to which all scores are made, which a strategy that changes them needs."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of attention.
+
+    Attributes:
+        query: Query heads.
+        key: Key heads, of which the query heads are a multiple.
+        dim: Size of each.
+    """
+
+    query: int
+    key: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        if min(self.query, self.key, self.dim) < 1 or self.query % self.key:
+            raise OptionError(
+                f"query heads must be a multiple of key heads, got {self.query}:{self.key} "
+                f"of {self.dim}"
+            )
+
+    @property
+    def are_grouped(self) -> bool:
+        """Whether several query heads share a key head."""
+        return self.query != self.key
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way to attend, measured or not.
+
+    Attributes:
+        way: What ran.
+        ms: Milliseconds a call; None where it could not be run.
+        tflops: 10¹² operations a second, of the pairs that its mask allows.
+        relative_error: Norm of the difference from dense attention in float32, over the norm;
+            None where the mask is another or too large to be made dense.
+        note: What there is to say.
+    """
+
+    way: str
+    ms: Spread | None = None
+    tflops: float | None = None
+    relative_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that a call can take on this device.
+
+    Attributes:
+        ms: The larger of the next two.
+        compute_ms: The operations of allowed pairs at the device's rate of matrix products.
+        read_ms: Queries, keys, values and the result moved once at the device's bandwidth.
+        flops_per_s: That rate, measured.
+        bytes_per_s: That bandwidth, measured.
+    """
+
+    ms: float
+    compute_ms: float
+    read_ms: float
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class AttentionBench:
+    """Attention over one prompt under a strategy.
+
+    Attributes:
+        length: Tokens of the prompt.
+        report: What the mask allows, and its tiles.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        layout: Layout,
+        heads: Heads,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Lay the prompt out; nothing is compiled yet.
+
+        Raises:
+            MaskError: If the strategy's mask_mod breaks a rule of FlexAttention.
+        """
+        self.length = len(layout)
+        self._heads, self._device, self._dtype = heads, device, dtype
+        self._kernel: PrefillKernel | None = "triton" if device.type == "cuda" else None
+        capacity = prefill_length(self.length, BLOCK_SIZE)
+        batch = LayoutBatch(1, capacity, device)
+        batch.load([layout], [self.length], [0])
+        self._mask_mod = strategy_mask(strategy, batch)
+        self._score_mod = strategy.score_mod(batch)
+        slots = torch.arange(capacity, device=device)[None]
+        self._scaled_part = place_part(strategy.scaled_part(batch), slots)
+        self.report: MaskReport = explain_mask(
+            self._mask_mod, 1, None, self.length, self.length, device
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """What is measured, as JSON values."""
+        return {
+            "tokens": self.length,
+            "heads": asdict(self._heads),
+            "device": str(self._device),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "allowed_pairs": self.report.allowed_pairs,
+            "density": self.report.density,
+            "tiles_full": self.report.tiles_full,
+            "tiles_partial": self.report.tiles_partial,
+            "tiles_empty": self.report.tiles_empty,
+        }
+
+    @torch.no_grad()
+    def timings(self) -> Iterator[Timing]:
+        """Measure one way after another, peers first."""
+        allowed, every = self.report.allowed_pairs, self.length * (self.length + 1) // 2
+        if reason := self._no_dense_sdpa():
+            yield Timing("SDPA, dense mask", note=f"not run: {reason}")
+        else:
+            yield self._timed("SDPA, dense mask", self._sdpa_dense(), allowed)
+        yield self._timed(CAUSAL, self._sdpa_causal(), every, note="another mask")
+        if self._scaled_part is not None:
+            reason = "the strategy scales a part of the keys, which one call does not"
+            yield Timing("flex_attention", note=f"not run: {reason}")
+        else:
+            yield self._timed("flex_attention", self._flex(), allowed)
+        yield self._own_timing("flexmask", self._kernel)
+        if self._can_flash():
+            yield self._own_timing("flexmask, FLASH", "flash")
+
+    def floor(self) -> Floor:
+        """Measure what the device can do, and derive the least time of a call."""
+        flops_per_s = matrix_rate(self._device, self._dtype)
+        bytes_per_s = read_bandwidth(self._device)
+        query, key, value = self._inputs
+        compute_ms = 1e3 * self._flops(self.report.allowed_pairs) / flops_per_s
+        read_ms = 1e3 * (2 * query.nbytes + key.nbytes + value.nbytes) / bytes_per_s
+        return Floor(max(compute_ms, read_ms), compute_ms, read_ms, flops_per_s, bytes_per_s)
+
+    def _own_timing(self, way: str, kernel: PrefillKernel | None) -> Timing:
+        dim = self._heads.dim
+        has_options = has_triton_options(self._dtype, dim, dim)
+        tile = prefill_tile(kernel, self.length, has_options=has_options)
+        slots = prefill_length(self.length, max(tile))
+        note = f"{slots:,} slots in tiles of {tile[0]}x{tile[1]}"
+        call = self._flexmask(kernel, tile, slots)
+        return self._timed(way, call, self.report.allowed_pairs, note)
+
+    def _timed(self, way: str, call: Callable[[], Tensor], pairs: int, note: str = "") -> Timing:
+        with compile_settings(self._device):
+            output = call()[:, :, : self.length]
+            ms = time_call(call, self._device)
+        wanted = None if way == CAUSAL else self._wanted
+        error = None if wanted is None else _relative_error(output, wanted)
+        return Timing(way, ms, self._flops(pairs) / ms.median / 1e9, error, note)
+
+    def _flops(self, pairs: int) -> int:
+        """Two products of a multiplication and an addition for each pair, head and dimension."""
+        return 4 * pairs * self._heads.dim * self._heads.query
+
+    @cached_property
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(heads: int) -> Tensor:
+            shape = (1, heads, self.length, self._heads.dim)
+            return torch.randn(shape, generator=generator).to(self._device, self._dtype)
+
+        return random(self._heads.query), random(self._heads.key), random(self._heads.key)
+
+    @cached_property
+    def _dense_mask(self) -> Tensor:
+        slots = torch.arange(self.length, device=self._device)
+        zero = slots.new_zeros(())
+        return self._mask_mod(zero, zero, slots[:, None], slots[None])[None, None]
+
+    @cached_property
+    def _wanted(self) -> Tensor | None:
+        """Attention in float32 with the dense mask; None where that is too large."""
+        query, key, value = (x.float() for x in self._expanded())
+        if not self._changes_scores and self.length <= LONGEST_DENSE[self._device.type]:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=self._dense_mask)
+        if self._changes_scores and self.length <= LONGEST_SCORES:
+            output, _ = dense_attention(
+                nn.Module(),
+                query,
+                key,
+                value,
+                self._dense_mask,
+                score_mod=self._score_mod,
+                scaled_part=self._scaled_part,
+            )
+            return output.transpose(1, 2)
+        return None
+
+    @property
+    def _changes_scores(self) -> bool:
+        return self._score_mod is not None or self._scaled_part is not None
+
+    def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values once for each query head: what dense SDPA's fast kernels take."""
+        query, key, value = self._inputs
+        groups = self._heads.query // self._heads.key
+        return query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+    def _no_dense_sdpa(self) -> str:
+        """Why SDPA cannot be run with the dense mask; nothing if it can."""
+        longest = LONGEST_DENSE[self._device.type]
+        if self._changes_scores:
+            return "the strategy changes scores, which SDPA does not"
+        if self.length > longest:
+            gigabytes = self.length**2 / 1e9
+            return f"a mask of {gigabytes:.1f} GB; dense ones are made up to {longest:,} tokens"
+        return ""
+
+    def _sdpa_dense(self) -> Callable[[], Tensor]:
+        query, key, value = self._expanded()
+        mask = self._dense_mask
+        return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def _sdpa_causal(self) -> Callable[[], Tensor]:
+        query, key, value = self._inputs
+        return lambda: F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self._heads.are_grouped
+        )
+
+    def _flex(self) -> Callable[[], Tensor]:
+        """FlexAttention as torch offers it, with the strategy's BlockMask."""
+        inputs, mask = self._inputs, self.report.block_mask
+        attend: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return lambda: attend(
+            *inputs,
+            score_mod=self._score_mod,
+            block_mask=mask,
+            enable_gqa=self._heads.are_grouped,
+        )
+
+    def _flexmask(
+        self, kernel: PrefillKernel | None, tile: Tile, slots: int
+    ) -> Callable[[], Tensor]:
+        """What the engine runs, but for the order of tiles: the backend, over whole ones."""
+        query, key, value = (F.pad(x, (0, 0, 0, slots - self.length)) for x in self._inputs)
+        mask = create_block_mask(self._mask_mod, 1, None, slots, slots, self._device, tile)
+        module = nn.Module()
+
+        def attend() -> Tensor:
+            output, _ = flexmask_attention(
+                module,
+                query,
+                key,
+                value,
+                mask,
+                prefill_kernel=kernel,
+                score_mod=self._score_mod,
+                scaled_part=self._scaled_part,
+            )
+            return output.transpose(1, 2)
+
+        return attend
+
+    def _can_flash(self) -> bool:
+        dim = self._heads.dim
+        shape = AttentionShape(self._heads.key, dim, dim, has_softcap=False)
+        return (
+            self._kernel is not None
+            and not self._changes_scores
+            and flash_can_attend(shape, self._dtype, self._device)
+        )
+
+
+def _relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted).norm() / wanted.norm())

@@ -1,0 +1,304 @@
+"""Captured tensors: what ``table[q_idx]`` can be where ``q_idx`` is an interval."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import numbers
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexmask.block_mask.intervals.interval import Interval
+from flexmask.block_mask.intervals.interval_rule import COMMON
+from flexmask.block_mask.intervals.stand_in import NoIntervalRule, StandIn
+
+if TYPE_CHECKING:
+    from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+
+POOLED_ENTRIES = 2**18
+"""A table looked up at free ranges is first pooled to about this many entries."""
+
+
+class Selection(StandIn):
+    """A captured tensor of which some dimensions are indexed: ``table[b]`` on its way to ``[q]``.
+
+    Attributes:
+        table: The captured tensor.
+        indices: The index of each dimension, None where there is none yet.
+        casts: Dtypes that what is selected is cast to, one after the other.
+    """
+
+    __slots__ = ("casts", "indices", "table")
+
+    def __init__(
+        self,
+        evaluator: MaskEvaluator,
+        table: Tensor,
+        indices: Sequence[Any] | None = None,
+        casts: tuple[torch.dtype, ...] = (),
+    ) -> None:
+        """Start without indices, or go on with those given."""
+        self.evaluator = evaluator
+        self.table = table
+        self.indices = [None] * table.dim() if indices is None else list(indices)
+        self.casts = casts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of a tensor."""
+        return (self.table.dtype, *self.casts)[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Lengths of the dimensions that are left."""
+        lengths = zip(self.table.shape, self.indices, strict=True)
+        return torch.Size([length for length, index in lengths if index is None])
+
+    @property
+    def cells(self) -> torch.Size:
+        """Shape of the cells that it depends on."""
+        given = (x.cells for x in self.indices if isinstance(x, Interval))
+        cells: torch.Size = torch.broadcast_shapes(*given)
+        return cells
+
+    def cast_to(self, dtype: torch.dtype) -> Selection:
+        """Return the selection with its entries cast."""
+        return Selection(self.evaluator, self.table, self.indices, (*self.casts, dtype))
+
+    def indexed(self, index: Any) -> Selection | None:
+        """Return the selection with further dimensions indexed.
+
+        None if an index is neither a number nor ``:`` nor ``...``, or there are too many.
+        """
+        items = index if isinstance(index, tuple) else (index,)
+        free = [dim for dim, x in enumerate(self.indices) if x is None]
+        at = next((i for i, x in enumerate(items) if x is Ellipsis), None)
+        if at is not None:
+            skipped = [slice(None)] * (len(free) - len(items) + 1)
+            items = (*items[:at], *skipped, *items[at + 1 :])
+        if len(items) > len(free):
+            return None
+        indices = list(self.indices)
+        for dim, item in zip(free, items, strict=False):
+            if isinstance(item, slice) and item == slice(None):
+                continue
+            if not _is_number(item):
+                return None
+            indices[dim] = item
+        return Selection(self.evaluator, self.table, indices, self.casts)
+
+
+def _is_number(item: Any) -> bool:
+    if isinstance(item, Tensor | StandIn):
+        return item.dim() == 0
+    return isinstance(item, numbers.Integral) and not isinstance(item, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class CellScale:
+    """A dimension pooled to the cells of ``q_idx`` or ``kv_idx``: see `intervals.Span`."""
+
+    start: int
+    width: int
+    length: int
+    wraps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RangeScale:
+    """A dimension pooled to ``2**shift`` entries, with levels of power-of-two ranges on top."""
+
+    shift: int
+    wraps: bool
+
+
+Pair = tuple[Tensor, Tensor]
+"""Minima and maxima."""
+
+Position = tuple[Tensor, ...]
+"""Where an entry is along one dimension: ``(index,)``, or ``(level, index)``."""
+
+Scale = CellScale | RangeScale | None
+"""How a dimension is prepared: for cells, for free ranges, or not, as its index is exact.
+
+Where it ``wraps``, some index is negative: the dimension is repeated once, so that the range from
+-1 to 3 is contiguous.
+"""
+
+
+class CapturedTables:
+    """Minima and maxima of captured tensors over index ranges, kept while one mask is built.
+
+    A range that is a cell of ``q_idx`` or ``kv_idx`` is looked up in a table pooled to cells.
+    Any other range is covered by two overlapping ranges whose length is a power of two. The
+    minimum over 3–9, 7 entries, is the smaller of two entries of level 2, whose ranges have 4::
+
+        index          0  1  2  3  4  5  6  7  8  9
+        level 2 at 3            └────────┘
+        level 2 at 6                     └────────┘
+    """
+
+    def __init__(self) -> None:
+        """Start without tables."""
+        self._built: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Tensor:
+        """Bound ``table[indices]`` in each cell.
+
+        Args:
+            table: A captured tensor of as many dimensions as there are indices.
+            indices: Where it is indexed, in range; negative indices count from the end.
+
+        Returns:
+            Minima, maxima and again minima, ``(3, *cells)``, in the table's dtype: see
+            `Interval.of_triple`.
+
+        Raises:
+            NoIntervalRule: If torch does not order numbers of the table's dtype.
+        """
+        scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
+        scaled = self._prepared(table, scales)
+        if len(indices) == 1 and isinstance(scales[0], CellScale):
+            span = indices[0].span
+            assert span is not None
+            if span.is_whole:
+                return scaled.view(3, *span.cell.shape).to(table.dtype)
+        positions: list[list[Any]] = [
+            _positions(index, scale, length)
+            for index, scale, length in zip(indices, scales, table.shape, strict=True)
+        ]
+        found = [
+            scaled[:, *itertools.chain.from_iterable(entry)]
+            for entry in itertools.product(*positions)
+        ]
+        if len(found) == 1:
+            return found[0].to(table.dtype)
+        lows, highs, _ = zip(*found, strict=True)
+        low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
+        return torch.stack((low, high, low)).to(table.dtype)
+
+    def _prepared(self, table: Tensor, scales: tuple[Scale, ...]) -> Tensor:
+        key = (id(table), *scales)
+        built = self._built.get(key)
+        if built is None or built[0]() is not table:
+            # A mask_mod may make a table at every call; what was made of those gone goes too.
+            self._built = {key: x for key, x in self._built.items() if x[0]() is not None}
+            built = self._built[key] = weakref.ref(table), _scaled(ordered(table), scales)
+        return built[1]
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Return the same numbers in a dtype that torch finds extrema in.
+
+    Raises:
+        NoIntervalRule: If there is none.
+    """
+    if values.dtype in COMMON:
+        return values
+    if values.dtype in (torch.uint16, torch.uint32):
+        return values.to(torch.int64)
+    if values.dtype.is_floating_point and values.dtype.itemsize == 1:
+        return values.to(torch.float32)
+    raise NoIntervalRule(f"a captured tensor of {values.dtype}")
+
+
+def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
+    if index.is_exact:
+        return None
+    wraps = index.bounds[0] < 0
+    if index.span is not None:
+        start = index.span.start + (table.shape[dim] if wraps else 0)
+        return CellScale(start, index.span.width, index.span.length, wraps)
+    return RangeScale((table.numel() // POOLED_ENTRIES).bit_length(), wraps)
+
+
+def _scaled(table: Tensor, scales: Sequence[Scale]) -> Tensor:
+    """Minima, maxima and again minima of a table, prepared in each dimension."""
+    lo = hi = table
+    # From the last dimension on, as levels are inserted in front of the dimension they belong to.
+    for dim in reversed(range(len(scales))):
+        scale = scales[dim]
+        if scale is None:
+            continue
+        if scale.wraps:
+            lo, hi = _each(functools.partial(_doubled, dim=dim), lo, hi)
+        if isinstance(scale, CellScale):
+            lo, hi = _pooled(lo, hi, dim, scale.start, scale.length, scale.width)
+        else:
+            lo, hi = _pooled(lo, hi, dim, 0, lo.shape[dim], 1 << scale.shift)
+            lo, hi = _levels(torch.minimum, lo, dim), _levels(torch.maximum, hi, dim)
+    return torch.stack((lo, hi, lo))
+
+
+def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Pair:
+    """Reduce ``width`` entries at a time, from ``start`` on; the last cell may be shorter."""
+    if width == 1:
+        return _each(lambda table: table.narrow(dim, start, length), lo, hi)
+    cells, rest = divmod(length, width)
+
+    def whole(table: Tensor) -> Tensor:
+        return table.narrow(dim, start, cells * width).unfold(dim, width, width)
+
+    def tail(table: Tensor) -> Tensor:
+        return table.narrow(dim, start + cells * width, rest).unsqueeze(dim).movedim(dim + 1, -1)
+
+    parts = [_reduced(*_each(part, lo, hi)) for part, n in ((whole, cells), (tail, rest)) if n]
+    if len(parts) == 1:
+        return parts[0]
+    lows, highs = zip(*parts, strict=True)
+    return torch.cat(lows, dim), torch.cat(highs, dim)
+
+
+def _each(change: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Pair:
+    """Change minima and maxima; once, as long as both are the table itself."""
+    changed = change(lo)
+    return changed, changed if lo is hi else change(hi)
+
+
+def _doubled(table: Tensor, dim: int) -> Tensor:
+    return torch.cat((table, table), dim)
+
+
+def _reduced(lo: Tensor, hi: Tensor) -> Pair:
+    """Reduce the last dimension."""
+    if lo is hi:
+        # One pass for both; amin alone is slow for int64 on CPU (torch 2.13).
+        smallest, largest = torch.aminmax(lo, dim=-1)
+        return smallest, largest
+    return lo.amin(-1), hi.amax(-1)
+
+
+def _levels(extremum: Callable[[Tensor, Tensor], Tensor], table: Tensor, dim: int) -> Tensor:
+    """Stack the extrema of 1, 2, 4, … entries along a new dimension in front of ``dim``.
+
+    Entry ``i`` of level ``k`` covers entries ``i`` up to ``i + 2**k``, excluded; where that
+    passes the end, nobody asks for it.
+    """
+    length = table.shape[dim]
+    levels = [table]
+    for level in range(length.bit_length() - 1):
+        last, reach = levels[-1], 1 << level
+        pairs = extremum(
+            last.narrow(dim, 0, length - reach), last.narrow(dim, reach, length - reach)
+        )
+        levels.append(torch.cat((pairs, last.narrow(dim, length - reach, reach)), dim))
+    return torch.stack(levels, dim)
+
+
+def _positions(index: Interval, scale: Scale, length: int) -> list[Position]:
+    """Return the entries that together cover the index, along one dimension."""
+    if scale is None:
+        return [(index.lo,)]
+    if isinstance(scale, CellScale):
+        assert index.span is not None
+        return [(index.span.cell,)]
+    offset = length if scale.wraps else 0
+    first = (index.lo.long() + offset) >> scale.shift
+    last = (index.hi.long() + offset) >> scale.shift
+    level = torch.frexp((last - first + 1).float()).exponent.long() - 1
+    return [(level, first), (level, last + 1 - (torch.ones_like(level) << level))]

@@ -1,0 +1,98 @@
+"""The strategy under check, and what rules ask of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexmask.block_mask.pairs_by_vmap import PairsByVmap
+from flexmask.check.cases import Case
+from flexmask.check.torch_settings import read_settings
+from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutBatch
+from flexmask.strategy import Strategy
+
+if TYPE_CHECKING:
+    from flexmask.check.compiled_run import CompiledRun
+    from flexmask.strategy import MaskMod
+
+CPU = torch.device("cpu")
+
+MIN_CAPACITY = 64
+
+
+def capacity_for(num_slots: int) -> int:
+    """Slots of a row that holds ``num_slots``: a power of two."""
+    return max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length())
+
+
+def loaded_batch(
+    layouts: Sequence[Layout], starts: Sequence[int], device: torch.device = CPU
+) -> LayoutBatch:
+    """A batch that holds each layout whole, from its start slot on."""
+    ends = [start + len(layout) for start, layout in zip(starts, layouts, strict=True)]
+    batch = LayoutBatch(len(layouts), capacity_for(max(ends)), device)
+    batch.load(layouts, [len(layout) for layout in layouts], starts)
+    return batch
+
+
+def evaluate(mask_mod: MaskMod, row: int, q_slots: Tensor, kv_slots: Tensor) -> Tensor:
+    """Evaluate a mask_mod exactly, ``(Q, K)`` bool, as torch's own builder would.
+
+    Raises:
+        MaskError: If it breaks a rule of FlexAttention.
+    """
+    b, h = torch.tensor([row]), torch.tensor([0])
+    pairs = PairsByVmap(mask_mod, pointwise_only=True)
+    return pairs(b, h, q_slots[None], kv_slots[None])[0][0]
+
+
+class Subject:
+    """A strategy, with its layouts and masks computed once each.
+
+    Attributes:
+        settings: torch's global settings before the strategy ran.
+        case: The request that was last laid out, which is where an exception comes from.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        """Compute nothing yet."""
+        self.strategy = strategy
+        self.settings = read_settings()
+        self.case: Case | None = None
+        self.mask = functools.cache(self._mask)
+        self._layouts: dict[Case, Layout] = {}
+
+    def layout(self, case: Case) -> Layout:
+        """The strategy's layout of a request."""
+        self.case = case
+        if case not in self._layouts:
+            self._layouts[case] = self.strategy.layout(case.request())
+        return self._layouts[case]
+
+    def _mask(self, case: Case) -> Tensor:
+        """The mask of a layout alone in a batch, from slot 0 on: ``(S, S)`` bool."""
+        layout = self.layout(case)
+        return self.mask_in(loaded_batch([layout], [0]), 0, 0, len(layout))
+
+    def mask_in(self, batch: LayoutBatch, row: int, start: int, size: int) -> Tensor:
+        """The mask of ``size`` slots of a row of a batch: ``(size, size)`` bool."""
+        slots = torch.arange(start, start + size)
+        return evaluate(self.strategy.mask_mod(batch), row, slots, slots)
+
+    @cached_property
+    def source_file(self) -> str:
+        """File of the strategy's mask_mod."""
+        return self.strategy.source().rpartition(":")[0]
+
+    @cached_property
+    def compiled_run(self) -> CompiledRun:
+        """Attention under the strategy's mask over several layouts."""
+        from flexmask.check.compiled_run import run_compiled
+
+        return run_compiled(self)

@@ -1,0 +1,100 @@
+"""What a check finds: the rule, where it is broken, and how to mend it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexmask.check.cases import Case
+from flexmask.check.mask_text import SEES, SEES_NOT, draw
+from flexmask.layout import Layout
+
+SHOWN = 12
+"""Rows, and half of the columns, of a picture of a long layout."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a strategy breaks.
+
+    Attributes:
+        rule: Name of the rule.
+        message: What is wrong, in a sentence.
+        mend: How to mend it.
+        layout: The smallest layout at which it shows, by its lengths; empty if it is no matter.
+        q_idx: Slot of the query at fault, if there is one.
+        kv_idx: Slot of the key at fault, if there is one.
+        picture: The mask around the fault, where a picture tells more; else empty.
+    """
+
+    rule: str
+    message: str
+    mend: str
+    layout: str = ""
+    q_idx: int | None = None
+    kv_idx: int | None = None
+    picture: str = ""
+
+    def __str__(self) -> str:
+        """All of it, in lines."""
+        lines = [f"{self.rule}: {self.message}"]
+        if self.layout:
+            lines.append(f"  layout: {self.layout}")
+        lines += [f"    {line}" for line in self.picture.splitlines()]
+        return "\n".join([*lines, f"  mend: {self.mend}"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a rule reports; the runner adds the rule's name and advice to it.
+
+    Attributes:
+        message: What is wrong, in a sentence.
+        case: At which request.
+        layout: Its layout, for the picture.
+        mask: The mask that is drawn, ``(S, S)`` bool.
+        q_idx: Slot of the query at fault.
+        kv_idx: Slot of the key at fault; None if it is the whole row.
+        mend: Advice, where it differs from the rule's own.
+    """
+
+    message: str
+    case: Case | None = None
+    layout: Layout | None = None
+    mask: Tensor | None = None
+    q_idx: int | None = None
+    kv_idx: int | None = None
+    mend: str = ""
+
+    @property
+    def picture(self) -> str:
+        """The mask around the fault; the pair, or row, at fault is marked."""
+        if self.layout is None or self.mask is None or self.q_idx is None:
+            return ""
+        segments = self.layout.segment_ids
+        kv_idx = self.q_idx if self.kv_idx is None else self.kv_idx
+        q_slots = _around(self.q_idx, len(segments), SHOWN)
+        kv_slots = _around(kv_idx, len(segments), 2 * SHOWN)
+        rows = [self._row(q_idx, kv_slots) for q_idx in q_slots]
+        drawn = draw(rows, [segments[q] for q in q_slots], [segments[kv] for kv in kv_slots])
+        shown = f"slots {q_slots[0]}–{q_slots[-1]} down, {kv_slots[0]}–{kv_slots[-1]} across"
+        marked = "< the row" if self.kv_idx is None else "! seen, ? unseen: the pair"
+        return f"{drawn}\n{shown}; # sees, . does not, {marked} at fault"
+
+    def _row(self, q_idx: int, kv_slots: range) -> str:
+        assert self.mask is not None
+        allowed = self.mask[q_idx].tolist()
+        cells = [SEES if allowed[kv] else SEES_NOT for kv in kv_slots]
+        if q_idx != self.q_idx:
+            return "".join(cells)
+        if self.kv_idx is None:
+            return "".join([*cells, " <"])
+        cells[self.kv_idx - kv_slots[0]] = "!" if allowed[self.kv_idx] else "?"
+        return "".join(cells)
+
+
+def _around(slot: int, size: int, shown: int) -> range:
+    """At most ``shown`` of ``size`` slots, with ``slot`` among them."""
+    start = max(0, min(slot - shown // 2, size - shown))
+    return range(start, min(size, start + shown))

@@ -1,0 +1,206 @@
+"""Runs the cells of a comparison with one engine, each into a result file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexmask.compare.cell import Cell, Way
+from flexmask.compare.measurement import Measurement, Stopwatch
+from flexmask.errors import OptionError, RequestError
+from flexmask.generation import Generation
+from flexmask.request import Request
+from flexmask.results.dataset_run import DatasetRun
+from flexmask.results.result_writer import ResultWriter, check_output
+from flexmask.results.resume import OutputMode
+from flexmask.results.run_config import RunConfig
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.request_source import BadRow, OnError
+
+if TYPE_CHECKING:
+    from flexmask.engine import Engine
+
+Watch = Callable[[DatasetRun, int], Iterable[Sequence[Generation]]]
+"""Passes the batches of a run on, and shows how far it is of so many rows."""
+
+
+def cut_to_counts(
+    requests: Iterable[Request | BadRow],
+    segment_counts: Sequence[int | None],
+    on_error: OnError = "stop",
+) -> dict[int | None, list[Request | BadRow]]:
+    """Read requests once, and cut them to each number of segments.
+
+    Args:
+        requests: With all their segments.
+        segment_counts: How many to keep; None for all.
+        on_error: What a request with fewer does: raise, or become a row that says why.
+
+    Raises:
+        RequestError: If a request has fewer segments and rows are not skipped; if they cannot
+            be read.
+    """
+    every = list(requests)
+    return {count: [_cut(each, count, on_error) for each in every] for count in segment_counts}
+
+
+def _cut(request: Request | BadRow, count: int | None, on_error: OnError) -> Request | BadRow:
+    if count is None or isinstance(request, BadRow):
+        return request
+    try:
+        return request.with_segments(count)
+    except RequestError as error:
+        reason = f"{request.label}: {error}"
+        if on_error == "stop":
+            raise RequestError(f"{reason}; lower --num-segments") from None
+        return BadRow(request.uuid, reason, request)
+
+
+def outputs(way: Way, requests: Iterable[Request | BadRow]) -> list[Request | BadRow]:
+    """What rows a way gives: one for each request, or for prompts of it alone."""
+    rows: list[Request | BadRow] = []
+    for request in requests:
+        if isinstance(request, BadRow):
+            rows.append(request)
+        else:
+            weights = request.weights if way.fusion.weights == "column" else ()
+            rows += way.fusion.outputs(replace(request, weights=weights))
+    return rows
+
+
+@dataclass(frozen=True)
+class ReportFolder:
+    """Where a comparison is written: a result file and its times for each cell, and the page."""
+
+    path: Path
+
+    @property
+    def page(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    @property
+    def record(self) -> Path:
+        """The table as JSON."""
+        return self.path / "report.json"
+
+    def rows(self, cell: Cell) -> Path:
+        """The result file of a cell."""
+        return self.path / f"{cell.stem}.feather"
+
+    def times(self, cell: Cell) -> Path:
+        """What was measured of a cell."""
+        return self.path / f"{cell.stem}.times.json"
+
+
+@dataclass(frozen=True)
+class CellRunner:
+    """Runs cells.
+
+    Attributes:
+        load_engine: Gives the engine; called when there is something to generate.
+        folder: Where they are written.
+        requests_of: The requests, by the number of segments that they are cut to.
+        config_of: What a result file records.
+        judge: Cuts and judges answers.
+        mode: What to do where a result stands.
+        machine: Where it runs, for the times.
+        options: Those of `DatasetRun`.
+    """
+
+    load_engine: Callable[[], Engine]
+    folder: ReportFolder
+    requests_of: Mapping[int | None, Sequence[Request | BadRow]]
+    config_of: Callable[[Way], RunConfig]
+    judge: Judge
+    mode: OutputMode
+    machine: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Find out whether all can be written, before anything costly.
+
+        Raises:
+            OutputError: If not; if results stand in the way, or are those of other runs.
+            OptionError: If two cells would be written to one file.
+        """
+        by_stem: dict[str, Cell] = {}
+        for cell in cells:
+            other = by_stem.setdefault(cell.stem, cell)
+            if other is not cell:
+                raise OptionError(
+                    f"{other.title} and {cell.title} would both be written to "
+                    f"{self.folder.rows(cell)}; compare them in two reports"
+                )
+            check_output(self.folder.rows(cell), self.mode, self.config_of(cell.way))
+
+    def has_result(self, cell: Cell) -> bool:
+        """Whether a result file stands there that is not to be replaced."""
+        return self.mode != "overwrite" and self.folder.rows(cell).exists()
+
+    def run(self, cell: Cell, watch: Watch) -> None:
+        """Generate what is left to do of a cell, and measure it.
+
+        Times of an earlier run that this one resumes are kept.
+
+        Raises:
+            FlexMaskError: If the cell cannot be run.
+        """
+        requests = outputs(cell.way, self.requests_of[cell.way.num_segments])
+        with ResultWriter.open(
+            self.folder.rows(cell),
+            config=self.config_of(cell.way),
+            requests=requests,
+            mode=self.mode,
+            judge=self.judge,
+        ) as writer:
+            if not writer.summary.resumed:
+                self.folder.times(cell).unlink(missing_ok=True)
+            if writer.remaining:
+                self._generate(cell, writer, watch)
+
+    def _generate(self, cell: Cell, writer: ResultWriter, watch: Watch) -> None:
+        way = cell.way
+        run = DatasetRun(
+            self.load_engine(),
+            way.contender.strategy,
+            writer,
+            fusion=way.fusion,
+            **self.options,
+        )
+        stopwatch = Stopwatch(self.machine)
+        try:
+            for _ in watch(run, len(writer.remaining)):
+                stopwatch.note(run.generations.stats)
+        finally:
+            measured = self._keep(cell, stopwatch.measurement)
+        if measured.rows and not measured.timed_rows:
+            self._keep(cell, self._time_again(cell, writer.remaining))
+
+    def _keep(self, cell: Cell, measured: Measurement) -> Measurement:
+        """Add what was measured to what is known of the cell."""
+        path = self.folder.times(cell)
+        earlier = Measurement.read(path)
+        if earlier is not None:
+            measured = earlier.plus(measured)
+        if measured.rows:
+            measured.write(path)
+        return measured
+
+    def _time_again(self, cell: Cell, requests: Iterable[Request]) -> Measurement:
+        """Time what compiled in its only batch, by running it once more; nothing is written."""
+        options = {name: value for name, value in self.options.items() if name != "on_error"}
+        run = self.load_engine().generate(
+            requests,
+            cell.way.contender.strategy,
+            fusion=cell.way.fusion,
+            answer_of=self.judge.prediction,
+            on_refused=lambda *_: None,
+            **options,
+        )
+        stopwatch = Stopwatch(self.machine, is_warm=True)
+        for _ in run.batches():
+            stopwatch.note(run.stats)
+        return stopwatch.measurement.without_counts()

@@ -1,0 +1,146 @@
+"""What a cell costs: measured while it runs, kept beside its rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Self
+
+from flexmask.errors import OutputError
+from flexmask.results.whole_file import replacing
+
+if TYPE_CHECKING:
+    from flexmask.engine import RunStats
+
+_COUNTS = ("rows", "prompt_tokens", "computed_tokens", "generated_tokens")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Counts and times of one cell; of several runs where it was interrupted.
+
+    Batches in which something was compiled, the first among them, are counted and not timed.
+
+    Attributes:
+        machine: Where it ran: device and versions. Times taken elsewhere are not added.
+        batch_size: Prompts that ran together.
+        rows: Rows generated.
+        prompt_tokens: Slots of their prompts, copies of the prefix counted.
+        computed_tokens: Those of them that prefill computed; the others were copied.
+        generated_tokens: Tokens generated.
+        compiling_s: Seconds of the batches that were not timed.
+        timed_rows: Rows of the batches that were.
+        timed_tokens: Tokens generated in them.
+        timed_s: Their seconds of prefill and decode.
+        first_token_s: For each of them, seconds from its start until its first tokens were there.
+        peak_bytes: Most device memory in use, weights included; 0 on a CPU.
+    """
+
+    machine: Mapping[str, Any]
+    batch_size: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    compiling_s: float = 0.0
+    timed_rows: int = 0
+    timed_tokens: int = 0
+    timed_s: float = 0.0
+    first_token_s: tuple[float, ...] = ()
+    peak_bytes: int = 0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generated tokens per second; None where nothing was timed."""
+        return self.timed_tokens / self.timed_s if self.timed_s else None
+
+    @property
+    def ms_per_row(self) -> float | None:
+        """Milliseconds per row; None where nothing was timed."""
+        return 1e3 * self.timed_s / self.timed_rows if self.timed_rows else None
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """Milliseconds that a batch waits for its first tokens: the median."""
+        return 1e3 * median(self.first_token_s) if self.first_token_s else None
+
+    def plus(self, later: Measurement) -> Measurement:
+        """Both runs: counts of both, and times of both if they were taken the same way."""
+        names = [*_COUNTS, "compiling_s"]
+        if (self.machine, self.batch_size) == (later.machine, later.batch_size):
+            names += ["timed_rows", "timed_tokens", "timed_s", "first_token_s"]
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(later, name) for name in names}
+        return replace(later, peak_bytes=max(self.peak_bytes, later.peak_bytes), **sums)
+
+    def without_counts(self) -> Measurement:
+        """The times alone, of rows that are counted elsewhere."""
+        return replace(self, rows=0, prompt_tokens=0, computed_tokens=0, generated_tokens=0)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read what `write` wrote; None where there is nothing.
+
+        Raises:
+            OutputError: If something else stands there.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            return cls(**values | {"first_token_s": tuple(values["first_token_s"])})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise OutputError(f"{path}: not the times of a cell ({error}); remove it") from None
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; a killed process leaves the old or the new.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), indent=2).encode() + b"\n")
+
+
+class Stopwatch:
+    """Makes a measurement of the statistics of a run, batch by batch."""
+
+    def __init__(self, machine: Mapping[str, Any], *, is_warm: bool = False) -> None:
+        """Start before the first batch.
+
+        Args:
+            machine: Where it runs.
+            is_warm: Whether the same has run before, so that the first batch is timed too.
+        """
+        self.measurement = Measurement(machine)
+        self._last: RunStats | None = None
+        self._is_warm = is_warm
+
+    def note(self, stats: RunStats) -> None:
+        """Add the batch that has just ended."""
+        last, self._last = self._last, stats
+
+        def added(name: str) -> Any:
+            return getattr(stats, name) - (getattr(last, name) if last else 0)
+
+        seconds = added("prefill_s") + added("decode_s")
+        is_first = last is None and not self._is_warm
+        if is_first or added("compilations") or added("halvings"):
+            times: dict[str, Any] = {"compiling_s": seconds}
+        else:
+            times = {
+                "timed_rows": added("rows"),
+                "timed_tokens": added("generated_tokens"),
+                "timed_s": seconds,
+                "first_token_s": (added("first_token_s"),),
+            }
+        batch = Measurement(
+            self.measurement.machine,
+            stats.batch_size,
+            peak_bytes=max(stats.prefill_peak_bytes, stats.decode_peak_bytes),
+            **{name: added(name) for name in _COUNTS},
+            **times,
+        )
+        self.measurement = batch if last is None else self.measurement.plus(batch)

@@ -1,0 +1,56 @@
+"""Writes a comparison: the page, and the table as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexmask.compare.comparison_run import ReportFolder
+from flexmask.compare.report_page import report_html
+from flexmask.compare.table import CellResult
+from flexmask.results.result_writer import read_run_config
+from flexmask.results.whole_file import replacing
+from flexmask.tasks.judge import Judge
+
+
+def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judge) -> None:
+    """Write ``report.html`` and ``report.json``.
+
+    Args:
+        results: Rows of the table.
+        folder: Where they go.
+        judge: How answers were judged.
+
+    Raises:
+        OutputError: If they cannot be written.
+    """
+    title, facts = _heading(results, folder)
+    record = {"facts": facts, "cells": [result.figures() for result in results]}
+    with replacing(folder.record) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
+    with replacing(folder.page) as file:
+        file.write(report_html(title, facts, results, folder, judge).encode())
+
+
+def _heading(results: Sequence[CellResult], folder: ReportFolder) -> tuple[str, dict[str, str]]:
+    """A title, and what all cells share as the first result file records it."""
+    finished = [result.cell for result in results if not result.error]
+    if not finished:
+        return "Comparison", {}
+    config = read_run_config(folder.rows(finished[0]))
+    run, where = config.run, config.environment
+    sampling = run["sampling"]
+    greedy = "the most likely token" if not sampling["temperature"] else f"sampled, {sampling}"
+    libraries = ", ".join(
+        f"{name} {where[name]}" for name in ("flexmask", "torch", "transformers")
+    )
+    facts = {
+        "Model": f"{run['model']}, dtype {run['dtype']}",
+        "Input": f"{where['input']}, task {run['task']['name']}"
+        if run["task"]
+        else where["input"],
+        "Generation": f"up to {run['max_new_tokens']} tokens, {greedy}",
+        "Machine": f"{where['device']}, {libraries}",
+    }
+    return f"{run['model']} on {Path(where['input']).name}", facts

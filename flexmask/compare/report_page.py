@@ -1,0 +1,154 @@
+"""The report as one self-contained page: table, plot, and the questions on which two differ."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from flexmask.compare.comparison_run import ReportFolder
+from flexmask.compare.table import COSTS, CellResult
+from flexmask.results.result_writer import read_finished_rows
+from flexmask.show import palette
+from flexmask.tasks.judge import Judge
+from flexmask.web_page import fill_page
+
+SCRIPTS = ("table.js", "plot.js", "answers.js", "page.js")
+METRIC_NAMES = {"exact": "accuracy", "f1": "F1", "lemma": "lemma match"}
+
+NOTES = (
+    "Intervals: 95%, bootstrap over questions; differences are paired with the first row.",
+    "Times leave out batches in which something was compiled. First token: how long a batch waits "
+    "from its start until its first tokens are there.",
+    "Computed: prompt tokens that were not copied from a beginning that prompts share.",
+)
+CPU_NOTE = "Peak memory is measured on a GPU."
+
+
+def report_html(
+    title: str,
+    facts: Mapping[str, str],
+    results: Sequence[CellResult],
+    folder: ReportFolder,
+    judge: Judge,
+) -> str:
+    """Make the page.
+
+    Args:
+        title: Names the comparison.
+        facts: What was compared, by name.
+        results: Rows of the table.
+        folder: Where the result files are.
+        judge: How answers were judged.
+    """
+    has_peak = any(each.measurement and each.measurement.peak_bytes for each in results)
+    notes = [*NOTES, *([] if has_peak else [CPU_NOTE])]
+    parts = {
+        "TITLE": html.escape(title),
+        "FACTS": _list_of(facts),
+        "NOTES": "".join(f'<p class="help">{html.escape(note)}</p>\n' for note in notes),
+        "STYLE": _colours(),
+    }
+    data = _data(results, folder) | {"metric": METRIC_NAMES[judge.metric]}
+    return fill_page("flexmask.compare", parts, data, SCRIPTS)
+
+
+def _list_of(facts: Mapping[str, str]) -> str:
+    listed = (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
+        for name, value in facts.items()
+    )
+    return f"<dl>{''.join(listed)}</dl>"
+
+
+def _colours() -> str:
+    colours = [
+        f".series-{number} {{--series: var(--segment-{number});}}"
+        for number in range(len(palette.SEGMENT_COLOURS))
+    ]
+    names = [f"--segment-{n}: {colour};" for n, colour in enumerate(palette.SEGMENT_COLOURS)]
+    return ":root {" + "".join(names) + "}\n" + "\n".join(colours) + "\n"
+
+
+class _Numbers:
+    """Numbers texts in the order in which they come; equal ones are kept once."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.of.setdefault(text, len(self.of))
+
+
+def _data(results: Sequence[CellResult], folder: ReportFolder) -> dict[str, Any]:
+    texts, shared = _Numbers(), _Numbers()
+    questions: dict[str, dict[str, Any]] = {}
+    answers = [_answers(result, folder, questions, shared) for result in results]
+    cells = []
+    for result, by_uuid in zip(results, answers, strict=True):
+        given = [by_uuid[uuid] for uuid in questions] if by_uuid else []
+        cells.append(
+            _figures(result)
+            | {
+                "answers": [texts(text) for text, _ in given],
+                "scores": [score for _, score in given],
+            }
+        )
+    return {
+        "cells": cells,
+        "questions": list(questions.values()),
+        "texts": list(texts.of),
+        "shared": list(shared.of),
+        "isJudged": any(result.score for result in results),
+    }
+
+
+def _figures(result: CellResult) -> dict[str, Any]:
+    figures = result.figures()
+    names = ("name", "num_segments", "same", "error", "score", "difference", *COSTS)
+    cell = result.cell
+    return {name: figures[name] for name in names} | {
+        "title": cell.title,
+        "segments": cell.way.segments,
+    }
+
+
+def _answers(
+    result: CellResult,
+    folder: ReportFolder,
+    questions: dict[str, dict[str, Any]],
+    shared: _Numbers,
+) -> dict[str, tuple[str, float | None]]:
+    """Answer and score of each question; new questions, and more of their segments, are noted."""
+    if result.error:
+        return {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in read_finished_rows(folder.rows(result.cell)).to_pylist():
+        rows_of.setdefault(row["uuid"], []).append(row)
+    for uuid, rows in rows_of.items():
+        segments = list(dict.fromkeys(text for row in rows for text in row["paraphrases"]))
+        question = questions.setdefault(uuid, _question(rows[0], shared))
+        if len(segments) > len(question["segments"]):
+            question["segments"] = segments
+    return {uuid: (_text(rows), _score(rows)) for uuid, rows in rows_of.items()}
+
+
+def _question(row: Mapping[str, Any], shared: _Numbers) -> dict[str, Any]:
+    return {
+        "uuid": row["uuid"],
+        "prefix": shared(row["prefix"]),
+        "suffix": shared(row["suffix"]),
+        "segments": [],
+        "answers": row["answers"],
+    }
+
+
+def _text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The answer; where each prompt has one, all of them."""
+    return " | ".join(f"({row['error']})" if row["error"] else row["prediction"] for row in rows)
+
+
+def _score(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    scores = [row["score"] for row in rows]
+    return None if None in scores else fmean(scores)

@@ -1,0 +1,176 @@
+"""Which ways are the same, proved: their prompts have equal tokens, positions and masks.
+
+With one segment, or where each segment is a prompt of its own, strategies that differ only in
+which segments see each other make the same prompts. Such ways are run once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+
+import torch
+
+from flexmask.block_mask.equality import masks_are_equal
+from flexmask.compare.cell import ATTENTION, Cell, Contender, Way
+from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.layout_batch import LayoutBatch
+from flexmask.mask_mods import strategy_mask
+from flexmask.request import Request
+from flexmask.tasks.request_source import BadRow
+
+CPU = torch.device("cpu")
+PROMPTS_AT_ONCE = 256
+"""How many masks are compared in one go."""
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """All prompts of a way by content; equal where its contender makes the same of them.
+
+    Attributes:
+        fusion: How several become one answer; empty where each generation is of one.
+        tokens: Identifies their tokens and positions, and what seeds sampling.
+        segments: Identifies their segments, on which a mask may depend.
+    """
+
+    fusion: str
+    tokens: bytes
+    segments: bytes
+
+
+class Sameness:
+    """Compares ways over the requests that they are run on."""
+
+    def __init__(
+        self,
+        requests_of: Mapping[int | None, Sequence[Request | BadRow]],
+        tokenizer: RequestTokenizer,
+        max_new_tokens: int,
+        *,
+        is_greedy: bool = True,
+    ) -> None:
+        """Prepare to compare.
+
+        Args:
+            requests_of: The requests, by the number of segments that they were cut to.
+            tokenizer: Makes tokens of texts.
+            max_new_tokens: Most tokens that are generated per request.
+            is_greedy: Whether tokens are not drawn; else ways that draw with other seeds differ.
+        """
+        self._is_greedy = is_greedy
+        self._requests_of = requests_of
+        self._max_new_tokens = max_new_tokens
+        self._tokenized = cache(lambda *texts: tokenizer(Request(texts[1], texts[0], texts[2])))
+        self._digests = cache(self._find_digests)
+        self._prompts = cache(self._find_prompts)
+        self._equal: dict[tuple[Contender, Contender, bytes, bytes], bool] = {}
+
+    def cells(self, ways: Sequence[Way]) -> list[Cell]:
+        """Join ways that are the same; each cell stands where its first way stood."""
+        groups: list[list[Way]] = []
+        for way in ways:
+            for group in groups:
+                if self._are_same(way, group[0]):
+                    group.append(way)
+                    break
+            else:
+                groups.append([way])
+        return [_cell(group, ways) for group in groups]
+
+    def _are_same(self, way: Way, other: Way) -> bool:
+        try:
+            mine, others = self._prompts(way), self._prompts(other)
+            if (mine.fusion, mine.tokens) != (others.fusion, others.tokens):
+                return False
+            key = (way.contender, other.contender, mine.segments, others.segments)
+            if key not in self._equal:
+                self._equal[key] = way.contender == other.contender or self._masks_are_equal(
+                    way, other
+                )
+            return self._equal[key]
+        except Exception:  # a strategy's own; its cell will say so
+            return False
+
+    def _find_prompts(self, way: Way) -> _Prompts:
+        tokens, segments, fusion = blake2b(digest_size=16), blake2b(digest_size=16), ""
+        for output, prompts in self._requests(way):
+            if len(prompts) > 1:
+                fusion = str(way.fusion)
+            for prompt in prompts:
+                one, other = self._digests(way.contender, *_texts(prompt))
+                tokens.update(one)
+                segments.update(other)
+                if not self._is_greedy:
+                    drawn_for = output if way.fusion.is_of_logits else prompt
+                    tokens.update(repr(drawn_for.key).encode())
+        return _Prompts(fusion, tokens.digest(), segments.digest())
+
+    def _find_digests(
+        self, contender: Contender, prefix: str, texts: tuple[str, ...], suffix: str
+    ) -> tuple[bytes, bytes]:
+        layout = contender.strategy.layout(self._tokenized(prefix, texts, suffix))
+        tokens = array("q", (*layout.token_ids, *layout.position_ids))
+        return blake2b(tokens, digest_size=16).digest(), layout.digest
+
+    def _requests(self, way: Way) -> Iterator[tuple[Request, list[Request]]]:
+        """What each generation is for, and its prompts."""
+        for request in self._requests_of[way.num_segments]:
+            if isinstance(request, Request):
+                for output in way.fusion.outputs(request):
+                    yield output, way.fusion.prompts(output)
+
+    def _masks_are_equal(self, way: Way, other: Way) -> bool:
+        prompts = [prompt for _, some in self._requests(way) for prompt in some]
+        others = [prompt for _, some in self._requests(other) for prompt in some]
+        return all(
+            self._are_equal_masks(
+                (way.contender, prompts[start : start + PROMPTS_AT_ONCE]),
+                (other.contender, others[start : start + PROMPTS_AT_ONCE]),
+            )
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE)
+        )
+
+    def _are_equal_masks(self, *sides: tuple[Contender, Sequence[Request]]) -> bool:
+        masks, rows, size = [], 0, 0
+        for contender, prompts in sides:
+            strategy = contender.strategy
+            layouts = [strategy.layout(self._tokenized(*_texts(prompt))) for prompt in prompts]
+            lengths = [len(layout) for layout in layouts]
+            rows, size = len(layouts), max(lengths) + self._max_new_tokens
+            batch = LayoutBatch(rows, size, CPU)
+            batch.load(layouts, lengths, [0] * rows)
+            batch.open_tail(lengths)
+            if strategy.changes_scores(batch):
+                return False
+            masks.append(strategy_mask(strategy, batch))
+        return masks_are_equal(masks[0], masks[1], rows, size, size, CPU)
+
+
+def _texts(prompt: Request) -> tuple[str, tuple[str, ...], str]:
+    return prompt.prefix, prompt.segments, prompt.suffix
+
+
+def _cell(group: Sequence[Way], ways: Sequence[Way]) -> Cell:
+    """The cell of ways that are the same.
+
+    Where it holds a fusion with every strategy, no strategy is named.
+    """
+    names: dict[str, None] = {}
+    for way in group:
+        alike = [
+            other
+            for other in ways
+            if (other.fusion, other.num_segments) == (way.fusion, way.num_segments)
+        ]
+        is_of_all = len(alike) > 1 and set(alike) <= set(group)
+        names[f"{_name_of_all(way) if is_of_all else way.name} ({way.segments})"] = None
+    first, *others = names
+    return Cell(group[0], first.rpartition(" ")[0], tuple(others))
+
+
+def _name_of_all(way: Way) -> str:
+    return "any strategy" if way.fusion == ATTENTION else str(way.fusion)

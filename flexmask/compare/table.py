@@ -1,0 +1,131 @@
+"""What came of each cell: how right, how much better than the first, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexmask.compare.cell import Cell
+from flexmask.compare.comparison_run import ReportFolder
+from flexmask.compare.measurement import Measurement
+from flexmask.results.evaluation import Comparison, Estimate, Evaluation, compare, evaluate
+from flexmask.results.result_writer import read_finished_rows
+from flexmask.tasks.judge import Judge
+
+COSTS = (
+    *("tokens_per_s", "ms_per_question", "first_token_ms"),
+    *("prompt_tokens", "computed_tokens", "peak_bytes"),
+)
+"""Figures of a cell that say what it costs."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A row of the table.
+
+    Attributes:
+        cell: What was run.
+        error: Why it failed; empty where it did not.
+        rows: Rows of its result file.
+        questions: Questions that they are about: fewer where each prompt has a row.
+        evaluation: How right they are; None where it failed or no request has answers.
+        against_first: The first cell and this one, question by question; None for the first.
+        measurement: What it cost; None where nothing was generated.
+    """
+
+    cell: Cell
+    error: str
+    rows: int
+    questions: int
+    evaluation: Evaluation | None
+    against_first: Comparison | None
+    measurement: Measurement | None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as JSON values; costs are per question."""
+        way, against, evaluation = self.cell.way, self.against_first, self.evaluation
+        return {
+            "name": self.cell.name,
+            "num_segments": way.num_segments,
+            "strategy": way.contender.reference,
+            "parameters": way.contender.strategy.parameter_values(),
+            "fusion": asdict(way.fusion),
+            "same": list(self.cell.same),
+            "file": f"{self.cell.stem}.feather",
+            "error": self.error or None,
+            "rows": self.rows,
+            "questions": self.questions,
+            "failed_rows": evaluation and evaluation.failed,
+            "score": self.score and asdict(self.score),
+            "difference": against and asdict(against.difference),
+            "first_better": against and against.first_better,
+            "better_than_first": against and against.second_better,
+            **self._costs(),
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        measured = self.measurement
+        if measured is None:
+            return dict.fromkeys((*COSTS, "measured"))
+        per_row = self.rows / self.questions if self.questions else 1.0
+        ms_per_row = measured.ms_per_row
+        return {
+            "tokens_per_s": measured.tokens_per_s,
+            "ms_per_question": None if ms_per_row is None else ms_per_row * per_row,
+            "first_token_ms": measured.first_token_ms,
+            "prompt_tokens": measured.prompt_tokens / measured.rows * per_row,
+            "computed_tokens": measured.computed_tokens / measured.rows * per_row,
+            "peak_bytes": measured.peak_bytes or None,
+            "measured": {n: v for n, v in asdict(measured).items() if n != "first_token_s"},
+        }
+
+    @property
+    def score(self) -> Estimate | None:
+        """The mean score of its answers."""
+        if self.evaluation is None:
+            return None
+        (estimate,) = self.evaluation.estimates.values()
+        return estimate
+
+
+def tabulate(
+    cells: Sequence[Cell], folder: ReportFolder, judge: Judge, errors: Mapping[Cell, str]
+) -> list[CellResult]:
+    """Judge the result files of cells and compare each with the first.
+
+    Args:
+        cells: Those that were run, failed ones included.
+        folder: Where they are.
+        judge: Says by which metric.
+        errors: Why cells failed, of those that did.
+    """
+    evaluations = {cell: _evaluate(cell, folder, judge) for cell in cells if cell not in errors}
+    first = evaluations.get(cells[0])
+    results = []
+    for cell in cells:
+        evaluation, against = evaluations.get(cell), None
+        if first is not None and evaluation is not None and evaluation is not first:
+            (against,) = compare([first, evaluation])
+        uuids = [] if cell in errors else read_finished_rows(folder.rows(cell))["uuid"].to_pylist()
+        results.append(
+            CellResult(
+                cell=cell,
+                error=errors.get(cell, ""),
+                rows=len(uuids),
+                questions=len(set(uuids)),
+                evaluation=evaluation,
+                against_first=against,
+                measurement=Measurement.read(folder.times(cell)),
+            )
+        )
+    return results
+
+
+def _evaluate(cell: Cell, folder: ReportFolder, judge: Judge) -> Evaluation | None:
+    """How right its rows are; None where none has answers to judge by."""
+    path = folder.rows(cell)
+    verdicts = read_finished_rows(path)["correct"]
+    if verdicts.null_count == len(verdicts):
+        return None
+    return evaluate(path, [judge.metric], language=judge.language)

@@ -1,0 +1,129 @@
+"""Checks of what is installed: Python, packages, compiler, GPU, caches, plugins."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from flexmask.doctor.check_result import Check, tried
+from flexmask.plugins.registry import load_registry
+
+PYTHON = (3, 11)
+MINIMUM = {"torch": (2, 11), "transformers": (5, 17)}
+PROGRAM = "#include <vector>\nint main() { return std::vector<int>(1).back(); }\n"
+
+
+def check_python() -> Check:
+    """The version of Python."""
+    found = platform.python_version()
+    if sys.version_info >= PYTHON:
+        return Check("python", "ok", found)
+    return Check("python", "broken", found, f"install Python {_dotted(PYTHON)} or newer")
+
+
+def check_package(name: str) -> Check:
+    """Whether a package can be imported and is new enough."""
+
+    def imported() -> str:
+        import_module(name)
+        return version(name)
+
+    wanted = f"{name}>={_dotted(MINIMUM[name])}"
+    check = tried(name, imported, f"pip install '{wanted}'")
+    if check.state == "ok" and _numbers(check.detail) < MINIMUM[name]:
+        return Check(name, "broken", check.detail, f"pip install '{wanted}'")
+    return check
+
+
+def check_compiler() -> Check:
+    """Whether the C++ compiler that torch.compile calls makes a program."""
+    command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    advice = "install a C++ compiler (apt install g++), or name one in CXX"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "program.cpp")
+            source.write_text(PROGRAM)
+            made = [command, str(source), "-o", str(Path(folder, "program"))]
+            subprocess.run(made, check=True, capture_output=True, text=True)
+        listed = subprocess.run([command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        return Check("compiler", "broken", f"{command}: {error.strerror}", advice)
+    except subprocess.CalledProcessError as error:
+        reason = " ".join(error.stderr.split())[:200]
+        return Check("compiler", "broken", f"{command} compiles nothing: {reason}", advice)
+    return Check("compiler", "ok", listed.stdout.partition("\n")[0] or command)
+
+
+def check_gpu() -> Check:
+    """Which GPU torch sees, and its compute capability."""
+    import torch
+
+    if not torch.cuda.is_available():
+        advice = "for a GPU, install its driver and a CUDA build of torch"
+        return Check("gpu", "unavailable", "torch sees none; attention runs on the CPU", advice)
+    properties = torch.cuda.get_device_properties(0)
+    capability = f"{properties.major}.{properties.minor}"
+    memory = properties.total_memory / 2**30
+    count = torch.cuda.device_count()
+    named = f"{count} × {properties.name}" if count > 1 else properties.name
+    return Check("gpu", "ok", f"{named}, capability {capability}, {memory:.0f} GiB")
+
+
+def check_compile_cache() -> Check:
+    """Whether compiled kernels can be kept, so that a second start does not compile."""
+
+    def written() -> str:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        return _written(Path(cache_dir()))
+
+    return tried(
+        "compile cache", written, "set TORCHINDUCTOR_CACHE_DIR to a folder that you can write"
+    )
+
+
+def check_model_cache() -> Check:
+    """Whether models from the hub can be kept."""
+
+    def written() -> str:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return _written(Path(HF_HUB_CACHE))
+
+    return tried("model cache", written, "set HF_HOME to a folder that you can write")
+
+
+def check_plugins() -> Iterator[Check]:
+    """Every plugin: loaded, or why not."""
+    registry = load_registry()
+    for plugin in registry.plugins:
+        name = f"plugin {plugin.entry_point}"
+        error = registry.error_of(plugin)
+        if error:
+            advice = f"mend or uninstall {plugin.distribution}"
+            yield Check(name, "broken", f"{plugin}: {error}", advice)
+        else:
+            yield Check(name, "ok", f"{plugin.distribution} {plugin.version}")
+
+
+def _written(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as trial:
+        trial.write(b"flexmask")
+    return str(folder)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Major and minor of ``2.13.0+cpu``."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

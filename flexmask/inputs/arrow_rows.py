@@ -1,0 +1,206 @@
+"""Rows of Parquet, Feather and Arrow files, and of folders that ``datasets`` saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from flexmask.errors import RequestError
+from flexmask.inputs.bounded_file import read_whole
+from flexmask.inputs.rows import Input, Row, as_request_errors, printable
+
+ROWS_PER_BATCH = 1024
+
+Batches = Callable[[Path], Iterator[pa.RecordBatch]]
+
+
+class _Columns:
+    """The columns of a batch as Python values, each converted when it is first asked for."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.index_of = {name: index for index, name in enumerate(batch.schema.names)}
+        self._batch = batch
+        self._converted: dict[str, list[Any]] = {}
+
+    def value(self, name: str, row: int) -> Any:
+        if name not in self._converted:
+            if self._batch.schema.names.count(name) > 1:
+                raise RequestError(f"the column {name!r} stands twice; rename one of them")
+            column = self._batch.column(self.index_of[name])
+            try:
+                self._converted[name] = column.to_pylist()
+            # Types decide what is raised: OverflowError, ValueError, KeyError, ArrowException …
+            except Exception:
+                return _converted_alone(column[row], name)
+        return self._converted[name][row]
+
+
+def _converted_alone(value: pa.Scalar[Any], name: str) -> Any:
+    """A value of a column in which others cannot be converted."""
+    try:
+        return value.as_py()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"the column {name!r} holds a {value.type} that cannot be read ({reason})"
+        ) from None
+
+
+class _ArrowValues(Mapping[str, Any]):
+    """A row of a batch by column; values are converted when they are asked for."""
+
+    def __init__(self, columns: _Columns, row: int) -> None:
+        self._columns = columns
+        self._row = row
+
+    def __getitem__(self, name: str) -> Any:
+        return self._columns.value(name, self._row)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns.index_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns.index_of)
+
+    def __len__(self) -> int:
+        return len(self._columns.index_of)
+
+
+def batch_rows(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Row]:
+    """Rows of batches that stand one after the other in the input ``name``."""
+    numbers = count(1)
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+            part = batch.slice(start, ROWS_PER_BATCH)
+            columns = _Columns(part)
+            for row in range(part.num_rows):
+                number = next(numbers)
+                yield Row(f"{name}:{number}", number, _ArrowValues(columns, row))
+
+
+def arrow_rows(path: Path, batches: Batches) -> Iterator[Row]:
+    """Rows of a file that ``batches`` reads."""
+    name = printable(path)
+    with as_request_errors(name):
+        yield from batch_rows(batches(path), name)
+
+
+def parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of a Parquet file."""
+    from pyarrow.parquet import ParquetFile  # slow to import
+
+    options: dict[str, Any] = {}
+    if "arrow_extensions_enabled" in signature(ParquetFile).parameters:  # since pyarrow 21
+        options["arrow_extensions_enabled"] = True  # else UUIDs of other writers are bytes
+    with _mapped(path) as source, ParquetFile(source, **options) as file:
+        yield from file.iter_batches(batch_size=ROWS_PER_BATCH)
+
+
+def arrow_file_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of an Arrow file (Feather V2), mapped into memory."""
+    with _mapped(path) as file, pa.ipc.open_file(file) as reader:
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
+def arrow_stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of an Arrow stream, mapped into memory."""
+    with _mapped(path) as file, pa.ipc.open_stream(file) as reader:
+        yield from reader
+
+
+def _mapped(path: Path) -> pa.MemoryMappedFile:
+    # As bytes, which its stubs do not know: a name may be no UTF-8.
+    return pa.memory_map(os.fsencode(path))  # type: ignore[arg-type]
+
+
+def open_folder(folder: Path, split: str | None) -> Input:
+    """Open what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
+
+    It is a folder of Arrow streams, listed in ``state.json``; with splits, a folder of each.
+
+    Raises:
+        RequestError: If it is something else, or ``split`` does not name one of its splits.
+    """
+    name = printable(folder)
+    splits = _saved_list(folder / "dataset_dict.json", "splits")
+    if splits is None and split is None:
+        return _open_saved_split(folder, folder)
+    if splits is None:
+        raise RequestError(f"{name}: it has no splits, but {split!r} is asked for")
+    if not splits or not all(isinstance(item, str) and _is_name(item) for item in splits):
+        raise RequestError(
+            f"{name}: its dataset_dict.json does not list the names of splits; save it again"
+        )
+    if split is None and len(splits) == 1:
+        (split,) = splits
+    if split is None or split not in splits:
+        asked = "which split?" if split is None else f"it has no split {split!r};"
+        raise RequestError(f"{name}: {asked} name one as {name}:SPLIT, of {', '.join(splits)}")
+    return _open_saved_split(folder / split, folder)
+
+
+def _open_saved_split(folder: Path, parent: Path) -> Input:
+    name = printable(folder)
+    files = _saved_list(folder / "state.json", "_data_files")
+    if not files or not (folder / "dataset_info.json").is_file():
+        raise RequestError(
+            f"{name}: not a folder that the datasets library saved (Dataset.save_to_disk)"
+        )
+    names = [str(file.get("filename")) for file in files if isinstance(file, dict)]
+    if len(names) < len(files) or not all(map(_is_arrow_file, names)):
+        raise RequestError(
+            f"{name}: its state.json does not list the names of data files; save it again"
+        )
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for item in names:
+            with as_request_errors(printable(folder / item)):
+                yield from arrow_stream_batches(folder / item)
+
+    has_splits = folder != parent
+    return Input(
+        name,
+        folder.resolve().name,
+        lambda: batch_rows(batches(), name),
+        (lambda split: open_folder(parent, split)) if has_splits else None,
+        has_fixed_columns=True,
+    )
+
+
+def _is_arrow_file(text: str) -> bool:
+    return _is_name(text) and text.endswith(".arrow")
+
+
+def _is_name(text: str) -> bool:
+    return text == os.path.basename(text) and text not in ("", ".", "..") and "\0" not in text
+
+
+def _saved_list(path: Path, key: str) -> list[Any] | None:
+    """A list in a JSON file that ``datasets`` wrote; None if there is no such file or key.
+
+    Raises:
+        RequestError: If the file is another.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        content = json.loads(read_whole(path))
+    except OSError as error:
+        raise RequestError(f"{printable(path)}: {error.strerror}; save the folder again") from None
+    except (ValueError, RecursionError):
+        content = None
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise RequestError(
+            f"{printable(path)}: not what the datasets library writes, it has no list "
+            f"{key!r}; save the folder again"
+        )
+    return found

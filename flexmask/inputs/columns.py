@@ -1,0 +1,200 @@
+"""Takes texts and numbers out of the columns of a row; null is as good as absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from flexmask.errors import RequestError
+from flexmask.inputs.list_cells import read_list
+from flexmask.inputs.rows import type_name
+from flexmask.inputs.text_rows import CsvValues
+
+_EXACT_FLOATS = 2.0**53
+"""Below it, a whole number that a float holds is the one that was meant."""
+
+
+class MissingColumnError(RequestError):
+    """A row lacks a column that is read."""
+
+
+class Columns(Mapping[str, Any]):
+    """The columns of a row, under other names where some are given; made by request makers.
+
+    As a mapping it gives the values that templates see, without the nulls in lists. A value is
+    converted when it is asked for.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], names: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        """Read the columns of a row.
+
+        Args:
+            values: Those of the row.
+            names: Other columns to read a column from; several make a list of their values.
+
+        Raises:
+            MissingColumnError: If one of those is not there.
+        """
+        self._values = values
+        self._names = names or {}
+        for name, sources in self._names.items():
+            for source in sources:
+                if source not in values:
+                    known = ", ".join(map(repr, values)) or "none"
+                    raise MissingColumnError(
+                        f"no column {source!r} for {name}; its columns: {known}"
+                    )
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a column, without nulls if it is a list."""
+        value = self._value(name)
+        return [item for item in value if item is not None] if _is_list(value) else value
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a column; its value may be null."""
+        return name in self._names or name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the columns."""
+        return iter(dict.fromkeys([*self._values, *self._names]))
+
+    def __len__(self) -> int:
+        """How many columns there are."""
+        return len(set(self._values) | set(self._names))
+
+    def text(self, name: str) -> str:
+        """The string in a column, empty where there is none.
+
+        Raises:
+            RequestError: If it is something else.
+        """
+        sources = self._sources(name)
+        if isinstance(self._values, CsvValues) and len(sources) == 1:
+            return (self._values.text(sources[0]) if name in self else None) or ""
+        value = self.get(name)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise RequestError(f"{name} must be a string, got {type_name(value)}")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """The strings of a list in a column, nulls left out; a string is a list of one.
+
+        Raises:
+            RequestError: If it is something else.
+        """
+        return self._strings(name, self._items(name))
+
+    def answers(self) -> tuple[str, ...]:
+        """The strings of the column ``answers``, as `texts`; whole numbers become strings.
+
+        Raises:
+            RequestError: If it is something else.
+        """
+        items = self._items("answers", takes_numbers=True)
+        return self._strings("answers", [_as_answer(item) for item in items])
+
+    def weights(self, texts: Iterable[str]) -> tuple[float, ...]:
+        """The numbers of the column ``weights``, a list or a single one; nulls are left out.
+
+        They may be written as text, alone or as a list, which is all that CSV has.
+
+        Args:
+            texts: Columns of the texts that they are the weights of.
+
+        Raises:
+            RequestError: If it is something else, or nulls stand at other places than in the
+                texts, so that it cannot be told which weight is whose.
+        """
+        value = self._value("weights") if "weights" in self else None
+        if value is None:
+            return ()
+        try:
+            if isinstance(value, str):
+                value = _numbers_in(value)
+            items = list(value) if _is_list(value) else [value]
+            if any(isinstance(item, bool) for item in items):
+                raise ValueError
+            numbers = [None if item is None else float(item) for item in items]
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            raise RequestError(f"weights must be a list of numbers, got {value!r:.40}") from None
+        if None in numbers:
+            owners = [item for column in texts for item in self._items(column)]
+            if [item is None for item in owners] != [number is None for number in numbers]:
+                raise RequestError(
+                    "weights and the texts that they belong to must be null at the same places"
+                )
+        return tuple(number for number in numbers if number is not None)
+
+    def uuid(self, default: str) -> str:
+        """The column ``uuid`` as text, else ``default``.
+
+        Raises:
+            RequestError: If it is empty, or neither a string, an integer nor a UUID.
+        """
+        value = self.get("uuid")
+        if value is None:
+            return default
+        if not isinstance(value, str | int | UUID) or isinstance(value, bool):
+            raise RequestError(f"uuid must be a string or an integer, got {type_name(value)}")
+        if value == "":
+            raise RequestError("uuid is empty; leave it out to take the number of the row")
+        return str(value)
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        return self._names.get(name, (name,))
+
+    def _value(self, name: str) -> Any:
+        found = [self._values[source] for source in self._sources(name)]
+        return found[0] if len(found) == 1 else found
+
+    def _items(self, name: str, *, takes_numbers: bool = False) -> list[Any]:
+        """The values of a list in a column, nulls among them."""
+        if name not in self:
+            return []
+        if isinstance(self._values, CsvValues):
+            found = [
+                self._values.list_or_text(source, takes_numbers) for source in self._sources(name)
+            ]
+        else:
+            found = [self._values[source] for source in self._sources(name)]
+        if len(found) > 1:
+            return found
+        (value,) = found
+        return list(value) if _is_list(value) else [value]
+
+    def _strings(self, name: str, items: list[Any]) -> tuple[str, ...]:
+        for number, item in enumerate(items, start=1):
+            if item is not None and not isinstance(item, str):
+                where = f" as item {number}" if _is_list(self._value(name)) else ""
+                raise RequestError(
+                    f"{name} must be a list of strings, got {type_name(item)}{where}"
+                )
+        return tuple(item for item in items if item is not None)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _as_answer(item: Any) -> Any:
+    """A whole number as a string, whatever else as it is."""
+    if isinstance(item, bool):
+        return item
+    is_whole = (
+        isinstance(item, int)
+        or (isinstance(item, float) and item.is_integer() and abs(item) < _EXACT_FLOATS)
+        or (isinstance(item, Decimal) and item.is_finite() and item == item.to_integral_value())
+    )
+    return str(int(item)) if is_whole else item
+
+
+def _numbers_in(text: str) -> Any:
+    items = read_list(text)
+    return json.loads(text) if items is None else items

@@ -1,0 +1,63 @@
+"""Runs a plugin's code so that it cannot end the process, print to stdout or change the streams.
+
+Not contained: `os._exit`, a crash in C, threads that such code leaves running, and code that never
+returns, which Ctrl-C ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from flexmask.plugins.process_state import KeptOpen, ProcessState, kept_open
+
+SHOWN_CHARACTERS = 60
+"""How much is quoted of what a plugin prints."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GuardedResult(Generic[T]):
+    """The outcome of a guarded call.
+
+    Attributes:
+        value: What it returned; None if it raised.
+        error: What it raised, `SystemExit` included; None if it did not.
+        notes: What it did to the process and what was undone, as predicates.
+    """
+
+    value: T | None
+    error: BaseException | None
+    notes: tuple[str, ...]
+
+
+def call_guarded(function: Callable[[], T]) -> GuardedResult[T]:
+    """Call ``function``; undo what it does to the standard streams and the working directory.
+
+    Raises:
+        KeyboardInterrupt: If the user, or the function, raises it.
+    """
+    state, printed = ProcessState(), KeptOpen()
+    value, error = None, None
+    try:
+        with kept_open(printed):
+            try:
+                value = function()
+            except KeyboardInterrupt:
+                raise
+            except BaseException as raised:
+                error = raised
+        notes = state.restore()
+    finally:
+        state.close()
+    if printed.was_closed:
+        notes.append("closed stdout, which was kept open")
+    if text := " ".join(printed.getvalue().split()):
+        notes.insert(0, f"printed to stdout, which results may go to: {_shortened(text)!r}")
+    return GuardedResult(value, error, tuple(notes))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

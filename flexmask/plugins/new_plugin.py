@@ -1,0 +1,82 @@
+"""Starts a plugin from the files of plugins/flexmask-example, under other names."""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Self
+
+from flexmask.errors import OptionError
+
+EXAMPLE = "flexmask-example"
+
+
+@dataclass(frozen=True)
+class PluginNames:
+    """What a plugin is called, in its three places.
+
+    Attributes:
+        distribution: As ``pip install`` takes it.
+        module: As ``import`` does.
+        strategy: As ``--strategy`` does.
+    """
+
+    distribution: str
+    module: str
+    strategy: str
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """Names for a distribution: ``flexmask-sliding`` has the strategy ``sliding``.
+
+        Raises:
+            OptionError: If the name is not a distribution's, or its module is there already.
+        """
+        module = re.sub(r"[-.]+", "_", name.lower())
+        if not module.isascii() or not module.isidentifier() or keyword.iskeyword(module):
+            raise OptionError(
+                f"a plugin's name starts with a letter and holds letters, digits and hyphens, "
+                f"as in my-strategy, got {name!r}"
+            )
+        if importlib.util.find_spec(module) is not None:
+            raise OptionError(f"module {module!r} is installed already; choose another name")
+        return cls(name.lower(), module, module.removeprefix("flexmask_"))
+
+
+EXAMPLE_NAMES = PluginNames(EXAMPLE, "flexmask_example", "recent_segments")
+
+
+def write_plugin(names: PluginNames, folder: Path) -> None:
+    """Write the example's files into a new folder, with its names replaced.
+
+    Raises:
+        OptionError: If the folder is there and not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OptionError(f"{folder} is there already; choose another --directory")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _example_files():
+            text = path.read_text(encoding="utf-8")
+            (folder / _renamed(path.name, names)).write_text(_renamed(text, names), "utf-8")
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _example_files() -> list[Traversable]:
+    """The example's files: in the wheel beside this module, in a checkout under plugins/."""
+    home = files("flexmask").joinpath("plugin_template")
+    if not home.is_dir():
+        home = Path(__file__).parents[2] / "plugins" / EXAMPLE
+    return [path for path in home.iterdir() if path.is_file() and not path.name.startswith(".")]
+
+
+def _renamed(text: str, names: PluginNames) -> str:
+    for name in ("distribution", "module", "strategy"):
+        text = text.replace(getattr(EXAMPLE_NAMES, name), getattr(names, name))
+    return text

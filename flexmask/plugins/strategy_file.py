@@ -1,0 +1,154 @@
+"""Strategies straight from a Python file, for the time before there is a plugin."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from flexmask.error_text import described, place_of_fault
+from flexmask.errors import FlexMaskWarning, StrategyError
+from flexmask.plugins.guarded_call import call_guarded
+from flexmask.strategy import Strategy, check_strategy_class
+
+_REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
+_RECORDED = re.compile(r"(?P<reference>.+) \(sha256 (?P<digest>[0-9a-f]{12})\)")
+
+
+def is_strategy_file(reference: str) -> bool:
+    """Whether a strategy is asked for as ``path/to/file.py`` or ``path/to/file.py:name``."""
+    return _REFERENCE.fullmatch(reference) is not None
+
+
+def strategy_of_file(reference: str) -> type[Strategy]:
+    """The strategy that ``path/to/file.py:name`` names; the name may be left out if there is one.
+
+    Raises:
+        StrategyError: If the file cannot be run or has no such strategy.
+    """
+    path, name = _parts(reference)
+    found = {cls.name: cls for cls in strategies_of_file(path)}
+    if not name and len(found) == 1:
+        return next(iter(found.values()))
+    if name not in found:
+        asked = f"has no strategy {name!r}" if name else "has several strategies"
+        listed = " or ".join(f"{path}:{known}" for known in found)
+        raise StrategyError(f"{path} {asked}; ask for one as {listed}")
+    return found[name]
+
+
+def names_in_file(reference: str) -> list[str]:
+    """``path/to/file.py:name`` for the strategy that is named, or for each in the file.
+
+    Raises:
+        StrategyError: As `strategies_of_file`.
+    """
+    path, name = _parts(reference)
+    return [reference] if name else [f"{path}:{cls.name}" for cls in strategies_of_file(path)]
+
+
+def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
+    """Run a file, once for each state of it, and take the strategies that it defines.
+
+    Raises:
+        StrategyError: If it cannot be run, or defines none or one that is not usable.
+    """
+    return _strategies(path.absolute(), path, _digest(path))
+
+
+@cache
+def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
+    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may have a masks.py each
+    result = call_guarded(lambda: _run(location, name))
+    for note in result.notes:
+        warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
+    if result.error is not None:
+        line = place_of_fault(result.error, str(location))
+        where = f" at {line}" if line else ""
+        raise StrategyError(f"{path} failed: {described(result.error)}{where}") from result.error
+    assert result.value is not None
+    values = vars(result.value).values()
+    own = [cls for cls in values if isinstance(cls, type) and cls.__module__ == name]
+    found = tuple(check_strategy_class(cls) for cls in own if issubclass(cls, Strategy))
+    if not found:
+        raise StrategyError(
+            f"{path} defines no strategy; decorate a function of the batch with "
+            "@flexmask.mask_strategy"
+        )
+    return found
+
+
+def recorded_name(reference: str) -> str:
+    """What a run's configuration records: a name; a file with a digest of what it holds."""
+    if not is_strategy_file(reference):
+        return reference
+    return f"{reference} (sha256 {_digest(_parts(reference)[0])})"
+
+
+def reference_of_record(recorded: str, location: str | None = None) -> str:
+    """How to ask for the strategy that a run's configuration records.
+
+    A file counts if it holds what it held then: the one of the recorded path, or any beside it or
+    in the working folder, since it may have been renamed.
+
+    Args:
+        recorded: As `recorded_name` gives it.
+        location: Where the file was, if that is recorded.
+
+    Raises:
+        StrategyError: If it was a file, and none that holds the same is found.
+    """
+    match = _RECORDED.fullmatch(recorded)
+    if match is None or not is_strategy_file(match["reference"]):
+        return recorded
+    path, name = _parts(match["reference"])
+    first = [path, *([] if location is None else [Path(location)])]
+    folders = dict.fromkeys([Path(), *(file.parent for file in first)])
+    others = (file for folder in folders for file in sorted(folder.glob("*.py")))
+    for file in (*first, *others):
+        if file.is_file() and _digest(file) == match["digest"]:
+            return f"{file}:{name}" if name else str(file)
+    state = "has changed since" if any(file.is_file() for file in first) else "is not there"
+    raise StrategyError(
+        f"the run's strategy is of the file {path}, which {state} (sha256 {match['digest']}); "
+        "name it with --strategy, or put it back"
+    )
+
+
+def recorded_location(reference: str) -> str | None:
+    """Where the file of a strategy is, for a run's configuration; None if it is of no file."""
+    return str(_parts(reference)[0].absolute()) if is_strategy_file(reference) else None
+
+
+def _digest(path: Path) -> str:
+    """Identifies what a file holds."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise StrategyError(
+            f"{path}: {error.strerror}; a strategy is a name or path/to/file.py:name"
+        ) from None
+
+
+def _parts(reference: str) -> tuple[Path, str]:
+    match = _REFERENCE.fullmatch(reference)
+    assert match is not None
+    return Path(match["path"]), match["name"] or ""
+
+
+def _run(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up annotations
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

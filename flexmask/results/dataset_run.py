@@ -1,0 +1,77 @@
+"""A run over a data set: generations into a result file, a record batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexmask.errors import RequestError
+from flexmask.generation import Generation
+from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter
+from flexmask.strategy import Strategy
+from flexmask.tasks.request_source import BadRow, OnError
+
+if TYPE_CHECKING:
+    from flexmask.engine import Engine, GenerationRun
+
+
+class DatasetRun:
+    """Generates for what a writer has left to do, and writes it.
+
+    Attributes:
+        generations: What the engine makes of it, with its counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        writer: ResultWriter,
+        *,
+        on_error: OnError = "stop",
+        **options: Any,
+    ) -> None:
+        """Plan the run; iterating over `batches` starts it.
+
+        Args:
+            engine: Holds the model.
+            strategy: Who sees whom.
+            writer: Where rows go.
+            on_error: What a request does that the model cannot take: raise, or become a row
+                that says why.
+            **options: Those of `flexmask.Engine.generate`.
+
+        Raises:
+            RequestError: If a request cannot be taken and rows are not skipped.
+        """
+        self._writer = writer
+        self._refused: list[BadRow] = []
+        on_refused = self._refuse if on_error == "skip" else None
+        self.generations: GenerationRun = engine.generate(
+            writer.remaining,
+            strategy,
+            answer_of=writer.judge.prediction,
+            on_refused=on_refused,
+            **options,
+        )
+
+    def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Generation]]:
+        """Write generations as they finish, and pass them on.
+
+        Args:
+            should_stop: Asked after each write; the run then ends early.
+        """
+        for generations in self.generations.batches():
+            self._write(generations)
+            yield generations
+            if should_stop():
+                return
+        self._write([])
+
+    def _write(self, generations: Sequence[Generation]) -> None:
+        self._writer.write([*self._refused, *generations])
+        self._refused.clear()
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        self._refused.append(BadRow(request.uuid, str(error), request))

@@ -1,0 +1,349 @@
+"""Result files, written through a journal that survives a crash, resumed row by row.
+
+While a run goes on, its finished rows stand in ``<output>.partial``, the journal: an Arrow IPC
+stream with checksums, appended to and synced at each write, and locked by the process that writes
+it. A clean end puts the rows in input order, moves the file in place and removes the journal::
+
+    write ─► out.feather.partial ─► out.feather.tmp ─► out.feather
+             append, sync           sync               atomic rename
+
+So ``out.feather`` is always a whole file, and the journal holds every finished row of an
+interrupted run. It stands for itself: a resumed run copies the rows that it starts from into a
+new journal, which replaces the old one atomically.
+
+The requests are iterated twice and never kept: once to find what is left to do, and again to do
+it. Rows that failed are tried again by a resumed run.
+
+Example::
+
+    config = RunConfig(run={"strategy": "causal", "seed": 0}, environment={"device": "cuda"})
+    with ResultWriter.open("out.feather", config=config, requests=requests) as writer:
+        for generation in engine.generate(writer.remaining):
+            writer.write([generation])
+    print(writer.summary.accuracy)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from flexmask.errors import FlexMaskWarning, OutputError, RequestError
+from flexmask.generation import Generation
+from flexmask.request import Request, RequestKey
+from flexmask.results.formats import read_rows, write_rows
+from flexmask.results.journal import Journal
+from flexmask.results.output_path import check_place
+from flexmask.results.resume import (
+    Earlier,
+    OutputMode,
+    Plan,
+    find_earlier,
+    keys,
+    make_plan,
+    values,
+)
+from flexmask.results.run_config import RunConfig
+from flexmask.results.schema import FAILED, RUN, SCHEMA, row_of
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.request_source import BadRow
+
+_ROWS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class ResultSummary:
+    """Counts over the rows of a result file.
+
+    Attributes:
+        rows: Finished rows, those of earlier runs included.
+        resumed: Rows that stood there when the writer was opened.
+        judged: Rows whose request has answers.
+        correct: Rows whose prediction is one of them.
+        failed: Rows that could not be generated.
+    """
+
+    rows: int
+    resumed: int
+    judged: int
+    correct: int
+    failed: int = 0
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of judged rows that are correct; None where there are none."""
+        return self.correct / self.judged if self.judged else None
+
+    def plus(
+        self, verdicts: Collection[bool | None], finish_reasons: Iterable[str]
+    ) -> ResultSummary:
+        """The counts with more rows, given by their values of two columns."""
+        return replace(
+            self,
+            rows=self.rows + len(verdicts),
+            judged=self.judged + sum(verdict is not None for verdict in verdicts),
+            correct=self.correct + sum(verdict is True for verdict in verdicts),
+            failed=self.failed + sum(reason == FAILED for reason in finish_reasons),
+        )
+
+
+class Remaining(Iterable[Request]):
+    """The requests that had no row when the writer was opened, in input order.
+
+    Iterating reads the input; ``len`` does not.
+    """
+
+    def __init__(self, requests: Iterable[Request | BadRow], plan: Plan) -> None:
+        """Leave out of ``requests`` what ``plan`` has settled."""
+        self._requests = requests
+        self._has_row = plan.has_row
+        self._length = sum(not has_row for has_row in plan.has_row.values()) - len(plan.bad)
+
+    def __len__(self) -> int:
+        """Number of requests."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Request]:
+        """Read from the beginning.
+
+        Raises:
+            RequestError: If there are requests that were not there when the writer was opened.
+        """
+        for request in self._requests:
+            if request.key not in self._has_row:
+                raise RequestError(
+                    f"the input has changed while it was read: uuid {request.uuid!r} is new"
+                )
+            if isinstance(request, Request) and not self._has_row[request.key]:
+                yield request
+
+
+class ResultWriter:
+    """Writes the rows of one run; a context manager.
+
+    Leaving it without an exception makes the file. An exception, Ctrl-C included, leaves the
+    journal with the finished rows.
+
+    Attributes:
+        remaining: The requests to generate for. Where there are none, the file will be complete.
+        summary: Counts over the rows so far.
+        judge: Cuts and judges answers.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        journal: Journal,
+        schema: pa.Schema,
+        requests: Iterable[Request | BadRow],
+        plan: Plan,
+        judge: Judge,
+    ) -> None:
+        """Take over what `open` has locked and checked."""
+        self.remaining = Remaining(requests, plan)
+        verdicts, reasons = values(plan.rows, "correct"), values(plan.rows, "finish_reason")
+        self.summary = ResultSummary(0, plan.rows.num_rows, 0, 0).plus(verdicts, reasons)
+        self._output = output
+        self._journal = journal
+        self._schema = schema
+        self.judge = judge
+        self._order: Collection[RequestKey] = plan.has_row.keys()
+        self._pending = {key for key, has_row in plan.has_row.items() if not has_row}
+        self._is_untouched = plan.is_complete
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        config: RunConfig,
+        requests: Iterable[Request | BadRow],
+        mode: OutputMode = "new",
+        judge: Judge = Judge(),  # noqa: B008 (frozen)
+    ) -> Self:
+        """Lock the output, find what is left to do, and write the rows that are bad.
+
+        Args:
+            path: The file to make, of the format that its extension names; missing
+                folders are created, and a link is written through.
+            config: Recorded in the file; a resumed run must have the same ``run``.
+            requests: All requests of the run, finished or not, in the order of the file. They
+                are iterated more than once.
+            mode: What to do where a result or a journal stands.
+            judge: Cuts and judges answers.
+
+        Raises:
+            OutputError: If the output cannot be written, is written by another process, or
+                stands in the way of ``mode``; or if the run cannot be resumed.
+            RequestError: If two requests have the same uuid.
+        """
+        output = check_place(Path(path))
+        journal = Journal.acquire(output)
+        try:
+            earlier = find_earlier(output, journal, mode)
+            if earlier is not None:
+                earlier.check_same_run(config)
+                config = config.resuming(earlier.config)
+            plan = make_plan(requests, earlier, output, judge)
+            schema = SCHEMA.with_metadata({RUN: config.to_json()})
+            if not plan.is_complete:
+                journal.restart(schema, plan.rows)
+            writer = cls(output, journal, schema, requests, plan, judge)
+            writer.write(plan.bad)
+            return writer
+        except BaseException:
+            journal.close()
+            raise
+
+    def write(self, results: Iterable[Generation | BadRow]) -> None:
+        """Append rows, in any order; once this returns, they survive a crash.
+
+        Raises:
+            OutputError: If the disk is full or fails; the rows of earlier calls are safe.
+            ValueError: If a row was not asked for, or is already there.
+        """
+        rows = [row_of(result, self.judge) for result in results]
+        given = [(row["uuid"], row["segment"]) for row in rows]
+        if len(set(given)) < len(given) or not self._pending.issuperset(given):
+            raise ValueError(f"every remaining request takes one row, got {given}")
+        if rows:
+            batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+            self._journal.append(batch)
+            self._pending.difference_update(given)
+            self.summary = self.summary.plus(
+                [row["correct"] for row in rows], [row["finish_reason"] for row in rows]
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row is written."""
+        return not self._pending
+
+    def __enter__(self) -> Self:
+        """Nothing is left to do: `open` has locked the output."""
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Make the file after a clean end; after an exception, keep the journal.
+
+        Raises:
+            OutputError: If rows are missing after a clean end, or the file cannot be written.
+        """
+        is_needed = not self._is_untouched and self.summary.rows > 0
+        try:
+            if exception_type is None and not self._is_untouched:
+                self._finish()
+                is_needed = False
+        finally:
+            self._journal.close(keep=is_needed)
+
+    def _finish(self) -> None:
+        if not self.is_complete:
+            raise OutputError(
+                f"{self._output}: {len(self._pending)} of {len(self._order)} requests have no "
+                "row yet; pass --resume to generate them"
+            )
+        content = self._journal.read()
+        rows = content.rows
+        if content.loss or Counter(keys(rows)) != Counter(self._order):
+            raise OutputError(
+                f"{self._journal.path}: damaged while it was written: {rows.num_rows:,} of "
+                f"{len(self._order):,} rows are whole; --resume generates the others again"
+            )
+        write_rows(self._output, self._schema, _in_order(rows, self._order))
+
+
+def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = None) -> None:
+    """Find out whether a run could write its result, before anything costly.
+
+    Missing folders are created, and a file is really written in the output's.
+
+    Args:
+        path: The output.
+        mode: What to do where a result or a journal stands.
+        config: What the run would record, to be the same in what it resumes.
+
+    Raises:
+        OutputError: If the output cannot be written, is written by another process, or stands in
+            the way of ``mode``; the message says what to do.
+    """
+    output = check_place(Path(path))
+    journal = Journal.acquire(output)
+    try:
+        earlier = find_earlier(output, journal, mode)
+        if earlier is not None and config is not None:
+            earlier.check_same_run(config)
+    finally:
+        journal.close()
+
+
+def read_finished_rows(path: str | Path) -> pa.Table:
+    """Read a result file, or the journal of a run that was interrupted or still goes on.
+
+    Of a journal that ends within a write, the rows before that write are read; of one that is
+    damaged, the rows before the damage, with a warning.
+
+    Returns:
+        A table with the columns of `SCHEMA` and the run in its metadata (`read_run_config`).
+
+    Raises:
+        OutputError: If there is no such file, or it is not a result file.
+    """
+    path = Path(path)
+    content = read_rows(path)
+    if content.tail == "damaged":
+        warnings.warn(f"{path}: {content.loss}", FlexMaskWarning, stacklevel=2)
+    return Earlier.of(path, content.rows).rows
+
+
+def read_run_config(path: str | Path) -> RunConfig:
+    """Read what run made a result file, or a journal.
+
+    Raises:
+        OutputError: If there is no such file, or it is not a result file.
+    """
+    path = Path(path)
+    return Earlier.of(path, read_rows(path).rows).config
+
+
+def _in_order(rows: pa.Table, order: Iterable[RequestKey]) -> Iterator[pa.Table]:
+    """The rows in the order of their keys, some at a time.
+
+    Sliced, not taken: `Table.take` fails on columns of more than 2 GiB of text.
+    """
+    batches = rows.to_batches()
+    place_of = {
+        key: (number, index)
+        for number, batch in enumerate(batches)
+        for index, key in enumerate(keys(batch))
+    }
+    places = (place_of[key] for key in order)
+    while some := list(islice(places, _ROWS_PER_BATCH)):
+        slices = [batches[number].slice(start, length) for number, start, length in _runs(some)]
+        yield pa.Table.from_batches(slices).combine_chunks()
+
+
+def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Batch, start and length of each run of rows that stand one after the other in a batch."""
+    number, start = places[0]
+    length = 0
+    for place in places:
+        if place == (number, start + length):
+            length += 1
+        else:
+            yield number, start, length
+            (number, start), length = place, 1
+    yield number, start, length

@@ -1,0 +1,85 @@
+"""The columns of a result file, and how a row fills them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from flexmask.generation import Generation
+from flexmask.tasks.judge import Judge, is_exact_match
+from flexmask.tasks.request_source import BadRow
+
+RUN = b"flexmask"
+"""Key of the schema metadata that holds the run, as JSON."""
+
+FAILED = "error"
+"""The finish reason of a row that was not generated."""
+
+SCHEMA = pa.schema(
+    [
+        ("uuid", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("paraphrases", pa.list_(pa.string())),
+        ("prediction", pa.string()),
+        ("generation", pa.string()),
+        ("prefix", pa.string()),
+        ("suffix", pa.string()),
+        ("segment", pa.int32()),
+        ("weights", pa.list_(pa.float64())),
+        ("prompt_tokens", pa.int32()),
+        ("generated_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("correct", pa.bool_()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a result file: ``paraphrases`` holds the segments; ``segment`` is the number of the
+one that was run alone, else null; ``weights`` are those of the segments, or null; ``correct`` is
+exact match and ``score`` what the judge gives, both null where there are no answers; ``error``
+says why a row failed, and is null where it did not."""
+
+NEVER_NULL = (
+    *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
+    *("prompt_tokens", "generated_tokens", "finish_reason"),
+)
+"""Columns that every row fills, lists with every item."""
+
+
+def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
+    """The row of a generation, or of what failed; that has no text, and is wrong."""
+    request = result.request
+    row: dict[str, Any] = {
+        "uuid": result.uuid if isinstance(result, BadRow) else result.request.uuid,
+        "answers": request.answers if request else (),
+        "paraphrases": request.segments if request else (),
+        "prefix": request.prefix if request else "",
+        "suffix": request.suffix if request else "",
+        "segment": request.segment if request else None,
+        "weights": (request.weights or None) if request else None,
+    }
+    if isinstance(result, BadRow):
+        row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}
+        error = result.error.encode(errors="backslashreplace").decode()  # it may quote half a pair
+        row |= {"finish_reason": FAILED, "error": error}
+    else:
+        row |= {
+            "prediction": judge.prediction(result),
+            "generation": result.text,
+            "prompt_tokens": result.prompt_tokens,
+            "generated_tokens": len(result.token_ids),
+            "finish_reason": result.finish_reason,
+            "error": None,
+        }
+    return row | verdict(row["prediction"], row["answers"], judge)
+
+
+def verdict(prediction: str, answers: tuple[str, ...], judge: Judge) -> dict[str, Any]:
+    """The columns that depend on accepted answers."""
+    if not answers:
+        return {"correct": None, "score": None}
+    return {
+        "correct": is_exact_match(prediction, answers),
+        "score": judge.score(prediction, answers),
+    }

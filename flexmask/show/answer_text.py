@@ -1,0 +1,55 @@
+"""What a run answered, with accepted answers marked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from rich.text import Text
+
+from flexmask.printable import printable
+from flexmask.show.picture_source import Answer
+from flexmask.tasks.judge import is_exact_match
+
+VERDICTS = {True: "right", False: "wrong", None: "not judged"}
+
+
+def answer_text(answer: Answer) -> Text:
+    """Write generation, prediction and accepted answers; where they occur they are marked.
+
+    Marks are underlined, and in brackets, which plain text keeps.
+    """
+    text = Text("generation  ", "bold")
+    for piece, is_accepted in marked_pieces(answer.generation, answer.accepted):
+        if is_accepted:
+            text.append(f"[{printable(piece)}]", "bold underline")
+        else:
+            text.append(printable(piece))
+    text.append(f"  ({answer.finish_reason})\n", "dim")
+    text.append("prediction  ", "bold").append(f"{printable(answer.prediction)}  ")
+    text.append(f"({VERDICTS[answer.is_correct]})\n", "dim")
+    if answer.accepted:
+        text.append("accepted    ", "bold")
+        for number, accepted in enumerate(answer.accepted):
+            is_match = is_exact_match(answer.prediction, [accepted])
+            text.append(", " if number else "")
+            accepted = printable(accepted)
+            text.append(f"[{accepted}]" if is_match else accepted, "underline" if is_match else "")
+        text.append("\n")
+    return text
+
+
+def marked_pieces(text: str, accepted: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a text where accepted answers stand in it, as whole words in any case.
+
+    Yields:
+        Each piece, and whether it is an accepted answer.
+    """
+    longest_first = sorted(filter(str.strip, accepted), key=len, reverse=True)
+    if not longest_first:
+        yield text, False
+        return
+    pattern = "|".join(rf"(?<!\w){re.escape(answer.strip())}(?!\w)" for answer in longest_first)
+    for number, piece in enumerate(re.split(f"({pattern})", text, flags=re.IGNORECASE)):
+        if piece:
+            yield piece, number % 2 == 1

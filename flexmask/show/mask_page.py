@@ -1,0 +1,157 @@
+"""One self-contained page: hover, step, switch strategies; nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmask.show import palette
+from flexmask.show.answer_text import VERDICTS, marked_pieces
+from flexmask.show.mask_picture import MaskDifference, Picture
+from flexmask.show.picture_source import Answer, Subject
+from flexmask.show.tile_mask import TileMask
+from flexmask.show.tokens import DrawnTokens
+from flexmask.web_page import fill_page
+
+SCRIPTS = ("tile_mask.js", "matrix.js", "token_list.js", "page.js")
+"""In the order in which they are joined: each uses names of those before it."""
+
+MAX_PAIRS = 2**27
+"""How many pairs of partial tiles a page holds at most, 16 MiB: those of 8,192 tiles of 128."""
+
+_NO_PAIRS = -1
+
+
+def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
+    """Make the page.
+
+    Args:
+        pictures: What to show side by side, over one request.
+        subject: The request, and what a run answered.
+    """
+    parts = {
+        "TITLE": html.escape(subject.heading),
+        "ANSWER": _answer(subject.answer) if subject.answer else "",
+        "STYLE": _colours(),
+    }
+    data = {"panels": [_panel(picture) for picture in pictures]}
+    return fill_page("flexmask.show", parts, data, SCRIPTS)
+
+
+def save_page(pictures: Sequence[Picture], subject: Subject, path: Path) -> None:
+    """Write the page to a file; arguments as of `page_html`."""
+    path.write_text(page_html(pictures, subject), encoding="utf-8")
+
+
+def _answer(answer: Answer) -> str:
+    generation = "".join(
+        f"<mark>{html.escape(piece)}</mark>" if is_accepted else html.escape(piece)
+        for piece, is_accepted in marked_pieces(answer.generation, answer.accepted)
+    )
+    rows = {
+        "Model": html.escape(answer.model),
+        "Generation": f'<span class="generation">{generation}</span> ({answer.finish_reason})',
+        "Prediction": f"{html.escape(answer.prediction)} ({VERDICTS[answer.is_correct]})",
+        "Accepted": html.escape(", ".join(answer.accepted)),
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
+    return f"<dl>{listed}</dl>"
+
+
+def _colours() -> str:
+    parts = {
+        "prefix": palette.PREFIX_COLOUR,
+        "tail": palette.TAIL_COLOUR,
+        "generated": palette.GENERATED_COLOUR,
+    }
+    parts |= {f"segment-{n}": colour for n, colour in enumerate(palette.SEGMENT_COLOURS)}
+    names = parts | {
+        "partial": palette.PARTIAL_COLOUR,
+        "full": palette.FULL_COLOUR,
+        "same": palette.SAME_COLOUR,
+        "first": palette.FIRST_COLOUR,
+        "second": palette.SECOND_COLOUR,
+    }
+    names |= {f"on-{name}": palette.ink_on(colour) for name, colour in parts.items()}
+    return ":root {" + "".join(f"--{name}: {colour};" for name, colour in names.items()) + "}\n"
+
+
+def _panel(picture: Picture) -> dict[str, Any]:
+    panel = _tokens(picture.tokens) | {"title": picture.title, "size": picture.size}
+    if isinstance(picture, MaskDifference):
+        layers = [
+            ("both see", "same", picture.both),
+            (f"only {picture.first_title}", "first", picture.only_first),
+            (f"only {picture.second_title}", "second", picture.only_second),
+        ]
+    else:
+        layers = [("sees", "", picture.mask)]
+    return panel | {
+        "tile": layers[0][2].tile,
+        "summary": picture.summary,
+        "layers": [_layer(*layer) for layer in layers],
+    }
+
+
+def _tokens(tokens: DrawnTokens) -> dict[str, Any]:
+    return {
+        "promptTokens": tokens.prompt_tokens,
+        "bands": [
+            [band.label, _colour_name(band.segment_id, band.is_generated), band.start, band.stop]
+            for band in tokens.bands
+        ],
+        "positions": _runs(tokens.position_ids),
+        "origins": _runs(tokens.origins),
+        "texts": tokens.texts,
+    }
+
+
+def _colour_name(segment_id: int, is_generated: bool) -> str:
+    if is_generated:
+        return "generated"
+    if segment_id < 0:
+        return "tail"
+    if segment_id == 0:
+        return "prefix"
+    return f"segment-{(segment_id - 1) % len(palette.SEGMENT_COLOURS)}"
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Index and value of every number that is not one more than the number before it."""
+    return [
+        (index, number)
+        for index, number in enumerate(numbers)
+        if index == 0 or number != numbers[index - 1] + 1
+    ]
+
+
+def _layer(name: str, colour: str, mask: TileMask) -> dict[str, Any]:
+    """Tile states, and which bitmap of pairs each partial tile has; equal ones are kept once."""
+    tiles = mask.partial_tiles
+    numbers = np.full(len(tiles), _NO_PAIRS, dtype="<i4")
+    bitmaps: dict[bytes, int] = {}
+    detailed = tiles[: MAX_PAIRS // mask.tile**2]
+    for index, pairs in enumerate(pairs for some in mask.pairs(detailed) for pairs in some):
+        numbers[index] = bitmaps.setdefault(_bitmap(pairs), len(bitmaps))
+    return {
+        "name": name,
+        "colour": colour,
+        "states": _base64(mask.states.to(torch.uint8).contiguous().numpy().tobytes()),
+        "bitmapOfTile": _base64(numbers.tobytes()),
+        "bitmaps": [_base64(bitmap) for bitmap in bitmaps],
+    }
+
+
+def _bitmap(pairs: Tensor) -> bytes:
+    return np.packbits(pairs.numpy(), bitorder="little").tobytes()
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

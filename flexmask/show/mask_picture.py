@@ -1,0 +1,263 @@
+"""What is drawn: the mask that the engine uses for a request, or how two of them differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexmask.block_mask.intervals.legality import MaskMod
+from flexmask.errors import OptionError
+from flexmask.layout_batch import LayoutBatch
+from flexmask.mask_mods import and_masks, or_masks, strategy_mask
+from flexmask.show.tile_mask import TILE, TileMask
+from flexmask.show.tokens import DrawnTokens, ShownRequest
+from flexmask.strategy import Strategy
+
+FIGURES = (
+    "tiles_empty",
+    "tiles_partial",
+    "tiles_full",
+    "allowed_pairs",
+    "density",
+    "block_mask_bytes",
+    "decided_by_intervals",
+    "decided_by_evaluation",
+    "build_ms",
+)
+"""Attributes of a `MaskReport` that are numbers."""
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """The mask of one request under one strategy.
+
+    Attributes:
+        title: The strategy and its parameters.
+        tokens: What stands along both axes.
+        mask: Who sees whom.
+    """
+
+    title: str
+    tokens: DrawnTokens
+    mask: TileMask
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def summary(self) -> str:
+        """Density and tiles, in a line."""
+        report = self.mask.report
+        return (
+            f"{report.density:.1%} of {self.size**2:,} pairs allowed; tiles: "
+            f"{report.tiles_full:,} full, {report.tiles_partial:,} partial, "
+            f"{report.tiles_empty:,} skipped"
+        )
+
+    def figures(self) -> dict[str, str | int | float]:
+        """What its BlockMask holds, by name."""
+        report = {name: getattr(self.mask.report, name) for name in FIGURES}
+        return {"strategy": self.title, "tokens": self.size, **report}
+
+
+@dataclass(frozen=True)
+class MaskDifference:
+    """How the masks of two strategies differ on one request, token by token of the request.
+
+    Strategies may store a token more than once: then a token sees another if some copy of it
+    sees some copy of the other.
+
+    Attributes:
+        first_title: The one strategy and its parameters.
+        second_title: The other.
+        tokens: The request's tokens, each once.
+        both: Which pairs both masks allow.
+        only_first: Which pairs only the first allows.
+        only_second: Which pairs only the second allows.
+        moved_tokens: How many tokens stand at other positions under the second strategy.
+    """
+
+    first_title: str
+    second_title: str
+    tokens: DrawnTokens
+    both: TileMask
+    only_first: TileMask
+    only_second: TileMask
+    moved_tokens: int
+
+    @property
+    def title(self) -> str:
+        """Names both."""
+        return f"{self.first_title} against {self.second_title}"
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def pairs_that_differ(self) -> int:
+        """Pairs that one mask allows and the other does not."""
+        return self.only_first.report.allowed_pairs + self.only_second.report.allowed_pairs
+
+    @property
+    def summary(self) -> str:
+        """How many pairs and positions differ, in a line."""
+        return (
+            f"{self.pairs_that_differ:,} of {self.size**2:,} pairs differ; "
+            f"{self.moved_tokens:,} of {self.size:,} tokens at other positions"
+        )
+
+
+Picture = MaskPicture | MaskDifference
+
+
+def strategy_title(strategy: Strategy) -> str:
+    """Name a strategy with its parameters, as in ``prefix_segment (positions=restart)``."""
+    values = strategy.parameter_values()
+    listed = ", ".join(f"{name}={value}" for name, value in values.items())
+    return f"{strategy.name} ({listed})" if listed else strategy.name
+
+
+def draw_mask(strategy: Strategy, shown: ShownRequest, tile: int = TILE) -> MaskPicture:
+    """Find the mask of a request, with the rows that generated tokens add.
+
+    Layout, buffers and mask are those that the engine makes: prompt tokens are loaded into a
+    `LayoutBatch`, and the slots after them opened as fusion tail.
+
+    Args:
+        strategy: Who sees whom.
+        shown: What to draw it for.
+        tile: Tokens along a side of a tile.
+
+    Raises:
+        MaskError: If the strategy's mask_mod breaks a rule of FlexAttention.
+    """
+    tokens, mask_mod = _masked_tokens(strategy, shown)
+    return MaskPicture(
+        strategy_title(strategy), tokens, TileMask.build(mask_mod, len(tokens), tile)
+    )
+
+
+def draw_difference(
+    first: Strategy, second: Strategy, shown: ShownRequest, tile: int = TILE
+) -> MaskDifference:
+    """Find where two strategies differ on a request; arguments as of `draw_mask`.
+
+    Raises:
+        OptionError: If a strategy arranges tokens by their ids, so that there is no telling
+            which of its tokens is which of the other's.
+        MaskError: If a mask_mod breaks a rule of FlexAttention.
+    """
+    masks = []
+    for strategy in (first, second):
+        tokens, mask_mod = _masked_tokens(strategy, shown)
+        if not tokens.origins:
+            raise OptionError(
+                f"{strategy.name} arranges tokens by their ids, so its mask cannot be compared "
+                "token by token; draw both side by side"
+            )
+        masks.append((tokens, _over_request(mask_mod, tokens)))
+    (first_tokens, one), (second_tokens, other) = masks
+    tokens = _each_once(first_tokens, shown)
+    positions = zip(_positions(first_tokens), _positions(second_tokens), strict=True)
+
+    def build(mask_mod: MaskMod) -> TileMask:
+        return TileMask.build(mask_mod, len(tokens), tile)
+
+    return MaskDifference(
+        first_title=strategy_title(first),
+        second_title=strategy_title(second),
+        tokens=tokens,
+        both=build(and_masks(one, other)),
+        only_first=build(and_masks(one, _negated(other))),
+        only_second=build(and_masks(other, _negated(one))),
+        moved_tokens=sum(before != after for before, after in positions),
+    )
+
+
+def cell_side(size: int, tile: int, max_tokens: int, max_cells: int) -> int:
+    """Choose how many tokens a drawn cell stands for.
+
+    One where there are few tokens; else a tile, or as many tiles as bring the number of cells
+    along an axis below ``max_cells``.
+
+    Args:
+        size: Tokens to draw.
+        tile: Tokens along a side of a tile.
+        max_tokens: Up to how many tokens are drawn one by one.
+        max_cells: How many cells there may be otherwise.
+    """
+    if size <= max_tokens:
+        return 1
+    return tile * math.ceil(math.ceil(size / tile) / max_cells)
+
+
+def _masked_tokens(strategy: Strategy, shown: ShownRequest) -> tuple[DrawnTokens, MaskMod]:
+    layout = strategy.layout(shown.tokens)
+    batch = LayoutBatch(1, len(layout) + shown.new_tokens, torch.device("cpu"))
+    batch.load([layout], [len(layout)], [0])
+    batch.open_tail([len(layout)])
+    tokens = DrawnTokens.of_request(strategy, layout, shown)
+    return tokens, strategy_mask(strategy, batch)
+
+
+def _over_request(mask_mod: MaskMod, tokens: DrawnTokens) -> MaskMod:
+    """Turn a mask over slots into one over the request's tokens."""
+    copies = _copies(tokens.origins)
+
+    def seen_by_copy(q_copy: Tensor, kv_copy: Tensor) -> MaskMod:
+        def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return mask_mod(b, h, q_copy[q_idx], kv_copy[kv_idx])
+
+        return seen
+
+    return or_masks(*(seen_by_copy(q, kv) for q in copies for kv in copies))
+
+
+def _copies(origins: Sequence[int]) -> list[Tensor]:
+    """Slots of the first copy of each token, of the second, …; the last stands in for others."""
+    slots: list[list[int]] = [[] for _ in range(max(origins) + 1)]
+    for slot, origin in enumerate(origins):
+        slots[origin].append(slot)
+    most = max(map(len, slots))
+    return [torch.tensor([each[min(n, len(each) - 1)] for each in slots]) for n in range(most)]
+
+
+def _positions(tokens: DrawnTokens) -> list[set[int]]:
+    """Where the copies of each token of the request stand."""
+    positions: list[set[int]] = [set() for _ in range(max(tokens.origins) + 1)]
+    for origin, position in zip(tokens.origins, tokens.position_ids, strict=True):
+        positions[origin].add(position)
+    return positions
+
+
+def _negated(mask_mod: MaskMod) -> MaskMod:
+    def negated(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ~mask_mod(b, h, q_idx, kv_idx)
+
+    return negated
+
+
+def _each_once(tokens: DrawnTokens, shown: ShownRequest) -> DrawnTokens:
+    """The request's tokens in its own order, with the texts and positions of first copies."""
+    first_slot: dict[int, int] = {}
+    for slot, origin in enumerate(tokens.origins):
+        first_slot.setdefault(origin, slot)
+    slots = [first_slot[origin] for origin in range(len(first_slot))]
+    parts = (shown.tokens.prefix, *shown.tokens.segments)
+    segment_ids = [number for number, part in enumerate(parts) for _ in part]
+    tail = len(shown.tokens.tail) + shown.new_tokens
+    return DrawnTokens(
+        segment_ids=(*segment_ids, *(tokens.segment_ids[-1],) * tail),
+        position_ids=tuple(tokens.position_ids[slot] for slot in slots),
+        prompt_tokens=len(slots) - shown.new_tokens,
+        texts=tuple(tokens.texts[slot] for slot in slots) if tokens.texts else (),
+        origins=tuple(range(len(slots))),
+    )

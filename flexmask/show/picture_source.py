@@ -1,0 +1,215 @@
+"""What a picture is of: a request of given lengths, of a file, or as a run answered it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexmask.demo import model_path
+from flexmask.errors import OptionError, OutputError, RequestError
+from flexmask.limits import shown_number
+from flexmask.plugins.registry import make_strategy
+from flexmask.plugins.strategy_file import reference_of_record
+from flexmask.request import Request
+from flexmask.results.formats import is_result
+from flexmask.results.result_writer import read_finished_rows, read_run_config
+from flexmask.results.run_config import RunConfig
+from flexmask.show.tokens import ShownRequest
+from flexmask.strategy import Strategy
+from flexmask.tasks.request_source import read_requests
+
+if TYPE_CHECKING:
+    from flexmask.encoding.tokenization import RequestTokenizer
+
+RUN_KEYS = {
+    "strategy": str,
+    "parameters": dict,
+    "model": str,
+    "chat_template": bool,
+    "fusion": dict,
+}
+"""Entries of a run that a picture needs, and their types."""
+
+MOST_TOKENS = 1 << 24
+"""Of a request that only lengths are known of."""
+
+DEMO = "demo"
+"""How a run records the bundled model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run generated for a request.
+
+    Attributes:
+        prediction: The answer.
+        generation: All generated text.
+        accepted: Accepted answers; empty where there are none.
+        is_correct: Whether the prediction is one of them; None where there are none.
+        finish_reason: Why generation ended.
+        model: The model.
+        strategy: Gives the strategy with the parameters of the run, and runs its file if it is of
+            one; raises a `StrategyError` where it cannot be found any more.
+    """
+
+    prediction: str
+    generation: str
+    accepted: tuple[str, ...]
+    is_correct: bool | None
+    finish_reason: str
+    model: str
+    strategy: Callable[[], Strategy]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a picture is of.
+
+    Attributes:
+        heading: Names it.
+        shown: Its tokens.
+        answer: What a run generated; None where nothing was.
+    """
+
+    heading: str
+    shown: ShownRequest
+    answer: Answer | None = None
+
+    def with_new_tokens(self, count: int) -> Subject:
+        """The same with rows for ``count`` generated tokens."""
+        return replace(self, shown=replace(self.shown, new_tokens=count))
+
+
+def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Subject:
+    """A request of which only lengths are known.
+
+    Raises:
+        OptionError: If a length is not positive, or all together are too many.
+    """
+    if not segments or min(segments) < 1 or suffix < 1 or prefix < 0:
+        raise OptionError(
+            f"lengths must be positive, got prefix {prefix}, segments {list(segments)}, "
+            f"suffix {suffix}"
+        )
+    if prefix + sum(segments) + suffix > MOST_TOKENS:
+        raise OptionError(
+            f"a request of {shown_number(prefix + sum(segments) + suffix)} tokens; at most "
+            f"{MOST_TOKENS:,} can be drawn"
+        )
+    listed = " + ".join(map(str, segments))
+    heading = f"{prefix} prefix tokens, segments of {listed}, {suffix} of the fusion tail"
+    return Subject(heading, ShownRequest.of_lengths(prefix, segments, suffix))
+
+
+def subject_of_file(
+    source: str, row: int, *, model: str | None = None, num_segments: int | None = None
+) -> Subject:
+    """A request of a JSON Lines file, or a row of a result file as it was run.
+
+    Args:
+        source: A path, or ``-`` for JSON Lines from standard input.
+        row: Which, from 1.
+        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the bundled model,
+            or the one that made the result file.
+        num_segments: Keep this many segments of the request.
+
+    Raises:
+        RequestError: If there is no such row, or it cannot be tokenized.
+        OutputError: If it is a result file that cannot be read.
+        ModelError: If the tokenizer cannot be loaded.
+    """
+    if is_result(Path(source)):
+        if num_segments is not None:
+            raise OptionError("--num-segments is for requests; a result is shown as it was run")
+        return _subject_of_result(source, row, model)
+    requests = read_requests(source, num_segments=num_segments)
+    _check_row(source, row, len(requests))
+    request = requests[row - 1]
+    tokenize = _load_tokenizer(model or DEMO)
+    shown = ShownRequest(tokenize(request), text_of=cache(tokenize.token_text))
+    name = "standard input" if source == "-" else Path(source).name
+    return Subject(f"{name}, row {row}: {request.uuid}", shown)
+
+
+def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
+    config = read_run_config(source)
+    run = config.run
+    recorded = {"fusion": {}, **run}  # early versions had one way only
+    if missing := [
+        key for key, kind in RUN_KEYS.items() if not isinstance(recorded.get(key), kind)
+    ]:
+        raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
+    fusion = recorded["fusion"].get("name", "attention")
+    if fusion not in ("attention", "none", "each"):
+        raise OptionError(
+            f"{source}: its prompts ran apart (fusion {fusion!r}), with no mask between them to "
+            "draw; name the file of the requests"
+        )
+    rows = read_finished_rows(source)
+    _check_row(source, row, rows.num_rows)
+    (values,) = rows.slice(row - 1, 1).to_pylist()
+    if values["error"]:
+        raise RequestError(f"{source}: row {row} failed: {values['error']}")
+    if not 0 <= values["generated_tokens"] <= MOST_TOKENS:
+        raise OutputError(
+            f"{source}: damaged, row {row} has {values['generated_tokens']} generated tokens"
+        )
+    request = Request(
+        segments=tuple(values["paraphrases"]), prefix=values["prefix"], suffix=values["suffix"]
+    )
+    answer = Answer(
+        prediction=values["prediction"],
+        generation=values["generation"],
+        accepted=tuple(values["answers"]),
+        is_correct=values["correct"],
+        finish_reason=values["finish_reason"],
+        model=run["model"],
+        strategy=partial(_strategy_of_run, config),
+    )
+    tokenize = _load_tokenizer(
+        model or answer.model,
+        chat_template=run["chat_template"],
+        allow_special_tokens=run.get("allow_special_tokens", False),
+    )
+    shown = ShownRequest(
+        tokenize(request),
+        new_tokens=values["generated_tokens"],
+        text_of=cache(tokenize.token_text),
+        new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
+    )
+    return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
+
+
+def _strategy_of_run(config: RunConfig) -> Strategy:
+    location = config.environment.get("strategy_file")
+    where = location if isinstance(location, str) else None
+    reference = reference_of_record(config.run["strategy"], where)
+    return make_strategy(reference, config.run["parameters"])
+
+
+def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) -> tuple[str, ...]:
+    """Split generated text into ``count`` tokens.
+
+    A result file holds the text and the number of tokens. Tokens that the text leaves out, as
+    that which ended the sequence, stay blank; should it tokenize into more, the last has the rest.
+    """
+    texts = tokenize.token_texts(generation)
+    if len(texts) > count:
+        texts[count - 1 :] = ["".join(texts[count - 1 :])]
+    return tuple(texts)
+
+
+def _check_row(source: str, row: int, count: int) -> None:
+    if not 1 <= row <= count:
+        raise RequestError(f"{source}: --row must be 1 to {count}, got {row}")
+
+
+def _load_tokenizer(model: str, **options: bool) -> RequestTokenizer:
+    # Here, because a request of given lengths need not wait for transformers.
+    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(str(model_path()) if model == DEMO else model)
+    return RequestTokenizer(tokenizer, **options)

@@ -1,0 +1,236 @@
+"""From the rows of an input to requests; rows that make none are named, or stop the reading."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal, Protocol
+
+from flexmask.errors import OptionError, RequestError
+from flexmask.fusion import Fusion
+from flexmask.inputs.columns import Columns, MissingColumnError
+from flexmask.inputs.input_files import open_input
+from flexmask.inputs.rows import Input, Row
+from flexmask.inputs.text_format import TextFormat
+from flexmask.request import Request, RequestKey
+
+OnError = Literal["stop", "skip"]
+"""What a bad row does: end the run with an error, or give a `BadRow`."""
+
+FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
+"""Columns that make a request where there is no task."""
+
+MAX_CHARACTERS = 8 * 2**20
+"""Of a request. A million tokens of English are some five million characters; tokenizing more
+than any model takes would cost gigabytes and many seconds before it is refused."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that nothing can be generated for.
+
+    Attributes:
+        uuid: Its own where it has one that no other row has taken, else where it stands.
+        error: Where it stands, and what is wrong with it.
+        request: Its request, where only the model cannot take it.
+    """
+
+    uuid: str
+    error: str
+    request: Request | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        """As `Request.key`."""
+        return self.uuid, self.request.segment if self.request else None
+
+
+class RequestMaker(Protocol):
+    """Makes the request of a row, or raises `RequestError`."""
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, ...]]:
+        """Other columns to read a column from, such as ``uuid``."""
+
+    def __call__(self, row: Row) -> Request:
+        """Make it."""
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise `RequestError` if a column that is read is none of those that rows have."""
+
+
+@dataclass(frozen=True)
+class PlainRequests:
+    """Makes requests of rows with the columns `FIELDS`, of which only ``segments`` is required.
+
+    ``weights`` is read where it is asked for.
+
+    Attributes:
+        columns: Other columns to read them from.
+        prefix: Takes the place of the rows' own.
+        reads_weights: Whether to read the column ``weights``.
+    """
+
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prefix: str | None = None
+    reads_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.columns:
+            if name not in FIELDS:
+                raise OptionError(
+                    f"no column {name!r} to be read from another; without a task there are "
+                    f"{', '.join(FIELDS)}"
+                )
+
+    def __call__(self, row: Row) -> Request:
+        """Make the request of a row.
+
+        Raises:
+            RequestError: If the row cannot be used.
+        """
+        columns = Columns(row.values, self.columns)
+        if "segments" not in columns or columns["segments"] is None:
+            keys = ", ".join(repr(key) for key in columns) or "none"
+            raise MissingColumnError(
+                f"the row has no 'segments', a list of strings; its columns: {keys}"
+            )
+        return Request(
+            segments=columns.texts("segments"),
+            prefix=columns.text("prefix") if self.prefix is None else self.prefix,
+            suffix=columns.text("suffix"),
+            answers=columns.answers(),
+            uuid=columns.uuid(str(row.number)),
+            weights=columns.weights(["segments"]) if self.reads_weights else (),
+        )
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Nothing to check: every row without segments is refused."""
+
+
+@dataclass(frozen=True)
+class RequestSource:
+    """What to generate for, in the order of an input; every iteration reads it again.
+
+    That is a request for each row, or one for each of its segments alone, as the fusion has it.
+
+    Attributes:
+        rows: The input.
+        make: Makes the request of a row.
+        limit: Read this many rows only.
+        num_segments: Keep this many segments of each request.
+        on_error: What a bad row does.
+        fusion: What the segments of a request have to do with each other.
+    """
+
+    rows: Input
+    make: RequestMaker = PlainRequests()
+    limit: int | None = None
+    num_segments: int | None = None
+    on_error: OnError = "stop"
+    fusion: Fusion = Fusion()
+
+    def __iter__(self) -> Iterator[Request | BadRow]:
+        """Read from the beginning.
+
+        Raises:
+            RequestError: If there are no rows, or all are bad; at a bad row unless those are
+                skipped; if the input cannot be read; if a column that a task reads is in no row.
+        """
+        row_of: dict[str, int] = {}
+        first_bad = None
+        has_good = False
+        seen: set[str] = set()
+        count = 0
+        limit = None if self.limit is None else min(self.limit, sys.maxsize)
+        for row in islice(self.rows, limit):
+            count += 1
+            if not row.error and not seen.issuperset(row.values):
+                seen.update(row.values)
+                if self.rows.has_fixed_columns:
+                    self.make.check_columns(seen)
+            try:
+                request = self._request(row)
+                if request.uuid in row_of:
+                    raise RequestError(
+                        f"uuid {request.uuid!r} already stands in row {row_of[request.uuid]}; "
+                        "give each its own"
+                    )
+                has_good = True
+            except RequestError as error:
+                advice = self.rows.advice if isinstance(error, MissingColumnError) else ""
+                message = f"{row.where}: {error}{advice}"
+                if self.on_error == "stop":
+                    raise RequestError(message) from None
+                bad = BadRow(self._free_uuid(row, row_of), message)
+                first_bad = first_bad or bad
+                row_of[bad.uuid] = row.number
+                yield bad
+            else:
+                row_of[request.uuid] = row.number
+                yield from self.fusion.outputs(request)
+        if not has_good:
+            raise RequestError(
+                f"no row can be used; the first: {first_bad.error}"
+                if first_bad
+                else f"{self.rows.name}: no rows in it"
+            )
+        if limit is None or count < limit:
+            self.make.check_columns(seen)
+
+    def _request(self, row: Row) -> Request:
+        if row.error:
+            raise RequestError(row.error)
+        request = self.make(row)
+        if self.num_segments is not None:
+            request = request.with_segments(self.num_segments)
+        self.fusion.check(request)
+        characters = len(request.prefix) + len(request.suffix) + sum(map(len, request.segments))
+        if characters > MAX_CHARACTERS:
+            raise RequestError(
+                f"its prompt has {characters:,} characters, more than any model takes; shorten "
+                f"it to {MAX_CHARACTERS:,}"
+            )
+        return replace(request, source=row.where)
+
+    def _free_uuid(self, row: Row, taken: Container[str]) -> str:
+        try:
+            names = {name: it for name, it in self.make.columns.items() if name == "uuid"}
+            uuid = Columns(row.values, names).uuid(row.where)
+            uuid.encode()
+        except (RequestError, UnicodeEncodeError):
+            return row.where
+        return row.where if uuid in taken else uuid
+
+
+def read_requests(
+    source: str,
+    *,
+    num_segments: int | None = None,
+    limit: int | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> list[Request]:
+    """Read all requests of an input with a column ``segments``, a list of strings.
+
+    There may be columns ``uuid``, ``prefix``, ``suffix`` and ``answers``; others are left alone,
+    and null is as good as absent. A missing ``uuid`` becomes the number of the row.
+
+    Args:
+        source: A file, folder or hub id (`flexmask.inputs.input_files.open_input`), or ``-`` for
+            JSON Lines on standard input.
+        num_segments: Keep this many segments of each request.
+        limit: Read this many rows only.
+        delimiter: What stands between the cells of CSV; None to find it out.
+        encoding: Of a text file; None for UTF-8.
+
+    Raises:
+        OptionError: If delimiter or encoding is none.
+        RequestError: If the input is missing, or a row cannot be used; the message names the
+            file, the line and what to do.
+    """
+    rows = open_input(source, TextFormat(delimiter, encoding))
+    requests = RequestSource(rows, limit=limit, num_segments=num_segments)
+    return [request for request in requests if isinstance(request, Request)]

@@ -1,0 +1,273 @@
+"""From the rows of a task to requests: Jinja templates, paraphrases, few-shot examples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from flexmask.errors import RequestError, TaskError
+from flexmask.inputs.columns import Columns, MissingColumnError
+from flexmask.inputs.input_files import open_input
+from flexmask.inputs.rows import Input, Row, rows_in_memory
+from flexmask.inputs.text_format import TextFormat
+from flexmask.request import Request
+from flexmask.tasks.task import Task
+from flexmask.tasks.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
+
+_SPARE_EXAMPLES = 8
+"""Drawn beyond one for each example, for questions that stand in the data several times."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A few-shot example.
+
+    Attributes:
+        text: As it stands in the prompt.
+        questions: The paraphrases of its row.
+    """
+
+    text: str
+    questions: frozenset[str]
+
+    def asks(self, questions: Collection[str]) -> bool:
+        """Whether it asks one of ``questions``."""
+        return not self.questions.isdisjoint(questions)
+
+
+class TaskPrompts:
+    """Turns rows into requests as a task says.
+
+    Attributes:
+        columns: Those of the task.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: Input,
+        *,
+        prefix: str | None = None,
+        reads_weights: bool = False,
+        chosen_columns: Collection[str] = (),
+        examples_format: TextFormat = TextFormat(),  # noqa: B008 (frozen)
+    ) -> None:
+        """Compile the templates of ``task``, and draw its examples.
+
+        Args:
+            task: What to do with a row.
+            data: The input, for examples that come from another split of it.
+            prefix: Takes the place of what the task's prefix template would give.
+            reads_weights: Whether to read the column ``weights``, one for each paraphrase of the
+                row; those of the selected ones count.
+            chosen_columns: Columns of the task that the user has said where to read; the others
+                of their group may then be missing in the data.
+            examples_format: How the file of the examples is written.
+
+        Raises:
+            TaskError: If a template is not one, or an example cannot be used.
+            RequestError: If the input of the examples cannot be read.
+        """
+        self.columns = task.columns
+        self._task = task
+        self._data = data
+        self._fixed_prefix = prefix
+        self._reads_weights = reads_weights
+        self._chosen_columns = frozenset(chosen_columns)
+        self._examples_format = examples_format
+        self._prefix = _template(task, "prompt.prefix", task.prefix)
+        self._segment = _template(task, "prompt.segment", task.segment)
+        self._suffix = _template(task, "prompt.suffix", task.suffix)
+        self._example = _template(task, "examples.template", task.examples.template)
+        self._examples: list[Example] = []
+        self._spares: list[Example] = []
+        self._undrawn: Iterator[Example] = iter(())
+        if prefix is None and task.examples.count:
+            self._draw_examples()
+
+    def __call__(self, row: Row) -> Request:
+        """Make the request of a row.
+
+        Raises:
+            RequestError: If the row cannot be used.
+        """
+        columns = Columns(row.values, self._task.columns)
+        uuid = columns.uuid(str(row.number))
+        groups = self._groups(columns)
+        selected = self._task.select.choose(self._weighted(groups, columns), uuid)
+        for number, (text, _) in enumerate(selected, start=1):
+            if not text.strip():
+                raise RequestError(f"paraphrase {number} of those selected is empty")
+        shared = {"instruction": self._task.instruction}
+        with one_row():
+            return Request(
+                uuid=uuid,
+                prefix=self._prefix_of(columns, groups),
+                segments=tuple(
+                    self._render(
+                        self._segment, "prompt.segment", columns, **shared, paraphrase=text
+                    )
+                    for text, _ in selected
+                ),
+                suffix=self._render(self._suffix, "prompt.suffix", columns, **shared),
+                answers=columns.answers(),
+                weights=tuple(weight for _, weight in selected) if self._reads_weights else (),
+            )
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Find columns of paraphrases that no row has.
+
+        Args:
+            columns: All that the rows have.
+
+        Raises:
+            RequestError: If there is one.
+        """
+        known = {*columns, *self._task.columns}
+        for group, names in self._task.groups.items():
+            missing = [name for name in names if name not in known]
+            if missing and self._chosen_columns.isdisjoint(names):
+                raise MissingColumnError(
+                    f"{self._data.name}: no row has the column {missing[0]!r} of the {group} "
+                    f"paraphrases of task {self._task.name!r}; its columns: "
+                    f"{', '.join(columns) or 'none'}; --column {missing[0]}=COLUMN says "
+                    f"where it is{self._data.advice}"
+                )
+
+    def _prefix_of(self, columns: Columns, groups: Mapping[str, Sequence[str]]) -> str:
+        if self._fixed_prefix is not None:
+            return self._fixed_prefix
+        examples = self._examples_beside({text for texts in groups.values() for text in texts})
+        return self._render(
+            self._prefix,
+            "prompt.prefix",
+            columns,
+            instruction=self._task.instruction,
+            examples="".join(example.text for example in examples),
+        )
+
+    def _examples_beside(self, questions: Collection[str]) -> list[Example]:
+        """As many examples as are wanted, none of which asks one of ``questions``."""
+        examples = [example for example in self._examples if not example.asks(questions)]
+        wanted = len(self._examples) - len(examples)
+        if not wanted:
+            return examples
+        examples += islice(
+            (spare for spare in self._all_spares() if not spare.asks(questions)), wanted
+        )
+        if len(examples) < len(self._examples):
+            raise RequestError(
+                f"task {self._task.name!r}: its question is one of the examples, and there are "
+                f"only {len(examples)} others of the {len(self._examples)} wanted; name more "
+                f"with --examples, or pass --num-examples {len(examples)}"
+            )
+        return examples
+
+    def _all_spares(self) -> Iterator[Example]:
+        """Examples to take the place of others, always in the same order."""
+        yield from self._spares
+        for spare in self._undrawn:
+            self._spares.append(spare)
+            yield spare
+
+    def _groups(self, columns: Columns) -> dict[str, list[str]]:
+        groups = {}
+        for group, names in self._task.groups.items():
+            if not any(name in columns for name in names):
+                raise MissingColumnError(
+                    f"none of the columns of the {group} paraphrases is there "
+                    f"({', '.join(names)}); its columns: {', '.join(columns) or 'none'}"
+                )
+            groups[group] = [text for name in names for text in columns.texts(name)]
+        return groups
+
+    def _weighted(
+        self, groups: Mapping[str, Sequence[str]], columns: Columns
+    ) -> dict[str, list[tuple[str, float]]]:
+        """Each paraphrase with its weight, which is 1 where none are read."""
+        count = sum(map(len, groups.values()))
+        names = [name for names in self._task.groups.values() for name in names]
+        weights = columns.weights(names) if self._reads_weights else (1.0,) * count
+        if len(weights) != count:
+            raise RequestError(
+                f"weights must be a number for each of its {count} paraphrases, got {len(weights)}"
+            )
+        unused = iter(weights)
+        return {name: [(text, next(unused)) for text in texts] for name, texts in groups.items()}
+
+    def _draw_examples(self) -> None:
+        examples = self._task.examples
+        drawn, spare = _draw(self._example_rows(), examples.count, examples.seed)
+        self._examples = [self._example_of(row) for row in drawn]
+        self._undrawn = map(self._example_of, spare)
+
+    def _example_rows(self) -> Input:
+        examples = self._task.examples
+        if examples.rows:
+            return rows_in_memory(examples.rows, f"{self._task.name}.toml examples")
+        if examples.file:
+            return open_input(examples.file, self._examples_format)
+        if self._data.split_of is None:
+            raise TaskError(
+                f"task {self._task.name!r} takes {examples.count} examples from the split "
+                f"{examples.split!r}, but {self._data.name} has no splits; name others with "
+                "--examples, or give the whole prefix with --prefix-file"
+            )
+        return self._data.split_of(examples.split)
+
+    def _example_of(self, row: Row) -> Example:
+        try:
+            if row.error:
+                raise RequestError(row.error)
+            # What an example lacks and its template wants is an error of the template.
+            there = {
+                name: sources
+                for name, sources in self._task.columns.items()
+                if all(source in row.values for source in sources)
+            }
+            columns = Columns(row.values, there)
+            names = [name for group in self._task.groups.values() for name in group]
+            paraphrases = [text for name in names for text in columns.texts(name)]
+            firsts = {"paraphrase": paraphrases[:1], "answer": columns.answers()[:1]}
+            more = {name: texts[0] for name, texts in firsts.items() if texts}
+            text = self._render(self._example, "examples.template", columns, **more)
+        except RequestError as error:
+            raise TaskError(f"example {row.where}: {error}") from None
+        return Example(text, frozenset(paraphrases))
+
+    def _render(self, template: RowTemplate, key: str, columns: Columns, **more: str) -> str:
+        try:
+            return template.render(columns, **more)
+        except TemplateFault as fault:
+            raise RequestError(f"task {self._task.name!r}, {key}: {fault}") from None
+
+
+def _template(task: Task, key: str, source: str) -> RowTemplate:
+    try:
+        return RowTemplate(source)
+    except TemplateSyntaxFault as fault:
+        raise TaskError(f"task {task.name!r}, {key}: {fault}") from None
+
+
+def _draw(rows: Input, count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draw ``count`` rows without replacement; all in their order if there are no more.
+
+    Returns:
+        Them, and others to take the place of those that ask what a prompt asks.
+
+    Raises:
+        TaskError: If there are too few.
+    """
+    total = sum(1 for _ in rows)
+    if total < count:
+        raise TaskError(f"{rows.name}: {count} examples wanted, it has {total} rows")
+    generator = random.Random(seed)
+    indices = list(range(count)) if total == count else generator.sample(range(total), count)
+    wanted = dict.fromkeys(indices)
+    while len(wanted) < min(total, 2 * count + _SPARE_EXAMPLES):
+        wanted[generator.randrange(total)] = None
+    found = {index: row for index, row in enumerate(rows) if index in wanted}
+    drawn = [found[index] for index in wanted]
+    return drawn[:count], drawn[count:]
