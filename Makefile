@@ -32,7 +32,7 @@ docs: $(INSTALLED)  ## make what programs make of the documents
 	$(BIN)/python docs/plugin_api.py
 	$(BIN)/python docs/performance_tables.py
 	$(BIN)/python docs/compare_table.py
-	$(BIN)/python docs/strategy_pictures.py docs/strategies
+	$(BIN)/python docs/strategy_pictures.py
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

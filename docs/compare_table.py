@@ -1,4 +1,4 @@
-"""Writes the README's tables of strategies and fusions from benchmarks/results: ``make docs``."""
+"""Writes the tables of strategies and fusions from benchmarks/results: ``make docs``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "README.md"
+README = ROOT / "README.md"
+TARGETS = (README, ROOT / "docs" / "compare.md")
 RESULTS = {
     "compare-real": ROOT / "benchmarks" / "results" / "compare-h100-smollm2.json",
     "compare": ROOT / "benchmarks" / "results" / "compare-cpu-demo.json",
 }
-"""Results shown in the README's tables, by the mark before each."""
+"""Results shown in tables, by the mark before each."""
 PLAIN = " of causal"
 COUNTS = (1, 3, 5)
 HEAD = ("", "1", "3", "5", "5 less the first alone", "prompt tokens", "computed", "ms/question")
+NUM_COLUMNS = {README: 5}
+"""How many columns of HEAD a document shows; all, if it is not named."""
 
 
-def table(result: Path) -> str:
+def table(result: Path, num_columns: int) -> str:
     """A line for each strategy and fusion; the last columns are those of most paraphrases.
 
     Of fusions, those of plain prompts are shown.
@@ -34,16 +37,17 @@ def table(result: Path) -> str:
         most = of_count.get(COUNTS[-1])
         scores = [_percent(of_count[n]["score"]) if n in of_count else "" for n in COUNTS]
         lines.append([f"`{name}`", *scores, *(_last_columns(most) if most else [""] * 4)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line[:num_columns])} |\n" for line in lines)
 
 
-def page(text: str) -> str:
-    """The README with its tables written anew."""
+def page(target: Path) -> str:
+    """The text of a document with its tables written again."""
+    num_columns = NUM_COLUMNS.get(target, len(HEAD))
+    text = target.read_text()
     for mark, result in RESULTS.items():
+        written = rf"\g<1>{table(result, num_columns)}\g<2>"
         pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, rf"\g<1>{table(result)}\g<2>", text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{TARGET}: expected one table {mark}, found {count}")
+        text = re.sub(pattern, written, text, flags=re.DOTALL)
     return text
 
 
@@ -60,4 +64,5 @@ def _percent(estimate: dict[str, float], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(page(TARGET.read_text()))
+    for target in TARGETS:
+        target.write_text(page(target))
