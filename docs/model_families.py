@@ -136,22 +136,34 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
     """Check a small model of a family (`flexmask.doctor.model_checks.check_model`).
 
     Returns:
-        Name, state and detail of each check.
+        Name, state and detail of each check; a third one, under ``flexmask_dense``, where the
+        first is not right and attention backends are not supported.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from flexmask.attention import BACKEND
+    from flexmask.attention.backend import register_attention
     from flexmask.demo import model_path
-    from flexmask.doctor.model_checks import check_model
+    from flexmask.doctor.model_checks import check_dense, check_model, refused
 
+    register_attention()
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     config = small_config(family, len(tokenizer))
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+        meta_model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    size = meta_model.num_parameters()
     if size > MOST_PARAMETERS:
         raise ValueError(f"the configuration is not small: {size:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=BACKEND)
+    except KeyError as error:
+        if error.args != (BACKEND,):
+            raise
+        name = type(meta_model).__name__
+        reason = f"{name} has attention of its own kinds only, none of which is a backend"
+        return [asdict(check) for check in refused(reason)]
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -160,7 +172,10 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
     model.generation_config.pad_token_id = SIZES["pad_token_id"]
     backend = None if compiled else "eager"
     with torch.compiler.set_stance(force_backend=backend):
-        return [asdict(check) for check in check_model(model, tokenizer)]
+        checks = check_model(model, tokenizer)
+        if checks[0].state != "ok" and not model.is_backend_compatible():
+            checks.append(check_dense(model, tokenizer))
+        return [asdict(check) for check in checks]
 
 
 def _in_process(families: Sequence[str], compiled: bool) -> Iterator[dict[str, Any]]:
@@ -214,14 +229,16 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
 
     checked = [outcome for outcome in outcomes if "checks" in outcome]
     rows = [[WORDS[check["state"]] for check in outcome["checks"]] for outcome in checked]
+    dense = sum(states[2:] == ["right"] for states in rows)
     either, both = (
-        sum(test("right" == s for s in states) for states in rows) for test in (any, all)
+        sum(test("right" == s for s in states[:2]) for states in rows) for test in (any, all)
     )
     wrong = sum("wrong" in states for states in rows)
     lines = [
         f"With transformers {transformers.__version__} and torch {torch.__version__}, of "
-        f"{len(checked)} families {both} are right in both ways and {either - both} in one; "
-        f"{len(checked) - either - wrong} are refused, {wrong} are wrong. No small configuration "
+        f"{len(checked)} families {both} are right in both ways, {either - both} in one and "
+        f"{dense} under `flexmask_dense` alone; {len(checked) - either - dense - wrong} are "
+        f"refused, {wrong} are wrong. No small configuration "
         f"was made of {len(outcomes) - len(checked)} more, most with parts of other modalities.",
         "",
         "| family | `use_strategy` | engine | why not |",
@@ -230,7 +247,8 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
     for outcome, states in zip(checked, rows, strict=True):
         reasons = dict.fromkeys(c["detail"] for c in outcome["checks"] if c["state"] != "ok")
         why = "; ".join(reasons).replace("|", "\\|")
-        lines.append(f"| {outcome['family']} | {states[0]} | {states[1]} | {why} |")
+        backend = "dense" if states[2:] == ["right"] else states[0]
+        lines.append(f"| {outcome['family']} | {backend} | {states[1]} | {why} |")
     return "\n".join(lines)
 
 

@@ -1,14 +1,13 @@
 """Models that a mask cannot govern are refused by name; the others are what they are alone."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
+from family_models import families, known, small_model
+from flexmask.attention.added_mask import OwnScoresError
 from flexmask.attention.backend import flexmask_attention, register_attention
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model, rotation_limit
@@ -22,29 +21,8 @@ from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from oracles import CONFIGS, SHAPE, WINDOW, make_model, random_request, random_words
 
-SOURCE = Path(__file__).parents[1] / "docs" / "model_families.py"
-_spec = importlib.util.spec_from_file_location("model_families", SOURCE)
-families = sys.modules["model_families"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
-
 STRATEGY = EnsembleIsolation()
 LAYOUTS = [STRATEGY.layout(random_request(1, 3, [5, 6], 2))]
-
-
-def known(family):
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"this version of transformers has no {family}")
-
-
-def small_model(family, implementation="flexmask", **changes):
-    known(family)
-    register_attention()
-    config = families.small_config(family, SHAPE["vocab_size"])
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    return model.eval().requires_grad_(False)
 
 
 def under_a_strategy(model):
@@ -65,7 +43,7 @@ def under_a_strategy(model):
         ("camembert", "does not number positions from 0"),
         ("gpt_oss", "asks for attention with s_aux"),
         ("deepseek_v32", "cuts a part out of an attention mask|asks for attention with indices"),
-        ("xglm", "XGLMForCausalLM"),
+        ("xglm", "load it with attn_implementation='flexmask_dense'"),
     ],
 )
 def test_a_model_that_a_mask_cannot_govern_is_refused_in_both_ways(family, reason, tokenizer):
@@ -225,6 +203,10 @@ def test_a_mask_answers_what_model_code_asks_of_a_tensor():
     for part in ((slice(None), 0), (..., slice(0, 3)), (slice(None),) * 5):
         with pytest.raises(AttentionError, match="cuts a part out of an attention mask"):
             mask[part]
+    assert mask.to("cpu").shape == mask.shape
+    for dtype in (torch.bool, torch.float16):  # BlockMask would convert its indices
+        with pytest.raises(OwnScoresError, match="masks scores in code of its own"):
+            mask.to(dtype)
 
 
 def test_gradients_on_a_cpu_are_refused_in_one_line():

@@ -2,7 +2,8 @@
 
 A model loaded with ``attn_implementation="flexmask"`` computes its attention here, through
 compiled FlexAttention and a BlockMask; no method of it is replaced. ``flexmask_dense`` is the
-reference: the same masks as dense tensors and plain matrix products, chosen by name only.
+reference: the same masks as dense tensors and plain matrix products, chosen by name only. Models
+that mask scores in code of their own take the dense mask for them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from flexmask.attention.flex_call import PrefillKernel, TileOrder, attend
+from flexmask.attention import BACKEND, DENSE_BACKEND
+from flexmask.attention.added_mask import seen_through
+from flexmask.attention.flex_call import PrefillKernel, TileOrder, attend, check_lengths
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import ProbeMask
 from flexmask.attention.scaled_part import PlacedPart
@@ -25,9 +28,6 @@ from flexmask.kernels.few_rows import kept_apart
 
 if TYPE_CHECKING:
     from flexmask.strategy import ScoreMod
-
-BACKEND = "flexmask"
-DENSE_BACKEND = "flexmask_dense"
 
 
 class CausalRows(ModelBlockMask):
@@ -141,14 +141,20 @@ def dense_attention(
     scaled_part: PlacedPart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend under a dense boolean mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
+    """Attend under a dense mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
 
-    Arguments and result as in `flexmask_attention`. A query that sees nothing gets zeros.
+    Arguments and result as in `flexmask_attention`; the mask is of bool, or one to add to scores.
+    A query that sees nothing gets zeros.
+
+    Raises:
+        AttentionError: If the model asks for what this does not compute.
     """
     _refuse_unsupported(module, kwargs)
     if isinstance(attention_mask, ProbeMask):
         return attention_mask.note(module, (query, key, value), softcap, None), None
     note_attention()
+    check_lengths(query, key, tuple(attention_mask.shape[2:]))
+    is_seen = seen_through(attention_mask)
     groups = query.shape[1] // key.shape[1]
     keys = key.repeat_interleave(groups, dim=1).float()
     values = value.repeat_interleave(groups, dim=1).float()
@@ -161,10 +167,10 @@ def dense_attention(
     if score_mod is not None:
         scores = score_mod(scores, b, h, q_idx, kv_idx)
     if scaled_part is not None:
-        in_part = scaled_part.holds(b, q_idx, kv_idx) & attention_mask
+        in_part = scaled_part.holds(b, q_idx, kv_idx) & is_seen
         sums = scores.masked_fill(~in_part, float("-inf")).logsumexp(-1, keepdim=True)
         scores = torch.where(in_part, scores + (scaled_part.part.scale - 1) * sums, scores)
-    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).nan_to_num()
+    weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1).nan_to_num()
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
 

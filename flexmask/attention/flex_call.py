@@ -195,12 +195,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options:
     """
     if torch.compiler.is_compiling():
         return _attend(query, key, value, mask, *options)
-    lengths = (query.shape[2], key.shape[2])
-    if mask.seq_lengths != lengths:
-        raise AttentionError(
-            f"the model attends with {lengths[0]} queries to {lengths[1]} keys under a mask made "
-            f"for {mask.seq_lengths[0]} and {mask.seq_lengths[1]}; flexmask cannot mask it"
-        )
+    check_lengths(query, key, mask.seq_lengths)
     if not key.is_cuda and torch.is_grad_enabled() and query.requires_grad:
         raise AttentionError(
             "FlexAttention computes no gradients on a CPU; run the model under torch.no_grad()"
@@ -209,6 +204,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options:
         key, value, mask = _with_whole_vectors(key, value, mask)
     with compile_settings(query.device):
         return _compiled_attend()(query, key, value, mask, *options)
+
+
+def check_lengths(query: Tensor, key: Tensor, masked: tuple[int, ...]) -> None:
+    """Check that a mask is for as many queries and keys as there are.
+
+    Args:
+        query: ``(B, H, Q, D)``.
+        key: ``(B, H_kv, K, D)``.
+        masked: What the mask is for.
+
+    Raises:
+        AttentionError: If it is for others.
+    """
+    lengths = (query.shape[2], key.shape[2])
+    if masked != lengths:
+        raise AttentionError(
+            f"the model attends with {lengths[0]} queries to {lengths[1]} keys under a mask made "
+            f"for {masked[0]} and {masked[1]}; flexmask cannot mask it"
+        )
 
 
 def _with_whole_vectors(

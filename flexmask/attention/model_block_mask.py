@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask.attention import DENSE_BACKEND
+from flexmask.attention.added_mask import OwnScoresError
 from flexmask.errors import AttentionError
 
 
@@ -45,6 +47,26 @@ class ModelBlockMask(BlockMask):
         """Return itself; a static cache makes transformers call this on every mask."""
         return self
 
+    def __radd__(self, scores: object) -> NoReturn:
+        """Refuse to be added to scores.
+
+        Raises:
+            OwnScoresError: Always.
+        """
+        raise _own_scores()
+
+    __add__ = __radd__
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move it to a device.
+
+        Raises:
+            OwnScoresError: If another dtype is asked for: BlockMask would convert its indices.
+        """
+        if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+            raise _own_scores()
+        return super().to(*args, **kwargs)
+
     def __getitem__(self, index: int | Tensor | tuple[int | Tensor, ...] | Any) -> Any:
         """Return itself where ``index`` takes every element, as model code cuts masks to the keys.
 
@@ -62,6 +84,13 @@ class ModelBlockMask(BlockMask):
             f"the model's code cuts a part out of an attention mask {tuple(self.shape)}, which a "
             "BlockMask does not allow; choose another attn_implementation for this model"
         )
+
+
+def _own_scores() -> OwnScoresError:
+    return OwnScoresError(
+        "the model masks scores in code of its own, which no attention backend replaces; choose "
+        f"attn_implementation={DENSE_BACKEND!r}, which gives it a tensor to mask by"
+    )
 
 
 def _takes_all(part: object, size: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import mark_static
 
+from flexmask.attention.added_mask import added_mask
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import probe_mask
 from flexmask.attention.strategy_context import ActiveStrategy, active_strategy
@@ -31,7 +32,7 @@ def model_block_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> ModelBlockMask:
+) -> ModelBlockMask | Tensor:
     """Build the BlockMask of one forward pass.
 
     Inside `flexmask.use_strategy` the strategy decides; elsewhere the model's own mask.
@@ -46,6 +47,9 @@ def model_block_mask(
         attention_mask: ``(B, slots)``; false where a slot is padding.
         device: Device of the mask.
         kwargs: What else transformers passes.
+
+    Returns:
+        A BlockMask; what the probe asks for in its passes.
 
     Raises:
         AttentionError: If the strategy cannot be combined with the model's cache or layers.
@@ -79,7 +83,7 @@ def model_dense_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | ModelBlockMask:
-    """Build the same mask as `model_block_mask`, as a bool tensor ``(B, 1, Q, K)``."""
+    """Build the same mask as `model_block_mask`, as a tensor ``(B, 1, Q, K)`` to add to scores."""
     if (probing := probe_mask(mask_function, device, kwargs)) is not None:
         return probing
     mask_mod = _mask_over_slots(
@@ -90,7 +94,10 @@ def model_dense_mask(
     head = torch.zeros((), dtype=torch.long, device=device)
     queries = torch.arange(q_length, device=device).view(-1, 1)
     keys = torch.arange(kv_length, device=device)
-    return mask_mod(rows, head, queries, keys).expand(batch_size, 1, q_length, kv_length)
+    is_seen = mask_mod(rows, head, queries, keys).expand(batch_size, 1, q_length, kv_length)
+    if (active := active_strategy()) is not None:
+        active.note_dense_mask()
+    return added_mask(is_seen, kwargs.get("dtype", torch.float32))
 
 
 def _mask_over_slots(

@@ -5,6 +5,9 @@ and notes who called. A token's queries, keys and values then depend on its id a
 alone. Where two tokens with the same id and position differ, the model mixes tokens by other means
 than attention, numbers them by itself, or lets the rows of a batch change each other's rotary
 embeddings; a mask cannot isolate segments in such a model.
+
+Attention cannot be silenced in a model that masks scores in code of its own. There each token sees
+itself alone, and what is compared is what the model makes of it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexmask.attention import BACKEND, DENSE_BACKEND
+from flexmask.attention.added_mask import OwnScoresError, added_mask
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.error_text import described
 from flexmask.errors import AttentionError, FlexMaskError
@@ -29,6 +34,9 @@ TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
 PLACED_IDS = ((3, 3, 4, 6), (7, 8, 9, 6))
 PLACED_AT = (0, 0, 1, 3)
 """Tokens of the first row again, the first of them twice, at positions told to the model."""
+
+MOVED = (2, 0, 3, 1)
+"""The order in which tokens are stored again: all distances and half the directions change."""
 
 TOLERANCE = 1e-4
 """Largest difference, of the largest magnitude; more where the dtype is coarser."""
@@ -123,10 +131,26 @@ class ProbeMask(ModelBlockMask):
 
 @dataclass
 class _Pass:
-    """Calls of attention and logits of one probing pass."""
+    """One probing pass.
 
+    Attributes:
+        is_seen: Which slots each slot sees, ``(B, T, T)``, where attention is not silent.
+        calls: Calls of silent attention.
+        masks: The masks that the model asked for.
+        output: Logits, or the last hidden states of a model without: ``(B, T, D)``.
+    """
+
+    is_seen: Tensor | None = None
     calls: list[AttentionCall] = field(default_factory=list)
-    logits: Tensor | None = None
+    masks: list[ProbeMask] = field(default_factory=list)
+    output: Tensor | None = None
+
+    def token_tensors(self) -> list[Tensor]:
+        """What depends on a token's id and position alone, ``(B, H, T, D)`` each."""
+        if self.is_seen is None:
+            return [tensor for call in self.calls for tensor in call.tensors]
+        assert self.output is not None
+        return [self.output[:, None]]
 
 
 _pass: ContextVar[_Pass | None] = ContextVar("flexmask_probing_pass", default=None)
@@ -134,15 +158,25 @@ _pass: ContextVar[_Pass | None] = ContextVar("flexmask_probing_pass", default=No
 
 def probe_mask(
     mask_function: Callable[..., Any] | None, device: torch.device | str, options: dict[str, Any]
-) -> ProbeMask | None:
-    """The mask for a model that asks for one in a probing pass; None in any other."""
+) -> ProbeMask | Tensor | None:
+    """The mask for a model that asks for one in a probing pass; None in any other.
+
+    Returns:
+        A mask that silences attention; one to add to scores, ``(B, 1, T, T)``, where it cannot
+        be silenced.
+    """
     current = _pass.get()
     if current is None:
         return None
     window = options.get("local_size")
-    return ProbeMask.for_pass(
+    mask = ProbeMask.for_pass(
         current.calls, mask_function=mask_function, window=window, device=device
     )
+    current.masks.append(mask)
+    if current.is_seen is None:
+        return mask
+    dtype = options.get("dtype", torch.float32)
+    return added_mask(current.is_seen[:, None].to(device), dtype)
 
 
 @dataclass(frozen=True)
@@ -157,6 +191,8 @@ class ModelProbe:
         shapes: What each needs of a cache.
         rotation_limit: Length beyond which the longest row of a batch changes the rotary
             embeddings of all; None for none.
+        has_own_scores: Whether the model masks scores in code of its own. Nothing is known then
+            of the modules that attend.
     """
 
     model: PreTrainedModel
@@ -164,6 +200,7 @@ class ModelProbe:
     calls_per_pass: Mapping[nn.Module, int]
     shapes: Mapping[nn.Module, AttentionShape]
     rotation_limit: int | None
+    has_own_scores: bool
 
     @property
     def context(self) -> int | None:
@@ -187,6 +224,11 @@ class ModelProbe:
                 say, or it does not hand on what attention is told.
         """
         name, calls = type(self.model).__name__, list[AttentionCall]()
+        if self.has_own_scores:
+            raise AttentionError(
+                f"{name} masks scores in code of its own, which no attention backend replaces; "
+                "the engine cannot run it, use flexmask.use_strategy with model.generate"
+            )
         types = getattr(self.model.config.get_text_config(), "layer_types", None)
         device = self.model.device
         masks = {
@@ -232,13 +274,22 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     Raises:
         AttentionError: If it does not attend through flexmask, or does what no mask can govern.
     """
-    name = type(model).__name__
-    plain = _run(model, TOKEN_IDS)
-    if not plain.calls:
-        implementation = model.config.get_text_config()._attn_implementation
-        reason = f"attends by {implementation!r}; load it with attn_implementation='flexmask'"
-        if not model.is_backend_compatible() or str(implementation).startswith("flexmask"):
-            reason = "computes attention in code of its own, which no attention backend replaces"
+    name, has_own_scores = type(model).__name__, False
+    implementation = model.config.get_text_config()._attn_implementation
+    try:
+        plain = _run(model, TOKEN_IDS)
+    except OwnScoresError:
+        has_own_scores = True
+        plain = _run(model, TOKEN_IDS, _alone(model))
+    if not plain.calls and not has_own_scores:
+        reason = "computes attention in code of its own, which no attention backend replaces"
+        if implementation not in (BACKEND, DENSE_BACKEND):
+            if model.is_backend_compatible():
+                reason = (
+                    f"attends by {implementation!r}; load it with attn_implementation={BACKEND!r}"
+                )
+            else:
+                reason += "; `flexmask doctor --model` tells whether it can be masked"
         raise AttentionError(f"{name} {reason}")
     if getattr(model, "_is_stateful", False) or not _last_tokens_agree(plain):
         raise AttentionError(
@@ -246,19 +297,29 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
             "which no mask governs"
         )
     counts = dict[nn.Module, int]()
-    for mask in {id(call.mask): call.mask for call in plain.calls}.values():
+    masks = plain.masks if has_own_scores else [call.mask for call in plain.calls]
+    for mask in {id(mask): mask for mask in masks}.values():
         _check_mask(name, mask)
     for call in plain.calls:
         counts[call.module] = counts.get(call.module, 0) + 1
     config = model.config.get_text_config()
     limit = rotation_limit(config)
     _check_positions(model, plain, limit or getattr(config, "max_position_embeddings", None))
+    if has_own_scores:
+        _check_own_scores(model, plain)
+        if implementation != DENSE_BACKEND:
+            raise AttentionError(
+                f"{name} masks scores in code of its own, which no attention backend replaces; "
+                "for flexmask.use_strategy with model.generate, load it with "
+                f"attn_implementation={DENSE_BACKEND!r}, which gives it a tensor to mask by"
+            )
     return ModelProbe(
         model,
         windows={call.module: call.mask.window for call in plain.calls},
         calls_per_pass=counts,
         shapes={call.module: call.shape for call in plain.calls},
         rotation_limit=limit,
+        has_own_scores=has_own_scores,
     )
 
 
@@ -319,7 +380,12 @@ def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -
     """
     name, far = type(model).__name__, (length or 4096) - 1
     near, beside_far = (
-        _run(model, PLACED_IDS, position_ids=torch.tensor([PLACED_AT, other], device=model.device))
+        _run(
+            model,
+            PLACED_IDS,
+            plain.is_seen,
+            position_ids=torch.tensor([PLACED_AT, other], device=model.device),
+        )
         for other in (PLACED_AT, (far,) * len(PLACED_AT))
     )
     if not _same_tokens(near, (0,), near, (1,)):
@@ -337,19 +403,55 @@ def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -
         )
 
 
+def _check_own_scores(model: PreTrainedModel, alone: _Pass) -> None:
+    """Check that the mask decides what tokens see where a model masks scores in code of its own.
+
+    In the first row tokens see what is before them, in the second still themselves alone. Then
+    the same tokens are stored in the order `MOVED`: what a model hides or weighs by slots becomes
+    another.
+
+    Args:
+        model: The model.
+        alone: Its pass over `TOKEN_IDS` in which each token sees itself alone.
+
+    Raises:
+        AttentionError: If not.
+    """
+    name, slots = type(model).__name__, torch.arange(len(TOKEN_IDS[0]), device=model.device)
+    itself = slots == slots[:, None]
+    is_seen = torch.stack((slots <= slots[:, None], itself))
+    order = torch.tensor(MOVED, device=model.device)
+    moved_ids = tuple(tuple(row[slot] for slot in MOVED) for row in TOKEN_IDS)
+    kept = _run(model, TOKEN_IDS, is_seen, position_ids=slots.repeat(2, 1))
+    is_seen = is_seen[:, order][:, :, order]
+    moved = _run(model, moved_ids, is_seen, position_ids=order.repeat(2, 1))
+    assert kept.output is not None and moved.output is not None and alone.output is not None
+    if not _agree(kept.output[:, order], moved.output):
+        raise AttentionError(
+            f"{name} hides or weighs tokens by where they are stored, whatever its mask says"
+        )
+    sees_others = not _agree(kept.output[0, -1], alone.output[0, -1])
+    if not sees_others or not _agree(kept.output[1], alone.output[1]):
+        raise AttentionError(f"{name} does not attend by the mask that it is given")
+
+
+def _alone(model: PreTrainedModel) -> Tensor:
+    """Which slots tokens see that see themselves alone, ``(B, T, T)``."""
+    return torch.eye(len(TOKEN_IDS[0]), dtype=torch.bool, device=model.device).repeat(2, 1, 1)
+
+
 def _same_tokens(a: _Pass, a_slots: Sequence[int], b: _Pass, b_slots: Sequence[int]) -> bool:
     """Compare queries, keys and values of some tokens of the first rows."""
     return all(
         _agree(one[0, :, list(a_slots)], other[0, :, list(b_slots)])
-        for a_call, b_call in zip(a.calls, b.calls, strict=True)
-        for one, other in zip(a_call.tensors, b_call.tensors, strict=True)
+        for one, other in zip(a.token_tensors(), b.token_tensors(), strict=True)
     )
 
 
 def _last_tokens_agree(found: _Pass) -> bool:
-    pairs = [(t[0, :, -1], t[1, :, -1]) for call in found.calls for t in call.tensors]
-    if found.logits is not None:
-        pairs.append((found.logits[0, -1], found.logits[1, -1]))
+    pairs = [(t[0, :, -1], t[1, :, -1]) for t in found.token_tensors()]
+    if found.output is not None:
+        pairs.append((found.output[0, -1], found.output[1, -1]))
     return all(_agree(a, b) for a, b in pairs)
 
 
@@ -359,13 +461,18 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=allowed, equal_nan=True) or not a.isfinite().all()
 
 
-def _run(model: PreTrainedModel, token_ids: tuple[tuple[int, ...], ...], **options: Any) -> _Pass:
-    """Run rows of tokens with attention silent.
+def _run(
+    model: PreTrainedModel,
+    token_ids: tuple[tuple[int, ...], ...],
+    is_seen: Tensor | None = None,
+    **options: Any,
+) -> _Pass:
+    """Run rows of tokens, with attention silent or each seeing what ``is_seen`` says.
 
     Raises:
         AttentionError: If the model's code cannot run so.
     """
-    found = _Pass()
+    found = _Pass(is_seen)
     input_ids = torch.tensor(token_ids, device=model.device)
     token = _pass.set(found)
     try:
@@ -379,7 +486,11 @@ def _run(model: PreTrainedModel, token_ids: tuple[tuple[int, ...], ...], **optio
         ) from error
     finally:
         _pass.reset(token)
-    found.logits = getattr(output, "logits", None)
+    found.output = getattr(output, "logits", getattr(output, "last_hidden_state", None))
+    if is_seen is not None and found.output is None:
+        raise AttentionError(
+            f"{type(model).__name__} gives neither logits nor hidden states to probe it by"
+        )
     return found
 
 

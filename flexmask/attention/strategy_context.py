@@ -32,6 +32,7 @@ class ActiveStrategy:
         self.device = device
         self.length = max(map(len, layouts))
         self.has_attended = False
+        self._masks_own_scores = False
         self._batch: LayoutBatch | None = None
 
     @property
@@ -83,6 +84,7 @@ class ActiveStrategy:
         if module not in _probed:
             _probed[module] = probe_model(module)
         probe = _probed[module]
+        self._masks_own_scores = probe.has_own_scores
         if probe.rotation_limit is not None and len(self.layouts) > 1:
             name, limit = type(module).__name__, probe.rotation_limit
             _check_position(name, max(max(layout.position_ids) for layout in self.layouts), limit)
@@ -92,6 +94,15 @@ class ActiveStrategy:
                     _check_position(name, int(positions.max()), limit)
 
             self._hooks.enter_context(module.register_forward_pre_hook(check, with_kwargs=True))
+
+    def note_dense_mask(self) -> None:
+        """Note that a model was given a dense mask.
+
+        One that masks scores in code of its own attends under it, as the probe has shown; any
+        other attends where it calls the backend.
+        """
+        if self._masks_own_scores:
+            note_attention()
 
     def model_inputs(self) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``position_ids``, ``(B, length)`` each."""

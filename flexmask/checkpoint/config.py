@@ -50,12 +50,14 @@ def check_config_file(source: CheckpointSource, *, trust_remote_code: bool = Fal
         )
 
 
-def load_config(source: CheckpointSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    source: CheckpointSource, *, trust_remote_code: bool = False, needs_backend: bool = True
+) -> PreTrainedConfig:
     """Load the configuration of a causal language model.
 
     Raises:
         ModelError: If there is none, or no model can be made by it.
-        AttentionError: If its architecture does not support attention backends.
+        AttentionError: If its architecture does not support attention backends and needs to.
     """
     header = read_header(source.gguf, source.name) if source.gguf else None
     config = AutoConfig.from_pretrained(
@@ -69,7 +71,7 @@ def load_config(source: CheckpointSource, *, trust_remote_code: bool = False) ->
     if header is not None:
         check_rotary_embeddings(header, text, source.name)
     if not (trust_remote_code and AUTO_MODEL in (getattr(config, "auto_map", None) or {})):
-        _check_architecture(config, source.name)
+        _check_architecture(config, source.name, needs_backend)
     return config
 
 
@@ -130,16 +132,16 @@ def _check_rope(config: PreTrainedConfig, name: str) -> None:
             )
 
 
-def _check_architecture(config: PreTrainedConfig, name: str) -> None:
+def _check_architecture(config: PreTrainedConfig, name: str, needs_backend: bool) -> None:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ModelError(
             f"model {shown(name)} is of type {config.model_type!r}, which is no causal language "
             "model; flexmask generates with those alone"
         )
-    if isinstance(model_class, tuple):
-        return  # transformers chooses by what config.json calls the architecture
-    check_backend(model_class)
+    # Of a tuple, transformers chooses by what config.json calls the architecture.
+    if needs_backend and not isinstance(model_class, tuple):
+        check_backend(model_class)
 
 
 def check_backend(model_class: Any) -> None:
@@ -150,6 +152,7 @@ def check_backend(model_class: Any) -> None:
     """
     if not model_class.is_backend_compatible():
         raise AttentionError(
-            f"{model_class.__name__} does not support transformers' attention backends, which "
-            "flexmask needs; choose a model of another architecture"
+            f"{model_class.__name__} does not support transformers' attention backends, which the "
+            "engine needs; choose a model of another architecture, or use_strategy with the dense "
+            "reference if `flexmask doctor --model` finds that right"
         )

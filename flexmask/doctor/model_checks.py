@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flexmask.attention.backend import BACKEND, register_attention
+from flexmask.attention import BACKEND, DENSE_BACKEND
+from flexmask.attention.backend import register_attention
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.doctor.check_result import Check, WrongResult
@@ -21,7 +22,6 @@ from flexmask.errors import AttentionError, FlexMaskError
 from flexmask.layout import Layout
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
-from flexmask.strategy import Strategy
 
 REFERENCE = "eager"
 """transformers' plainest attention, which every model has."""
@@ -34,6 +34,7 @@ NEW_TOKENS = 10
 
 BACKEND_NAME = "model.generate under use_strategy"
 ENGINE_NAME = "Engine"
+DENSE_NAME = f"{BACKEND_NAME}, {DENSE_BACKEND}"
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Check]:
@@ -41,28 +42,29 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
     Two prompts of different lengths run as one batch, once through ``model.generate`` under
     `flexmask.use_strategy` and once through the engine, under ``causal``; each must give what the
-    model gives for it alone under `REFERENCE`, without a cache. The model ends with ``flexmask``.
+    model gives for it alone under `REFERENCE`, without a cache.
+
+    Args:
+        model: A model loaded with ``attn_implementation="flexmask"``, with which it ends too.
+        tokenizer: Its tokenizer.
     """
-    strategy = make_strategy("causal", {})
-    tokenize = RequestTokenizer(tokenizer)
-    layouts = [strategy.layout(tokenize(request)) for request in PROMPTS]
-    register_attention()
-    model.set_attn_implementation(REFERENCE)
-    reference = [_alone(model, layout) for layout in layouts]
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    eos = [ids] if isinstance(ids, int) else ids or []
+    comparison = _Comparison(model, tokenizer)
+    _attend_by(model, BACKEND)
+    return [
+        _checked(BACKEND_NAME, comparison.under_use_strategy),
+        _checked(ENGINE_NAME, comparison.by_engine),
+    ]
 
-    def backend() -> str:
-        return _compared(reference, _under_use_strategy(model, strategy, layouts), eos)
 
-    def engine() -> str:
-        run = Engine(model, tokenizer).generate(PROMPTS, strategy, max_new_tokens=NEW_TOKENS)
-        return _compared(reference, [(g.token_ids, None) for g in run], eos)
+def check_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Compare a model as `check_model` does, under the dense reference alone.
 
-    model.set_attn_implementation(BACKEND)
-    if model.config.get_text_config()._attn_implementation != BACKEND:
-        return _refused(f"{type(model).__name__} supports no attention backends of transformers")
-    return [_checked(BACKEND_NAME, backend), _checked(ENGINE_NAME, engine)]
+    That is the way for models that mask scores in code of their own. The model ends with
+    ``flexmask_dense``.
+    """
+    comparison = _Comparison(model, tokenizer)
+    _attend_by(model, DENSE_BACKEND)
+    return _checked(DENSE_NAME, comparison.under_use_strategy)
 
 
 def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bool) -> list[Check]:
@@ -79,19 +81,30 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
         OptionError: If device or dtype cannot be had.
     """
     target = resolve_device(device)
-    try:
-        loaded = load_model(
+
+    def loaded(needs_backend: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_model(
             model,
             device=target,
             dtype=resolve_dtype(dtype, target),
             trust_remote_code=trust_remote_code,
+            needs_backend=needs_backend,
         )
+
+    try:
+        with_backend = loaded(True)
     except AttentionError as error:
-        return _refused(described(error))
-    return check_model(*loaded)
+        found = refused(described(error))
+    else:
+        return check_model(*with_backend)
+    try:
+        return [*found, check_dense(*loaded(False))]
+    except FlexMaskError:  # it cannot be loaded so either, and what refused it stands already
+        return found
 
 
-def _refused(reason: str) -> list[Check]:
+def refused(reason: str) -> list[Check]:
+    """Both checks of `check_model`, for a model that cannot be loaded with ``flexmask``."""
     return [Check(name, "unavailable", reason) for name in (BACKEND_NAME, ENGINE_NAME)]
 
 
@@ -108,18 +121,50 @@ _Outcome = tuple[Sequence[int], Tensor | None]
 """Greedy tokens, and the logits ``(T, V)`` that chose them where they are known."""
 
 
+class _Comparison:
+    """A model, and what it gives for each prompt alone under transformers' own attention."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Generate under `REFERENCE`."""
+        self._model, self._tokenizer = model, tokenizer
+        self._strategy = make_strategy("causal", {})
+        tokenize = RequestTokenizer(tokenizer)
+        self._layouts = [self._strategy.layout(tokenize(request)) for request in PROMPTS]
+        register_attention()
+        _attend_by(model, REFERENCE)
+        self._reference = [_alone(model, layout) for layout in self._layouts]
+        ids = model.generation_config.eos_token_id if model.generation_config else None
+        self._eos = [ids] if isinstance(ids, int) else ids or []
+
+    def under_use_strategy(self) -> str:
+        """Compare what the model generates by itself, under a strategy."""
+        with use_strategy(self._strategy, self._layouts, self._model.device) as inputs:
+            found = _generated(self._model, inputs)
+        return _compared(self._reference, found, self._eos)
+
+    def by_engine(self) -> str:
+        """Compare what the engine generates."""
+        engine = Engine(self._model, self._tokenizer)
+        run = engine.generate(PROMPTS, self._strategy, max_new_tokens=NEW_TOKENS)
+        return _compared(self._reference, [(g.token_ids, None) for g in run], self._eos)
+
+
+def _attend_by(model: PreTrainedModel, implementation: str) -> None:
+    """Choose a model's attention, once it has been made.
+
+    transformers refuses this, with a line in its log, where code of the model's own attends; that
+    code asks for masks by this name alone.
+    """
+    model.set_attn_implementation(implementation)
+    if model.config.get_text_config()._attn_implementation != implementation:
+        model.config._attn_implementation = implementation
+
+
 def _alone(model: PreTrainedModel, layout: Layout) -> _Outcome:
     """Generate for one prompt by itself, all of it run anew for each token."""
     token_ids = layout.token_tensor[None].to(model.device)
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     return _generated(model, inputs, use_cache=False)[0]
-
-
-def _under_use_strategy(
-    model: PreTrainedModel, strategy: Strategy, layouts: Sequence[Layout]
-) -> list[_Outcome]:
-    with use_strategy(strategy, layouts, model.device) as inputs:
-        return _generated(model, inputs)
 
 
 def _generated(

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexmask.attention.backend import BACKEND, register_attention
+from flexmask.attention import BACKEND
+from flexmask.attention.backend import register_attention
 from flexmask.checkpoint.config import (
     check_backend,
     check_config_file,
@@ -34,7 +35,12 @@ from flexmask.errors import AttentionError, CompilerError
 
 
 def load_model(
-    model: str, *, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+    model: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool = False,
+    needs_backend: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, from safetensors or GGUF only, and its tokenizer.
 
@@ -43,11 +49,12 @@ def load_model(
         device: Where to put it.
         dtype: A torch dtype, or ``"auto"`` for the one it was saved in.
         trust_remote_code: Run code that comes with the model.
+        needs_backend: Refuse architectures that do not support attention backends.
 
     Raises:
         ModelError: If it cannot be found or loaded; if its weights are not all there, and of
             that model.
-        AttentionError: If its architecture does not support attention backends.
+        AttentionError: If its architecture does not support attention backends and needs to.
         CompilerError: If the device needs a compiler that is not there.
     """
     register_attention()
@@ -56,10 +63,13 @@ def load_model(
         check_folder(source)
         check_config_file(source, trust_remote_code=trust_remote_code)
         check_files(source)
-        config = load_config(source, trust_remote_code=trust_remote_code)
+        config = load_config(
+            source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
+        )
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     loaded = _load_weights(source, config, dtype, trust_remote_code)
-    check_backend(type(loaded))
+    if needs_backend:
+        check_backend(type(loaded))
     module: nn.Module = loaded  # whose to() has the plainer signature
     _move(module.eval().requires_grad_(False), device)
     return loaded, tokenizer
