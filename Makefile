@@ -13,6 +13,9 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)  ## answer the bundled questions with the bundled model
 	$(BIN)/flexmask generate --strategy ensemble_isolation --stop '\n' \
 		--output outputs/demo.feather --overwrite
+	@echo
+	@echo "Next: $(BIN)/flexmask show -s ensemble_isolation    draws the mask"
+	@echo "      $(BIN)/flexmask generate --help               your own model and questions"
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
