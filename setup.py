@@ -1,14 +1,19 @@
-"""Puts plugins/flexmask-example into the wheel, as the template of ``flexmask new``.
+"""What the build needs code for; everything else about it stands in pyproject.toml.
 
-Everything else about the build stands in pyproject.toml.
+The wheel carries plugins/flexmask-example as the template of ``flexmask new``, and its description
+is README.md with absolute links, because a package index resolves no relative ones.
 """
 
+import re
+import runpy
+import tomllib
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 EXAMPLE = Path("plugins/flexmask-example")
+RELATIVE_LINK = re.compile(r'(?P<start>\]\(|src=")(?P<target>(?![a-z]+:|#)[^)"#\s]+)')
 
 
 class BuildWithTemplate(build_py):
@@ -25,4 +30,20 @@ class BuildWithTemplate(build_py):
                     self.copy_file(str(path), str(target / path.name))
 
 
-setup(cmdclass={"build_py": BuildWithTemplate})
+def description() -> str:
+    """README.md with links to the files of this version in the repository."""
+    urls = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    version = runpy.run_path("flexmask/version.py")["__version__"]
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link["target"].endswith((".png", ".svg")) else "blob"
+        return f"{link['start']}{urls['Repository']}/{view}/v{version}/{link['target']}"
+
+    return RELATIVE_LINK.sub(absolute, Path("README.md").read_text(encoding="utf-8"))
+
+
+setup(
+    cmdclass={"build_py": BuildWithTemplate},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 from pyarrow import feather
 
+import flexmask
 from flexmask.plugins.new_plugin import PluginNames, write_plugin
 from plugin_site import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "plugins/flexmask-example"
+LINK = re.compile(r'(?:\]\(|src=")([^)"\s]+)')
 
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
 
@@ -101,6 +104,26 @@ def test_the_source_distribution_holds_the_example_and_the_benchmarks(installati
     example = {f"plugins/{name}" for name in installation.files(EXAMPLE)}
     assert f"{EXAMPLE}/pyproject.toml" in example
     assert example | installation.files("benchmarks") <= names
+
+
+def test_both_distributions_carry_the_licence(installation):
+    with zipfile.ZipFile(installation.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/licenses/LICENSE"))
+        in_wheel = archive.read(name)
+    with tarfile.open(installation.sdist) as archive:
+        (name,) = (name for name in archive.getnames() if re.fullmatch("[^/]+/LICENSE", name))
+        in_sdist = archive.extractfile(name).read()
+    assert in_wheel == in_sdist == (ROOT / "LICENSE").read_bytes()
+
+
+def test_links_of_the_description_hold_outside_the_repository(installation):
+    (metadata,) = installation.site.glob("flexmask-*.dist-info/METADATA")
+    links = LINK.findall(metadata.read_text().partition("\n\n")[2])
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    for link, written in zip(links, LINK.findall((ROOT / "README.md").read_text()), strict=True):
+        view = "raw" if written.endswith((".png", ".svg")) else "blob"
+        file = f"https://github.com/flexmask/flexmask/{view}/v{flexmask.__version__}/{written}"
+        assert link == (written if written.startswith(("https://", "#")) else file)
 
 
 def test_the_installed_copy_is_the_one_that_runs(installation):
