@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs site clean
 
 demo: $(INSTALLED)  ## answer the bundled questions with the bundled model
 	$(BIN)/flexmask generate --strategy ensemble_isolation --stop '\n' \
@@ -36,6 +36,9 @@ docs: $(INSTALLED)  ## make what programs make of the documents
 	$(BIN)/python docs/performance_tables.py
 	$(BIN)/python docs/compare_table.py
 	$(BIN)/python docs/strategy_pictures.py
+
+site: $(INSTALLED)  ## build the documents as a site, build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info
