@@ -7,6 +7,7 @@ is README.md with absolute links, because a package index resolves no relative o
 import re
 import runpy
 import tomllib
+import warnings
 from pathlib import Path
 
 from setuptools import setup
@@ -41,6 +42,9 @@ def description() -> str:
 
     return RELATIVE_LINK.sub(absolute, Path("README.md").read_text(encoding="utf-8"))
 
+
+# setuptools tells of it at each editable install of packages that lie in several folders.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 setup(
     cmdclass={"build_py": BuildWithTemplate},

@@ -20,6 +20,8 @@ from plugin_site import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "plugins/flexmask-example"
+PIP = ["-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-index", "--no-deps"]
 LINK = re.compile(r'(?:\]\(|src=")([^)"\s]+)')
 
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
@@ -56,11 +58,12 @@ class Installation:
         return {path.relative_to(above).as_posix() for path in paths if path.is_file()}
 
 
-def run_python(*arguments, **options):
-    """Run Python and return what it prints."""
+def run_python(*arguments, stderr=subprocess.PIPE, **options):
+    """Run Python and return what it prints to stdout, and to ``stderr`` if that is STDOUT."""
     command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
+    options |= {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, f"{result.stdout}{result.stderr or ''}"
     return result.stdout
 
 
@@ -74,14 +77,12 @@ def installation(tmp_path_factory):
     shutil.copytree(source / EXAMPLE, example)
     write_plugin(PluginNames.of("acme-masks"), started)
 
-    pip = ["-m", "pip", "--disable-pip-version-check"]
-    offline = ["--no-index", "--no-deps"]
     run_python("-m", "build", "--sdist", "--no-isolation", "--outdir", dist, source)
     (sdist,) = dist.iterdir()
     run_python(
-        *pip, "wheel", *offline, "--no-build-isolation", "-w", dist, sdist, example, started
+        *PIP, "wheel", *OFFLINE, "--no-build-isolation", "-w", dist, sdist, example, started
     )
-    run_python(*pip, "install", *offline, "--target", site, *dist.glob("*.whl"))
+    run_python(*PIP, "install", *OFFLINE, "--target", site, *dist.glob("*.whl"))
     (wheel,) = dist.glob("flexmask-*.whl")
     return Installation(source, started, sdist, wheel, site)
 
@@ -104,6 +105,18 @@ def test_the_source_distribution_holds_the_example_and_the_benchmarks(installati
     example = {f"plugins/{name}" for name in installation.files(EXAMPLE)}
     assert f"{EXAMPLE}/pyproject.toml" in example
     assert example | installation.files("benchmarks") <= names
+
+
+@pytest.mark.parametrize("command", [["wheel"], ["install", "--editable"]])
+def test_installing_a_checkout_prints_no_warnings(tmp_path, command):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    place = {"wheel": "--wheel-dir", "install": "--target"}[command[0]]
+    options = [*OFFLINE, "--no-build-isolation", place, tmp_path / "place"]
+    printed = run_python(
+        *PIP, command[0], *options, *command[1:], source, stderr=subprocess.STDOUT
+    )
+    assert re.findall(r"\w*Warning: .*", printed) == []
 
 
 def test_both_distributions_carry_the_licence(installation):
