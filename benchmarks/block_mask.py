@@ -145,7 +145,8 @@ def digest(block_mask: BlockMask) -> str:
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
     ]
     for counts, indices in lists:
-        assert counts is not None and indices is not None
+        assert counts is not None
+        assert indices is not None
         counts, indices = counts.cpu(), indices.cpu()
         place = torch.arange(indices.shape[-1], dtype=torch.int32)
         sha.update(counts.numpy().tobytes())
@@ -283,7 +284,8 @@ def decode_rows_are_exact(
         (mask.kv_num_blocks, mask.kv_indices),
         (mask.full_kv_num_blocks, mask.full_kv_indices),
     ):
-        assert counts is not None and indices is not None
+        assert counts is not None
+        assert indices is not None
         listed += indices.flatten()[: int(counts)].tolist()
     return sorted(listed) == expected.kv_indices.flatten()[: int(expected.kv_num_blocks)].tolist()
 
@@ -330,7 +332,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             if length in compiled:
                 found.append(Case("torch compiled", mask, length, device))
             found.append(Case("flexmask", mask, length, device))
-    return found + [Case("decode row", "ensemble of 5", DECODE_LENGTH, device)]
+    return [*found, Case("decode row", "ensemble of 5", DECODE_LENGTH, device)]
 
 
 def row(result: Result, agrees: str) -> str:

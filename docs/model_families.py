@@ -65,15 +65,15 @@ _LATENT = {
 }  # heads of rotary dimensions, as many as there are
 _DECODER = {"is_decoder": True}
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("minicpm3", "hrm_text"), {"num_key_value_heads": 4}),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), {"first_k_dense_replace": 1}),
+    **{key: {"num_key_value_heads": 4} for key in ("minicpm3", "hrm_text")},
+    **{key: {"first_k_dense_replace": 1} for key in ("deepseek_v2", "deepseek_v3")},
     **dict.fromkeys(("bert", "roberta", "electra", "camembert", "xlm-roberta", "ernie"), _DECODER),
     **dict.fromkeys(("rembert", "roformer", "megatron-bert", "bert-generation"), _DECODER),
     **dict.fromkeys(("data2vec-text", "roc_bert", "xmod"), _DECODER),
-    **dict.fromkeys(
-        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
-        {"use_sliding_window": True, "max_window_layers": 1},
-    ),
+    **{
+        key: {"use_sliding_window": True, "max_window_layers": 1}
+        for key in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+    },
     "gemma4_text": {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         "num_hidden_layers": 3,
@@ -96,7 +96,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
-    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
+    **{key: {"layer_types": ["conv", "full_attention"]} for key in ("lfm2", "lfm2_moe")},
     "nemotron_h": {},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
@@ -231,7 +231,7 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
     rows = [[WORDS[check["state"]] for check in outcome["checks"]] for outcome in checked]
     dense = sum(states[2:] == ["right"] for states in rows)
     either, both = (
-        sum(test("right" == s for s in states[:2]) for states in rows) for test in (any, all)
+        sum(test(s == "right" for s in states[:2]) for states in rows) for test in (any, all)
     )
     wrong = sum("wrong" in states for states in rows)
     lines = [

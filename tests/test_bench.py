@@ -106,14 +106,16 @@ def test_a_strategy_that_changes_scores_is_held_against_dense_scores():
     dense, _, flex, own = case.timings()
     assert dense.ms is None
     assert dense.note == "not run: the strategy changes scores, which SDPA does not"
-    assert flex.relative_error < 1e-5 and own.relative_error < 1e-5
+    assert flex.relative_error < 1e-5
+    assert own.relative_error < 1e-5
 
 
 def test_a_part_of_the_keys_that_is_scaled_is_held_against_dense_scores():
     strategy = make_strategy("adaptive_parallel", {"scale": 0.5})
     case = AttentionBench(strategy, strategy.layout(REQUEST), HEADS, CPU, torch.float32)
     dense, _, flex, own = case.timings()
-    assert dense.ms is None and flex.ms is None
+    assert dense.ms is None
+    assert flex.ms is None
     assert "scales a part of the keys" in flex.note
     assert own.relative_error < 1e-5
 
@@ -149,7 +151,8 @@ def test_the_times_of_a_call_have_a_median_between_its_quartiles():
 )
 def test_a_mistake_is_one_line(flexmask, arguments, message):
     printed = flexmask("bench", *arguments)
-    assert message in printed and "\n" not in printed
+    assert message in printed
+    assert "\n" not in printed
 
 
 def test_heads_are_whole_groups():

@@ -88,7 +88,8 @@ def test_each_cell_has_a_result_file_as_generate_writes_it_and_its_times(finishe
     for stem, cell in zip(stems, cells, strict=True):
         assert pyarrow.feather.read_table(folder / cell["file"]).num_rows == 6
         assert cell["file"] == f"{stem}.feather"
-        assert cell["tokens_per_s"] > 0 and cell["first_token_ms"] > 0
+        assert cell["tokens_per_s"] > 0
+        assert cell["first_token_ms"] > 0
         assert cell["measured"]["rows"] == 6
         assert 0 < cell["measured"]["timed_rows"] < 6
         assert cell["peak_bytes"] is None
@@ -156,7 +157,8 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path):
     assert "causal (2) failed" in result.stderr
     assert "rows.jsonl:2: needs positions up to" in result.stderr
     good, failed = json.loads((folder / "report.json").read_text())["cells"]
-    assert good["rows"] == 2 and good["error"] is None
+    assert good["rows"] == 2
+    assert good["error"] is None
     assert failed["score"] is None
     assert "the model's context is 4096" in failed["error"]
     assert pyarrow.feather.read_table(folder / "causal-1.feather").num_rows == 2

@@ -54,7 +54,8 @@ def error_of(monkeypatch):
 
 def test_the_tasks_are_listed(flexmask):
     listed = flexmask("tasks")
-    assert "myriadlama" in listed and "webqa" in listed
+    assert "myriadlama" in listed
+    assert "webqa" in listed
     myriadlama, webqa = json.loads(flexmask("tasks", "--json"))
     assert (myriadlama["name"], webqa["name"]) == ("myriadlama", "webqa")
     assert myriadlama["reads"] == ["uuid", "manual_paraphrases", "auto_paraphrases", "answers"]
@@ -344,7 +345,8 @@ def test_rows_that_cannot_be_used_stand_in_the_output_with_their_reason(tmp_path
     assert f"{path}:3: needs positions up to" in rows[2]["error"]
     assert rows[2]["correct"] is False
     assert rows[3]["error"].endswith(":4: uuid 'good' already stands in row 1; give each its own")
-    assert rows[0]["generation"] and rows[4]["error"] is None
+    assert rows[0]["generation"]
+    assert rows[4]["error"] is None
     run = read_run_config(output).run
     assert (run["task"]["name"], run["judge"]["metric"]) == ("t", "f1")
 

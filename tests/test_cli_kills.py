@@ -96,5 +96,6 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(tmp_pat
             output = tmp_path / f"killed-{rounds}.feather"
     run_whole(output, limit)
     assert pyarrow.feather.read_table(output).equals(whole)
-    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
     print(f"20 kills in {rounds} rounds of {duration_s:.0f} s; rows found: {found}")

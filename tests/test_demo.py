@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -131,7 +132,7 @@ def test_training_text_uses_no_held_out_template(world):
     for question, _ in make_training_pairs(quiet, 2000):
         text = question.removeprefix("Q: ").removesuffix("\nA:")
         words = text.replace("'s", "").replace(",", "").rstrip("?.").split()
-        names = [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]
+        names = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
         (entity,) = entities.intersection(names)
         assert text.replace(entity, "{entity}") not in held_out
 

@@ -196,7 +196,7 @@ def test_impossible_sampling_is_named(option, message):
 
 def test_a_prompt_beyond_the_context_names_its_request(engine):
     long = Request((words(1, 252),), uuid="long")
-    with pytest.raises(RequestError, match="request 'long': needs positions up to 259.*256"):
+    with pytest.raises(RequestError, match=r"request 'long': needs positions up to 259.*256"):
         run(engine, [long])
 
 
@@ -352,7 +352,8 @@ def test_the_longest_prompts_run_first_and_rows_finish_by_batch(engine):
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=2, batch_size=3)
     batches = [[g.prompt_tokens for g in batch] for batch in results.batches()]
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert min(batches[0]) >= max(batches[1]) and min(batches[1]) >= batches[2][0]
+    assert min(batches[0]) >= max(batches[1])
+    assert min(batches[1]) >= batches[2][0]
 
 
 def test_a_longer_prompt_later_on_gets_a_larger_cache(engine, monkeypatch):

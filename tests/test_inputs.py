@@ -110,9 +110,9 @@ def test_a_split_of_a_saved_data_set_is_named_after_a_colon(tmp_path: Path) -> N
     assert [row.values["uuid"] for row in test] == ["b", "c"]
     assert test.split_of is not None
     assert [row.values["uuid"] for row in test.split_of("train")] == ["a"]
-    with pytest.raises(RequestError, match="which split\\? name one as .*:SPLIT, of train, test"):
+    with pytest.raises(RequestError, match=r"which split\? name one as .*:SPLIT, of train, test"):
         open_input(str(folder))
-    with pytest.raises(RequestError, match="it has no split 'dev'; name one as .*:SPLIT"):
+    with pytest.raises(RequestError, match=r"it has no split 'dev'; name one as .*:SPLIT"):
         open_input(f"{folder}:dev")
 
 
@@ -134,7 +134,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         return splits[split] if split else datasets.IterableDatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    yield asked
+    return asked
 
 
 def test_a_hub_id_streams_a_split(hub: list[tuple[Any, ...]]) -> None:
@@ -225,14 +225,16 @@ def test_bad_rows_are_skipped_and_none_vanishes(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good, broken, twice, empty, last = source_of(path, *LINES, on_error="skip")
     assert [good.uuid, last.uuid] == ["a", "e"]
-    assert isinstance(broken, BadRow) and broken.uuid == f"{path}:2"
-    assert isinstance(twice, BadRow) and twice.uuid == f"{path}:3"
+    assert isinstance(broken, BadRow)
+    assert broken.uuid == f"{path}:2"
+    assert isinstance(twice, BadRow)
+    assert twice.uuid == f"{path}:3"
     assert twice.error == f"{path}:3: uuid 'a' already stands in row 1; give each its own"
     assert empty == BadRow("d", f"{path}:4: segments must hold at least one text, got none")
 
 
 def test_an_input_of_bad_rows_only_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no row can be used; the first: .*:1: segments must"):
+    with pytest.raises(RequestError, match=r"no row can be used; the first: .*:1: segments must"):
         list(source_of(tmp_path / "rows.jsonl", LINES[3], LINES[1], on_error="skip"))
 
 
@@ -270,7 +272,9 @@ def test_lists_that_numpy_printed_are_read_from_csv(tmp_path: Path) -> None:
 
 def test_a_list_that_cannot_be_read_is_refused_by_row(tmp_path: Path) -> None:
     for cell in ("[London, Londres]", "['it's', 'b']"):
-        with pytest.raises(RequestError, match="rows.csv:2: a cell begins like a list and is non"):
+        with pytest.raises(
+            RequestError, match=r"rows.csv:2: a cell begins like a list and is non"
+        ):
             csv_request(tmp_path / "rows.csv", "segments,answers", "Q?", cell)
 
 
@@ -414,7 +418,9 @@ def test_a_text_file_is_read_in_the_encoding_that_is_told(
     (request,) = read_requests(str(path), encoding=encoding)
     assert (request.segments, request.answers) == (("Où?",), ("é",))
     if encoding != "utf-8":
-        with pytest.raises(RequestError, match="--encoding names one .* and --delimiter|not JSON"):
+        with pytest.raises(
+            RequestError, match=r"--encoding names one .* and --delimiter|not JSON"
+        ):
             read_requests(str(path))
 
 
@@ -458,7 +464,7 @@ def test_what_can_be_read_only_once_or_for_ever_is_refused_at_once(tmp_path: Pat
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "fifo", tmp_path / "zero.csv"):
-        with pytest.raises(RequestError, match="not a file but a pipe or device, .*--input -"):
+        with pytest.raises(RequestError, match=r"not a file but a pipe or device, .*--input -"):
             read_requests(str(path))
 
 
@@ -467,7 +473,7 @@ def test_nested_lists_of_any_depth_are_one_line(tmp_path: Path) -> None:
         nested = "[" * depth + "]" * depth
         (tmp_path / "deep.jsonl").write_text(f'{{"segments": ["x"], "more": {nested}}}\n')
         with pytest.raises(
-            RequestError, match="JSON (nested more than 100 deep|that Python does)"
+            RequestError, match=r"JSON (nested more than 100 deep|that Python does)"
         ):
             read_requests(str(tmp_path / "deep.jsonl"))
         request = csv_request(tmp_path / "deep.csv", "segments,more", "x", nested)

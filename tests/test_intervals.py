@@ -81,7 +81,8 @@ def test_no_cell_called_surely_empty_or_full_is_otherwise(
     except NoIntervalRule:
         return
     except RuntimeError as error:
-        assert "ZeroDivision" in str(error)
+        if "ZeroDivision" not in str(error):
+            raise
 
 
 ids = torch.arange(60) // 7

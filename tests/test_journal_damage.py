@@ -48,7 +48,8 @@ def damage_and_resume(output: Path, whole: bytes, expected: pa.Table, case: int)
             assert all(row in right for row in found), "wrong rows were read"
             summary = run(output, requests, mode="resume")
         except OutputError as error:
-            assert "\n" not in str(error)
+            message = str(error)
+            assert "\n" not in message
             assert not output.exists()
             return "refused"
     assert read_finished_rows(output).equals(expected), "wrong rows were kept"
@@ -123,11 +124,13 @@ def test_rows_before_the_damage_are_kept_and_the_rest_is_said(output: Path) -> N
 
 def test_a_damaged_journal_is_not_replaced_by_a_new_run(output: Path) -> None:
     requests = make_requests(3)
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            start = journal_of(output).stat().st_size
-            writer.write([answer(requests[0])])
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        start = journal_of(output).stat().st_size
+        writer.write([answer(requests[0])])
+        raise KeyboardInterrupt
     content = bytearray(journal_of(output).read_bytes())
     content[start + 900] ^= 1
     journal_of(output).write_bytes(content)
@@ -143,12 +146,14 @@ def test_batches_of_another_journal_do_not_count(output: Path, tmp_path: Path) -
     changed = [replace(request, prefix="Réponde.\n\n") for request in requests]
     parts = []
     for path, asked in ((output, requests), (other, changed)):
-        with pytest.raises(KeyboardInterrupt):
-            with ResultWriter.open(path, config=CONFIG, requests=asked) as writer:
-                writer.write([answer(asked[0])])
-                middle = journal_of(path).stat().st_size
-                writer.write([answer(asked[1])])
-                raise KeyboardInterrupt
+        with (
+            pytest.raises(KeyboardInterrupt),
+            ResultWriter.open(path, config=CONFIG, requests=asked) as writer,
+        ):
+            writer.write([answer(asked[0])])
+            middle = journal_of(path).stat().st_size
+            writer.write([answer(asked[1])])
+            raise KeyboardInterrupt
         content = journal_of(path).read_bytes()
         parts.append((content[:middle], content[middle:]))
     journal_of(output).write_bytes(parts[0][0] + parts[1][1])
@@ -180,7 +185,7 @@ def test_a_journal_whose_beginning_is_damaged_is_refused(output: Path) -> None:
     content = bytearray(journal_of(output).read_bytes())
     content[100] ^= 1
     journal_of(output).write_bytes(content)
-    with pytest.raises(OutputError, match="damaged at its beginning, .*; pass --overwrite to"):
+    with pytest.raises(OutputError, match=r"damaged at its beginning, .*; pass --overwrite to"):
         run(output, make_requests(3), mode="resume")
 
 
@@ -204,12 +209,14 @@ def test_a_journal_that_is_removed_with_its_folder_is_kept_by_an_interrupted_run
     output: Path,
 ) -> None:
     requests = make_requests(4)
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write(map(answer, requests[:2]))
-            journal_of(output).unlink()
-            output.parent.rmdir()
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write(map(answer, requests[:2]))
+        journal_of(output).unlink()
+        output.parent.rmdir()
+        raise KeyboardInterrupt
     assert uuids(journal_of(output)) == ["q0", "q1"]
     assert run(output, requests, mode="resume").resumed == 2
 
@@ -219,30 +226,36 @@ def test_a_journal_that_is_truncated_during_a_run_ends_it_at_the_next_write(
     output: Path, size: int
 ) -> None:
     requests = make_requests(4)
-    with pytest.raises(OutputError, match="another process has changed it while this one wrote"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write(map(answer, requests[:2]))
-            os.truncate(journal_of(output), size)
-            writer.write([answer(requests[2])])
+    with (
+        pytest.raises(OutputError, match="another process has changed it while this one wrote"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write(map(answer, requests[:2]))
+        os.truncate(journal_of(output), size)
+        writer.write([answer(requests[2])])
 
 
 def test_another_file_in_the_place_of_the_journal_is_left_alone(output: Path) -> None:
     requests = make_requests(2)
-    with pytest.raises(OutputError, match="another file was put in its place"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            journal_of(output).unlink()
-            journal_of(output).write_text("theirs")
-            writer.write(map(answer, requests))
+    with (
+        pytest.raises(OutputError, match="another file was put in its place"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        journal_of(output).unlink()
+        journal_of(output).write_text("theirs")
+        writer.write(map(answer, requests))
     assert journal_of(output).read_text() == "theirs"
 
 
 def test_rows_that_are_changed_during_a_run_make_no_file(output: Path) -> None:
     requests = make_requests(2)
-    with pytest.raises(OutputError, match="damaged while it was written: 0 of 2 rows are whole"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            start = journal_of(output).stat().st_size
-            writer.write(map(answer, requests))
-            with journal_of(output).open("r+b") as journal:
-                journal.seek(start + 40)
-                journal.write(struct.pack("<Q", 1 << 40))
+    with (
+        pytest.raises(OutputError, match="damaged while it was written: 0 of 2 rows are whole"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        start = journal_of(output).stat().st_size
+        writer.write(map(answer, requests))
+        with journal_of(output).open("r+b") as journal:
+            journal.seek(start + 40)
+            journal.write(struct.pack("<Q", 1 << 40))
     assert os.listdir(output.parent) == ["out.feather.partial"]

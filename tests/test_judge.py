@@ -46,7 +46,7 @@ def test_composed_and_decomposed_forms_are_one_answer(text: str) -> None:
         ("«Российская Федерация».", "Российская Федерация"),
         ("“Big Smoke”", "the Big Smoke"),
         ("STRASSE", "Straße"),
-        ("１９８４", "1984"),
+        ("\uff11\uff19\uff18\uff14", "1984"),  # full-width digits
         ("Saint\u00a0Petersburg", "Saint Petersburg"),
         ("soft\u00adhyphen", "softhyphen"),
         ("東京。", "東京"),

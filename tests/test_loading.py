@@ -48,7 +48,8 @@ def refusal(capfd) -> Callable[..., str]:
             Engine.from_pretrained(str(model), device="cpu", **options)
         assert type(caught.value) is kind
         message = str(caught.value)
-        assert len(message) <= 250 and "\n" not in message
+        assert len(message) <= 250
+        assert "\n" not in message
         out, err = capfd.readouterr()
         assert (out, err) == ("", "")
         return message

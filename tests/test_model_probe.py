@@ -69,17 +69,18 @@ def test_modules_that_attend_twice_run_under_use_strategy_and_not_in_the_engine(
 
 
 def test_a_strategy_that_no_model_attends_under_is_an_error(models):
-    with pytest.raises(AttentionError, match="no model attended through flexmask"):
-        with use_strategy(STRATEGY, LAYOUTS):
-            pass
+    with (
+        pytest.raises(AttentionError, match="no model attended through flexmask"),
+        use_strategy(STRATEGY, LAYOUTS),
+    ):
+        pass
     with pytest.raises(AttentionError, match="attends by 'sdpa'; load it with"):
         under_a_strategy(models("llama", "sdpa"))
 
 
 def test_what_goes_wrong_inside_a_strategy_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        with use_strategy(STRATEGY, LAYOUTS):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), use_strategy(STRATEGY, LAYOUTS):
+        raise ZeroDivisionError
 
 
 def test_a_model_is_looked_at_once_and_keeps_its_training_flags(models, monkeypatch):
@@ -176,9 +177,11 @@ def test_a_batch_under_model_generate_stops_where_rotations_would_change(stretch
     for rows in (layouts[:1], layouts[1:]):
         with use_strategy(Causal(), rows) as inputs:
             stretched_model(**inputs)
-    with pytest.raises(AttentionError, match="changes the rotary embeddings of all rows"):
-        with use_strategy(Causal(), layouts) as inputs:
-            stretched_model(**inputs)
+    with (
+        pytest.raises(AttentionError, match="changes the rotary embeddings of all rows"),
+        use_strategy(Causal(), layouts) as inputs,
+    ):
+        stretched_model(**inputs)
 
 
 def test_attention_refuses_every_argument_that_it_does_not_know():

@@ -141,8 +141,9 @@ def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
         boxes = [text.get_window_extent() for text in texts]
         whole = figure.bbox
         for number, box in enumerate(boxes):
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1, texts[number].get_text()
-            assert whole.y0 <= box.y0 and box.y1 <= whole.y1, texts[number].get_text()
+            text = texts[number].get_text()
+            assert whole.x0 <= box.x0 <= box.x1 <= whole.x1, text
+            assert whole.y0 <= box.y0 <= box.y1 <= whole.y1, text
             assert not any(box.overlaps(other) for other in boxes[:number])
 
 

@@ -102,7 +102,7 @@ def test_where_flash_cannot_compile_a_mask_triton_goes_on_and_a_warning_says_so(
 
 def test_flash_that_was_asked_for_and_cannot_compile_a_mask_is_an_error(refused):
     runner, asked = refused
-    with pytest.raises(AttentionError, match="'flash' cannot compile .* 'maximum'"):
+    with pytest.raises(AttentionError, match=r"'flash' cannot compile .* 'maximum'"):
         prefill_with_flash(runner, "flash")
     assert asked == ["flash"]
 

@@ -187,7 +187,7 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones(site, monkeypatch):
 
 
 def test_a_misspelled_strategy_is_answered_with_the_nearest(site):
-    with pytest.raises(StrategyError, match="did you mean 'prefix_segment'?"):
+    with pytest.raises(StrategyError, match=r"did you mean 'prefix_segment'?"):
         load_registry().strategy("prefix-segments")
 
 
@@ -238,7 +238,7 @@ def test_of_a_distribution_found_twice_the_first_on_the_path_counts(site, tmp_pa
 def test_a_source_tree_without_metadata_is_told_to_install(site, monkeypatch):
     site.install("flexmask-mine", plugin("mine"))
     monkeypatch.setattr(sys, "path", [str(site.folder)])
-    with pytest.raises(FlexMaskError, match="flexmask is not installed.* pip install -e ."):
+    with pytest.raises(FlexMaskError, match=r"flexmask is not installed.* pip install -e ."):
         load_registry()
 
 

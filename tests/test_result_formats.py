@@ -82,7 +82,7 @@ def test_every_format_is_resumed(output: Path, tmp_path: Path) -> None:
 def test_every_format_refuses_another_run_with_the_differences(output: Path) -> None:
     write(output)
     config = RunConfig({"strategy": "causal", "task": {"name": "t", "select": "all"}})
-    with pytest.raises(OutputError, match="run .task.select: 'first 2' → 'all'.; pass --over"):
+    with pytest.raises(OutputError, match=r"run .task.select: 'first 2' → 'all'.; pass --over"):
         ResultWriter.open(output, config=config, requests=REQUESTS, mode="resume")
 
 
@@ -212,10 +212,12 @@ def test_the_judge_cuts_and_scores_what_is_written(tmp_path: Path) -> None:
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     requests = REQUESTS[:2]
-    with pytest.raises(Exception, match="the input has changed while it was read: uuid 'q2' is"):
-        with ResultWriter.open(tmp_path / "o.feather", config=CONFIG, requests=requests) as writer:
-            requests.append(REQUESTS[2])
-            list(writer.remaining)
+    with (
+        pytest.raises(Exception, match="the input has changed while it was read: uuid 'q2' is"),
+        ResultWriter.open(tmp_path / "o.feather", config=CONFIG, requests=requests) as writer,
+    ):
+        requests.append(REQUESTS[2])
+        list(writer.remaining)
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_a_disk_that_is_really_full_costs_no_finished_row(
     requests = [
         Request(uuid=str(n), prefix=os.urandom(5000).hex(), segments=(f"{n}?",)) for n in range(40)
     ]
-    with pytest.raises(OutputError, match="No space left on device.; finished rows are kept"):
+    with pytest.raises(OutputError, match=r"No space left on device.; finished rows are kept"):
         write(output, requests)
     kept = read_finished_rows(output.with_name(output.name + ".partial"))["uuid"].to_pylist()
     assert kept == [str(n) for n in range(len(kept))]
@@ -246,7 +248,8 @@ def test_a_disk_that_is_really_full_costs_no_finished_row(
     write(output, requests, mode="resume")
     write(tmp_path / output.name, requests)
     assert read_finished_rows(output).equals(read_finished_rows(tmp_path / output.name))
-    assert not list(small_disk.glob("*.partial")) and not list(small_disk.glob("*.tmp"))
+    assert not list(small_disk.glob("*.partial"))
+    assert not list(small_disk.glob("*.tmp"))
 
 
 def test_a_large_result_is_put_in_order(tmp_path: Path) -> None:

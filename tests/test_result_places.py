@@ -113,8 +113,9 @@ def test_no_link_beside_the_output_is_followed(
     try:
         run(output, REQUESTS, mode="overwrite")
     except OutputError as error:
+        message = str(error)
         assert beside == ".partial"
-        assert "a link stands there" in str(error)
+        assert "a link stands there" in message
     else:
         assert uuids(output) == ["q0", "q1", "q2"]
     assert victim.read_text() == "mine"
@@ -208,9 +209,11 @@ def test_another_working_directory_during_a_run_moves_no_file(
 def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text("old")
-    with pytest.raises(OutputError, match=r"times.json: cannot be written \(No space left"):
-        with replacing(path) as file:
-            file.write(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(OutputError, match=r"times.json: cannot be written \(No space left"),
+        replacing(path) as file,
+    ):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["times.json"]

@@ -136,22 +136,26 @@ def test_rows_can_be_read_while_the_run_goes_on(output: Path) -> None:
 
 def test_only_requested_rows_are_taken_and_each_once(output: Path) -> None:
     requests = make_requests(3)
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests[:2]) as writer:
-            writer.write([answer(requests[0])])
-            for wrong in ([requests[0]], [requests[2]], [requests[1], requests[1]]):
-                with pytest.raises(ValueError, match="takes one row"):
-                    writer.write(map(answer, wrong))
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests[:2]) as writer,
+    ):
+        writer.write([answer(requests[0])])
+        for wrong in ([requests[0]], [requests[2]], [requests[1], requests[1]]):
+            with pytest.raises(ValueError, match="takes one row"):
+                writer.write(map(answer, wrong))
+        raise KeyboardInterrupt
     assert uuids(journal_of(output)) == ["q0"]
 
 
 def test_nothing_is_written_to_a_closed_writer(output: Path) -> None:
     requests = make_requests(2)
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write([answer(requests[0])])
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write([answer(requests[0])])
+        raise KeyboardInterrupt
     with pytest.raises(OutputError, match="Bad file descriptor"):
         writer.write([answer(requests[1])])
 
@@ -175,9 +179,11 @@ def test_a_run_interrupted_before_its_first_row_leaves_nothing(output: Path) -> 
 
 def test_a_run_that_ends_with_rows_missing_makes_no_file(output: Path) -> None:
     requests = make_requests(3)
-    with pytest.raises(OutputError, match="2 of 3 requests have no row yet; pass --resume"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write([answer(requests[0])])
+    with (
+        pytest.raises(OutputError, match="2 of 3 requests have no row yet; pass --resume"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write([answer(requests[0])])
     assert os.listdir(output.parent) == ["out.feather.partial"]
     assert run(output, requests, mode="resume").rows == 3
 
@@ -196,13 +202,15 @@ def test_a_resumed_run_equals_an_undisturbed_one(output: Path, tmp_path: Path) -
 def test_a_journal_cut_at_any_byte_gives_its_whole_rows(output: Path) -> None:
     requests = make_requests(4)
     ends = []
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        ends.append(journal_of(output).stat().st_size)
+        for request in requests[:3]:
+            writer.write([answer(request)])
             ends.append(journal_of(output).stat().st_size)
-            for request in requests[:3]:
-                writer.write([answer(request)])
-                ends.append(journal_of(output).stat().st_size)
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
     for size in range(ends[-1], -1, -1):
         os.truncate(journal_of(output), size)
         if size < ends[0]:
@@ -263,10 +271,12 @@ def test_a_disk_that_fills_up_at_the_end_costs_no_row(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = make_requests(3)
-    with pytest.raises(OutputError, match="out.feather: cannot be written .No space left"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write(map(answer, requests))
-            monkeypatch.setattr(os, "fsync", raise_no_space)
+    with (
+        pytest.raises(OutputError, match=r"out.feather: cannot be written .No space left"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write(map(answer, requests))
+        monkeypatch.setattr(os, "fsync", raise_no_space)
     monkeypatch.undo()
     assert os.listdir(output.parent) == ["out.feather.partial"]
     assert run(output, requests, mode="resume").resumed == 3
@@ -404,10 +414,12 @@ def test_segments_run_alone_have_a_row_each_and_are_resumed_one_by_one(
     assert expected["uuid"].to_pylist() == ["q0", "q0", "q1", "q1", "q2", "q2"]
     assert expected["segment"].to_pylist() == [1, 2] * 3
     assert expected["paraphrases"].to_pylist()[1] == ["Q: what is 0?\nA:"]
-    with pytest.raises(KeyboardInterrupt):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            writer.write([answer(requests[3]), answer(requests[0]), answer(requests[5])])
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        writer.write([answer(requests[3]), answer(requests[0]), answer(requests[5])])
+        raise KeyboardInterrupt
     summary = run(output, requests, mode="resume")
     assert (summary.rows, summary.resumed) == (6, 3)
     assert pyarrow.feather.read_table(output).equals(expected)
@@ -501,7 +513,8 @@ def test_a_second_run_on_the_same_output_is_refused(output: Path) -> None:
 def test_the_lock_ends_with_the_process(output: Path) -> None:
     requests = make_requests(2)
     with as_program("hold", output) as program:
-        assert program.stdout is not None and program.stdout.readline() == "holding\n"
+        assert program.stdout is not None
+        assert program.stdout.readline() == "holding\n"
         with pytest.raises(OutputError, match="another process is writing it; wait for its end"):
             run(output, requests, mode="resume")
         program.kill()

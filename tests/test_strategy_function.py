@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_used_is_told_why_and_where(write, source, message
 
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(
-        StrategyError, match="nowhere.py: No such file or directory; a strategy is a name"
+        StrategyError, match=r"nowhere.py: No such file or directory; a strategy is a name"
     ):
         make_strategy("nowhere.py:one", {})
 

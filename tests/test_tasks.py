@@ -127,7 +127,7 @@ def test_examples_are_drawn_with_the_seed(task_of: Callable[[str], Task], tmp_pa
     drawn = "".join(f"q{index} " for index in indices)
     assert request_of(task_of(text), {"q": "x"}).prefix == drawn
     assert request_of(task_of(text.replace("42", "43")), {"q": "x"}).prefix != drawn
-    with pytest.raises(TaskError, match="train.jsonl: 51 examples wanted, it has 50 rows"):
+    with pytest.raises(TaskError, match=r"train.jsonl: 51 examples wanted, it has 50 rows"):
         request_of(task_of(text.replace("count = 3", "count = 51")), {"q": "x"})
 
 
@@ -145,7 +145,9 @@ def test_examples_may_come_from_another_split_of_the_input(
     first, second = RequestSource(rows, TaskPrompts(task_of(text), rows))
     assert first.prefix == "Q: train 1\nA: x\n\nQ: train 2\nA: x\n\n"  # type: ignore[union-attr]
     assert second.segments == ("test 2",)  # type: ignore[union-attr]
-    with pytest.raises(TaskError, match="'train', but rows.jsonl has no splits; name others with"):
+    with pytest.raises(
+        TaskError, match=r"'train', but rows.jsonl has no splits; name others with"
+    ):
         request_of(task_of(text), {"q": "x"})
 
 
@@ -248,7 +250,7 @@ def test_a_template_that_cannot_be_filled_in_is_an_error_of_the_row(
 
 def test_a_template_with_a_wrong_syntax_names_its_line(task_of: Callable[[str], Task]) -> None:
     task = task_of(MINIMAL.replace("{{ paraphrase }}", "\\n{{ paraphrase"))
-    with pytest.raises(TaskError, match="task 'mine', prompt.segment: line 2: "):
+    with pytest.raises(TaskError, match=r"task 'mine', prompt.segment: line 2: "):
         request_of(task, {"q": "x"})
 
 
@@ -260,7 +262,7 @@ def test_a_row_without_paraphrases_names_its_columns(task_of: Callable[[str], Ta
 def test_an_unknown_task_lists_those_there_are() -> None:
     with pytest.raises(TaskError, match="unknown task 'webq'; known: myriadlama, webqa, or the p"):
         load_task("webq")
-    with pytest.raises(TaskError, match="nowhere.toml: No such file"):
+    with pytest.raises(TaskError, match=r"nowhere.toml: No such file"):
         load_task("nowhere.toml")
 
 
@@ -312,7 +314,7 @@ def test_examples_that_are_too_few_beside_the_row_that_is_asked_are_an_error(
 ) -> None:
     task = task_of(MINIMAL + EXAMPLES_OF_ALL + 'count = 2\nrows = [{q = "a"}, {q = "b"}]\n')
     assert request_of(task, {"q": "c"}).prefix == "<a><b>"
-    with pytest.raises(RequestError, match="only 1 others of the 2 wanted; .*--num-examples 1"):
+    with pytest.raises(RequestError, match=r"only 1 others of the 2 wanted; .*--num-examples 1"):
         request_of(task, {"q": "b"})
 
 
@@ -340,7 +342,8 @@ def test_a_column_of_paraphrases_may_be_in_some_rows_only(task_of: Callable[[str
         rows_in_memory([{"q": "x"}], "rows.jsonl"),
         TaskPrompts(task_of(TWO_COLUMNS), rows, chosen_columns=["q"]),
     )
-    assert isinstance(request, Request) and request.segments == ("x",)
+    assert isinstance(request, Request)
+    assert request.segments == ("x",)
 
 
 def test_numbers_beyond_all_measure_are_refused_at_once(task_of: Callable[[str], Task]) -> None:
@@ -362,7 +365,7 @@ def test_numbers_beyond_all_measure_are_refused_at_once(task_of: Callable[[str],
 @pytest.mark.parametrize("depth", [30, 200, 100_000])
 def test_a_task_nested_too_deep_is_one_line(task_of: Callable[[str], Task], depth: int) -> None:
     nested = "[" * depth + "]" * depth
-    with pytest.raises(TaskError, match="mine.toml: nested more than 20 deep; write it flatter"):
+    with pytest.raises(TaskError, match=r"mine.toml: nested more than 20 deep; write it flatter"):
         task_of(MINIMAL + f"[examples]\nrows = [{{a = {nested}}}]\n")
 
 
@@ -405,7 +408,8 @@ def test_a_template_leaves_columns_alone_that_it_does_not_name(
     rows = open_input(str(path))
     task = task_of(MINIMAL + 'suffix = "{{ topic }}"')
     (request,) = RequestSource(rows, TaskPrompts(task, rows))
-    assert isinstance(request, Request) and request.suffix == "t"
+    assert isinstance(request, Request)
+    assert request.suffix == "t"
     task = task_of(MINIMAL + 'suffix = "{{ day }}"')
     with pytest.raises(RequestError, match="the column 'day' holds a date32"):
         list(RequestSource(rows, TaskPrompts(task, rows)))
