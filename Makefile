@@ -25,6 +25,7 @@ lint: $(INSTALLED)  ## check style, types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs benchmarks
 	$(BIN)/lint-imports
 
 format: $(INSTALLED)  ## bring the code into style

@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from flexmask.bench.clock import time_call
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from stamp import environment_stamp
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
 
 HEADS, KV_HEADS, DIM = 24, 8, 128
 SEGMENTS, TAIL = 5, 128
@@ -82,10 +85,11 @@ def segments_mask(length: int) -> Callable[..., Tensor]:
 
 def compiled_flex(options: dict[str, Any] | None, dynamic: bool) -> Callable[..., Tensor]:
     """FlexAttention with kernel options, compiled anew."""
+    kernel_options = cast("FlexKernelOptions | None", options)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
         return flex_attention(
-            query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options
+            query, key, value, block_mask=mask, enable_gqa=True, kernel_options=kernel_options
         )
 
     return torch.compile(attend, dynamic=dynamic, fullgraph=True)
@@ -129,8 +133,8 @@ class Prefill:
         """Make random ones."""
         torch.manual_seed(0)
         shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        inputs = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-        return cls(*inputs, length, segments_mask(length))
+        query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+        return cls(query, key, value, length, segments_mask(length))
 
     def causal_ways(self) -> list[Way]:
         """What computes every pair before a query."""
@@ -186,13 +190,13 @@ class Prefill:
         """SDPA with the mask of all pairs, and its result in float32."""
         index = torch.arange(self.length, device="cuda")
         dense = self.mask_mod(None, None, index[:, None], index[None])
-        expanded = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (self.key, self.value)]
+        key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (self.key, self.value))
         want = F.scaled_dot_product_attention(
-            self.query.float(), *[x.float() for x in expanded], attn_mask=dense
+            self.query.float(), key.float(), value.float(), attn_mask=dense
         )
 
         def call() -> Tensor:
-            return F.scaled_dot_product_attention(self.query, *expanded, attn_mask=dense)
+            return F.scaled_dot_product_attention(self.query, key, value, attn_mask=dense)
 
         return Way("SDPA, dense mask", "mask", call), want
 
@@ -237,7 +241,7 @@ def decode_timings(rows: int, length: int, bandwidth: float) -> list[Timing]:
 
     def own() -> Tensor:
         last = (query[:, :, 0], key[:, :, -1], value[:, :, -1])
-        rows = decode_attention(*last, None, None, key, value, slots, DIM**-0.5, 0.0)
+        rows: Tensor = decode_attention(*last, None, None, key, value, slots, DIM**-0.5, 0.0)
         return rows[:, :, None]
 
     ways = {
@@ -279,10 +283,12 @@ def main() -> None:
     print(f"{'case':18} {'way':26} {'ms':>9} {'TFLOP/s':>9} {'rel. error':>10}")
     timings = []
     for case in arguments.prefill:
-        timings += prefill_timings(*map(int, case.split("x")), flops_per_s)
+        rows, length = map(int, case.split("x"))
+        timings += prefill_timings(rows, length, flops_per_s)
         torch.cuda.empty_cache()
     for case in arguments.decode:
-        timings += decode_timings(*map(int, case.split("x")), bandwidth)
+        rows, length = map(int, case.split("x"))
+        timings += decode_timings(rows, length, bandwidth)
     record = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops_per_s,

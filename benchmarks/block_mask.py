@@ -128,13 +128,15 @@ MASKS = {"causal": causal, "ensemble of 5": ensemble, "64 documents": documents}
 
 def build(case: Case, mask_mod: Callable[..., Tensor]) -> BlockMask:
     """Build the mask of a case."""
-    arguments: Any = (mask_mod, None, None, case.length, case.length, case.device)
+    length, device = case.length, case.device
     if case.builder == "flexmask":
-        return create_block_mask(*arguments)
+        return create_block_mask(mask_mod, None, None, length, length, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         compiles = case.builder == "torch compiled"
-        return torch_create_block_mask(*arguments, _compile=compiles)
+        return torch_create_block_mask(
+            mask_mod, None, None, length, length, device, _compile=compiles
+        )
 
 
 def digest(block_mask: BlockMask) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -54,7 +55,8 @@ def separate_rows_per_s(
     engine: Engine, requests: Sequence[Request], max_new_tokens: int, batch_size: int
 ) -> float:
     """Run transformers' generate over every paraphrase by itself, in batches of like length."""
-    model, tokenizer = engine.model, engine.tokenizer
+    tokenizer = engine.tokenizer
+    model: Any = engine.model  # to mypy its generate is a submodule or a tensor
     model.set_attn_implementation("sdpa")
     texts = [r.prefix + segment + r.suffix for r in requests for segment in r.segments]
     batches = [

@@ -32,7 +32,7 @@ from flexmask.strategy import Strategy
 from flexmask.tasks.request_source import read_requests
 from stamp import environment_stamp
 
-LLAMA_3_2_3B = {
+LLAMA_3_2_3B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 3072,
     "intermediate_size": 8192,

@@ -28,9 +28,10 @@ from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
-from flexmask.layout import TokenizedRequest
+from flexmask.layout import Layout, TokenizedRequest
 from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
+from flexmask.strategy import Strategy
 from stamp import environment_stamp
 from start_peer import generate
 
@@ -98,10 +99,10 @@ def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: fl
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     per_slot = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    return (weights + batch_size * context * per_slot * model.dtype.itemsize) / bandwidth
+    return float(weights + batch_size * context * per_slot * model.dtype.itemsize) / bandwidth
 
 
-def random_layout(strategy, context: int, vocab_size: int):
+def random_layout(strategy: Strategy, context: int, vocab_size: int) -> Layout:
     """A request of five segments that takes ``context`` slots."""
     tail, prefix = 8, 32
     copies = SEGMENTS if strategy.name == "ensemble_isolation" else 1
@@ -236,16 +237,18 @@ def main() -> None:
             arguments.record.write_text(line() + "\n")
 
     for case in arguments.cases:
-        size = [int(number) for number in case.split("x")]
-        note(decode_flexmask(engine, arguments.strategy, *size, arguments.steps, bandwidth))
+        rows, context = map(int, case.split("x"))
+        note(
+            decode_flexmask(engine, arguments.strategy, rows, context, arguments.steps, bandwidth)
+        )
     model = engine.model
     del engine
     gc.collect()
     torch.cuda.empty_cache()
     for way in arguments.peers:
         for case in arguments.peer_cases:
-            size = [int(number) for number in case.split("x")]
-            note(decode_peer(model, way, *size, arguments.steps, bandwidth))
+            rows, context = map(int, case.split("x"))
+            note(decode_peer(model, way, rows, context, arguments.steps, bandwidth))
     print(line())
 
 

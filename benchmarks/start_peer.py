@@ -25,7 +25,8 @@ def generate(model: PreTrainedModel, prompt: Tensor, count: int, **cache: Any) -
         count: Tokens of each row.
         cache: How generate keeps keys and values.
     """
-    return model.generate(
+    untyped: Any = model  # to mypy its generate is a submodule or a tensor
+    tokens: Tensor = untyped.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=count,
@@ -34,12 +35,13 @@ def generate(model: PreTrainedModel, prompt: Tensor, count: int, **cache: Any) -
         pad_token_id=0,
         **cache,
     )
+    return tokens
 
 
 def load_and_generate(model_path: str, device: str, attention: str, prompt_tokens: int) -> float:
     """Load a model and generate with a static cache; return the seconds after loading."""
     dtype = "auto" if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=dtype, attn_implementation=attention
     )
     model = model.to(device).eval()

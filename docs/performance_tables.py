@@ -134,7 +134,7 @@ def methods_table() -> str:
     return _table(head, rows)
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "decode": partial(decode_table, "h100"),
     "decode, H200": partial(decode_table, "h200"),
     "attention": attention_table,

@@ -30,7 +30,7 @@ sentence and loads the other plugins. Everything else may change in any version.
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields", "Example")
 
-MASKS = [
+MASKS: list[Callable[..., Any]] = [
     mask_mods.causal,
     mask_mods.same_segment,
     mask_mods.is_prefix,
