@@ -35,7 +35,7 @@ def decode(runner, loop):
     return list(loop.run())
 
 
-def new_loop(runner, sampling=Sampling(), eos=()):  # noqa: B008
+def new_loop(runner, sampling=Sampling(), eos=()):
     runner.prepare(PrefixSegment(), len(LAYOUTS), 640)
     return DecodeLoop(runner, sampling, STEPS, eos)
 
