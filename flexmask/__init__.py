@@ -52,7 +52,6 @@ _MODULE_OF = {
 }
 
 __all__ = [
-    "__version__",
     "Engine",
     "FlexMaskError",
     "Fusion",
@@ -63,6 +62,7 @@ __all__ = [
     "Sampling",
     "Strategy",
     "TokenizedRequest",
+    "__version__",
     "create_block_mask",
     "explain_mask",
     "hookimpl",

@@ -425,7 +425,9 @@ def _check_own_scores(model: PreTrainedModel, alone: _Pass) -> None:
     kept = _run(model, TOKEN_IDS, is_seen, position_ids=slots.repeat(2, 1))
     is_seen = is_seen[:, order][:, :, order]
     moved = _run(model, moved_ids, is_seen, position_ids=order.repeat(2, 1))
-    assert kept.output is not None and moved.output is not None and alone.output is not None
+    assert kept.output is not None
+    assert moved.output is not None
+    assert alone.output is not None
     if not _agree(kept.output[:, order], moved.output):
         raise AttentionError(
             f"{name} hides or weighs tokens by where they are stored, whatever its mask says"

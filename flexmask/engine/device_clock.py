@@ -29,5 +29,6 @@ class DeviceClock:
         if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
             second.synchronize()
             return float(first.elapsed_time(second)) / 1e3
-        assert isinstance(first, float) and isinstance(second, float)
+        assert isinstance(first, float)
+        assert isinstance(second, float)
         return second - first

@@ -215,7 +215,8 @@ def _factors(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     if node.target is not operator.mul or not all(isinstance(a, fx.Node) for a in node.args):
         return []
     first, second = node.args
-    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
     return [(first, second), (second, first)]
 
 

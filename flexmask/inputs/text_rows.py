@@ -58,16 +58,15 @@ class KeptLines:
         self, open_text: Callable[[], AbstractContextManager[TextIO]], text: TextFormat
     ) -> Iterator[str]:
         characters = 0
-        with as_request_errors(self._name, text.encoding_name):
-            with open_text() as file:
-                for line in _lines(file, self._name):
-                    characters += len(line)
-                    if characters > _MAX_INPUT_CHARACTERS:
-                        raise RequestError(
-                            f"{self._name}: longer than {_MAX_INPUT_CHARACTERS:,} characters; "
-                            "write it to a file and name that"
-                        )
-                    yield line
+        with as_request_errors(self._name, text.encoding_name), open_text() as file:
+            for line in _lines(file, self._name):
+                characters += len(line)
+                if characters > _MAX_INPUT_CHARACTERS:
+                    raise RequestError(
+                        f"{self._name}: longer than {_MAX_INPUT_CHARACTERS:,} characters; "
+                        "write it to a file and name that"
+                    )
+                yield line
 
 
 def lines_of_stdin(text: TextFormat) -> Lines:

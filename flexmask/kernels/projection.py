@@ -122,7 +122,7 @@ def _fast_project(
         partial,
         arrival_counters(x.device, grid[0]),
         rows,
-        *(sizes + [0, 0])[:3],
+        *([*sizes, 0, 0])[:3],
         eps,
         K=width,
         HAS_NORM=has_norm,

@@ -94,7 +94,7 @@ def _reopen(stream: TextIO, number: int) -> bool:
     """Open a closed stream again in place, since others hold it too."""
     if type(stream) is not io.TextIOWrapper:
         return False
-    buffer = open(number, "rb" if number == 0 else "wb", closefd=False)
+    buffer = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115 the stream owns it
     stream.__init__(  # type: ignore[misc]
         buffer,
         encoding=stream.encoding,

@@ -36,16 +36,15 @@ def read_rows(path: Path) -> JournalContent:
     Raises:
         OutputError: If it is of no such format, or damaged.
     """
-    with os_errors(path, "cannot be read ({})"):
-        with path.open("rb") as file:
-            start = file.read(6)
-            if path.suffix.lower() == _JSON_LINES:
-                return JournalContent(_whole(_read_json_lines, path))
-            if start.startswith(_PARQUET):
-                return JournalContent(_whole(_read_parquet, path))
-            if not start:
-                return JournalContent(pa.table({}))
-            content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    with os_errors(path, "cannot be read ({})"), path.open("rb") as file:
+        start = file.read(6)
+        if path.suffix.lower() == _JSON_LINES:
+            return JournalContent(_whole(_read_json_lines, path))
+        if start.startswith(_PARQUET):
+            return JournalContent(_whole(_read_parquet, path))
+        if not start:
+            return JournalContent(pa.table({}))
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if start.startswith(_FEATHER):
         return JournalContent(_whole(lambda _: _read_feather(content), path))
     if not is_stream(start):

@@ -167,7 +167,7 @@ class ResultWriter:
         config: RunConfig,
         requests: Iterable[Request | BadRow],
         mode: OutputMode = "new",
-        judge: Judge = Judge(),  # noqa: B008 (frozen)
+        judge: Judge = Judge(),
     ) -> Self:
         """Lock the output, find what is left to do, and write the rows that are bad.
 

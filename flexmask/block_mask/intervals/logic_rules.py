@@ -145,7 +145,7 @@ def _bitwise_not(a: Interval) -> Ends:
 def _is_shift(amount: Interval, value: Interval) -> bool:
     if not isinstance(value.ends, Tensor) or value.dtype not in INTEGERS or is_float(amount):
         return False
-    return 0 <= amount.bounds[0] and amount.bounds[1] < torch.iinfo(value.dtype).bits - 1
+    return amount.bounds[0] >= 0 and amount.bounds[1] < torch.iinfo(value.dtype).bits - 1
 
 
 def _shift_right(a: Interval, amount: Interval) -> Ends | None:
