@@ -21,7 +21,6 @@ from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
 from flexmask.block_mask import MaskReport, explain_mask
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import (
@@ -33,6 +32,7 @@ from flexmask.mask_mods import (
     same_segment,
     within_window,
 )
+from flexmask.mod_types import MaskMod
 from stamp import environment_stamp
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64

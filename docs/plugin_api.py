@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flexmask.check
-from flexmask import layout, mask_mods
+from flexmask import layout, mask_mods, mod_types
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.plugins import hookspecs, registry
@@ -62,6 +62,10 @@ def page() -> str:
         _class(ScaledPart, "flexmask.strategy.", []),
         "`name` and `is_causal` are class attributes; `is_causal` is True unless set.\n",
         "## What a mask is built from\n",
+        *(
+            _class(kind, "flexmask.mod_types.", [], with_init=False)
+            for kind in (mod_types.MaskMod, mod_types.ScoreMod, mod_types.RowMod)
+        ),
         _class(LayoutBatch, "flexmask.layout_batch.", ["table", "device"], with_init=False),
         *(_function(mask, "flexmask.mask_mods.") for mask in MASKS),
         "## Layouts\n",

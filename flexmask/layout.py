@@ -27,6 +27,7 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+from flexmask import display
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
 
 if TYPE_CHECKING:
@@ -210,14 +211,10 @@ class Layout:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the position of every slot, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.show.layout_plot import plot_layout
-
-        return plot_layout(self, ax)
+        return display.plot(self, ax)
 
     def _repr_html_(self) -> str:
-        from flexmask.show.notebook import layout_html
-
-        return layout_html(self)
+        return display.html(self)
 
 
 def _tensor(values: tuple[int, ...]) -> Tensor:

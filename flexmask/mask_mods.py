@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod, Strategy
+    from flexmask.mod_types import MaskMod
+    from flexmask.strategy import Strategy
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -20,22 +20,16 @@ from typing import (
     get_type_hints,
 )
 
+from flexmask import display
 from flexmask.errors import StrategyError
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.limits import LARGEST_SIZE, shown_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
-
-    MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """``(b, h, q_idx, kv_idx) -> bool tensor``, as FlexAttention takes it."""
-
-    RowMod = Callable[[Tensor, Tensor], Tensor]
-    """``(b, slot) -> bool tensor``."""
+    from flexmask.mod_types import MaskMod, RowMod, ScoreMod
 
 ParameterValue = bool | int | float | str
 
@@ -230,16 +224,10 @@ class Strategy(ABC):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the mask on a small request, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.show.figure import plot_mask
-        from flexmask.show.mask_picture import draw_mask
-        from flexmask.show.notebook import SMALL
-
-        return plot_mask(draw_mask(self, SMALL), ax)
+        return display.plot(self, ax)
 
     def _repr_html_(self) -> str:
-        from flexmask.show.notebook import strategy_html
-
-        return strategy_html(self)
+        return display.html(self)
 
 
 def check_strategy_class(cls: object) -> type[Strategy]:

@@ -14,7 +14,7 @@ from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
     MaskModFactory = Callable[..., MaskMod]
     """``(batch, *, window: int = …) -> mask_mod``."""

@@ -27,7 +27,7 @@ from flexmask.kernels.decode_attention import KeyTable
 from flexmask.kernels.few_rows import kept_apart
 
 if TYPE_CHECKING:
-    from flexmask.strategy import ScoreMod
+    from flexmask.mod_types import ScoreMod
 
 
 class CausalRows(ModelBlockMask):

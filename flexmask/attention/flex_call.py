@@ -18,7 +18,7 @@ from flexmask.errors import AttentionError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions
 
-    from flexmask.strategy import MaskMod, ScoreMod
+    from flexmask.mod_types import MaskMod, ScoreMod
 
 PrefillKernel = Literal["triton", "flash"]
 

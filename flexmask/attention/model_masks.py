@@ -19,7 +19,7 @@ from flexmask.errors import AttentionError
 from flexmask.mask_mods import and_masks, within_window
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 
 def model_block_mask(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._dynamo import mark_static
 
 if TYPE_CHECKING:
-    from flexmask.strategy import ScaledPart, ScoreMod
+    from flexmask.mod_types import ScoreMod
+    from flexmask.strategy import ScaledPart
 
 COARSE = 6.0
 """Sums up to 520 from the own score are found, and near those of a million keys."""

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexmask.strategy import Strategy
-
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 
 Indices = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -31,7 +29,7 @@ class BlockMaskKey:
     """Everything that a BlockMask depends on.
 
     Attributes:
-        strategy: The strategy with its parameters.
+        strategy: The strategy with its parameters, equal to another if both give equal masks.
         layouts: `Layout.digest` of each row.
         window: Sliding window of the model's layer, in positions; None for full attention.
         q_length: Queries.
@@ -41,7 +39,7 @@ class BlockMaskKey:
         device: Where the index tensors are.
     """
 
-    strategy: Strategy
+    strategy: Hashable
     layouts: tuple[bytes, ...]
     window: int | None
     q_length: int

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexmask import display
 from flexmask.block_mask.decode_row import DecodeRowMask
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.block_mask.outside_graphs import outside_graphs
 from flexmask.block_mask.tile_classifier import TileClassifier
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
@@ -27,6 +27,7 @@ from flexmask.block_mask.tile_states import (
     MaskShape,
 )
 from flexmask.errors import MaskError
+from flexmask.mod_types import MaskMod
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,14 +145,10 @@ class MaskReport:
 
     def plot(self, ax: Axes | None = None, *, b: int = 0, h: int = 0) -> Axes:
         """Draw the tiles of a batch row and head, with matplotlib (``flexmask[plot]``)."""
-        from flexmask.show.tile_pictures import plot_report
-
-        return plot_report(self, ax, b=b, h=h)
+        return display.plot(self, ax, b=b, h=h)
 
     def _repr_html_(self) -> str:
-        from flexmask.show.notebook import report_html
-
-        return report_html(self)
+        return display.html(self)
 
 
 @outside_graphs

@@ -11,10 +11,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.block_mask.intervals.evaluator import MaskEvaluator
 from flexmask.block_mask.intervals.interval import exact_index
-from flexmask.block_mask.intervals.legality import MaskMod, mask_name
+from flexmask.block_mask.intervals.legality import mask_name
 from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.errors import MaskError
+from flexmask.mod_types import MaskMod
 
 RECOMPILE_LIMIT = 64
 """Each mask_mod, batch size and length compiles once; torch's own limit is 8."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexmask.block_mask.create import create_block_mask
-from flexmask.block_mask.intervals.legality import MaskMod
+from flexmask.mod_types import MaskMod
 
 
 def masks_are_equal(

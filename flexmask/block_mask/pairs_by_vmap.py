@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from flexmask.block_mask.intervals.legality import (
     INDEX_DTYPES,
-    MaskMod,
     check_call,
     check_index_dtypes,
     check_result,
 )
+from flexmask.mod_types import MaskMod
 
 PROBED = 16
 """Queries, and keys, that are evaluated to see how much memory a pair takes."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from flexmask.block_mask.intervals.evaluator import MaskEvaluator
 from flexmask.block_mask.intervals.interval import Ends, exact_index
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_states import (
     EMPTY,
@@ -30,6 +29,7 @@ from flexmask.block_mask.tile_states import (
     MaskShape,
     TileStates,
 )
+from flexmask.mod_types import MaskMod
 
 SAMPLES = 4
 CELLS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}

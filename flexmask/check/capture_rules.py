@@ -19,7 +19,7 @@ from flexmask.error_text import innermost_place, place_of_fault
 from flexmask.errors import MaskError
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 OTHER_DEVICE = torch.device("meta")
 """A device that every machine has; tensors on it have shapes and no values."""

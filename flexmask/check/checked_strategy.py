@@ -19,7 +19,7 @@ from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
     from flexmask.check.compiled_run import CompiledRun
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 ORACLE_PAIRS = 60_000
 """How many pairs of one layout the plain-Python oracle is asked about, at most."""

@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.block_mask import DecodeRowMask, create_block_mask
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.doctor.check_result import Check, WrongResult, tried
 from flexmask.engine.prefill_kernel import has_flash
 from flexmask.layout import TokenizedRequest, shared_prefix_layout
@@ -24,6 +23,7 @@ from flexmask.mask_mods import (
     or_masks,
     same_segment,
 )
+from flexmask.mod_types import MaskMod
 
 LENGTH, TILE = 256, 128
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64

@@ -23,7 +23,7 @@ from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod, ScoreMod
+    from flexmask.mod_types import MaskMod, ScoreMod
 
 DecodeKernel = Literal["flex_attention", "decode_attention"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flexmask.strategy import MaskMod, ScoreMod
+    from flexmask.mod_types import MaskMod, ScoreMod
 
 
 def mask_at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.errors import OptionError
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, or_masks, strategy_mask
+from flexmask.mod_types import MaskMod
 from flexmask.show.tile_mask import TILE, TileMask
 from flexmask.show.tokens import DrawnTokens, ShownRequest
 from flexmask.strategy import Strategy

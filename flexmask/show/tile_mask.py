@@ -12,9 +12,9 @@ from torch import Tensor
 from flexmask.block_mask import MaskReport, explain_mask
 from flexmask.block_mask.intervals.evaluator import MaskEvaluator
 from flexmask.block_mask.intervals.interval import exact_index
-from flexmask.block_mask.intervals.legality import MaskMod
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
 from flexmask.errors import OptionError
+from flexmask.mod_types import MaskMod
 
 TILE = 128
 """Tokens along a side of a tile, as the engine and FlexAttention have it."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch stays out of listings, which load plugins too
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 
 @mask_strategy

@@ -26,7 +26,7 @@ from flexmask.strategy import Strategy, parameter
 
 if TYPE_CHECKING:
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
-    from flexmask.strategy import MaskMod
+    from flexmask.mod_types import MaskMod
 
 
 @dataclass(frozen=True)

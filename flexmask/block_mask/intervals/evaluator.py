@@ -24,7 +24,6 @@ from flexmask.block_mask.intervals.interval_rule import (
 from flexmask.block_mask.intervals.legality import (
     EXTREMA,
     INDEX_DTYPES,
-    MaskMod,
     captured_name,
     check_call,
     check_result,
@@ -41,6 +40,7 @@ from flexmask.block_mask.intervals.stand_in import (
 )
 from flexmask.block_mask.pairs_by_vmap import PairsByVmap, index_as_torch
 from flexmask.errors import MaskError
+from flexmask.mod_types import MaskMod
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A function of torch, its arguments and its keywords."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from torch import Tensor
 from flexmask.block_mask.intervals.captured_tables import Selection
 from flexmask.block_mask.intervals.stand_in import StandIn
 from flexmask.errors import MaskError
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(b, h, q_idx, kv_idx) -> bool``, pointwise on 0-d tensors, as FlexAttention takes it."""
+from flexmask.mod_types import MaskMod
 
 
 def functions_named(names: str) -> frozenset[Any]:
