@@ -100,7 +100,7 @@ def timed_run(
     model_s = stats["prefill_s"] + stats["decode_s"]
     return {
         "total_s": total_s,
-        "rows_per_s": stats["rows"] / total_s,
+        "rows_per_s": stats["generations"] / total_s,
         "tokens_per_s": stats["generated_tokens"] / total_s,
         "prefill_share": stats["prefill_s"] / total_s,
         "decode_share": stats["decode_s"] / total_s,
@@ -148,7 +148,7 @@ def main() -> None:
 
     inputs = (engine, requests, strategy, arguments)
     runs = {way: timed_run(*inputs, config) for way in ("cold", "warm")}
-    with patch.object(engine.runner, "share_prefix", return_value=False):
+    with patch.object(engine.runner, "cache_prefix", return_value=False):
         runs["prefix in every row"] = timed_run(*inputs, config)
     print(" " * 20, *(f"{way:>20}" for way in runs))
     for name in runs["cold"]:

@@ -21,7 +21,7 @@ class QuickRun:
         self.stats = SimpleNamespace(
             **dict.fromkeys(
                 (
-                    *("rows", "generated_tokens", "prompt_tokens", "computed_tokens"),
+                    *("generations", "generated_tokens", "prompt_tokens", "computed_tokens"),
                     *("tokens_per_s", "prefill_s", "decode_s", "compilations", "batch_size"),
                     *("warm_compilations", "mask_hits", "mask_misses", "decode_peak_bytes"),
                     *("halvings", "capacity"),
@@ -39,7 +39,7 @@ class QuickRun:
 class QuickEngine:
     model = SimpleNamespace(dtype="float32", device="cpu")
     runner = SimpleNamespace(
-        layer_windows={}, prefill_kernel=None, decode_kernels={}, placed=SimpleNamespace()
+        layer_windows={}, prefill_kernel=None, decode_kernels={}, bound=SimpleNamespace()
     )
 
     def generate(self, requests: Iterable[Request], strategy: Any, **options: Any) -> QuickRun:

@@ -186,7 +186,7 @@ def stats(batches, compilations, batch_size=8):
     return RunStats(
         batch_size,
         512,
-        rows=2 * batches,
+        generations=2 * batches,
         prompt_tokens=200 * batches,
         computed_tokens=50 * batches,
         generated_tokens=6 * batches,

@@ -60,7 +60,7 @@ def test_fifty_lengths_compile_nothing_after_the_first_batch(engine, device, mod
     results = engine.generate(requests, EnsembleIsolation(), max_new_tokens=2, batch_size=3)
     rows = [len(generation.token_ids) for generation in results]
     assert len(rows) == 50
-    assert results.stats.rows == 50
+    assert results.stats.generations == 50
     assert results.stats.generated_tokens == sum(rows)
     assert results.stats.warm_compilations == 0
 
@@ -71,7 +71,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     requests = [dataclasses.replace(one, prefix=prefix) for one in REQUESTS]
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
-    monkeypatch.setattr("flexmask.engine.batch_runner.shared_beginning", lambda layouts: 0)
+    monkeypatch.setattr("flexmask.engine.batch_runner.common_prefix_length", lambda layouts: 0)
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens == plain.stats.prompt_tokens - len(requests)
@@ -294,7 +294,7 @@ def overlapping(engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=3)
-    results._overlaps = True
+    results._scheduler.overlaps = True
     return results, events
 
 
@@ -325,7 +325,7 @@ def test_batches_planned_ahead_give_the_same(engine, overlapping):
 def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, monkeypatch):
     results, _ = overlapping
     batches = results.batches()
-    start, calls = results._runner.start, []
+    start, calls = results._scheduler._runner.start, []
 
     def fail_at_the_second(jobs):
         calls.append(jobs)
@@ -333,7 +333,7 @@ def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, m
             raise KeyboardInterrupt
         return start(jobs)
 
-    monkeypatch.setattr(results._runner, "start", fail_at_the_second)
+    monkeypatch.setattr(results._scheduler._runner, "start", fail_at_the_second)
     assert len(next(batches)) == 3
     with pytest.raises(KeyboardInterrupt):
         next(batches)
@@ -357,7 +357,7 @@ def test_the_longest_prompts_run_first_and_rows_finish_by_batch(engine):
 
 
 def test_a_longer_prompt_later_on_gets_a_larger_cache(engine, monkeypatch):
-    monkeypatch.setattr("flexmask.engine.engine.BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr("flexmask.engine.engine.LOOKAHEAD_BATCHES", 1)
     long = Request(tuple(words(i, 110) for i in range(5)), suffix="t9", uuid="long")
     results = engine.generate([REQUESTS[0], long], EnsembleIsolation(), batch_size=1)
     assert results.stats.capacity == 640
@@ -366,7 +366,7 @@ def test_a_longer_prompt_later_on_gets_a_larger_cache(engine, monkeypatch):
 
 
 def test_requests_are_read_some_batches_ahead_and_no_further(engine, monkeypatch):
-    monkeypatch.setattr("flexmask.engine.engine.BATCHES_PER_WINDOW", 1)
+    monkeypatch.setattr("flexmask.engine.engine.LOOKAHEAD_BATCHES", 1)
     read = []
 
     def requests():
@@ -385,9 +385,9 @@ def test_memory_that_the_cache_holds_counts_as_free_for_the_next_run(models, tok
     cache = engine.runner.cache
     free, _ = torch.cuda.mem_get_info()
     capacity = free // (2 * 40 * cache.bytes_per_row(1))
-    assert engine.auto_batch_size(100, capacity) == 32
+    assert engine.executor.auto_batch_size(100, capacity) == 32
     cache.bind(32, capacity)
-    assert engine.auto_batch_size(100, capacity) == 32
+    assert engine.executor.auto_batch_size(100, capacity) == 32
     cache.bind(0, 0)  # torch keeps the memory
-    assert engine.auto_batch_size(100, capacity) == 32
+    assert engine.executor.auto_batch_size(100, capacity) == 32
     torch.cuda.empty_cache()

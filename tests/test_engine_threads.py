@@ -42,7 +42,7 @@ def alone(engine):
 
 def overlapping(run):
     """A run that starts a batch before it hands out the one before, as on a GPU."""
-    run._overlaps = True
+    run._scheduler.overlaps = True
     return run
 
 
@@ -84,7 +84,7 @@ def test_what_is_counted_of_a_run_is_its_own(engine):
     other, run = start(engine, "causal"), start(engine, "prefix")
     for _ in zip_longest(other, run):
         pass
-    names = ("rows", "prompt_tokens", "generated_tokens", "compilations", "halvings")
+    names = ("generations", "prompt_tokens", "generated_tokens", "compilations", "halvings")
     for name in names:
         assert getattr(run.stats, name) == getattr(lone.stats, name), name
     lookups = [each.stats.mask_hits + each.stats.mask_misses for each in (run, lone)]
@@ -147,7 +147,7 @@ def test_a_batch_that_fails_in_the_turn_of_another_run_fails_in_its_own(engine, 
     def fail(batch):
         raise RuntimeError("the device is gone")
 
-    run._runner._read = fail
+    run._scheduler._runner._read = fail
     assert list(start(engine, "isolated")) == alone["isolated"]
     with pytest.raises(RuntimeError, match="the device is gone"):
         list(batches)
@@ -161,7 +161,7 @@ def test_a_batch_interrupted_in_the_turn_of_another_run_is_not_mistaken_for_done
     def interrupt(batch):
         raise KeyboardInterrupt
 
-    run._runner._read = interrupt
+    run._scheduler._runner._read = interrupt
     with pytest.raises(KeyboardInterrupt):
         list(start(engine, "isolated"))
     assert list(start(engine, "isolated")) == alone["isolated"]
@@ -179,9 +179,11 @@ def test_a_request_refused_in_the_turn_of_another_run_is_told_to_its_own(engine,
     )
     batches = overlapping(run).batches()
     kept = next(batches) + next(batches)
-    loop = run._runner._running.steps
+    loop = run._scheduler._runner._running.steps
     spoilt = [[-1] * len(tokens) for tokens in loop]
-    run._runner._running = dataclasses.replace(run._runner._running, steps=iter(spoilt))
+    run._scheduler._runner._running = dataclasses.replace(
+        run._scheduler._runner._running, steps=iter(spoilt)
+    )
     assert list(start(engine, "isolated")) == alone["isolated"]
     assert refused == []
     kept += [one for batch in batches for one in batch]

@@ -272,7 +272,7 @@ def test_the_rules_are_those_of_the_time_when_a_run_starts(engine, configure):
 def test_warming_up_takes_a_config_with_processors(engine, configure):
     configure(repetition_penalty=1.3)
     stats = engine.warm_up(Causal(), prompt_tokens=40, max_new_tokens=4, batch_size=3)
-    assert stats.rows == 3
+    assert (stats.generations, stats.prompt_tokens) == (3, 3 * 36)
     again = dataclasses.replace(REQUESTS[0], uuid="again")
     results = engine.generate([again] * 3, Causal(), max_new_tokens=4, batch_size=3)
     assert len(list(results)) == 3

@@ -7,7 +7,7 @@ import torch
 
 from flexmask.engine import Engine
 from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE, most_likely
-from flexmask.errors import RequestError
+from flexmask.errors import ModelError, RequestError
 from flexmask.request import Request
 from flexmask.results.dataset_run import DatasetRun
 from flexmask.results.result_writer import ResultWriter, read_finished_rows
@@ -74,7 +74,7 @@ def test_requests_with_invalid_logits_are_refused_and_no_others(engine, spoilt, 
     for asked, error in refused:
         assert f"request {asked.uuid!r}: token 1: {FINITE}" in str(error)
         assert "\n" not in str(error)
-    assert kept.stats.rows == len(expected)
+    assert kept.stats.generations == len(expected)
 
 
 def test_under_each_only_the_prompt_with_invalid_logits_is_refused(spoilt):
@@ -100,6 +100,11 @@ def test_the_error_names_where_a_request_was_read_and_its_uuid(spoilt):
     asked = dataclasses.replace(MIXED[0], source="questions.jsonl:7")
     with pytest.raises(RequestError, match=r"questions.jsonl:7 \(request 'row0'\): token 1: "):
         list(start(spoilt, [asked]))
+
+
+def test_warming_up_a_model_with_invalid_logits_raises(spoilt):
+    with pytest.raises(ModelError, match=f"cannot warm up, token 1: {FINITE}"):
+        spoilt.warm_up(Causal(), prompt_tokens=SPOILT * 3 + 1, num_segments=SPOILT + 1)
 
 
 @pytest.fixture

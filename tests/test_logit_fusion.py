@@ -132,7 +132,7 @@ def test_each_prompt_alone_gives_what_it_gives_alone(engine, models):
     for generation in generations[:8]:
         want, _ = dense_run(models("llama", "eager"), Fusion("mean"), generation.request)
         assert generation.token_ids == want
-    assert each.stats.rows == len(alone)
+    assert each.stats.generations == len(alone)
 
 
 def test_none_is_the_first_of_each(engine):
@@ -165,7 +165,7 @@ def test_tokens_of_all_prompts_are_counted_and_those_they_share_once(engine, nam
     generations = list(results)
     prompt_tokens = [sum(len(ids_of(r, segment)) for segment in r.segments) for r in REQUESTS]
     assert [generation.prompt_tokens for generation in generations] == prompt_tokens
-    assert results.stats.rows == len(REQUESTS)
+    assert results.stats.generations == len(REQUESTS)
     assert results.stats.prompt_tokens == sum(prompt_tokens)
     assert results.stats.generated_tokens == sum(len(g.token_ids) for g in generations)
 
@@ -248,8 +248,8 @@ def test_a_request_too_large_for_the_memory_says_so(engine, monkeypatch):
 
 
 def test_a_larger_request_later_on_gets_a_larger_batch(engine, monkeypatch):
-    monkeypatch.setattr("flexmask.engine.engine.BATCHES_PER_WINDOW", 1)
-    monkeypatch.setattr("flexmask.engine.engine.CPU_AUTO_BATCH_SIZE", 1)
+    monkeypatch.setattr("flexmask.engine.engine.LOOKAHEAD_BATCHES", 1)
+    monkeypatch.setattr("flexmask.engine.executor.CPU_AUTO_BATCH_SIZE", 1)
     results = run(engine, "mean", [REQUESTS[1], REQUESTS[0]], batch_size=None, max_new_tokens=2)
     assert results.stats.batch_size == 1
     assert [len(g.token_ids) for g in results] == [2, 2]

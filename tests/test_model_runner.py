@@ -115,10 +115,10 @@ def test_copies_of_a_prefix_that_are_read_once_count_as_often(models, strategy, 
     requests = [dataclasses.replace(request, prefix=prefix) for request in REQUESTS]
     layouts = [strategy.layout(request) for request in requests]
     runner.prepare(strategy, 3, CAPACITY)
-    assert runner.share_prefix(layouts[0], 30)
+    assert runner.cache_prefix(layouts[0], 30)
     tokens, logits = decode(runner, strategy, layouts)
     copies = [len(r.segments) if strategy.name != "prefix_segment" else 1 for r in requests]
-    assert runner.placed.key_table.sharing.tolist() == [[0, 30, count] for count in copies]
+    assert runner.bound.key_table.sharing.tolist() == [[0, 30, count] for count in copies]
     for row, layout in enumerate(layouts):
         want_tokens, want_logits = oracle_tokens(
             models("llama", "sdpa", device), strategy, layout, STEPS
@@ -243,7 +243,7 @@ def test_only_masks_that_decoding_reads_are_made(runners):
     for strategy, is_read in ((Causal(), False), (SlidingWindow(window=32), True)):
         runner.release()
         decode(runner, strategy, [strategy.layout(REQUESTS[0])] * 3, steps=1)
-        assert bool(runner.placed._decode_masks) == is_read
+        assert bool(runner.bound._decode_masks) == is_read
 
 
 def test_a_mask_that_depends_on_the_head_is_refused_before_anything_runs(runners):

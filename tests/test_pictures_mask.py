@@ -47,10 +47,10 @@ def test_a_picture_shows_the_masks_that_the_engine_runs_with(name, models):
 
     runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
     runner.prepare(strategy, batch_size=1, capacity=1024)
-    runner.placed.batch.load([layout], [len(layout) - 1], [0])
-    mask_mod = runner.placed._mask_mods[WHOLE_MODEL]
+    runner.bound.batch.load([layout], [len(layout) - 1], [0])
+    mask_mod = runner.bound._mask_mods[WHOLE_MODEL]
     prefill = create_block_mask(mask_mod, 1, None, 640, 640, "cpu", BLOCK_SIZE)
-    runner.placed.batch.open_tail([len(layout) - 1])
+    runner.bound.batch.open_tail([len(layout) - 1])
     assert picture.mask.tile == BLOCK_SIZE == TILE
     whole_tiles = (len(layout) - 1) // TILE  # those that hold prompt tokens only
     engines = states_of(prefill)[:whole_tiles, :whole_tiles]

@@ -96,7 +96,7 @@ def test_changed_scores_equal_dense_attention(models, device):
         _, unchanged = dense_tokens(reference, TemperedSegments(temperature=1.0), layout, 1)
         assert (unchanged[0] - want[0]).abs().max() > 1e-2  # the temperature matters
     assert set(runner.decode_kernels.values()) == {"flex_attention"}
-    assert not runner.share_prefix(layouts[0], 7)
+    assert not runner.cache_prefix(layouts[0], 7)
 
 
 def test_a_strategy_that_changes_scores_passes_the_check():

@@ -222,7 +222,7 @@ def print_kernels(engine: Engine) -> None:
     runner = engine.runner
     prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
-    if "decode_attention" in runner.decode_kernels.values() and runner.placed.key_table:
+    if "decode_attention" in runner.decode_kernels.values() and runner.bound.key_table:
         decode += "; copies of what prompts begin with are read once"
     write_note(f"prefill: {prefill}")
     write_note(f"decode: {decode}")
@@ -270,7 +270,7 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
     """Print what the run did and how fast."""
     lines = [
         f"fusion: {fusion}",
-        f"rows: {stats.rows} generated",
+        f"rows: {stats.generations} generated",
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
         f"({stats.computed_tokens} computed, the others copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",

@@ -15,7 +15,7 @@ from flexmask.results.whole_file import replacing
 if TYPE_CHECKING:
     from flexmask.engine import RunStats
 
-_COUNTS = ("rows", "prompt_tokens", "computed_tokens", "generated_tokens")
+_TOKEN_COUNTS = ("prompt_tokens", "computed_tokens", "generated_tokens")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Measurement:
 
     def plus(self, later: Measurement) -> Measurement:
         """Both runs: counts of both, and times of both if they were taken the same way."""
-        names = [*_COUNTS, "compiling_s"]
+        names = ["rows", *_TOKEN_COUNTS, "compiling_s"]
         if (self.machine, self.batch_size) == (later.machine, later.batch_size):
             names += ["timed_rows", "timed_tokens", "timed_s", "first_token_s"]
         sums: dict[str, Any] = {name: getattr(self, name) + getattr(later, name) for name in names}
@@ -131,7 +131,7 @@ class Stopwatch:
             times: dict[str, Any] = {"compiling_s": seconds}
         else:
             times = {
-                "timed_rows": added("rows"),
+                "timed_rows": added("generations"),
                 "timed_tokens": added("generated_tokens"),
                 "timed_s": seconds,
                 "first_token_s": (added("first_token_s"),),
@@ -140,7 +140,8 @@ class Stopwatch:
             self.measurement.machine,
             stats.batch_size,
             peak_bytes=max(stats.prefill_peak_bytes, stats.decode_peak_bytes),
-            **{name: added(name) for name in _COUNTS},
+            rows=added("generations"),
+            **{name: added(name) for name in _TOKEN_COUNTS},
             **times,
         )
         self.measurement = batch if last is None else self.measurement.plus(batch)

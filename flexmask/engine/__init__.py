@@ -1,4 +1,4 @@
-"""Generation: batches of requests through a model, under a mask strategy."""
+"""Generation for requests with one model, under mask strategies."""
 
 from flexmask.engine.engine import Engine
 from flexmask.engine.generation_run import GenerationRun

@@ -1,4 +1,4 @@
-"""The tokens generated for one prompt."""
+"""One row of a batch: the tokens generated for one prompt."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ FAULTS = {
     NO_TOKEN: "every token is excluded, by the model's logits or by its generation config; "
     "correct its generation_config.json",
 }
-"""Why no token can be chosen, by what stands for the token."""
+"""Reasons for which no token can be chosen, by the number that is reported in its place."""
 
 
-class Row:
-    """Takes in tokens until they are complete.
+class BatchRow:
+    """The generated tokens of one row of a batch; it decides when the row is complete.
 
     Attributes:
-        finish_reason: Why no more are taken; None while they are.
-        fault: Why the next token could not be chosen; empty if all could.
+        token_ids: The tokens, the one that ended the row included.
+        finish_reason: Why the row ended; None while it takes tokens.
+        fault: Why its next token could not be chosen; empty if every token could.
     """
 
     def __init__(
@@ -33,29 +34,29 @@ class Row:
         stop: Sequence[str],
         eos_token_ids: Collection[int],
     ) -> None:
-        """Begin with none.
+        """Make a row without tokens.
 
         Args:
-            tokenizer: Makes text of them.
-            max_new_tokens: Most tokens.
-            stop: Strings that end the row.
-            eos_token_ids: Tokens that do.
+            tokenizer: Decodes the tokens.
+            max_new_tokens: Most tokens of the row.
+            stop: Strings that end it.
+            eos_token_ids: Tokens that end it.
         """
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._stop = stop
         self._eos_token_ids = eos_token_ids
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.fault = ""
 
     @property
     def is_complete(self) -> bool:
-        """Whether no more tokens are taken."""
+        """Whether the row takes no more tokens."""
         return bool(self.finish_reason or self.fault)
 
     def append(self, token_id: int) -> None:
-        """Take in the next token, which means nothing if the row is complete.
+        """Append the next token; one that comes after the row is complete is dropped.
 
         Args:
             token_id: The token, or a key of `FAULTS`.
@@ -63,31 +64,36 @@ class Row:
         if self.is_complete:
             return
         if token_id in FAULTS:
-            self.fault = f"token {len(self._token_ids) + 1}: {FAULTS[token_id]}"
+            self.fault = f"token {len(self.token_ids) + 1}: {FAULTS[token_id]}"
             return
-        self._token_ids.append(token_id)
+        self.token_ids.append(token_id)
         if token_id in self._eos_token_ids:
             self.finish_reason = "eos"
         elif self._stop and self._stop_index(self._text()) is not None:
             self.finish_reason = "stop"
-        elif len(self._token_ids) == self._max_new_tokens:
+        elif len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
 
     def generation(self, request: Request, prompt_tokens: int) -> Generation:
-        """What a complete row comes to."""
+        """Make the generation of a row that is complete.
+
+        Args:
+            request: The request that was generated for.
+            prompt_tokens: Slots of its prompts.
+        """
         assert self.finish_reason is not None
         text = self._text()
         return Generation(
             request=request,
             text=text[: self._stop_index(text)],
-            token_ids=tuple(self._token_ids),
+            token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             prompt_tokens=prompt_tokens,
         )
 
     def _text(self) -> str:
         ended = self.finish_reason == "eos"
-        return self._tokenizer.decode(tuple(self._token_ids[:-1] if ended else self._token_ids))
+        return self._tokenizer.decode(tuple(self.token_ids[:-1] if ended else self.token_ids))
 
     def _stop_index(self, text: str) -> int | None:
         found = [index for stop in self._stop if (index := text.find(stop)) >= 0]

@@ -1,4 +1,4 @@
-"""A model's module tree once more, sharing every tensor, with its layers compiled."""
+"""Compiled views of a model: copies of its module tree that share every tensor."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.kernels.few_rows import linear_of_few_rows
 
-# A decode step reads every weight once: what counts is how well each kernel reads, and how many
-# there are. The first searches tile sizes, the second joins independent kernels in one launch.
+# A decode step reads every weight once, so what counts is how fast each kernel reads, and the
+# number of kernels. The first option searches tile sizes, the second joins independent kernels.
 LAYER_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
-# A kernel starts while the one before it ends. Not within layers: inductor's kernels wait only for
-# what the one before them writes, and take it that this one waited before it let others start; the
-# kernels of flexmask.kernels let others start first.
+# Programmatic dependent launch: a kernel starts while the one before it ends. Not within layers:
+# inductor's kernels wait only for the kernel before them, and rely on that one having waited for
+# its predecessor before it lets others start. The kernels of flexmask.kernels let others start
+# first.
 STEP_OPTIONS: dict[str, Any] = {"triton.enable_pdl": True}
 
 
 def fused_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """A backend of torch.compile for decode layers: inductor, after joining what it would not."""
+    """Compile a decode layer: fuse its projections and rotary embeddings, then use inductor.
+
+    A backend of torch.compile.
+    """
     return _compile_fused(graph_module, inputs, LAYER_OPTIONS)
 
 
@@ -56,9 +60,9 @@ def compiled_view(
 
     Args:
         model: The model.
-        attention_names: Its attention modules; what holds one is a layer.
-        dynamic: Whether for any length, or for the shapes that come.
-        backend: Of torch.compile.
+        attention_names: Names of its attention modules; a module that holds one is a layer.
+        dynamic: Whether one graph serves any length; else each shape is compiled by itself.
+        backend: The backend of torch.compile.
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -71,8 +75,8 @@ def compiled_view(
 def compile_beside_layers(view: PreTrainedModel, attention_names: Sequence[str]) -> None:
     """Compile what runs before and after the layers: embedding, rotary angles, norm, logits.
 
-    Op by op these take some twenty kernels a step. They need not be one graph each: what a model
-    computes there is its own affair.
+    Op by op these take some twenty kernels a step. Graph breaks are allowed in them, because
+    nothing is assumed of what a model computes there.
     """
     layers = layer_names(attention_names)
     above = set().union(*(_ancestors(name) for name in layers))
@@ -82,7 +86,7 @@ def compile_beside_layers(view: PreTrainedModel, attention_names: Sequence[str])
 
 
 def _compiled_call(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward, compiled even if it is one of torch's own, which compile() skips."""
+    """Compile a module's forward, also of torch's own modules, which ``compile()`` skips."""
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +96,7 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def multiply_few_rows(view: PreTrainedModel) -> None:
-    """Let linear modules multiply as is fastest for the few rows of a decode step on a CPU."""
+    """Replace the forward of linear modules by a product that is fast for few rows on a CPU."""
     for module in view.modules():
         if type(module) is nn.Linear:
             cast(Any, module).forward = _few_rows_forward(module)
@@ -106,7 +110,7 @@ def _few_rows_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def layer_names(attention_names: Sequence[str]) -> set[str]:
-    """Names of the modules that hold an attention module each: the layers."""
+    """Names of the layers, which are the modules that hold an attention module."""
     return {name.rpartition(".")[0] for name in attention_names}
 
 

@@ -1,4 +1,4 @@
-"""A decode step captured as a CUDA graph: recorded once, replayed without the host."""
+"""A decode step captured as a CUDA graph, which is replayed without the host."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Output = TypeVar("Output")
 
 
 class DecodeGraph(Generic[Output]):
-    """Replays a step.
+    """A CUDA graph of one step; the decode loop captures it.
 
-    Everything that a step reads or writes must stay where it is: weights, caches, buffers.
+    Everything that a step reads or writes must keep its address: weights, caches, buffers.
     """
 
     def __init__(self, step: Callable[[], Output], state: Sequence[Tensor]) -> None:
@@ -26,8 +26,9 @@ class DecodeGraph(Generic[Output]):
 
         Args:
             step: One decode step, which reads and writes ``state``.
-            state: What a step moves on, on one device; as before when this returns. Keys and
-                values that warming up writes are those that the next step writes.
+            state: Tensors that a step changes, on one device. They are restored before this
+                returns. Keys and values need no restoring: warm-up steps write the same ones that
+                the next step writes.
 
         Raises:
             RuntimeError: If the step does something that cannot be captured.
@@ -43,11 +44,11 @@ class DecodeGraph(Generic[Output]):
                     tensor.copy_(content)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # What other threads do on the device meanwhile is no part of the step, and no mistake.
+        # thread_local: what other threads do on the device is not captured, and no error.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = step()
 
     def replay(self) -> Output:
-        """Run the step again; what it returns lies where it always does, with new content."""
+        """Run the step again; returns the same tensors each time, with new content."""
         self._graph.replay()
         return self._output

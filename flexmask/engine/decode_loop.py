@@ -1,4 +1,4 @@
-"""Decoding a batch: steps that never wait for the host, which reads tokens a little later."""
+"""The decode loop: steps that never wait for the host, which reads their tokens later."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
 
 LAG = 2
-"""Steps that the device runs ahead of the host, which looks whether rows have ended."""
+"""Steps that the device runs ahead of the host, which checks whether rows have ended."""
 
 
 _StepResult = tuple[Tensor, torch.cuda.Event | None]
 
 
 class DecodeLoop:
-    """Decodes batches of one size; a step samples, notes ended rows, and feeds the next.
+    """Decodes batches of one size; `flexmask.engine.executor.Executor` makes it.
 
-    Where rows are fused, it samples for all rows of a group from the fusion of their logits.
+    A step computes logits, samples a token for each row, marks rows that have ended, and passes
+    the tokens to the next step. Where logits are fused, all rows of a group take the token that is
+    sampled from their fused logits.
 
-    On CUDA a step is captured as a graph once and replayed: all of it, or up to the logits where
-    the model's generation config has processors, which the host runs row by row. Where a graph
-    cannot be captured, ``no_graph_reason`` says why, a warning too, and steps run without it.
+    On CUDA a step is captured as a graph once and replayed: the whole step, or the part up to the
+    logits where the model's generation config has processors, which the host applies row by row.
+    Where a graph cannot be captured, a warning says so and steps run without one.
+
+    Attributes:
+        no_graph_reason: Why a graph could not be captured; empty if none failed.
     """
 
     def __init__(
@@ -45,9 +50,17 @@ class DecodeLoop:
         eos_token_ids: Collection[int],
         fusion: LogitFusion | None = None,
     ) -> None:
-        """Allocate what a step reads and writes, for the batch that ``runner`` is prepared for."""
+        """Allocate the buffers of a step, for the batch size that ``runner`` is prepared for.
+
+        Args:
+            runner: Computes logits.
+            sampling: The way tokens are chosen.
+            max_new_tokens: Most tokens per row.
+            eos_token_ids: Tokens that end a row.
+            fusion: Fuses the logits of rows; None where each row is by itself.
+        """
         self._runner = runner
-        rows, device = runner.placed.batch_size, runner.device
+        rows, device = runner.bound.batch_size, runner.device
         self._fusion = fusion
         self._processors: RowProcessors | None = None
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
@@ -67,14 +80,15 @@ class DecodeLoop:
         groups: Sequence[Sequence[float]] = (),
         processors: RowProcessors | None = None,
     ) -> None:
-        """Take in a batch; done before its prefill, nothing has to wait for that.
+        """Load a batch; called before its prefill, so that nothing has to wait for that.
 
         Args:
             last_token_ids: The last token of each prompt.
             seeds: One per row; with the seed of sampling they determine what is sampled.
-            groups: Where logits are fused, which rows are (`LogitFusion.load`).
-            processors: What the model's generation config makes of the logits of each row, before
-                they are fused; None for nothing.
+            groups: The weights of the rows of each group, where logits are fused
+                (`LogitFusion.load`).
+            processors: The logits processors of the model's generation config, applied before
+                logits are fused; None for none.
         """
         self._sampler.load(seeds)
         if self._fusion is not None:
@@ -90,8 +104,8 @@ class DecodeLoop:
         On a GPU the first steps are queued when this returns.
 
         Returns:
-            The next token of each row, step by step. Tokens after a row's end mean nothing, and
-            `NOT_FINITE` or `NO_TOKEN` ends a row for which none can be chosen.
+            The next token of each row, step by step. Tokens after the end of a row have no
+            meaning; `NOT_FINITE` or `NO_TOKEN` ends a row for which no token can be chosen.
         """
         lag = LAG if self._token_ids.is_cuda else 0
         queued = deque(self._step_result() for _ in range(min(lag, self._max_new_tokens)))
@@ -114,13 +128,13 @@ class DecodeLoop:
             self._processors.append(self._token_ids)
 
     def _replay_or_run(self, step: Callable[[], Tensor | None]) -> Tensor | None:
-        """Run the part of a step that can be captured, from its graph where there is one."""
+        """Replay the graph of ``step``, captured at its first call; without CUDA, run ``step``."""
         if not self._token_ids.is_cuda or self.no_graph_reason:
             return step()
         key = (self._processors is None, tuple(self._runner.decode_kernels.values()))
         if key not in self._graphs:
             state = (
-                self._runner.placed.slots,
+                self._runner.bound.slots,
                 self._token_ids,
                 self._has_ended,
                 self._step_number,
@@ -146,7 +160,7 @@ class DecodeLoop:
         return self._runner.decode(self._token_ids)
 
     def _choose(self, logits: Tensor) -> None:
-        """Choose a token for each row, and feed it to the next step."""
+        """Choose a token for each row, and pass it to the next step."""
         if self._fusion is not None:
             logits = self._fusion(logits)
         state = (
@@ -162,7 +176,7 @@ class DecodeLoop:
         _take(self._sampler(logits, self._step_number), self._eos, *state)
 
     def _step_result(self) -> _StepResult:
-        """Queue a step, and the copy of its tokens to the host."""
+        """Queue a step and the copy of its tokens to the host."""
         self._advance()
         if not self._reported.is_cuda:
             return self._reported.clone(), None
@@ -182,9 +196,10 @@ def _take(
     has_ended: Tensor,
     step_number: Tensor,
 ) -> None:
-    """Report what was chosen and feed the next step; a row that has ended repeats its last token.
+    """Write the chosen tokens to ``reported`` and to ``token_ids``, which the next step reads.
 
-    A row for which no token can be chosen ends too, and goes on with token 0, which means nothing.
+    A row that has ended repeats its last token. A row for which no token can be chosen ends too;
+    the next step then reads token 0 for it, which has no meaning.
     """
     tainted |= chosen < 0
     chosen = torch.where(has_ended, token_ids, chosen)
@@ -202,7 +217,7 @@ def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
 
 @cache
 def _compiled_end_of_step() -> Callable[..., None]:
-    """What ends a greedy step, in a few kernels and not twelve."""
+    """Compile `_take_most_likely` into a few kernels; op by op it takes twelve."""
     return torch.compile(_take_most_likely, fullgraph=True, dynamic=False, options=STEP_OPTIONS)
 
 

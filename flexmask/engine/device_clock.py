@@ -1,4 +1,4 @@
-"""Times of what a device does, taken without waiting for it."""
+"""A clock for the work of a device, read without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Mark = float | torch.cuda.Event
 
 
 class DeviceClock:
-    """Marks points in the work of a device; a CPU works while the host does."""
+    """Marks points in the work of a device: CUDA events, or the host's clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Measure on ``device``."""
+        """Make a clock for ``device``."""
         self._is_cuda = device.type == "cuda"
 
     def mark(self) -> Mark:
-        """The point up to which work is queued."""
+        """Mark the end of the work that is queued so far."""
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -25,7 +25,7 @@ class DeviceClock:
         return event
 
     def seconds(self, first: Mark, second: Mark) -> float:
-        """Time from one mark to another; waits for the second."""
+        """Return the seconds from one mark to another; waits for the second."""
         if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
             second.synchronize()
             return float(first.elapsed_time(second)) / 1e3

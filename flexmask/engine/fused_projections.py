@@ -1,8 +1,8 @@
-"""Joins the projections of a traced decoder layer into few launches.
+"""Fuses the projections of a traced decoder layer into few launches.
 
-The graph that torch.compile traces shows every projection of a layer, whatever the model's code
-calls it. Projections of one input become one `flexmask::project`; a root-mean-square norm that
-feeds only them, the gate of a pair, and the residual sum after one go into it.
+The graph that torch.compile traces holds every projection of a layer, whatever its name is in the
+model's code. Projections of the same input become one `flexmask::project`. It also takes in a
+root-mean-square norm that only they use, the gate of a pair, and a residual sum after one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_WEIGHTS = 3
 
 @dataclass(frozen=True)
 class _Norm:
-    """A root-mean-square norm: its input, its weight, and what it adds to the mean square."""
+    """A root-mean-square norm: its input, its weight, and the ``eps`` of its mean square."""
 
     x: fx.Node
     weight: fx.Node
@@ -44,7 +44,7 @@ def fuse_projections(graph: fx.Graph) -> int:
     """Replace the projections in a traced layer by `flexmask::project`.
 
     Returns:
-        How many launches of it there are now.
+        The number of calls of that operator in the graph.
     """
     by_input: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -108,7 +108,7 @@ def _replace(
     activation: str = "",
     residual: fx.Node | None = None,
 ) -> None:
-    """Put one launch in the place of ``node``, the last of what it computes."""
+    """Replace ``node``, the last node of what one launch computes, by that launch."""
     with graph.inserting_before(node):
         launch = _project(graph, projections, norm, activation, residual)
     node.replace_all_uses_with(launch, propagate_meta=True)
@@ -136,7 +136,7 @@ def _project(
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Take out a node that nothing uses, and what only it used."""
+    """Erase a node that nothing uses, and the nodes that only it used."""
     if node.users or node.op not in ("call_function", "call_method"):
         return
     inputs = node.all_input_nodes
@@ -146,7 +146,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _value(node: Any) -> Tensor:
-    """The tensor, without data, that a node stands for."""
+    """Return the tensor, without data, that a node stands for."""
     value: Tensor = node.meta["example_value"]
     return value
 
@@ -161,7 +161,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _residual_sum(projection: fx.Node) -> fx.Node | None:
-    """The sum of a projection and a tensor of the same kind, if that is all it is used for."""
+    """Return the sum of a projection and a tensor of its shape, if nothing else uses it."""
     total = _only_user(projection)
     if total is None or total.target is not operator.add:
         return None
@@ -194,7 +194,7 @@ def _activation(node: fx.Node) -> str:
 
 
 def _norm_before(projections: Sequence[fx.Node]) -> _Norm | None:
-    """The norm whose result goes to these projections and nowhere else."""
+    """Return the norm whose result only these projections use; None if there is none."""
     result = projections[0].args[0]
     assert isinstance(result, fx.Node)
     if _num_rows(_value(result)) > MAX_ROWS_WITH_NORM or set(result.users) != set(projections):
@@ -211,7 +211,7 @@ def _norm_before(projections: Sequence[fx.Node]) -> _Norm | None:
 
 
 def _factors(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The two factors of a product, both ways round."""
+    """Return the two factors of a product, in both orders."""
     if node.target is not operator.mul or not all(isinstance(a, fx.Node) for a in node.args):
         return []
     first, second = node.args
@@ -228,7 +228,7 @@ def _before_cast(node: fx.Node) -> fx.Node:
 
 
 def _eps_of_mean_square(rsqrt: fx.Node, wide: fx.Node) -> float | None:
-    """``eps``, if a node is ``rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)``."""
+    """Return ``eps`` if a node is ``rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)``."""
     total = _argument(rsqrt, torch.rsqrt, "rsqrt")
     mean = None if total is None else _argument(total, operator.add)
     square = None if mean is None else _argument(mean, torch.mean, "mean")
@@ -243,7 +243,7 @@ def _eps_of_mean_square(rsqrt: fx.Node, wide: fx.Node) -> float | None:
 
 
 def _argument(node: fx.Node, function: Callable[..., Any], method: str = "") -> fx.Node | None:
-    """The first argument of a call of ``function``, or of the method of that name."""
+    """Return the first argument of a call of ``function``, or of the method of that name."""
     is_call = node.target is function or (node.op == "call_method" and node.target == method)
     first = node.args[0] if is_call and node.args else None
     return first if isinstance(first, fx.Node) else None

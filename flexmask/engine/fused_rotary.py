@@ -1,7 +1,7 @@
-"""Moves the rotary embeddings of a traced decode layer into its attention.
+"""Fuses the rotary embeddings of a traced decode layer into its attention.
 
-The turned query and key go to `flexmask::decode_attention` and nowhere else. It can turn them as
-it reads them, which saves a launch between the projections and attention.
+Only `flexmask::decode_attention` uses the rotated query and key. It can rotate them as it reads
+them, which saves a launch between the projections and attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FIRST_TOKEN = (slice(None), slice(None), 0)
 
 @dataclass(frozen=True)
 class _Rotation:
-    """Heads before they are turned, and the angles they are turned by."""
+    """Heads before rotation, and the cosines and sines that they are rotated by."""
 
     heads: fx.Node
     cos: fx.Node
@@ -28,10 +28,10 @@ class _Rotation:
 
 
 def fuse_rotary(graph: fx.Graph) -> int:
-    """Let decode attention turn query and key itself, where that is all that is done to them.
+    """Let decode attention rotate query and key itself, where nothing else is done to them.
 
     Returns:
-        In how many places.
+        The number of calls of decode attention that were changed.
     """
     fused = 0
     for node in list(graph.nodes):
@@ -41,9 +41,9 @@ def fuse_rotary(graph: fx.Graph) -> int:
         if query is None or key is None or (query.cos, query.sin) != (key.cos, key.sin):
             continue
         with graph.inserting_before(node):
-            turned = [_taken(graph, rotation.heads, _FIRST_TOKEN) for rotation in (query, key)]
+            heads = [_taken(graph, rotation.heads, _FIRST_TOKEN) for rotation in (query, key)]
             angles = [_taken(graph, a, (slice(None), 0, 0)) for a in (query.cos, query.sin)]
-        node.args = (*turned, node.args[2], *angles, *node.args[5:])
+        node.args = (*heads, node.args[2], *angles, *node.args[5:])
         fused += 1
     graph.eliminate_dead_code()
     graph.lint()
@@ -55,16 +55,16 @@ def _taken(graph: fx.Graph, tensor: fx.Node, index: tuple[Any, ...]) -> fx.Node:
 
 
 def _rotation(heads: Any) -> _Rotation | None:
-    """Read ``(x * cos + rotate_half(x) * sin)[:, :, 0]``."""
+    """Recognise ``(x * cos + rotate_half(x) * sin)[:, :, 0]``; None for anything else."""
     if not isinstance(heads, fx.Node) or heads.target is not operator.getitem:
         return None
     total, index = heads.args
     if index != _FIRST_TOKEN or not isinstance(total, fx.Node) or total.target != operator.add:
         return None
-    for plain, turned in (total.args, total.args[::-1]):
+    for plain, rotated in (total.args, total.args[::-1]):
         for x, cos in _factors(plain):
-            for half_turn, sin in _factors(turned):
-                if _is_half_turn(half_turn, x) and _are_angles(cos, sin, x):
+            for half, sin in _factors(rotated):
+                if _is_rotate_half(half, x) and _are_angles(cos, sin, x):
                     return _Rotation(x, cos, sin)
     return None
 
@@ -78,7 +78,7 @@ def _factors(product: Any) -> list[tuple[fx.Node, fx.Node]]:
     return [(first, second), (second, first)]
 
 
-def _is_half_turn(node: fx.Node, x: fx.Node) -> bool:
+def _is_rotate_half(node: fx.Node, x: fx.Node) -> bool:
     """Whether a node is ``cat((-x[..., half:], x[..., :half]), dim=-1)``."""
     if node.target is not torch.cat or node.kwargs.get("dim", node.args[-1]) != -1:
         return False
@@ -105,7 +105,7 @@ def _is_part(node: Any, x: fx.Node, part: slice) -> bool:
 
 
 def _are_angles(cos: fx.Node, sin: fx.Node, x: fx.Node) -> bool:
-    """Whether both are ``(B, 1, 1, D)`` of the heads' dtype, the angles of one token per row."""
+    """Whether both are ``(B, 1, 1, D)`` of the heads' dtype: one token per row."""
     rows, _, _, dim = _shape(x)
     is_alike = _value(cos).dtype == _value(sin).dtype == _value(x).dtype
     return is_alike and _shape(cos) == _shape(sin) == (rows, 1, 1, dim)
@@ -116,6 +116,6 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _value(node: fx.Node) -> Tensor:
-    """The tensor, without data, that a node stands for."""
+    """Return the tensor, without data, that a node stands for."""
     value: Tensor = node.meta["example_value"]
     return value

@@ -1,4 +1,4 @@
-"""The rules in a model's generation config: which logits it changes and what ends a row.
+"""The rules of a model's generation config: its logits processors and what ends a row.
 
 They are applied as transformers' `generate` applies them with ``do_sample=False``. Everything
 private to transformers that this needs is in this module: `_get_logits_processor`,
@@ -35,7 +35,7 @@ SAMPLING_FIELDS = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-"""Fields that only count where `generate` samples."""
+"""Fields that only matter where `generate` samples."""
 
 REFUSED = {
     "num_beams": ("beam search", 1),
@@ -47,16 +47,16 @@ REFUSED = {
     "token_healing": ("token healing", False),
     "max_time": ("a limit of time", None),
 }
-"""Fields that change the tokens of `generate` in a way that flexmask does not compute, with the
-name of that way and the value that asks for nothing."""
+"""Fields that change the tokens of `generate` in a way that flexmask does not support, with the
+name of that way and the value that turns it off."""
 
 _PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, RuntimeError, AttributeError)
-"""What processors raise for values that they cannot take."""
+"""Errors that processors raise for values that they do not accept."""
 
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """What a model's generation config asks for, read once for each run.
+    """The rules of a model's generation config; the engine reads them for each run.
 
     Applied: ``repetition_penalty``, ``no_repeat_ngram_size`` and their ``encoder_`` forms, which
     look at the prompt, ``bad_words_ids``, ``sequence_bias``, ``suppress_tokens``,
@@ -64,19 +64,18 @@ class GenerationRules:
     ``forced_eos_token_id``, ``exponential_decay_length_penalty``, ``remove_invalid_values``,
     ``renormalize_logits``, ``watermarking_config``, and whatever else the model's own class adds;
     also ``eos_token_id`` and ``stop_strings``. Refused: `REFUSED`, and ``penalty_alpha`` where
-    `generate` would search contrastively. Ignored: `SAMPLING_FIELDS`, since how to sample is an
-    option of the run; ``max_length`` and ``max_new_tokens``, since the length is too; what only
-    matters for several beams, several sequences or speed.
+    `generate` would use contrastive search. Ignored: `SAMPLING_FIELDS`, ``max_length`` and
+    ``max_new_tokens``, which are options of the run; and fields that only matter for several
+    beams, several sequences or speed.
 
     Attributes:
         model: The model.
         eos_token_ids: Tokens that end a row.
-        stop_strings: Strings that do.
-        config: A copy of the generation config as it was, without sampling; None where a model
-            has none, which asks for nothing.
-        applied: The processors that it asks for, by class name.
-        sampling: Values other than the defaults by which `generate` would sample; None where it
-            would not.
+        stop_strings: Strings that end a row.
+        config: A copy of the generation config, without sampling; None where the model has none.
+        applied: Class names of the logits processors that it asks for.
+        sampling: Fields by which `generate` would sample, where they differ from the defaults;
+            None where it would not sample.
     """
 
     model: PreTrainedModel
@@ -90,11 +89,11 @@ class GenerationRules:
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Read the rules of a model.
 
-        Tokens that end a row are those of the generation config, else the tokenizer's; an empty
-        list ends none.
+        The end-of-sequence tokens are those of the generation config, else the tokenizer's; an
+        empty list means that no token ends a row.
 
         Raises:
-            ModelError: If the generation config holds what cannot be applied.
+            ModelError: If the generation config cannot be applied.
         """
         config = copy.deepcopy(model.generation_config)
         eos_token_ids = _eos_token_ids(config, model, tokenizer)
@@ -117,18 +116,20 @@ class GenerationRules:
 
     @property
     def keeps_invalid_values(self) -> bool:
-        """Whether NaN and infinite logits stay what they are, and are an error."""
+        """Whether NaN and infinite logits are kept, so that they become an error."""
         return self.config is None or self.config.remove_invalid_values is not True
 
     def processors(
         self, prompt: Sequence[int], max_new_tokens: int, device: torch.device
     ) -> LogitsProcessorList:
-        """The processors that `generate` would use for a prompt alone, which may have state.
+        """Make the logits processors that `generate` would use for a prompt alone.
+
+        They may have state, so each row needs its own.
 
         Args:
-            prompt: Its token ids.
-            max_new_tokens: Most tokens that follow it.
-            device: Where its logits are.
+            prompt: Token ids of the prompt.
+            max_new_tokens: Most tokens generated after it.
+            device: Device of the logits.
         """
         if self.config is None:
             return LogitsProcessorList()
@@ -150,9 +151,12 @@ class GenerationRules:
         )
 
     def _try_processors(self) -> tuple[str, ...]:
-        """Apply the processors once to made-up logits, so that impossible values show at once.
+        """Apply the processors once to made-up logits, to find values that they do not accept.
 
-        Done on the CPU, where an index out of range is an exception and nothing worse.
+        On the CPU, where an index out of range is an exception; on a GPU it would end the process.
+
+        Returns:
+            Class names of the processors.
         """
         vocab_size = self.model.config.get_text_config().vocab_size
         # One prompt token and one new one: the first token and the last one in a single step.
@@ -162,11 +166,11 @@ class GenerationRules:
 
 
 def apply_processors(processors: LogitsProcessorList, token_ids: Tensor, logits: Tensor) -> Tensor:
-    """Apply the processors of one row.
+    """Apply the logits processors of one row.
 
     Args:
-        processors: Those of its prompt.
-        token_ids: ``(1, S)``, prompt and generated tokens so far.
+        processors: The processors made for its prompt.
+        token_ids: ``(1, S)``, the prompt and the tokens generated so far.
         logits: ``(1, V)`` in float32.
 
     Returns:
@@ -176,7 +180,11 @@ def apply_processors(processors: LogitsProcessorList, token_ids: Tensor, logits:
 
 
 def _refuse_misplaced(model: PreTrainedModel) -> None:
-    """Refuse what `generate` refuses: its fields in the config of the model itself."""
+    """Refuse generation fields in the model's own config, as `generate` does.
+
+    Raises:
+        ModelError: If there is one.
+    """
     if misplaced := model.config._get_generation_parameters():
         name = next(iter(misplaced))
         raise ModelError(
@@ -243,7 +251,7 @@ def _eos_token_ids(
 
 
 def _token_ids(value: Any) -> tuple[int, ...] | None:
-    """Token ids as a config gives them: one, several, a tensor of them, or None."""
+    """Read token ids from a config: one, several, a tensor of them, or None."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if value is None:

@@ -1,4 +1,4 @@
-"""Keys and values of a batch, in buffers bound to the attention modules."""
+"""The key-value cache: static buffers that are bound to the attention modules."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from flexmask.attention.model_probe import AttentionShape
 
 
 class KVCache:
-    """The buffers ``key_cache`` and ``value_cache`` of each attention module, `(B, H_kv, S, D)`.
+    """The key-value cache of one model.
 
-    Views of one model share them.
+    It consists of the buffers ``key_cache`` and ``value_cache`` of each attention module,
+    ``(B, H_kv, S, D)`` each, which all views of the model share.
 
     Attributes:
-        tainted: ``(B, 1)``, true where a row may hold NaN or infinity; who computes sets it.
+        tainted: ``(B, 1)`` bool, true where a row may hold NaN or infinity. Prefill and decode
+            set it.
     """
 
     def __init__(
         self, views: Sequence[nn.Module], shapes: Mapping[str, AttentionShape], dtype: torch.dtype
     ) -> None:
-        """Bind nothing yet.
+        """Make a cache without buffers; `bind` allocates them.
 
         Args:
             views: Module trees of one model.
-            shapes: What each attention module needs, by its name.
-            dtype: Of keys and values.
+            shapes: Sizes of heads of each attention module, by its name.
+            dtype: Dtype of keys and values.
         """
         self._views = views
         self._shapes = shapes
@@ -51,9 +53,9 @@ class KVCache:
                 module.register_buffer("value_cache", value, persistent=False)
 
     def clear_if_tainted(self) -> None:
-        """Set keys and values to zero where they are, if `tainted` says so; asks the device.
+        """Fill the cache with zeros if `tainted` holds for any row; waits for the device.
 
-        A slot that a mask leaves out still counts if it holds NaN: zero times NaN is NaN.
+        A masked slot still counts if it holds NaN: its weight is zero, and zero times NaN is NaN.
         """
         if not self.tainted.any():
             return
@@ -64,13 +66,13 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the buffers that are bound."""
+        """Bytes of the buffers."""
         rows, capacity = self._bound
         return rows * self.bytes_per_row(capacity)
 
     @property
     def most_kv_heads(self) -> int:
-        """Key heads of the attention module that has most."""
+        """Key heads of the attention module that has the most."""
         return max(shape.num_kv_heads for shape in self._shapes.values())
 
     def bytes_per_row(self, capacity: int) -> int:
@@ -79,17 +81,17 @@ class KVCache:
         return values * capacity * self._dtype.itemsize
 
     def of_row(self, row: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a row, per layer: ``(H_kv, num_slots, D)`` each."""
+        """Return the keys and values of a row, per layer: ``(H_kv, num_slots, D)`` each."""
         return [(k[row, :, :num_slots], v[row, :, :num_slots]) for k, v in self._layers()]
 
-    def write_runs(
+    def write_spans(
         self, rows: Tensor, starts: Tensor, values: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
-        """Write the same keys and values to several runs of slots.
+        """Write the same keys and values to several spans of slots.
 
         Args:
-            rows: ``(R,)`` batch row of each run.
-            starts: ``(R,)`` first slot of each run.
+            rows: ``(N,)`` batch row of each span.
+            starts: ``(N,)`` first slot of each span.
             values: Keys and values per layer, ``(H_kv, P, D)`` each.
         """
         length = values[0][0].shape[1]
@@ -105,6 +107,6 @@ class KVCache:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """The same bytes in fewer elements, which copy faster."""
+    """View a tensor as 64-bit integers where its last dimension allows; these copy faster."""
     is_whole = values.shape[-1] * values.element_size() % 8 == 0
     return values.view(torch.int64) if is_whole else values

@@ -1,11 +1,11 @@
-"""Fusing the logits of rows that belong together, within a decode step.
+"""Fusion of the logits of several batch rows, within a decode step.
 
 The rows of a group, one per prompt of a request, get the same scores, so that they take the same
-token. Tables say which rows those are::
+token. Two tables hold the rows of each group::
 
     row                  0       1       2       3          rows 0 to 2 are one group, 3 another
     members              0 1 2   0 1 2   0 1 2   3 3 3
-    weights              1 1 1   1 1 1   1 1 1   1 0 0      0: no member
+    weights              1 1 1   1 1 1   1 1 1   1 0 0      weight 0: not a member
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from flexmask.fusion import Fusion
 
 
 class LogitFusion:
-    """Fuses the logits of a batch, from buffers that stay in place.
+    """Fuses the logits of the rows of each group of a batch; the executor makes it.
 
-    Scores of a group are computed from its rows alone, one after the other, so that they do not
-    depend on what else is in the batch.
+    Its buffers stay in place, so a captured step can use it. The scores of a group are computed
+    from its rows alone, one after the other, so they do not depend on the rest of the batch.
     """
 
     def __init__(
         self, fusion: Fusion, group_size: int, batch_size: int, device: torch.device
     ) -> None:
-        """Prepare for batches.
+        """Allocate the tables for batches of one size.
 
         Args:
-            fusion: One that `is_of_logits`.
+            fusion: A fusion that `is_of_logits`.
             group_size: Rows of the largest group.
-            batch_size: Rows of all.
-            device: Where logits are.
+            batch_size: Rows of a batch.
+            device: Device of the logits.
         """
         self._fusion = fusion
         self._members = torch.zeros(batch_size, group_size, dtype=torch.long, device=device)
         self._weights = torch.ones(batch_size, group_size, device=device)
 
     def load(self, groups: Sequence[Sequence[float]]) -> None:
-        """Say which rows belong together.
+        """Load the groups of a batch.
 
         Args:
-            groups: Of each group, in the order of the rows, the weight of each row.
+            groups: The weights of the rows of each group, in the order of the rows.
         """
         members = torch.zeros(self._members.shape, dtype=torch.long)
         weights = torch.zeros(self._weights.shape)
@@ -53,21 +53,21 @@ class LogitFusion:
             rows = slice(start, start + len(group))
             members[rows] = start
             members[rows, : len(group)] = torch.arange(start, rows.stop)
-            # Only their proportions count; as they are, float32 might not hold them.
+            # Only their proportions count; unscaled, they may be out of the range of float32.
             weights[rows, : len(group)] = torch.tensor([w / max(group) for w in group])
             start = rows.stop
         self._members.copy_(members)
         self._weights.copy_(weights)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Fuse.
+        """Fuse the logits of each group.
 
         Args:
             logits: ``(B, V)``.
 
         Returns:
-            Scores ``(B, V)`` in float32, the same for all rows of a group: mean logits, or logs
-            of the largest probabilities. Their softmax is what to sample from.
+            Scores ``(B, V)`` in float32, the same for all rows of a group: mean logits, or the
+            logarithms of the largest probabilities. Tokens are sampled from their softmax.
         """
         logits = logits.float()
         weights = self._weights
@@ -80,7 +80,7 @@ class LogitFusion:
         shares = (weights / weights.sum(-1, keepdim=True))[..., None]
         mean = torch.zeros_like(logits)
         for members, share in zip(self._members.unbind(1), shares.unbind(1), strict=True):
-            # What is no member has no part, not even by the NaN that an infinite logit makes.
+            # Zero times infinity is NaN: rows of weight 0 must not count by that either.
             part = share * logits.index_select(0, members)
             mean += part.masked_fill_(share == 0, 0.0)
         return mean

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers."""
+"""Loads models and tokenizers."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ def load_model(
 
     Args:
         model: Hub id, folder or GGUF file.
-        device: Where to put it.
+        device: Device to load it to.
         dtype: A torch dtype, or ``"auto"`` for the one it was saved in.
         trust_remote_code: Run code that comes with the model.
         needs_backend: Refuse architectures that do not support attention backends.
 
     Raises:
-        ModelError: If it cannot be found or loaded; if its weights are not all there, and of
-            that model.
-        AttentionError: If its architecture does not support attention backends and needs to.
-        CompilerError: If the device needs a compiler that is not there.
+        ModelError: If it cannot be found or loaded; if weights are missing, or belong to another
+            model.
+        AttentionError: If its architecture does not support attention backends and
+            ``needs_backend`` is set.
+        CompilerError: If the device needs a C++ compiler and there is none.
     """
     register_attention()
     source = CheckpointSource.find(model)
@@ -70,7 +71,7 @@ def load_model(
     loaded = _load_weights(source, config, dtype, trust_remote_code)
     if needs_backend:
         check_backend(type(loaded))
-    module: nn.Module = loaded  # whose to() has the plainer signature
+    module: nn.Module = loaded  # its to() has the simpler signature
     _move(module.eval().requires_grad_(False), device)
     return loaded, tokenizer
 
@@ -84,11 +85,11 @@ def _load_weights(
     """Make the model of a config, with all weights from its files.
 
     Raises:
-        ModelError: If it cannot be made, or weights do not fit.
-        AttentionError: If its code knows no attention but its own.
+        ModelError: If it cannot be made, or its weights do not match.
+        AttentionError: If its code does not support attention backends.
     """
     options = source.options if source.gguf is None else source.options | _dequantized()
-    # A config file may name an implementation, for parts of the model too; ours replaces all.
+    # A config file may name an attention implementation, also for parts of the model.
     config._attn_implementation = BACKEND
     method = quantization_of(config)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed for a model alone
@@ -104,7 +105,7 @@ def _load_weights(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                # Shapes that do not fit stand in the report, as all that does not.
+                # Shapes that differ are listed in the report, which is checked below.
                 ignore_mismatched_sizes=True,
                 **options,
             )
@@ -121,12 +122,12 @@ def _load_weights(
 
 
 def _no_bar_of_gguf(source: CheckpointSource) -> AbstractContextManager[object]:
-    """Keep from stderr the bar that transformers draws past its own settings."""
+    """Hide the progress bar of GGUF files, which transformers draws whatever its settings."""
     return nullcontext() if source.gguf is None else redirect_stderr(StringIO())
 
 
 def _dequantized() -> dict[str, Any]:
-    """Options that unpack the weights of a GGUF file; transformers before 5.24 always does."""
+    """Options that dequantize the weights of a GGUF file; before 5.24 transformers always does."""
     try:
         from transformers import GgufConfig
     except ImportError:
@@ -135,11 +136,11 @@ def _dequantized() -> dict[str, Any]:
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    """Copy a module to a device, and have the compiler ready by then."""
+    """Copy a module to a device, and prepare the compiler meanwhile."""
     if device.type == "cuda":
         torch.cuda.init()
-    # Copying imports nothing, and leaves the interpreter free. But after each tensor it waits for
-    # its turn, which by default is 5 ms, longer than most of them take.
+    # Copying releases the interpreter's lock, but after each tensor it waits for the lock, by
+    # default up to 5 ms, which is longer than most copies take.
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
@@ -152,13 +153,14 @@ def _move(module: nn.Module, device: torch.device) -> None:
 
 
 def _prepare_compiler(device: torch.device, pool: Executor) -> None:
-    """Have what torch.compile needs for its first graph.
+    """Prepare what torch.compile needs for its first graph.
 
-    Much of that is no Python and takes no time beside the imports: to hash Triton's libraries, by
-    which caches go, and to find out which vector instructions a CPU has, by compiling with them.
+    Two parts of that release the interpreter's lock, so they run in threads beside the imports:
+    hashing Triton's libraries, which is part of cache keys, and finding out which vector
+    instructions the CPU has, by compiling with them.
 
     Raises:
-        CompilerError: If there is no C++ compiler, which a CPU needs.
+        CompilerError: If the device is a CPU and there is no C++ compiler.
     """
     from torch._inductor.codecache import CacheBase, torch_key
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -169,7 +171,7 @@ def _prepare_compiler(device: torch.device, pool: Executor) -> None:
         tasks.append(pool.submit(pick_vec_isa))
     for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
         import_module(name)
-    torch_key()  # It reads small files, and beside imports would wait for its turn at each.
+    torch_key()  # not in a thread: it reads many small files, and would wait for the lock at each
     try:
         for task in tasks:
             task.result()

@@ -1,4 +1,4 @@
-"""Compiled prefill and decode of one model over a static key-value cache.
+"""The model runner: compiled prefill and decode over a static key-value cache.
 
 One decoder layer is compiled and serves all layers: keys and values are written to buffers bound
 to the attention modules, so no layer index enters the graph. Prefill and decode run on two views
@@ -24,6 +24,7 @@ from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
 from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
+from flexmask.engine.bound_strategy import BoundStrategy, DecodeKernel, spans_of
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
@@ -31,10 +32,9 @@ from flexmask.engine.compiled_view import (
     multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
-from flexmask.engine.placed_strategy import DecodeKernel, PlacedStrategy, runs_of
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
-from flexmask.engine.prefix_reuse import SharedPrefix
+from flexmask.engine.prefix_cache import CachedPrefix
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.layout import Layout
@@ -43,25 +43,35 @@ from flexmask.strategy import Strategy
 MIN_CAPACITY = 512
 
 LEAST_ROWS = 2
-"""Prefill computes no single row of several: a dimension of one would be another graph."""
+"""Fewest rows that a prefill computes, because a dimension of one would be another graph."""
 
 
 def compilations() -> int:
-    """Number of graphs that torch.compile has compiled in this process."""
+    """Count the graphs that torch.compile has compiled in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def bucketed_capacity(num_slots: int) -> int:
-    """Cache capacity for rows of up to ``num_slots``: a power of two, and one tile more.
+    """Round up the capacity of a cache for ``num_slots``: to a power of two, plus one tile.
 
-    Powers of two, because a longer run then seldom meets a new shape; a tile more, because a
+    A power of two, because longer prompts then seldom need a new shape; a tile more, because a
     prefill as long as the cache would be another graph than a shorter one.
     """
     return max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length()) + BLOCK_SIZE
 
 
 class ModelRunner:
-    """Runs batches of up to ``batch_size`` rows and ``capacity`` slots through a model."""
+    """Prefills and decodes batches with one model; the executor makes it and prepares it.
+
+    Attributes:
+        device: Device of the model.
+        layer_windows: Sliding window of each kind of layer, in tokens; None for no window.
+        context: Positions that the model knows; None for no limit.
+        prefill_kernel: The kernel that computes prompts on a GPU, once `prepare` has chosen it.
+        cache: The key-value cache.
+        decode_kernels: The kernel that decodes the current batch, by kind of layer.
+        cached_prefix: The prefix that `prefill` copies; None for none.
+    """
 
     def __init__(
         self,
@@ -73,12 +83,12 @@ class ModelRunner:
 
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``.
-            mask_cache: Where BlockMasks are kept.
-            prefill_kernel: What computes prompts on a GPU; None to choose.
+            mask_cache: Keeps BlockMasks.
+            prefill_kernel: The kernel that computes prompts on a GPU; None to choose.
 
         Raises:
-            AttentionError: If the model does not attend through flexmask, or the kernel cannot
-                be had.
+            AttentionError: If the model does not attend through flexmask, or the kernel is not
+                available.
         """
         self.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
@@ -100,34 +110,34 @@ class ModelRunner:
         backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
         if on_gpu:
-            # The assembler of inductor's worker processes. Another one here, as Triton brings it,
-            # would make a second process compile what workers did: the cache goes by its version.
+            # Use the assembler (ptxas) that inductor's worker processes use. Triton's cache is
+            # keyed by its version, so with Triton's own ptxas here, another process would compile
+            # again what the workers have compiled.
             _set_triton_ptxas_path()
             compile_beside_layers(self._decode_model, list(shapes))
         else:
             multiply_few_rows(self._decode_model)
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
-        self._placed: PlacedStrategy | None = None
+        self._bound: BoundStrategy | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}
-        self.shared_prefix: SharedPrefix | None = None
+        self.cached_prefix: CachedPrefix | None = None
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
 
         Returns:
-            False if they were there already.
+            False if they were allocated already.
 
         Raises:
-            AttentionError: If the strategy needs what the dtype or the prefill kernel cannot
-                give.
+            AttentionError: If the dtype or the prefill kernel does not support the strategy.
         """
-        placed = self._placed
-        if placed is not None:
-            there = (placed.strategy, placed.batch_size, placed.capacity)
-            if there == (strategy, batch_size, capacity):
+        bound = self._bound
+        if bound is not None:
+            current = (bound.strategy, bound.batch_size, bound.capacity)
+            if current == (strategy, batch_size, capacity):
                 return False
         self.release()
-        placed = PlacedStrategy(
+        bound = BoundStrategy(
             strategy,
             batch_size,
             capacity,
@@ -135,17 +145,17 @@ class ModelRunner:
             self.layer_windows,
             with_key_table=self._pays_key_table(batch_size),
         )
-        if placed.query_part is not None and self._dtype == torch.float16:
+        if bound.query_part is not None and self._dtype == torch.float16:
             raise AttentionError(
                 f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
                 "narrow; load the model in bfloat16 or float32"
             )
         self.prefill_kernel = self._kernels.choose(
-            strategy, capacity, changes_scores=placed.changes_scores
+            strategy, capacity, changes_scores=bound.changes_scores
         )
         self._tile = self._kernels.tile(self.prefill_kernel, capacity)
         self.cache.bind(batch_size, capacity)
-        self._placed = placed
+        self._bound = bound
         return True
 
     def _pays_key_table(self, batch_size: int) -> bool:
@@ -153,64 +163,64 @@ class ModelRunner:
         return on_gpu and pays_key_table(batch_size * self.cache.most_kv_heads)
 
     @property
-    def placed(self) -> PlacedStrategy:
-        """What `prepare` made."""
-        assert self._placed is not None, "prepare comes first"
-        return self._placed
+    def bound(self) -> BoundStrategy:
+        """The strategy that `prepare` has bound to buffers."""
+        assert self._bound is not None, "prepare comes first"
+        return self._bound
 
     def release(self) -> None:
-        """Give back what `prepare` allocated."""
-        self._placed = self.shared_prefix = None
+        """Free what `prepare` allocated."""
+        self._bound = self.cached_prefix = None
         self.cache.bind(0, 0)
 
-    def share_prefix(self, layout: Layout, length: int) -> bool:
-        """Compute the first ``length`` tokens of a prompt once, for `prefill` to copy.
+    def cache_prefix(self, layout: Layout, length: int) -> bool:
+        """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
 
-        Wherever these tokens stand at positions 0, 1, … in a prompt and provably see only
+        Wherever a prompt holds these tokens at positions 0, 1, …, and they are proved to see only
         themselves, their keys and values are copied and not computed again.
 
         Returns:
-            False if in this prompt they see something else, or the strategy changes scores;
-            then nothing is shared.
+            False if they see other tokens in this prompt, or the strategy changes scores; then
+            there is no cached prefix.
         """
-        self.shared_prefix = None
-        placed = self.placed
-        if placed.changes_scores:
+        self.cached_prefix = None
+        bound = self.bound
+        if bound.changes_scores:
             return False
-        size = min(LEAST_ROWS, placed.batch_size)
+        size = min(LEAST_ROWS, bound.batch_size)
         plan = self._plan([layout] * size, [length, 0][:size], [()] * size)
-        placed.load(plan)
-        if not placed.see_only_themselves([[0]], length, plan.kv_length):
+        bound.load(plan)
+        if not bound.see_only_themselves([[0]], length, plan.kv_length):
             return False
         self.cache.clear_if_tainted()
         self._compute(plan)
         values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
-        self.shared_prefix = SharedPrefix(layout.token_ids[:length], values)
+        self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
         return True
 
     def plan(self, layouts: Sequence[Layout]) -> PrefillPlan:
-        """Work out on the host what `prefill` does for prompts: all of each but its last token.
+        """Plan the prefill of prompts on the host: all tokens of each but the last.
 
         Args:
-            layouts: One per row. Rows without one are laid out as the last of them, so that they
-                can be decoded, and not computed.
+            layouts: The layouts of the prompts, one per row. The last of them is repeated in rows
+                that have none, so that these can be decoded; their prompts are not computed.
 
         Raises:
             LayoutError: If a prompt is a single token, or leaves no room in the cache.
         """
-        batch_size = self.placed.batch_size
+        batch_size = self.bound.batch_size
         computed = max(len(layouts), min(LEAST_ROWS, batch_size))
         layouts = [*layouts, *[layouts[-1]] * (batch_size - len(layouts))]
         counts = [len(layout) - 1 for layout in layouts]
         if min(counts) == 0:
             raise LayoutError("a prompt needs at least two tokens")
         length = prefill_length(max(counts), max(self._tile))
-        capacity = self.placed.capacity
+        capacity = self.bound.capacity
         if length >= capacity:
             raise LayoutError(
                 f"a prefill of {length} slots needs a larger capacity, got {capacity}"
             )
-        shared = self.shared_prefix
+        shared = self.cached_prefix
         starts = [
             () if shared is None else shared.starts_in(layout) for layout in layouts[:computed]
         ]
@@ -222,63 +232,63 @@ class ModelRunner:
         counts: Sequence[int],
         starts: Sequence[Sequence[int]],
     ) -> PrefillPlan:
-        shared_length = 0 if self.shared_prefix is None else len(self.shared_prefix.token_ids)
+        cached_tokens = 0 if self.cached_prefix is None else len(self.cached_prefix.token_ids)
         return plan_prefill(
             layouts,
             counts,
             starts,
-            shared_length,
-            batch_size=self.placed.batch_size,
-            capacity=self.placed.capacity,
+            cached_tokens,
+            batch_size=self.bound.batch_size,
+            capacity=self.bound.capacity,
             tile=self._tile,
-            with_key_table=self.placed.key_table is not None,
+            with_key_table=self.bound.key_table is not None,
         )
 
     @torch.no_grad()
     def prefill(self, plan: PrefillPlan) -> PrefillPlan:
-        """Compute keys and values of each prompt but its last token, which `decode` starts with.
+        """Compute the keys and values of prompts, but for the last token of each.
 
-        On a GPU this returns while they are computed.
+        `decode` starts with that token. On a GPU this returns before they are computed.
 
         Args:
-            plan: What `plan` made of the prompts.
+            plan: The plan that `plan` made for the prompts.
 
         Returns:
-            The plan that was followed: where a prefix turns out to see more than itself it is
-            not copied.
+            The plan that was followed. It is another one where the cached prefix would see more
+            than itself, because then it is computed and not copied.
         """
-        placed = self.placed
-        placed.load(plan)
-        placed.slots.copy_(torch.tensor(plan.counts))
-        # Before the computation is queued, because asking waits for the device.
-        self.decode_kernels = placed.decode_kernels()
+        bound = self.bound
+        bound.load(plan)
+        bound.slots.copy_(torch.tensor(plan.counts))
+        # Before the computation is queued, because this waits for the device.
+        self.decode_kernels = bound.decode_kernels()
         self.cache.clear_if_tainted()
         if any(plan.starts):
-            if placed.see_only_themselves(plan.starts, plan.shared_length, plan.kv_length):
-                assert self.shared_prefix is not None
-                runs = runs_of(plan.starts, self.device)
-                self.cache.write_runs(*runs, self.shared_prefix.cache)
+            if bound.see_only_themselves(plan.starts, plan.cached_tokens, plan.kv_length):
+                assert self.cached_prefix is not None
+                spans = spans_of(plan.starts, self.device)
+                self.cache.write_spans(*spans, self.cached_prefix.values)
             else:
                 plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.starts))
-                placed.load(plan)
+                bound.load(plan)
         self._compute(plan)
-        placed.batch.open_tail(placed.slots)
+        bound.batch.open_tail(bound.slots)
         return plan
 
     @torch.no_grad()
     def _compute(self, plan: PrefillPlan) -> None:
-        placed, token_slots = self.placed, plan.token_slots.to(self.device)
+        bound, token_slots = self.bound, plan.token_slots.to(self.device)
         rows = len(token_slots)
-        masks = {kind: self._prefill_mask(kind, plan) for kind in placed.query_masks}
+        masks = {kind: self._prefill_mask(kind, plan) for kind in bound.query_masks}
         arguments = dict(
             input_ids=plan.input_ids.to(self.device),
-            position_ids=placed.batch.position_ids[:rows].gather(1, token_slots).long(),
+            position_ids=bound.batch.position_ids[:rows].gather(1, token_slots).long(),
             attention_mask=self._for_model(masks),
             use_cache=False,
             cache_slots=token_slots,
             tile_order=plan.tile_order.to(self.device),
-            score_mod=placed.query_score_mod,
-            scaled_part=placed.query_part,
+            score_mod=bound.query_score_mod,
+            scaled_part=bound.query_part,
         )
         compute = self._prefill_model.base_model
         with compile_settings(self.device):
@@ -287,52 +297,52 @@ class ModelRunner:
             except InductorError as error:
                 if self.prefill_kernel != "flash":
                     raise
-                self.prefill_kernel = self._kernels.replace_flash(placed.strategy, error)
+                self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
                 output = compute(prefill_kernel=self.prefill_kernel, **arguments)
-        # A key or value that is no number makes its token's hidden state none.
+        # A key or value that is NaN or infinite makes the hidden state of its token so too.
         hidden: Tensor = output.last_hidden_state
         largest, smallest = hidden.amax((1, 2)), hidden.amin((1, 2))
         self.cache.tainted[:rows, 0] |= ~(largest.isfinite() & smallest.isfinite())
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:
-        """Run the next token of each row, and move on by a slot.
+        """Compute the next token of each row, and advance by one slot.
 
-        Nothing in it waits for the host: it can be captured as a CUDA graph.
+        Nothing in it waits for the host, so it can be captured as a CUDA graph.
 
         Args:
             token_ids: ``(B, 1)``.
 
         Returns:
-            Logits ``(B, V)`` of the token after it.
+            Logits ``(B, V)`` of the token after that.
         """
-        placed = self.placed
-        masks = placed.decode_masks(self.decode_kernels)
+        bound = self.bound
+        masks = bound.decode_masks(self.decode_kernels)
         with compile_settings(self.device):
             output = self._decode_model(
                 input_ids=token_ids,
-                position_ids=placed.batch.positions_at(placed.slots),
+                position_ids=bound.batch.positions_at(bound.slots),
                 attention_mask=self._for_model(masks),
                 use_cache=False,
-                cache_slots=placed.slots,
-                score_mod=placed.decode_score_mod,
-                scaled_part=placed.decode_part,
-                key_table=placed.key_table,
+                cache_slots=bound.slots,
+                score_mod=bound.decode_score_mod,
+                scaled_part=bound.decode_part,
+                key_table=bound.key_table,
             )
-        placed.slots += 1
+        bound.slots += 1
         logits: Tensor = output.logits[:, -1]
         return logits
 
     def _prefill_mask(self, kind: str, plan: PrefillPlan) -> BlockMask:
-        mask_mod = self.placed.query_masks[kind]
+        mask_mod = self.bound.query_masks[kind]
         rows, length = plan.query_slots.shape
         key = BlockMaskKey(
-            strategy=self.placed.strategy,
+            strategy=self.bound.strategy,
             layouts=tuple(layout.digest for layout in plan.layouts[:rows]),
             window=self.layer_windows[kind],
             q_length=length,
             kv_length=plan.kv_length,
-            reused=(plan.counts[:rows], plan.starts, plan.shared_length),
+            reused=(plan.counts[:rows], plan.starts, plan.cached_tokens),
             block_size=plan.tile,
             device=str(self.device),
         )
@@ -352,5 +362,5 @@ class ModelRunner:
         return self._mask_cache.get(key, mask_mod, build)
 
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
-        given: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}
-        return given.get(WHOLE_MODEL, given)
+        by_kind: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}
+        return by_kind.get(WHOLE_MODEL, by_kind)

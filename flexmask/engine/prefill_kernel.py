@@ -1,4 +1,4 @@
-"""Which kernel computes prompts on a GPU, and with which tiles."""
+"""The choice of the kernel that computes prompts on a GPU, and of its tiles."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ TILES: tuple[tuple[int, Tile], ...] = (
     ((1 << 11) + BLOCK_SIZE, (64, 32)),
     ((1 << 15) + BLOCK_SIZE, (64, 64)),
 )
-"""Up to which capacity tiles are smaller with Triton's kernel, since more of short prompts' tiles
-are partial and small ones skip more: by 5 to 9% for 64 rows of 1,280 slots (H100), and by 17% at
-16k (H200)."""
+"""Smaller tiles of Triton's kernel, each with the largest capacity that they are used for. More
+tiles of short prompts are partial, and small tiles skip more: prefill takes 5 to 9% less time for
+64 rows of 1,280 slots (H100), and 17% less at 16k slots (H200)."""
 
 CPU_TILE: Tile = (64, 64)
-"""On a CPU 5 to 15% faster than 128 where few tokens are computed, and no slower at 4k slots."""
+"""On a CPU 5 to 15% faster than tiles of 128 for few tokens, and no slower at 4k slots."""
 
 FLASH_CAPACITY = 1 << 14
-"""From here on FLASH is chosen where it can be had: it takes 28% less time at 16k slots, 10% at 4k
-(H100), and is compiled in every process anew."""
+"""Smallest capacity in slots for which FLASH is chosen where it is available. It takes 28% less
+time at 16k slots and 10% less at 4k (H100), but every process compiles it again."""
 
 
 class PrefillKernels:
-    """What FlexAttention can compute the prompts of one model with."""
+    """The kernels with which FlexAttention can compute the prompts of one model.
+
+    Attributes:
+        asked: The kernel that the user asked for; None to choose.
+    """
 
     def __init__(
         self,
@@ -45,16 +49,16 @@ class PrefillKernels:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Find out what there is.
+        """Find out which kernels are available.
 
         Args:
-            asked: The kernel asked for; None to choose.
-            shapes: Those of the model's attention modules.
-            dtype: The model's.
-            device: The model's.
+            asked: The kernel that the user asked for; None to choose.
+            shapes: Sizes of heads of the model's attention modules.
+            dtype: The model's dtype.
+            device: The model's device.
 
         Raises:
-            AttentionError: If the kernel asked for cannot be had.
+            AttentionError: If the kernel asked for is not available.
         """
         shapes = list(shapes)
         self.asked = asked
@@ -75,10 +79,10 @@ class PrefillKernels:
     def choose(
         self, strategy: Strategy, capacity: int, *, changes_scores: bool
     ) -> PrefillKernel | None:
-        """Choose for rows of ``capacity`` slots; None on a CPU, which has one kernel.
+        """Choose the kernel for rows of ``capacity`` slots; None on a CPU, which has one kernel.
 
         Raises:
-            AttentionError: If the kernel asked for does not compute what the strategy does.
+            AttentionError: If the kernel asked for does not support changes of scores.
         """
         if self.asked == "flash" and changes_scores:
             raise AttentionError(
@@ -96,7 +100,7 @@ class PrefillKernels:
         return prefill_tile(kernel, capacity, has_options=self._has_options)
 
     def replace_flash(self, strategy: Strategy, error: Exception) -> PrefillKernel:
-        """Choose another kernel for a strategy whose mask FLASH turned out not to compile.
+        """Choose another kernel for a strategy whose mask FLASH cannot compile.
 
         Raises:
             AttentionError: If FLASH was asked for.
@@ -118,19 +122,19 @@ class PrefillKernels:
 
 
 def _first_words(error: Exception) -> str:
-    """What an error of the compiler says, without the graph that it prints."""
+    """Shorten an error of the compiler, which prints a whole graph."""
     words = " ".join(str(error).replace("=", " ").split())
     return words if len(words) <= 200 else f"{words[:200]} …"
 
 
 def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bool) -> Tile:
-    """Choose tiles.
+    """Choose the tiles of a prefill.
 
     Args:
-        kernel: What computes prompts; None on a CPU.
-        capacity: Slots of a row.
-        has_options: Whether there are `TRITON_OPTIONS` for the model's heads; those that
-            FlexAttention takes by itself may be wider than the smallest tile.
+        kernel: The kernel that computes prompts; None on a CPU.
+        capacity: Slots per row.
+        has_options: Whether there are `TRITON_OPTIONS` for the model's heads. FlexAttention's own
+            options may be wider than the smallest tile.
     """
     if kernel is None:
         return CPU_TILE
@@ -143,12 +147,12 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bo
 
 def has_flash() -> bool:
     """Whether flash-attn-4 is installed."""
-    # The name inside a package can only be looked for where there is the package.
+    # find_spec of a name in a package raises where the package is missing.
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
 def flash_can_attend(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FlexAttention's FLASH backend is installed, and serves heads of this shape."""
+    """Whether FlexAttention's FLASH backend is installed and supports heads of this shape."""
     return (
         has_flash()
         and torch.cuda.get_device_capability(device) >= (9, 0)

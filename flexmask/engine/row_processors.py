@@ -1,4 +1,4 @@
-"""Logits processors of a batch, each row by its own tokens."""
+"""The logits processors of a batch, applied to each row with its own tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flexmask.engine.generation_rules import GenerationRules, apply_processors
 
 
 class RowProcessors:
-    """Applies what a model's generation config asks for to the logits of one batch.
+    """The logits processors of one batch, from the model's generation config.
 
-    Rows are taken one by one, since processors look at all tokens of a row and rows differ in
-    length: so the tokens of a row never depend on the batch that it is in.
+    They are applied row by row, because they look at all tokens of a row and rows differ in
+    length. So the tokens of a row do not depend on the batch that it is in.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class RowProcessors:
         """Make the processors of each row.
 
         Args:
-            rules: What the generation config asks for.
-            prompts: Token ids of each row, in storage order. Rows of the batch beyond them only
-                fill it up, and are left as they are.
-            max_new_tokens: Most tokens that follow.
-            device: Where logits are.
+            rules: The rules of the generation config.
+            prompts: Prompt tokens of each row, in storage order. Further rows only fill the batch,
+                and their logits are left unchanged.
+            max_new_tokens: Most tokens generated per row.
+            device: Device of the logits.
         """
         self._keeps_invalid_values = rules.keeps_invalid_values
         self._rows = [rules.processors(prompt, max_new_tokens, device) for prompt in prompts]
@@ -45,11 +45,11 @@ class RowProcessors:
         """Turn logits into scores.
 
         Args:
-            logits: ``(B, V)``; left as they are.
+            logits: ``(B, V)``; not changed.
 
         Returns:
-            Scores ``(B, V)`` in float32. A row whose logits have no finite maximum stays without
-            one, whatever its processors make of it.
+            Scores ``(B, V)`` in float32. All are NaN in a row whose largest logit is not finite,
+            unless the generation config removes invalid values.
         """
         scores = logits.to(torch.float32, copy=True)
         invalid = ~scores.amax(-1, keepdim=True).isfinite()
@@ -61,7 +61,7 @@ class RowProcessors:
         return scores
 
     def append(self, token_ids: Tensor) -> None:
-        """Take in the token that each row goes on with, ``(B, 1)``."""
+        """Append the chosen token of each row, ``(B, 1)``."""
         self._token_ids.scatter_(1, self._ends, token_ids[: len(self._rows)])
         self._ends += 1
         self._lengths = [length + 1 for length in self._lengths]

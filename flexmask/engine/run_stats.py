@@ -1,4 +1,4 @@
-"""What a run of the engine has done."""
+"""Counts and times of a run of the engine."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunStats:
-    """What a run has done so far.
+    """Counts and times of a run up to the last batch that has finished.
 
     Attributes:
         batch_size: Prompts that run together.
-        capacity: Slots of the key-value cache for each.
-        rows: Generations finished.
-        prompt_tokens: Slots of their prompts, copies of the prefix counted.
-        computed_tokens: Those that prefill computed; the others begin as all prompts do, and
-            were copied.
-        generated_tokens: Their tokens; one that several prompts share counts once.
+        capacity: Slots of the key-value cache per prompt.
+        generations: Generations finished.
+        prompt_tokens: Slots of their prompts, copies of the prefix included.
+        computed_tokens: Prompt tokens that prefill computed; the others were copied from the
+            prefix cache.
+        generated_tokens: Tokens of the generations; a token that several prompts share counts
+            once.
         prefill_s: Seconds in prefill, compilation included.
         decode_s: Seconds in decode, compilation included.
         first_token_s: Seconds from the start of each batch until its first tokens, summed.
         compilations: Graphs compiled in the run.
-        warm_compilations: Those of them compiled after the first batch.
+        warm_compilations: Graphs compiled after the first batch.
         mask_hits: BlockMasks found in the cache.
         mask_misses: BlockMasks built.
         prefill_peak_bytes: Most device memory in use during prefill; 0 on CPU.
-        decode_peak_bytes: The same during decode.
-        halvings: How often memory did not suffice and batches became half as large.
+        decode_peak_bytes: Most device memory in use during decode; 0 on CPU.
+        halvings: How often batches were halved because memory ran out.
     """
 
     batch_size: int
     capacity: int
-    rows: int = 0
+    generations: int = 0
     prompt_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""The sampler: chooses the next token of each row from its logits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ NO_TOKEN = -2
 
 
 class Sampler:
-    """Chooses tokens for the rows of a batch, from buffers that stay in place."""
+    """Chooses tokens for the rows of a batch; the decode loop makes it.
+
+    Its buffers stay in place, so a captured step can use it.
+
+    Attributes:
+        is_greedy: Whether the most likely token is chosen.
+    """
 
     def __init__(
         self, sampling: Sampling, batch_size: int, max_new_tokens: int, device: torch.device
     ) -> None:
-        """Prepare for batches of ``batch_size`` rows."""
+        """Allocate the buffers for batches of ``batch_size`` rows."""
         self.is_greedy = sampling.is_greedy
         self._sampling = sampling
         self._warpers = LogitsProcessorList()
@@ -83,7 +89,7 @@ class Sampler:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """Argmax in two steps, because torch gives a row of logits to few programs on CUDA.
+    """Take the argmax in two steps, because torch gives a row of logits to few programs on CUDA.
 
     Args:
         logits: ``(B, V)``.
@@ -100,10 +106,10 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def _where_finite(largest: Tensor, chosen: Tensor) -> Tensor:
-    """Keep the choice of a row whose largest logit is a number.
+    """Keep the chosen token of each row whose largest logit is finite.
 
-    A maximum is NaN where any logit is, so it tells all of a row; single logits of minus infinity
-    are how a model or a processor excludes tokens.
+    The maximum of a row is NaN if any logit is, so it suffices to look at that. Single logits may
+    be minus infinity: so models and processors exclude tokens.
     """
     unusable = torch.where(largest == -torch.inf, NO_TOKEN, NOT_FINITE)
     return torch.where(largest.isfinite(), chosen, unusable)

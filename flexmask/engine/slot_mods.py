@@ -1,4 +1,4 @@
-"""Masks and score changes, which speak of slots, for queries that stand at some of them."""
+"""Masks and changes of scores over slots, for queries that are stored at chosen slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def mask_at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:
-    """The mask of queries at ``slots`` ``(B, Q)`` of their rows."""
+    """Return the mask of queries at ``slots`` ``(B, Q)`` of their rows."""
 
     def at_slots(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask_mod(b, h, slots[b, q_idx], kv_idx)
@@ -20,7 +20,7 @@ def mask_at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:
 
 
 def score_at_slots(score_mod: ScoreMod, slots: Tensor) -> ScoreMod:
-    """The change of scores of queries at ``slots`` ``(B, Q)`` of their rows."""
+    """Return the change of scores of queries at ``slots`` ``(B, Q)`` of their rows."""
 
     def at_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score_mod(score, b, h, slots[b, q_idx], kv_idx)
@@ -29,7 +29,7 @@ def score_at_slots(score_mod: ScoreMod, slots: Tensor) -> ScoreMod:
 
 
 def score_from_slots(score_mod: ScoreMod, first_slots: Tensor) -> ScoreMod:
-    """The change of scores of queries that begin at ``first_slots`` ``(B,)`` of their rows."""
+    """Return the change of scores of queries from ``first_slots`` ``(B,)`` of their rows on."""
 
     def from_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score_mod(score, b, h, first_slots[b] + q_idx, kv_idx)

@@ -1,4 +1,4 @@
-"""Turns of the runs of a process, which may be in several threads."""
+"""Turn-taking between the runs of a process, which may be in several threads."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Protocol
 from weakref import ref
 
 TURN = RLock()
-"""Held while an engine is made and while a batch is prepared, started or finished.
+"""Held while an engine is made, and while a batch is prepared, started or finished.
 
-One for all engines of a process, because settings that they need are the process's: those of
-torch's compiler (`flexmask.attention.compile_settings`), and the default dtype that transformers
-sets while it loads a model. Never held while a caller has control: not while results are handed
-out, and not while prompts are tokenized.
+There is one lock for all engines of a process, because they change settings of the process: those
+of torch's compiler (`flexmask.attention.compile_settings`), and the default dtype, which
+transformers sets while it loads a model. It is never held while a caller has control, that is
+while results are handed out or prompts are tokenized.
 """
 
 
 class Settles(Protocol):
-    """Something that uses an engine for several turns."""
+    """A user of an executor that may hold it for several turns."""
 
     def settle(self) -> None:
-        """Finish what is under way, and take it that the engine is another's from now on."""
+        """Finish the batch under way; from then on, expect the executor to be prepared again."""
 
 
 class Occupancy:
-    """Who prepared an engine last; it holds one batch at a time."""
+    """The user that prepared an executor last; the executor holds one batch at a time."""
 
     def __init__(self) -> None:
-        """Begin with nobody."""
+        """Start without a user."""
         self._occupant: ref[Settles] | None = None
 
     def admit(self, user: Settles) -> None:
-        """Let ``user`` have the engine; what another has under way is finished first.
+        """Give the executor to ``user``, after its current user has finished its batch.
 
-        Call it with `TURN` held. A user that nobody holds any more has nothing to finish.
+        Call it with `TURN` held. A user that has been garbage-collected has nothing to finish.
         """
         current = None if self._occupant is None else self._occupant()
         if current is user:
             return
-        # Nobody's, should finishing be interrupted: what is there then is of no use to anyone.
+        # No user if finishing is interrupted, because the executor's state is unknown then.
         self._occupant = None
         if current is not None:
             current.settle()

@@ -1,16 +1,17 @@
-"""From requests to prompts, some at a time, and the next ones while the last are run."""
+"""Plans the prompts of requests: tokens and layouts, some batches ahead in a thread."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from threading import current_thread
 from typing import NamedTuple
 
 from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine.prompt_group import PromptGroup
 from flexmask.errors import FlexMaskWarning, RequestError
 from flexmask.fusion import Fusion
 from flexmask.layout import Layout, TokenizedRequest
@@ -25,55 +26,40 @@ TOKENIZED_TOGETHER = 256
 """Requests whose segments are tokenized in one call, which uses every core."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One generation to make, of one prompt or of several that run together.
+class PlannedRequest(NamedTuple):
+    """A request that is generated for, and its prompts."""
 
-    Attributes:
-        number: Counts the generations of a run, in request order.
-        request: What to generate for.
-        layouts: The tokens of each prompt.
-        seeds: What of each prompt seeds sampling; those with the same one draw alike.
-    """
-
-    number: int
     request: Request
-    layouts: tuple[Layout, ...]
-    seeds: tuple[str, ...]
-
-    @property
-    def longest(self) -> int:
-        """Slots of its longest prompt."""
-        return max(map(len, self.layouts))
+    prompts: PromptGroup
 
 
-class _Planned(NamedTuple):
-    """What became of a request, or of one of its segments.
+class _Attempt(NamedTuple):
+    """The attempt to plan one generation.
 
     Attributes:
-        number: Counts the requests, of which some become several generations.
-        request: What to generate for.
-        outcome: Its prompts with what seeds each, or why there are none.
+        request_number: Counts the requests, of each of which there may be several generations.
+        request: The request that is generated for.
+        result: Its prompts, not numbered yet; or the reason for which it cannot be run.
         special_text: Text of a special token in it that was tokenized as plain text.
     """
 
-    number: int
+    request_number: int
     request: Request
-    outcome: tuple[tuple[Layout, ...], tuple[str, ...]] | RequestError
+    result: PromptGroup | RequestError
     special_text: str | None = None
 
 
 @dataclass(frozen=True)
 class PromptPlanner:
-    """Turns requests into prompts, as many for each as its fusion wants.
+    """Turns requests into prompts; the engine makes one for each run.
 
     Attributes:
-        strategy: Who sees whom.
-        tokenizer: Makes tokens of texts.
+        strategy: The mask strategy, which lays prompts out.
+        tokenizer: Turns texts into tokens.
         max_new_tokens: Most tokens that are generated per request.
         context: Positions that the model knows; None for no limit.
-        fusion: What becomes a prompt.
-        max_rows: Most prompts that run together; None for as many as it takes.
+        fusion: Says which prompts a request becomes.
+        max_rows: Most prompts that run together; None for no limit.
         on_refused: Called with each request that cannot be run; None raises.
     """
 
@@ -85,39 +71,40 @@ class PromptPlanner:
     max_rows: int | None
     on_refused: OnRefused | None
 
-    def windows(self, requests: Iterable[Request], size: int) -> Iterator[list[Job]]:
-        """Plan ``size`` jobs at a time, the next ones in the background.
+    def lookaheads(self, requests: Iterable[Request], size: int) -> Iterator[list[PlannedRequest]]:
+        """Yield ``size`` generations at a time, planned while the caller runs those before them.
 
         Raises:
             RequestError: If a request cannot be run and there is no ``on_refused``.
         """
-        upcoming = self._planned(requests, min(size, TOKENIZED_TOGETHER))
+        upcoming = self._attempts(requests, min(size, TOKENIZED_TOGETHER))
         background = ThreadPoolExecutor(1, THREAD_NAME)
         special_texts: dict[int, str] = {}
         try:
             number = 0
-            window = background.submit(list, islice(upcoming, size))
-            while outcomes := window.result():
-                window = background.submit(list, islice(upcoming, size))
-                jobs = []
-                for planned in outcomes:
-                    if planned.special_text is not None:
-                        special_texts.setdefault(planned.number, planned.special_text)
-                    if isinstance(planned.outcome, RequestError):
+            planning = background.submit(list, islice(upcoming, size))
+            while attempts := planning.result():
+                planning = background.submit(list, islice(upcoming, size))
+                lookahead = []
+                for attempt in attempts:
+                    if attempt.special_text is not None:
+                        special_texts.setdefault(attempt.request_number, attempt.special_text)
+                    if isinstance(attempt.result, RequestError):
                         if self.on_refused is None:
-                            raise planned.outcome
-                        self.on_refused(planned.request, planned.outcome)
+                            raise attempt.result
+                        self.on_refused(attempt.request, attempt.result)
                         continue
-                    jobs.append(Job(number, planned.request, *planned.outcome))
+                    prompts = replace(attempt.result, number=number)
+                    lookahead.append(PlannedRequest(attempt.request, prompts))
                     number += 1
-                yield jobs
+                yield lookahead
             _warn_of(special_texts)
         finally:
             # The garbage collector may close a forgotten run in the background thread itself.
             is_background = current_thread().name.startswith(THREAD_NAME)
             background.shutdown(wait=not is_background)
 
-    def _planned(self, requests: Iterable[Request], size: int) -> Iterator[_Planned]:
+    def _attempts(self, requests: Iterable[Request], size: int) -> Iterator[_Attempt]:
         outputs = (
             (number, output)
             for number, request in enumerate(requests)
@@ -129,9 +116,9 @@ class PromptPlanner:
                 try:
                     yield self._plan(number, output)
                 except RequestError as error:
-                    yield _Planned(number, output, error)
+                    yield _Attempt(number, output, error)
 
-    def _plan(self, number: int, output: Request) -> _Planned:
+    def _plan(self, number: int, output: Request) -> _Attempt:
         try:
             self.fusion.check(output)
         except RequestError as error:
@@ -146,8 +133,13 @@ class PromptPlanner:
         layouts = tuple(map(self._layout, prompts, tokenized))
         drawn_for = [output] * len(prompts) if self.fusion.is_of_logits else prompts
         special_texts = [each.special_text for each in tokenized if each.special_text]
-        seeds = tuple(map(_seed, drawn_for))
-        return _Planned(number, output, (layouts, seeds), next(iter(special_texts), None))
+        group = PromptGroup(
+            number=-1,
+            layouts=layouts,
+            seeds=tuple(map(_seed, drawn_for)),
+            weights=self.fusion.weights_of(output),
+        )
+        return _Attempt(number, output, group, next(iter(special_texts), None))
 
     def _tokenize(self, prompt: Request) -> TokenizedRequest:
         try:
@@ -155,15 +147,15 @@ class PromptPlanner:
         except RequestError as error:
             raise RequestError(f"{prompt.label}: {error}") from None
 
-    def _layout(self, request: Request, tokenized: TokenizedRequest) -> Layout:
+    def _layout(self, prompt: Request, tokenized: TokenizedRequest) -> Layout:
         try:
             layout = self.strategy.layout(tokenized)
         except RequestError as error:
-            raise RequestError(f"{request.label}: {error}") from None
+            raise RequestError(f"{prompt.label}: {error}") from None
         needed = layout.position_ids[-1] + 1 + self.max_new_tokens
         if self.context is not None and needed > self.context:
             raise RequestError(
-                f"{request.label}: needs positions up to {needed} ({self.max_new_tokens} of them "
+                f"{prompt.label}: needs positions up to {needed} ({self.max_new_tokens} of them "
                 f"for new tokens), but the model's context is {self.context}; shorten the prompt"
             )
         return layout
@@ -174,7 +166,7 @@ def _seed(request: Request) -> str:
 
 
 def _warn_of(special_texts: dict[int, str]) -> None:
-    """Say how many requests hold the text of a special token."""
+    """Warn of the requests that hold the text of a special token."""
     if not special_texts:
         return
     count, example = len(special_texts), next(iter(special_texts.values()))

@@ -1,8 +1,8 @@
-"""A beginning that prompts share: where it stands in each, so that it is computed once.
+"""The prefix cache: keys and values of tokens that prompts begin with, computed once and copied.
 
-Keys and values of a token depend on what it sees, its position and the tokens before it. Where
-the same tokens stand at the same positions and see only themselves, causally, they are the same,
-in every prompt and in every copy of a prefix within one.
+Keys and values of a token depend on the token, its position and all that it sees. Where the same
+tokens have the same positions and see only themselves, causally, their keys and values are equal:
+in every prompt, and in every copy of a prefix within one prompt.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ from torch import Tensor
 
 from flexmask.layout import Layout
 
-MIN_SHARED_TOKENS = 16
-"""A shorter beginning is not worth the copying."""
+MIN_PREFIX_TOKENS = 16
+"""A shorter common prefix is not worth the copying."""
 
 
 @dataclass(frozen=True)
-class SharedPrefix:
-    """Tokens at positions from 0 on, and their keys and values.
+class CachedPrefix:
+    """Tokens at positions from 0 on, with their keys and values; the model runner makes it.
 
     Attributes:
         token_ids: The ``P`` tokens.
-        cache: Keys and values of each layer, ``(H_kv, P, D)`` each.
+        values: Keys and values of each layer, ``(H_kv, P, D)`` each.
     """
 
     token_ids: tuple[int, ...]
-    cache: tuple[tuple[Tensor, Tensor], ...]
+    values: tuple[tuple[Tensor, Tensor], ...]
 
     def starts_in(self, layout: Layout) -> list[int]:
-        """Slots of a prompt at which these tokens begin, each at position 0.
+        """Find the slots of a prompt at which these tokens begin, each time at position 0.
 
-        The last prompt token is left out: decoding begins with it.
+        The last prompt token is left out, because decoding computes it.
         """
         return _starts_of(self.token_ids, layout)
 
 
-def shared_beginning(layouts: Sequence[Layout]) -> int:
+def common_prefix_length(layouts: Sequence[Layout]) -> int:
     """Number of first tokens that all prompts have in common, at positions 0, 1 and so on.
 
-    The last token of a prompt is not counted, nor a beginning too short to be worth it.
+    The last token of a prompt is not counted.
+
+    Returns:
+        0 if the common prefix is too short to be worth the copying.
     """
     first = layouts[0]
     length = min(map(len, layouts)) - 1
@@ -50,19 +53,19 @@ def shared_beginning(layouts: Sequence[Layout]) -> int:
             length = _common_length(layout.token_ids[:length], first.token_ids[:length])
     positions = first.position_ids[:length]
     length = _common_length(positions, tuple(range(length)))
-    return length if length >= MIN_SHARED_TOKENS else 0
+    return length if length >= MIN_PREFIX_TOKENS else 0
 
 
 def pays_off(layouts: Sequence[Layout], length: int, batch_size: int) -> bool:
-    """Whether the first ``length`` tokens stand in so many places that copying saves work.
+    """Whether the first ``length`` tokens occur so often that copying them saves time.
 
-    Computing them once takes the time of a batch of that length.
+    Computing them once takes as long as a batch of prompts of that length.
     """
     token_ids = layouts[0].token_ids[:length]
-    places = 0
+    copies = 0
     for layout in layouts:
-        places += len(_starts_of(token_ids, layout))
-        if places >= 2 * batch_size:
+        copies += len(_starts_of(token_ids, layout))
+        if copies >= 2 * batch_size:
             return True
     return False
 
@@ -79,7 +82,7 @@ def _starts_of(token_ids: tuple[int, ...], layout: Layout) -> list[int]:
 
 
 def _zeros(values: tuple[int, ...]) -> Iterator[int]:
-    """Where a zero stands; `tuple.index` looks for it ten times as fast as a loop."""
+    """Indices of zeros, by `tuple.index`, which is ten times as fast as a loop."""
     start = 0
     for _ in range(values.count(0)):
         start = values.index(0, start) + 1

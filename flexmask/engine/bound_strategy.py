@@ -1,4 +1,4 @@
-"""A strategy over the buffers of batches of one size: its masks and its changes of scores."""
+"""A strategy bound to the buffers of one batch size: its masks and changes of scores."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ if TYPE_CHECKING:
 DecodeKernel = Literal["flex_attention", "decode_attention"]
 
 
-class PlacedStrategy:
-    """What one strategy needs for ``batch_size`` rows of ``capacity`` slots.
+class BoundStrategy:
+    """A strategy bound to buffers for ``batch_size`` rows of ``capacity`` slots.
 
-    Masks are kept by the kind of layer, because some layers have a sliding window besides.
+    `ModelRunner.prepare` makes it. The buffers stay in place while their content changes from
+    batch to batch, so what captured them is not compiled again. Masks are kept by the kind of
+    layer, because some layers have a sliding window too.
 
     Attributes:
-        strategy: Who sees whom.
-        batch_size: Rows.
-        capacity: Slots of each.
+        strategy: The mask strategy.
+        batch_size: Batch rows.
+        capacity: Slots per row.
         batch: Segment ids and positions.
         slots: ``(B,)`` slot of the token that each row decodes next.
         query_slots: ``(B, capacity)`` slots of the queries of a prefill (`PrefillPlan`).
-        query_masks: Masks of these.
-        query_score_mod: Changes their scores.
-        query_part: Keys that they weigh otherwise.
+        query_masks: Masks of the queries of a prefill, by kind of layer.
+        query_score_mod: Changes the scores of these queries; None for no change.
+        query_part: The scaled part of the keys for these queries (`ScaledPart`), or None.
         decode_score_mod: As `query_score_mod`, for the token that is decoded next.
-        decode_part: As `query_part`, for that token.
-        key_table: Where decoding finds the keys of each row; None if it reads all slots.
-        changes_scores: Whether there is any of these four.
+        decode_part: As `query_part`, for the token that is decoded next.
+        key_table: Slots from which decoding reads the keys of each row; None if it reads all.
+        changes_scores: Whether the strategy has a score_mod or a scaled part.
     """
 
     def __init__(
@@ -62,11 +64,11 @@ class PlacedStrategy:
         """Allocate the buffers.
 
         Args:
-            strategy: Who sees whom.
-            batch_size: Rows.
-            capacity: Slots of each.
-            device: Where they are.
-            windows: Sliding window of each kind of layer; None for none.
+            strategy: The mask strategy.
+            batch_size: Batch rows.
+            capacity: Slots per row.
+            device: Device of the buffers.
+            windows: Sliding window of each kind of layer, in tokens; None for no window.
             with_key_table: Whether decoding reads keys through a table.
         """
         self.strategy = strategy
@@ -99,9 +101,9 @@ class PlacedStrategy:
         self._causal_rows = CausalRows.from_kv_blocks(
             none[..., 0], none, seq_lengths=(1, capacity), compute_q_blocks=False
         )
-        self._place_scores()
+        self._bind_scores()
 
-    def _place_scores(self) -> None:
+    def _bind_scores(self) -> None:
         score_mod = self.strategy.score_mod(self.batch)
         part = self.strategy.scaled_part(self.batch)
         self.changes_scores = score_mod is not None or part is not None
@@ -115,7 +117,7 @@ class PlacedStrategy:
             self.decode_score_mod = score_from_slots(score_mod, self.slots)
 
     def load(self, plan: PrefillPlan) -> None:
-        """Place the tokens that a prefill computes or copies."""
+        """Load the layouts of a batch, and the slots of the queries of its prefill."""
         self.batch.copy_from(plan.tables)
         rows, count = plan.query_slots.shape
         self.query_slots[:rows, :count] = plan.query_slots.to(self.query_slots.device)
@@ -124,10 +126,11 @@ class PlacedStrategy:
                 buffer.copy_(content)
 
     def decode_kernels(self) -> dict[str, DecodeKernel]:
-        """Which kernel attends from `slots` on, by kind of layer.
+        """Choose the kernel that decodes from `slots` on, by kind of layer.
 
-        It is the one for causal rows where they provably are, with the tail open. One
-        synchronisation with the device for each kind.
+        ``decode_attention`` serves rows that see every slot before them. It is chosen where the
+        mask is proved to be causal for the slots of the fusion tail. Synchronises with the device
+        once for each kind.
         """
         kernels: dict[str, DecodeKernel] = dict.fromkeys(self._mask_mods, "flex_attention")
         if not self.changes_scores:
@@ -140,7 +143,7 @@ class PlacedStrategy:
         return kernels
 
     def _make_decode_masks(self, kernels: Mapping[str, DecodeKernel]) -> None:
-        # Only those that are read: on CUDA each compiles.
+        # Only the masks that are read, because on CUDA each of them compiles.
         for kind, kernel in kernels.items():
             if kernel == "flex_attention" and kind not in self._decode_masks:
                 self._decode_masks[kind] = DecodeRowMask(
@@ -148,7 +151,7 @@ class PlacedStrategy:
                 )
 
     def decode_masks(self, kernels: Mapping[str, DecodeKernel]) -> dict[str, BlockMask]:
-        """Masks of the tokens at `slots`, for the kernels chosen."""
+        """Update and return the masks of the tokens at `slots`, for the kernels chosen."""
         masks: dict[str, BlockMask] = {}
         for kind, kernel in kernels.items():
             if kernel == "decode_attention":
@@ -161,22 +164,22 @@ class PlacedStrategy:
     def see_only_themselves(
         self, starts: Sequence[Sequence[int]], length: int, kv_length: int
     ) -> bool:
-        """Whether runs of ``length`` slots provably see themselves causally, and nothing else.
+        """Whether spans of slots are proved to see themselves, causally, and no other slot.
 
         Args:
-            starts: First slots of the runs in each row.
-            length: Slots of a run.
-            kv_length: Slots that are asked about.
+            starts: First slots of the spans in each row.
+            length: Slots of a span.
+            kv_length: Slots over which the masks are compared.
         """
-        rows, firsts = runs_of(starts, self.slots.device)
+        rows, firsts = spans_of(starts, self.slots.device)
         return all(
             runs_are_causal(mask_mod, rows, firsts, length, kv_length, self._windows[kind])
             for kind, mask_mod in self._mask_mods.items()
         )
 
 
-def runs_of(starts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and first slot of each run, ``(R,)`` each, from the first slots in each row."""
-    runs = [(row, start) for row, own in enumerate(starts) for start in own]
-    rows, firsts = torch.tensor(runs, device=device).unbind(1)
+def spans_of(starts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and first slot of each span, ``(N,)`` each, from the first slots in each row."""
+    spans = [(row, start) for row, own in enumerate(starts) for start in own]
+    rows, firsts = torch.tensor(spans, device=device).unbind(1)
     return rows, firsts
