@@ -1,4 +1,4 @@
-"""What comes back for a request."""
+"""The generation of a request: its text, tokens and counts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal
 from flexmask.request import Request
 
 FinishReason = Literal["eos", "stop", "length"]
-"""Why a row ended: end-of-sequence token, stop string, or ``max_new_tokens`` reached."""
+"""Why a generation ended: end-of-sequence token, stop string, or ``max_new_tokens`` reached."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The text generated for one request.
+    """The generation of one request; `flexmask.Engine` makes it.
 
     Attributes:
-        request: What was asked.
-        text: Generated text up to the end-of-sequence token or stop string, which it leaves out.
-        token_ids: Generated tokens, those of the stop included.
+        request: The request that was generated for.
+        text: Generated text up to the end-of-sequence token or stop string, without that.
+        token_ids: Generated tokens, including the end-of-sequence token or stop string.
         finish_reason: Why it ended.
-        prompt_tokens: Prompt length in slots, copies of the prefix counted.
+        prompt_tokens: Slots of its prompts, copies of the prefix included.
     """
 
     request: Request

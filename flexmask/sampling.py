@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Options of sampling: temperature, top-k, top-p and seed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from flexmask.errors import OptionError
 from flexmask.limits import check_size, shown_number
 
 SMALLEST, LARGEST = 1e-6, 1e6
-"""Temperatures: beyond them, logits in 32 bits become infinite, or all the same."""
+"""Bounds of the temperature; beyond them, logits in float32 become infinite, or all equal."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The way tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the most likely token; more is more random.
+        temperature: Logits are divided by it; 0 takes the most likely token.
         top_k: Sample among this many most likely tokens; 0 for all.
         top_p: Sample among the most likely tokens that together reach this probability.
-        seed: Same seed and request, same tokens, whatever else is in the batch.
+        seed: Seed of the random numbers. The same seed and request give the same tokens, whatever
+            else is in the batch.
+
+    Raises:
+        OptionError: If a value is out of range.
     """
 
     temperature: float = 0.0

@@ -1,1 +1,1 @@
-"""Triton kernels of the decode step; their modules import triton, so import them on CUDA only."""
+"""Operators of the decode step; modules named ``*_kernel`` import triton, so only on CUDA."""

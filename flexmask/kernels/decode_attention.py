@@ -1,4 +1,4 @@
-"""The operator ``flexmask::decode_attention``: one query per row over all that came before."""
+"""The operator ``flexmask::decode_attention``: one query per row over all keys before it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from flexmask.kernels.launch import (
 )
 
 NUM_PROGRAMS = 128
-"""Programs that keep the memory of a large GPU busy; more only have more to join."""
+"""Programs that suffice to use the memory bandwidth of a large GPU; more cost more to join."""
 
 MIN_SHARE = 64
-"""Keys below which a share of its own does not pay."""
+"""Fewest keys for which a share of its own pays."""
 
 
 class KeyTable(NamedTuple):
-    """Where the keys of each row lie, those of which a row holds copies only once.
+    """The slots of the keys of each row, with the keys of a cached prefix listed once.
 
-    The first keys of a row may be the beginning that prompts share: one row holds them for all,
-    and each counts as many times as the row's prompt has copies of it.
+    The first keys of a row may be those of the cached prefix. One row holds them for all rows,
+    and each counts as many times as the prompt of the row has copies of it.
 
     Attributes:
-        key_slots: ``(B, capacity)`` int32 slot of each key, the row's last token left out.
-        sharing: ``(B, 3)`` int32: the row that holds the shared keys, how many they are, and how
-            many copies of them this row's slots hold; two zeros where it has none.
+        key_slots: ``(B, capacity)`` int32 slot of each key, except that of the row's last token.
+        sharing: ``(B, 3)`` int32: the row that holds the shared keys, the number of these keys,
+            and the number of copies in the slots of this row; the last two are 0 without copies.
     """
 
     key_slots: Tensor
@@ -38,15 +38,19 @@ class KeyTable(NamedTuple):
 
 
 def pays_key_table(pairs: int) -> bool:
-    """Whether so many rows and key heads attend through a `KeyTable`.
+    """Whether a `KeyTable` makes decoding faster.
 
-    Where fewer do, each asks for its keys before it may start, and has no time for a table.
+    With few pairs, a program prefetches its keys while the kernel before it still runs, and
+    looking their slots up first would cost more than it saves.
+
+    Args:
+        pairs: Rows times key heads.
     """
     return pairs > NUM_PROGRAMS
 
 
-# Declared the plain way: what torch.library.custom_op wraps around a call takes 0.1 ms, which
-# counts for a small model on a CPU.
+# Declared by hand, because torch.library.custom_op adds 0.1 ms to each call, which counts for a
+# small model on a CPU.
 _LIBRARY = torch.library.Library("flexmask", "FRAGMENT")
 _LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
@@ -70,33 +74,33 @@ def plain_decode_attention(
     key_slots: Tensor | None = None,
     sharing: Tensor | None = None,
 ) -> Tensor:
-    """Put one key and value per row into the cache, and attend to all up to it.
+    """Write one key and value per row to the cache, and attend to all keys up to it.
 
-    This is the plain way, with what torch has.
+    This is the reference, made of torch's own operations; it runs on a CPU.
 
     Args:
         query: ``(B, H, D)``.
         key: ``(B, H_kv, D)``.
         value: ``(B, H_kv, D_v)``.
-        cos: ``(B, D)``; given, query and key are first turned by rotary embeddings, half of
-            each head against the other.
-        sin: ``(B, D)``.
+        cos: ``(B, D)`` cosines of the rotary embeddings that query and key are rotated by first;
+            None if they are rotated already.
+        sin: ``(B, D)`` sines.
         key_cache: ``(B, H_kv, capacity, D)``.
         value_cache: ``(B, H_kv, capacity, D_v)``.
-        slots: ``(B,)`` where each row's key and value go.
+        slots: ``(B,)`` slot of each row's key and value.
         scale: Factor on the scores.
-        softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
-        key_slots: That of a `KeyTable`; None for all slots up to the row's own.
-        sharing: The other half of it.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for no soft-capping.
+        key_slots: `KeyTable.key_slots`; None for all slots up to the row's own.
+        sharing: `KeyTable.sharing`, given together with ``key_slots``.
 
     Returns:
         ``(B, H, D_v)``.
     """
     if cos is not None and sin is not None:
         query, key = (_rotated(heads, cos[:, None], sin[:, None]) for heads in (query, key))
-    places = slots.tolist()
-    length = max(places) + 1
-    if min(places) == max(places):
+    slot_of_row = slots.tolist()
+    length = max(slot_of_row) + 1
+    if min(slot_of_row) == max(slot_of_row):
         key_cache[:, :, length - 1], value_cache[:, :, length - 1] = key, value
         mask = None
     else:
@@ -124,7 +128,7 @@ def plain_decode_attention(
 def _keys_of_table(
     table: KeyTable, key_cache: Tensor, value_cache: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values that a table names and those at ``slots``, and what to add to scores."""
+    """Return the keys and values of a table and those at ``slots``, and a bias of their scores."""
     source, num_shared, copies = table.sharing.long().unbind(1)
     num_keys = slots - (copies - 1).clamp(min=0) * num_shared
     index = torch.arange(int(num_keys.max()) + 1, device=slots.device)
@@ -243,11 +247,16 @@ def _fast_decode_attention(
 
 
 decode_attention = torch.ops.flexmask.decode_attention
-"""The operator; what it takes and gives is told at `plain_decode_attention`."""
+"""The operator; `plain_decode_attention` documents its arguments and result."""
 
 
 def num_splits(pairs: int, capacity: int) -> int:
-    """Shares that the keys of each of ``pairs`` rows and key heads are divided into."""
+    """Choose the number of shares that the keys are divided into.
+
+    Args:
+        pairs: Rows times key heads.
+        capacity: Slots per row.
+    """
     wanted = min(NUM_PROGRAMS // pairs, capacity // MIN_SHARE)
     return 1 << (max(1, wanted).bit_length() - 1)
 
@@ -255,10 +264,16 @@ def num_splits(pairs: int, capacity: int) -> int:
 def key_tiles(programs: int, share: int) -> tuple[int, int, int]:
     """Choose how programs read their keys, as measured on an H200 for 1k to 16k keys.
 
+    A program that has a multiprocessor to itself gains by reading far ahead. Programs that share
+    one hide each other's latency.
+
+    Args:
+        programs: Programs of the launch.
+        share: Keys of each program.
+
     Returns:
-        Keys of a tile, tiles under way together, and keys that a program asks for while the
-        kernel before it still runs. A program that has a multiprocessor to itself reads far
-        ahead; many that share one keep each other busy, and small ones all fit at once.
+        Keys per tile, tiles in flight, and keys that a program prefetches while the kernel before
+        it still runs.
     """
     if programs > NUM_PROGRAMS:
         return 64, 2, 0

@@ -1,4 +1,4 @@
-"""Attention of one query per row over what its cache holds, and over its own key."""
+"""The Triton kernel of `flexmask::decode_attention`: one query per row over the cached keys."""
 
 from __future__ import annotations
 
@@ -49,13 +49,14 @@ def decode_attention_kernel(
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program attends from the query heads of one key head over one share of the keys.
+    """Attend from the query heads of one key head over one share of the keys.
 
-    The first program of a key head also takes the query's own key and value, and writes them to
-    the cache. The last to arrive joins the shares, always in the same order. With ``PDL`` the
-    program may start while the kernel before it still runs: the slots, and what the cache holds
-    already, are of steps before, so it asks for the first ``AHEAD`` keys without waiting.
-    ``HAS_TABLE``: keys lie where a `KeyTable` says, and shared ones count once for each copy.
+    The first program of a key head also attends to the query's own key and value, and writes them
+    to the cache. The last program to arrive joins the shares, always in the same order. With
+    ``PDL`` a program may start while the kernel before it still runs. The slots, and the keys and
+    values of earlier steps, are in memory by then, so the program prefetches the first ``AHEAD``
+    keys before it waits. With ``HAS_TABLE`` the slots of the keys are read from a `KeyTable`, and
+    shared keys count once for each copy.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -97,15 +98,15 @@ def decode_attention_kernel(
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK_N)
         is_key = n < stop
-        row = base + n
+        key_row = base + n
         if HAS_TABLE:
             key_slot = tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
             holder = tl.where(n < num_shared, source, b)
-            row = (holder * KV_HEADS + kv_head).to(tl.int64) * capacity + key_slot
+            key_row = (holder * KV_HEADS + kv_head).to(tl.int64) * capacity + key_slot
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
-        keys = tl.load(k_cache_ptr + row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
+        keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]
-        values = tl.load(v_cache_ptr + row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
+        values = tl.load(v_cache_ptr + key_row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
         products = tl.dot(q, tl.trans(keys), input_precision="ieee")
         score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
         if HAS_TABLE:
@@ -167,7 +168,7 @@ def decode_attention_kernel(
 
 @triton.jit
 def _rotated(row_ptr, cos_ptr, sin_ptr, angle, d, DIM: tl.constexpr, ROTATED: tl.constexpr):
-    """Load heads; each half is turned against the other, as rotary embeddings do."""
+    """Load heads, and apply rotary embeddings to them if ``ROTATED``."""
     x = tl.load(row_ptr + d, mask=d < DIM, other=0.0)
     if ROTATED:
         half: tl.constexpr = DIM // 2
@@ -183,7 +184,7 @@ def _rotated(row_ptr, cos_ptr, sin_ptr, angle, d, DIM: tl.constexpr, ROTATED: tl
 
 @triton.jit
 def _log2_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores of products, times log2(e)."""
+    """Scale and soft-cap the products of query and keys; return the scores times log2(e)."""
     score = products * scale
     if HAS_SOFTCAP:
         score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
@@ -192,7 +193,7 @@ def _log2_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _prefetch(ptr, first, stop, COUNT: tl.constexpr):
-    """Ask for ``COUNT`` numbers from ``first`` on to come to the cache, and do not wait."""
+    """Prefetch ``COUNT`` numbers from ``first`` on to the L2 cache, without waiting."""
     LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
     offset = first + tl.arange(0, COUNT // LINE) * LINE
     address = (ptr + tl.minimum(offset, tl.maximum(stop - 1, 0))).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Products of a few rows with weights on a CPU, whichever way round is faster."""
+"""Products of a few rows with weights on a CPU, in the order of operands that is faster."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 WIDEST = 2048
-"""With wider rows a matrix is multiplied no faster than a row is."""
+"""Widest rows for which multiplying the weight by columns is faster."""
 
 FEW_ROWS = 4
+"""Most rows for which weight times columns is faster."""
 MANY_OUTPUTS = 1 << 13
-"""A vocabulary; its product is faster the other way round for more rows."""
+"""From this many outputs on, as for a vocabulary, it is faster for up to 32 rows."""
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply as `torch.nn.functional.linear` does, weight times columns where that is faster.
+    """Compute `torch.nn.functional.linear`, as weight times columns where that is faster.
 
     In float32, MKL multiplies a matrix by two to four columns at the speed of memory, but one row
     by the matrix at a third of it (torch 2.11 and 2.13, two cores of an AMD EPYC).
@@ -31,7 +32,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     count = len(rows)
     if not weight_comes_first(count, weight.shape[0], weight.shape[1], x.dtype):
         return nn.functional.linear(x, weight, bias)
-    # A single column would be a product with a vector, which is as slow as one row.
+    # A single column would be a matrix-vector product, which is as slow as one row.
     columns = rows.t() if count > 1 else torch.cat((rows, rows)).t()
     result = torch.mm(weight, columns)[:, :count].t().contiguous().view(*x.shape[:-1], -1)
     return result if bias is None else result + bias
@@ -49,10 +50,10 @@ _LIBRARY.define("kept_apart(Tensor x) -> Tensor")
 
 @torch.library.impl(_LIBRARY, "kept_apart", "CPU")
 def _kept_apart(x: Tensor) -> Tensor:
-    """Copy a tensor, which inductor does not join with what made it.
+    """Copy a tensor in an operation that inductor does not fuse with the one before it.
 
-    Its C++ kernel of FlexAttention refuses to take in what follows it, such as the transposition
-    of its output for `linear_of_few_rows` (torch 2.13).
+    Inductor's C++ kernel of FlexAttention fails if it is fused with what follows, such as the
+    transposition of its output for `linear_of_few_rows` (torch 2.13).
     """
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -64,4 +65,4 @@ def _fake_kept_apart(x: Tensor) -> Tensor:
 torch.library.register_fake("flexmask::kept_apart", _fake_kept_apart, lib=_LIBRARY)
 
 kept_apart = torch.ops.flexmask.kept_apart
-"""The operator; what it does is told at `_kept_apart`."""
+"""The operator; `_kept_apart` documents it."""

@@ -1,4 +1,4 @@
-"""What launching a kernel of the decode step needs to know of sizes and devices."""
+"""Facts about sizes and devices for launches of the decode step's kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below ``number``."""
+    """Return the smallest power of two that is not below ``number``."""
     return 1 << (number - 1).bit_length()
 
 
 @cache
 def tile_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a program's tiles may take: seven eighths of what there is."""
+    """Bytes of shared memory that a program's tiles may take: seven eighths of the device's."""
     properties = torch.cuda.get_device_properties(device)
     default = properties.shared_memory_per_block
     available: int = getattr(properties, "shared_memory_per_block_optin", default)
@@ -30,8 +30,9 @@ def starts_early(device: torch.device) -> bool:
 
 @cache
 def arrival_counters(device: torch.device, count: int) -> Tensor:
-    """Counters ``(count,)`` of the programs that have done their share, zero between launches.
+    """Return counters ``(count,)`` of programs that have finished their share.
 
-    The last program to arrive sets its counter back. Launches on one stream share them.
+    They are zero between launches, because the last program to arrive resets its counter. Launches
+    on one stream share them.
     """
     return torch.zeros(count, dtype=torch.int32, device=device)

@@ -1,8 +1,8 @@
-"""The operator ``flexmask::project``: a norm, products of few rows with weights, and what follows.
+"""The operator ``flexmask::project``: products of few rows with weights, fused with their norm.
 
-A decode step reads every weight once, and each kernel that reads them slower than memory allows,
-or that starts late, shows. One launch here takes the place of the norm before a projection, of all
-projections of the same input, and of the gate or the residual sum after them.
+A decode step reads every weight once, so each kernel that reads weights slower than memory allows,
+or that starts late, costs time. One launch here replaces the norm before a projection, all
+projections of the same input, and the gate or the residual sum after them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early, tile_bytes
 
 MAX_ROWS = 64
-"""More rows than this are a matrix product like any other."""
+"""Most rows; more are a matrix product like any other."""
 
 MAX_ROWS_WITH_NORM = 16
-"""With more rows the norm is cheaper on its own: in here it keeps inputs from the tensor cores'
-own path through shared memory."""
+"""Most rows with a norm. For more rows a norm of its own is cheaper: fused, it keeps the inputs
+from the tensor cores' direct path through shared memory."""
 
 MANY_OUTPUTS = 1 << 16
-"""From here on, as for a vocabulary, a program takes more outputs at once."""
+"""From this many outputs on, as for a vocabulary, a program computes more outputs at once."""
 
 ACTIVATIONS = ("", "silu", "gelu_tanh")
 
@@ -38,14 +38,14 @@ def project(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    """Multiply rows with one to three weights, the plain way.
+    """Multiply rows with one to three weights; the reference, which runs on a CPU.
 
     Args:
         x: ``(..., K)``.
         weights: ``(N_i, K)`` each.
-        biases: ``(N_i,)`` each, or none at all.
-        norm_weight: ``(K,)``; given, ``x`` is divided by its root mean square and multiplied
-            with this first.
+        biases: ``(N_i,)`` each, or an empty list.
+        norm_weight: ``(K,)``; if given, ``x`` is first divided by its root mean square and
+            multiplied by this.
         eps: Added to the mean square.
         activation: ``silu`` or ``gelu_tanh`` of the first product times the second; empty for
             the products side by side.
@@ -172,28 +172,28 @@ def _blocks(
     m: int, n: int, k: int, splits: int, stages: int, warps: int, ahead: int = 0
 ) -> dict[str, Any]:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-    # Without stages the loop over columns is unrolled, and its loads are under way together.
+    # Without stages the loop over columns is unrolled, so its loads are in flight together.
     loop = {"SPLITS": splits, "STAGES": stages, "UNROLLED": stages == 0, "AHEAD": ahead}
     return sizes | loop | {"num_warps": warps}
 
 
 def _dividing_block(width: int, wanted: int) -> int:
-    """A power of two up to ``wanted`` that divides ``width``, unless that would be small."""
+    """Return a power of two up to ``wanted``; it divides ``width`` unless it would be small."""
     divisor = min(wanted, width & -width)
     return divisor if divisor >= 128 else max(16, min(wanted, power_of_two(width)))
 
 
 def _splits(num_outputs: int, block_n: int, programs: int) -> int:
-    """Shares of the columns, one to four, so that there are about so many programs."""
+    """Choose the shares of the columns, one to four, for about ``programs`` programs."""
     return min(4, max(1, programs // -(-num_outputs // block_n)))
 
 
 def _none_empty(splits: int, num_blocks: int) -> int:
-    """At most so many shares of blocks, each as large as the first, that none is empty."""
+    """Reduce the number of shares until, at equal size, none of them is empty."""
     share = -(-num_blocks // splits)
     return -(-num_blocks // share)
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Fill up to three with the first, which the kernel then does not read."""
+    """Fill up to three tensors with the first, which the kernel does not read there."""
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]

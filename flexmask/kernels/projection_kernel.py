@@ -1,4 +1,4 @@
-"""Products of a few rows with weight matrices, at the speed at which the weights can be read."""
+"""The Triton kernel of `flexmask::project`: products of a few rows with weight matrices."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def projection_kernel(
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program computes ``BLOCK_N`` outputs of every row, from one share of the columns.
+    """Compute ``BLOCK_N`` outputs of every row from one share of the columns.
 
-    ``BLOCK_M`` 1 multiplies and sums in registers; from 16 on, the tensor cores do. Of several
-    shares (``SPLITS``; none may be empty), the last to arrive joins them, always in the same
-    order. With ``PDL`` the program may start while the kernel before it still runs: it reads its
-    first weights, which no kernel writes, before it waits for that kernel; unrolled, ``AHEAD``
-    tiles more of them.
+    With ``BLOCK_M`` 1 a program multiplies and sums in registers; from 16 on it uses the tensor
+    cores. Where there are several shares (``SPLITS``; none may be empty), the last program to
+    arrive joins them, always in the same order. With ``PDL`` a program may start while the kernel
+    before it still runs: it reads its first tile of weights, which no kernel writes, before it
+    waits for that kernel; if unrolled, ``AHEAD`` more tiles.
     """
     GATED: tl.constexpr = ACTIVATION != ""
     block = tl.program_id(0)
@@ -168,7 +168,7 @@ def projection_kernel(
 
 @triton.jit
 def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load one tile of weights; each is read once, so it need not stay in the cache."""
+    """Load one tile of weights; it is read once, so the cache may evict it first."""
     if K % BLOCK_K == 0:
         tile = tl.load(row_ptr + k[None, :], eviction_policy="evict_first")
     else:
@@ -178,7 +178,7 @@ def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _inputs(x_ptr, norm_ptr, squares, m, k, M, K: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Load one tile of inputs, times the norm's weight; add their squares."""
+    """Load one tile of inputs times the norm's weight, and add up the squares of the inputs."""
     is_x = (m < M)[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=is_x, other=0.0)
     if HAS_NORM:
@@ -201,7 +201,7 @@ def _multiplied(acc, w, x, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _activated(value, ACTIVATION: tl.constexpr):
-    """Apply a gate's activation in float32."""
+    """Apply the activation of a gate in float32."""
     if ACTIVATION == "silu":
         result = value * tl.sigmoid(value)
     else:  # gelu by tanh: 0.5 (1 + tanh z) = sigmoid(2 z)
