@@ -168,7 +168,7 @@ def test_a_hub_id_without_the_extra_says_what_to_install(monkeypatch: pytest.Mon
         ("x.jsonl", b"\xfe\xff", "not UTF-8 text"),
         ("x.csv", b"segments\n\xfe\xff", "not UTF-8 text"),
         ("x.csv", b"", "no rows in it"),
-        ("x.csv", b"a,b,a\n1,2,3\n", ":1: a column stands twice: a, b, a"),
+        ("x.csv", b"a,b,a\n1,2,3\n", ":1: a column occurs twice: a, b, a"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -201,7 +201,7 @@ def test_csv_rows_that_do_not_fit_are_named_by_line(tmp_path: Path) -> None:
     assert listed.values["segments"] == ["Q: three?", "Q: four?"]
     assert listed.values["answers"] == ["x", "y"]
     assert broken.error == ""
-    with pytest.raises(RequestError, match="a cell begins like a list and is none"):
+    with pytest.raises(RequestError, match="a cell begins like a list but is not"):
         broken.values["segments"]
     assert many.values == {"uuid": "many\nlines", "segments": "Q: [MASK] six?", "answers": None}
     assert [row.number for row in (good, short, long, listed, broken, many)] == [1, 2, 3, 4, 5, 6]
@@ -272,9 +272,7 @@ def test_lists_that_numpy_printed_are_read_from_csv(tmp_path: Path) -> None:
 
 def test_a_list_that_cannot_be_read_is_refused_by_row(tmp_path: Path) -> None:
     for cell in ("[London, Londres]", "['it's', 'b']"):
-        with pytest.raises(
-            RequestError, match=r"rows.csv:2: a cell begins like a list and is non"
-        ):
+        with pytest.raises(RequestError, match="rows.csv:2: a cell begins like a list but is not"):
             csv_request(tmp_path / "rows.csv", "segments,answers", "Q?", cell)
 
 
@@ -285,7 +283,7 @@ def test_texts_in_brackets_and_columns_that_nobody_uses_are_left_alone(tmp_path:
     assert (request.segments, request.prefix, request.suffix) == (("[MASK] is [1].",), *odd[:2])
 
 
-def test_null_in_a_list_is_left_out_wherever_it_stands(tmp_path: Path) -> None:
+def test_null_is_left_out_of_a_list_at_any_index(tmp_path: Path) -> None:
     lists = {"segments": ["x", None, "y"], "answers": [None, "z"]}
     (tmp_path / "a.jsonl").write_text(json.dumps(lists))
     pyarrow.parquet.write_table(pa.Table.from_pylist([lists]), tmp_path / "a.parquet")
@@ -304,7 +302,7 @@ def test_weights_stay_with_their_texts_where_some_are_null() -> None:
     make = PlainRequests({"segments": ("a", "b"), "weights": ("v", "w")}, reads_weights=True)
     values = {"a": None, "b": "y", "v": None, "w": 2}
     assert make(Row("r:1", 1, values)).weights == (2.0,)
-    with pytest.raises(RequestError, match="must be null at the same places"):
+    with pytest.raises(RequestError, match="must be null exactly where the texts"):
         make(Row("r:1", 1, values | {"v": 1, "w": None}))
 
 
@@ -376,7 +374,7 @@ def test_a_column_of_type_uuid_gives_uuids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
-def test_what_stands_between_cells_is_found_out(tmp_path: Path, name: str, delimiter: str) -> None:
+def test_the_delimiter_is_detected(tmp_path: Path, name: str, delimiter: str) -> None:
     path = tmp_path / name
     lines = [("uuid", "segments", "note"), ("a", "one; two, three\tfour", "x")]
     with path.open("w", newline="") as file:
@@ -390,11 +388,11 @@ def test_one_column_needs_no_delimiter(tmp_path: Path) -> None:
     assert read_requests(str(path))[0].segments == ("Who; what?",)
 
 
-def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+def test_an_ambiguous_delimiter_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("segments;a,b\nx;y,z\n")
-    both = "--encoding names .* and --delimiter what stands between"
-    with pytest.raises(RequestError, match=f"divided by commas or semicolons; {both}"):
+    both = "--encoding sets .* and --delimiter the character between"
+    with pytest.raises(RequestError, match=f"separated by commas or semicolons; {both}"):
         read_requests(str(path))
     assert read_requests(str(path), delimiter=";")[0].segments == ("x",)
     path.write_text("segments|answers\nx|y\n")
@@ -405,7 +403,7 @@ def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-8", "latin-1"])
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_a_text_file_is_read_in_the_encoding_that_is_told(
+def test_a_text_file_is_read_in_the_encoding_that_is_given(
     tmp_path: Path, name: str, encoding: str
 ) -> None:
     path = tmp_path / name
@@ -418,9 +416,7 @@ def test_a_text_file_is_read_in_the_encoding_that_is_told(
     (request,) = read_requests(str(path), encoding=encoding)
     assert (request.segments, request.answers) == (("Où?",), ("é",))
     if encoding != "utf-8":
-        with pytest.raises(
-            RequestError, match=r"--encoding names one .* and --delimiter|not JSON"
-        ):
+        with pytest.raises(RequestError, match="--encoding sets .* and --delimiter|not JSON"):
             read_requests(str(path))
 
 
@@ -464,7 +460,7 @@ def test_what_can_be_read_only_once_or_for_ever_is_refused_at_once(tmp_path: Pat
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "fifo", tmp_path / "zero.csv"):
-        with pytest.raises(RequestError, match=r"not a file but a pipe or device, .*--input -"):
+        with pytest.raises(RequestError, match="not a file but a pipe or device; .*--input -"):
             read_requests(str(path))
 
 

@@ -65,7 +65,7 @@ def test_nulls_and_numbers_are_read(cell: str, items: list[Any]) -> None:
     ],
 )
 def test_a_broken_list_is_refused_and_never_merged(cell: str) -> None:
-    with pytest.raises(RequestError, match="a cell begins like a list and is none"):
+    with pytest.raises(RequestError, match="a cell begins like a list but is not one"):
         read_list(cell)
 
 

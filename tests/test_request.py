@@ -121,8 +121,8 @@ def test_the_number_of_segments_to_keep_must_be_positive(count: int) -> None:
         ('[{"segments": ["x"]}]', "a JSON array; expected JSON Lines, one object a line (jq -c "),
         ('"x"', "expected a JSON object, got a string"),
         ("null", "expected a JSON object, got null"),
-        ('{"a":' * 100_000, "JSON that Python does not read ("),
-        ('{"uuid": ' + "9" * 5_000 + "}", "JSON that Python does not read ("),
+        ('{"a":' * 100_000, "JSON that Python cannot read ("),
+        ('{"uuid": ' + "9" * 5_000 + "}", "JSON that Python cannot read ("),
         ('{"text": "x", "id": 1}', "the row has no 'segments', a list of strings; its columns: "),
         ("{}", "the row has no 'segments', a list of strings; its columns: none"),
         ('{"segments": []}', "segments must hold at least one text, got none"),
@@ -135,7 +135,7 @@ def test_the_number_of_segments_to_keep_must_be_positive(count: int) -> None:
         ('{"segments": ["x"], "uuid": 1.5}', "uuid must be a string or an integer, got a number"),
         (
             '{"segments": ["x"], "uuid": ""}',
-            "uuid is empty; leave it out to take the number of the row",
+            "uuid is empty; leave it out to use the row number",
         ),
         (
             '{"segments": ["\\ud83d"]}',

@@ -189,7 +189,7 @@ class DatasetOptions:
 
         if self.input is not None:
             return open_input(self.input, self._text_format())
-        if self._text_format().is_told:
+        if self._text_format().is_given:
             raise OptionError("--delimiter and --encoding need an --input that they tell of")
         if task is None:
             return open_input(str(questions_path()))

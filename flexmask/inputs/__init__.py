@@ -1,1 +1,1 @@
-"""Reading the rows of input files: JSON Lines, CSV, Parquet, Feather, and data sets of the hub."""
+"""Reads rows of input files (JSON Lines, CSV, Parquet, Feather) and of data sets on the hub."""

@@ -1,4 +1,4 @@
-"""Rows of Parquet, Feather and Arrow files, and of folders that ``datasets`` saved."""
+"""Reads rows of Parquet, Feather and Arrow files, and of folders that ``datasets`` saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batches = Callable[[Path], Iterator[pa.RecordBatch]]
 
 
 class _Columns:
-    """The columns of a batch as Python values, each converted when it is first asked for."""
+    """The columns of a record batch as Python values, each converted on first access."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.index_of = {name: index for index, name in enumerate(batch.schema.names)}
@@ -32,18 +32,18 @@ class _Columns:
     def value(self, name: str, row: int) -> Any:
         if name not in self._converted:
             if self._batch.schema.names.count(name) > 1:
-                raise RequestError(f"the column {name!r} stands twice; rename one of them")
+                raise RequestError(f"the column {name!r} occurs twice; rename one of them")
             column = self._batch.column(self.index_of[name])
             try:
                 self._converted[name] = column.to_pylist()
-            # Types decide what is raised: OverflowError, ValueError, KeyError, ArrowException …
+            # The error depends on the type: OverflowError, ValueError, KeyError, ArrowException …
             except Exception:
                 return _converted_alone(column[row], name)
         return self._converted[name][row]
 
 
 def _converted_alone(value: pa.Scalar[Any], name: str) -> Any:
-    """A value of a column in which others cannot be converted."""
+    """Convert one value of a column that holds other values that cannot be converted."""
     try:
         return value.as_py()
     except Exception as error:
@@ -54,7 +54,7 @@ def _converted_alone(value: pa.Scalar[Any], name: str) -> Any:
 
 
 class _ArrowValues(Mapping[str, Any]):
-    """A row of a batch by column; values are converted when they are asked for."""
+    """One row of a record batch, by column name; values are converted on access."""
 
     def __init__(self, columns: _Columns, row: int) -> None:
         self._columns = columns
@@ -74,7 +74,7 @@ class _ArrowValues(Mapping[str, Any]):
 
 
 def batch_rows(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Row]:
-    """Rows of batches that stand one after the other in the input ``name``."""
+    """Yield the rows of the consecutive record batches of the input ``name``."""
     numbers = count(1)
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_PER_BATCH):
@@ -86,48 +86,49 @@ def batch_rows(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Row]:
 
 
 def arrow_rows(path: Path, batches: Batches) -> Iterator[Row]:
-    """Rows of a file that ``batches`` reads."""
+    """Yield the rows of a file that ``batches`` reads."""
     name = printable(path)
     with as_request_errors(name):
         yield from batch_rows(batches(path), name)
 
 
 def parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of a Parquet file."""
+    """Yield the record batches of a Parquet file."""
     from pyarrow.parquet import ParquetFile  # slow to import
 
     options: dict[str, Any] = {}
     if "arrow_extensions_enabled" in signature(ParquetFile).parameters:  # since pyarrow 21
-        options["arrow_extensions_enabled"] = True  # else UUIDs of other writers are bytes
+        options["arrow_extensions_enabled"] = True  # else other writers' UUIDs are read as bytes
     with _mapped(path) as source, ParquetFile(source, **options) as file:
         yield from file.iter_batches(batch_size=ROWS_PER_BATCH)
 
 
 def arrow_file_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file (Feather V2), mapped into memory."""
+    """Yield the record batches of a memory-mapped Arrow file (Feather V2)."""
     with _mapped(path) as file, pa.ipc.open_file(file) as reader:
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
 
 
 def arrow_stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow stream, mapped into memory."""
+    """Yield the record batches of a memory-mapped Arrow stream."""
     with _mapped(path) as file, pa.ipc.open_stream(file) as reader:
         yield from reader
 
 
 def _mapped(path: Path) -> pa.MemoryMappedFile:
-    # As bytes, which its stubs do not know: a name may be no UTF-8.
+    # As bytes, because a file name need not be UTF-8; pyarrow's type stubs lack bytes paths.
     return pa.memory_map(os.fsencode(path))  # type: ignore[arg-type]
 
 
 def open_folder(folder: Path, split: str | None) -> Input:
-    """Open what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
+    """Open a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
 
-    It is a folder of Arrow streams, listed in ``state.json``; with splits, a folder of each.
+    It holds Arrow streams, listed in ``state.json``; a ``DatasetDict`` has one such folder per
+    split.
 
     Raises:
-        RequestError: If it is something else, or ``split`` does not name one of its splits.
+        RequestError: If the folder is something else, or ``split`` is not one of its splits.
     """
     name = printable(folder)
     splits = _saved_list(folder / "dataset_dict.json", "splits")
@@ -184,10 +185,10 @@ def _is_name(text: str) -> bool:
 
 
 def _saved_list(path: Path, key: str) -> list[Any] | None:
-    """A list in a JSON file that ``datasets`` wrote; None if there is no such file or key.
+    """Return a list from a JSON file that ``datasets`` wrote; None if there is no such file.
 
     Raises:
-        RequestError: If the file is another.
+        RequestError: If the file cannot be read, or holds no list under ``key``.
     """
     if not os.path.lexists(path):
         return None

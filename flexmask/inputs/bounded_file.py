@@ -1,4 +1,4 @@
-"""Opens files that neither block nor go on for ever."""
+"""Opens files without blocking, and reads them up to a size limit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_BYTES = 64 * 2**20
-"""Of files that are read as a whole; a larger one is named by mistake."""
+"""Size limit of files that are read whole; a larger one was named by mistake."""
 
 _DESCRIPTOR = re.compile(r"/dev/fd/(\d{1,9})|/proc/self/fd/(\d{1,9})|/dev/(stdin)")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file; a pipe without a writer is refused and not waited for.
+    """Open a regular file; a pipe without a writer is refused instead of blocking.
 
     Raises:
-        OSError: If it is none, or cannot be opened.
+        OSError: If it is not a regular file, or cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -38,14 +38,14 @@ def read_whole(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a regular file of at most ``max_bytes``.
 
     Raises:
-        OSError: If it is none, is longer, or cannot be read.
+        OSError: If it is not a regular file, is longer, or cannot be read.
     """
     with open_regular(path) as file:
         return _read(file, max_bytes)
 
 
 def read_whole_or_pipe(path: Path) -> bytes:
-    """As `read_whole`; a pipe that this process was started with (``<(…)``) is read to its end."""
+    """As `read_whole`; a pipe inherited from the shell (``<(…)``) is read to its end too."""
     fd = inherited_pipe(path)
     if fd is None:
         return read_whole(path)
@@ -54,9 +54,10 @@ def read_whole_or_pipe(path: Path) -> bytes:
 
 
 def inherited_pipe(path: Path) -> int | None:
-    """The descriptor of a pipe that a path such as ``/dev/fd/63`` names; None for other paths.
+    """Return the descriptor of the pipe behind a path such as ``/dev/fd/63``, else None.
 
-    A shell's ``<(…)`` is such a path. The pipe is open, so that reading it waits for no writer.
+    A shell's ``<(…)`` is such a path. The pipe is already open, so reading it does not wait for
+    a writer.
     """
     named = _DESCRIPTOR.fullmatch(str(path))
     if named is None:
@@ -64,7 +65,7 @@ def inherited_pipe(path: Path) -> int | None:
     fd = int(named[1] or named[2] or 0)
     try:
         mode = os.fstat(fd).st_mode
-    except OSError:  # closed; opening the path says so
+    except OSError:  # closed; opening the path raises the error
         return None
     return fd if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
 

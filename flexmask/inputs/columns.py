@@ -1,4 +1,4 @@
-"""Takes texts and numbers out of the columns of a row; null is as good as absent."""
+"""Reads strings and numbers from the columns of a row; null counts as absent."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from flexmask.inputs.rows import type_name
 from flexmask.inputs.text_rows import CsvValues
 
 _EXACT_FLOATS = 2.0**53
-"""Below it, a whole number that a float holds is the one that was meant."""
+"""Below it, every integer has a float of its own, so a whole float is exact."""
 
 
 class MissingColumnError(RequestError):
-    """A row lacks a column that is read."""
+    """A row lacks a column that is needed."""
 
 
 class Columns(Mapping[str, Any]):
-    """The columns of a row, under other names where some are given; made by request makers.
+    """The columns of a row, some of them renamed; request makers create it.
 
-    As a mapping it gives the values that templates see, without the nulls in lists. A value is
-    converted when it is asked for.
+    As a mapping it holds the values that templates see: nulls are dropped from lists. Values are
+    converted on access.
     """
 
     def __init__(
         self, values: Mapping[str, Any], names: Mapping[str, tuple[str, ...]] | None = None
     ) -> None:
-        """Read the columns of a row.
+        """Rename the columns of a row.
 
         Args:
-            values: Those of the row.
-            names: Other columns to read a column from; several make a list of their values.
+            values: The values of the row, by column.
+            names: For a name, the columns that it is read from; several make a list.
 
         Raises:
-            MissingColumnError: If one of those is not there.
+            MissingColumnError: If the row lacks one of those columns.
         """
         self._values = values
         self._names = names or {}
@@ -51,27 +51,27 @@ class Columns(Mapping[str, Any]):
                     )
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a column, without nulls if it is a list."""
+        """Return the value of a column; from a list, nulls are dropped."""
         value = self._value(name)
         return [item for item in value if item is not None] if _is_list(value) else value
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a column; its value may be null."""
+        """Return True if there is such a column; its value may be null."""
         return name in self._names or name in self._values
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the columns."""
+        """Iterate over the column names."""
         return iter(dict.fromkeys([*self._values, *self._names]))
 
     def __len__(self) -> int:
-        """How many columns there are."""
+        """Return the number of columns."""
         return len(set(self._values) | set(self._names))
 
     def text(self, name: str) -> str:
-        """The string in a column, empty where there is none.
+        """Return the string in a column; empty if the column is absent or null.
 
         Raises:
-            RequestError: If it is something else.
+            RequestError: If the value is not a string.
         """
         sources = self._sources(name)
         if isinstance(self._values, CsvValues) and len(sources) == 1:
@@ -84,33 +84,33 @@ class Columns(Mapping[str, Any]):
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """The strings of a list in a column, nulls left out; a string is a list of one.
+        """Return the list of strings in a column without nulls; a string counts as a list of one.
 
         Raises:
-            RequestError: If it is something else.
+            RequestError: If the value is neither.
         """
         return self._strings(name, self._items(name))
 
     def answers(self) -> tuple[str, ...]:
-        """The strings of the column ``answers``, as `texts`; whole numbers become strings.
+        """Return the column ``answers`` as `texts` does; whole numbers become strings.
 
         Raises:
-            RequestError: If it is something else.
+            RequestError: If it holds anything but strings and whole numbers.
         """
         items = self._items("answers", takes_numbers=True)
         return self._strings("answers", [_as_answer(item) for item in items])
 
     def weights(self, texts: Iterable[str]) -> tuple[float, ...]:
-        """The numbers of the column ``weights``, a list or a single one; nulls are left out.
+        """Return the column ``weights``, a number or a list of numbers, without nulls.
 
-        They may be written as text, alone or as a list, which is all that CSV has.
+        A string that holds a number or a list of numbers is parsed, since CSV has strings only.
 
         Args:
-            texts: Columns of the texts that they are the weights of.
+            texts: Columns of the texts that the weights belong to.
 
         Raises:
-            RequestError: If it is something else, or nulls stand at other places than in the
-                texts, so that it cannot be told which weight is whose.
+            RequestError: If the value is something else, or its nulls are not at the same indices
+                as those of the texts, which leaves open which weight belongs to which text.
         """
         value = self._value("weights") if "weights" in self else None
         if value is None:
@@ -128,12 +128,12 @@ class Columns(Mapping[str, Any]):
             owners = [item for column in texts for item in self._items(column)]
             if [item is None for item in owners] != [number is None for number in numbers]:
                 raise RequestError(
-                    "weights and the texts that they belong to must be null at the same places"
+                    "weights must be null exactly where the texts that they belong to are null"
                 )
         return tuple(number for number in numbers if number is not None)
 
     def uuid(self, default: str) -> str:
-        """The column ``uuid`` as text, else ``default``.
+        """Return the column ``uuid`` as a string, or ``default`` if it is absent or null.
 
         Raises:
             RequestError: If it is empty, or neither a string, an integer nor a UUID.
@@ -144,7 +144,7 @@ class Columns(Mapping[str, Any]):
         if not isinstance(value, str | int | UUID) or isinstance(value, bool):
             raise RequestError(f"uuid must be a string or an integer, got {type_name(value)}")
         if value == "":
-            raise RequestError("uuid is empty; leave it out to take the number of the row")
+            raise RequestError("uuid is empty; leave it out to use the row number")
         return str(value)
 
     def _sources(self, name: str) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ class Columns(Mapping[str, Any]):
         return found[0] if len(found) == 1 else found
 
     def _items(self, name: str, *, takes_numbers: bool = False) -> list[Any]:
-        """The values of a list in a column, nulls among them."""
+        """Return the items of the list in a column, including nulls."""
         if name not in self:
             return []
         if isinstance(self._values, CsvValues):
@@ -184,7 +184,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_answer(item: Any) -> Any:
-    """A whole number as a string, whatever else as it is."""
+    """Turn a whole number into a string; return anything else unchanged."""
     if isinstance(item, bool):
         return item
     is_whole = (

@@ -1,4 +1,4 @@
-"""Data sets on the hub, through the ``datasets`` library (an optional extra)."""
+"""Streams data sets from the hub through the ``datasets`` library, an optional extra."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import pyarrow as pa
 from flexmask.errors import RequestError
 
 _ROWS_PER_BATCH = 64
-"""Rows are streamed, and those that come with the first are waited for."""
+"""Small, because the first row arrives only once its whole batch has been streamed."""
 
 
 def open_hub_dataset(
     dataset_id: str, config: str | None, split: str | None
 ) -> Callable[[], Iterator[pa.RecordBatch]]:
-    """Stream the rows of a split, which need not be named where there is only one.
+    """Open a split of a data set for streaming.
 
     Args:
-        dataset_id: As in ``owner/name``.
-        config: One of its configurations, where it has several.
-        split: Such as ``test``.
+        dataset_id: ``owner/name``.
+        config: A configuration, if the data set has several.
+        split: Such as ``test``; None if there is only one.
 
     Returns:
-        A function that reads the rows from the beginning, in batches.
+        A function that streams the rows from the beginning, in record batches.
 
     Raises:
-        RequestError: If ``datasets`` is missing, or the data set, configuration or split.
+        RequestError: If ``datasets`` is not installed, or there is no such data set,
+            configuration or split.
     """
     try:
         import datasets
@@ -37,7 +38,7 @@ def open_hub_dataset(
         ) from None
     try:
         found = datasets.load_dataset(dataset_id, config, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets raises is one of these
+    except (OSError, ValueError, RuntimeError) as error:  # datasets raises one of these
         reason = " ".join(str(error).split())
         raise RequestError(f"{dataset_id}: no such file, nor a data set: {reason}") from None
     if isinstance(found, dict):
@@ -48,7 +49,7 @@ def open_hub_dataset(
             )
         (found,) = found.values()
 
-    # As Arrow, images and sounds in columns that nobody uses are not decoded.
+    # In Arrow format, images and audio in unused columns are not decoded.
     tables = found.with_format("arrow")
 
     def batches() -> Iterator[pa.RecordBatch]:

@@ -1,8 +1,8 @@
-"""Inputs: what ``--input`` takes, a piece at a time.
+"""Opens inputs of every kind (``--input``) as streams of rows.
 
-A million rows need no more memory than a thousand. The kind of a file is told by its first
-bytes, CSV by its extension or by a delimiter that is told; what is none of the others is JSON
-Lines. What can be read only once, a pipe, is kept in memory.
+A million rows need no more memory than a thousand. The kind of a file is detected from its first
+bytes; CSV from the extension, or because a delimiter is given; anything else is JSON Lines. A
+pipe, which can be read only once, is kept in memory.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_input(source: str, text: TextFormat = TextFormat()) -> Input:  # noqa: B008 (frozen)
-    """Find the rows that ``source`` names; nothing of them is read yet.
+    """Open an input; its rows are read when it is iterated over.
 
     Args:
-        source: A file; ``-`` for JSON Lines, or CSV if a delimiter is told, on standard input; a
-            folder that the ``datasets`` library saved; or the id of a data set on the hub, as
+        source: A file; ``-`` for JSON Lines (or CSV, if a delimiter is given) on standard input;
+            a folder that the ``datasets`` library saved; or the id of a data set on the hub,
             ``owner/name``. Folder and id may be followed by ``:split``, the id also by
             ``:config:split``.
-        text: How it is written, if it is text.
+        text: Delimiter and encoding, for text files.
 
     Raises:
-        RequestError: If there is nothing of that name, or it is of no known kind.
+        RequestError: If ``source`` does not exist, or is of no known kind.
     """
     if source == "-":
         return _text_input("standard input", "stdin", lines_of_stdin(text), None, text)
@@ -69,7 +69,7 @@ def open_input(source: str, text: TextFormat = TextFormat()) -> Input:  # noqa: 
     opened = _open_folder_or_hub(source)
     if opened is None:
         return _open_file(path, text)
-    if text.is_told:
+    if text.is_given:
         raise _not_text(opened.name)
     return opened
 
@@ -94,15 +94,15 @@ def _open_file(path: Path, text: TextFormat) -> Input:
     name = printable(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise RequestError(
-            f"{name}: not a file but a pipe or device, which can be read only once or for ever; "
-            "send its rows to --input -, or write them to a file"
+            f"{name}: not a file but a pipe or device; send its rows to --input -, or write them "
+            "to a file"
         )
     with as_request_errors(name), open_regular(path) as file:
         start = file.read(6)
     stem = printable(Path(path.stem))
     for magic, batches in _BATCHES_BY_MAGIC.items():
         if start.startswith(magic):
-            if text.is_told:
+            if text.is_given:
                 raise _not_text(name)
             return Input(name, stem, partial(arrow_rows, path, batches), has_fixed_columns=True)
     expected = DELIMITERS.get(path.suffix.lower())

@@ -1,8 +1,8 @@
-"""Lists that stand in one cell of a CSV file, as JSON, Python or numpy write them.
+"""Parses lists in a single cell of a CSV file, as JSON, Python or numpy write them.
 
-CSV has no lists. ``json.dumps`` and ``str(list)`` write ``["a", "b"]``, and writing a column of
-arrays with pandas, ``datasets`` or numpy gives ``['a' 'b']``, without commas: Python would read
-that as one text, ``'ab'`` (huggingface/datasets#6778, pandas-dev/pandas#49623).
+CSV has no lists. ``json.dumps`` and ``str(list)`` write ``["a", "b"]``; pandas, ``datasets`` and
+numpy write a column of arrays as ``['a' 'b']``, without commas, which Python would parse as one
+string, ``'ab'`` (huggingface/datasets#6778, pandas-dev/pandas#49623).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from flexmask.errors import RequestError
 
 _ESCAPE = r"\\(?:[\\'\"/abfnrtv]|[0-7]{1,3}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8})"
-# Possessive: a cell of megabytes that is no list is left after one look at each character.
+# Possessive quantifiers: a cell of megabytes that is not a list is rejected in linear time.
 _STRING = rf"""'(?:[^'\\]++|{_ESCAPE})*+'|"(?:[^"\\]++|{_ESCAPE})*+\""""
 _NUMBER = r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:[eE][-+]?\d++)?"
 _ITEM = re.compile(
@@ -39,16 +39,16 @@ _SHOWN_CHARACTERS = 40
 
 
 def read_list(cell: str) -> list[Any] | None:
-    r"""Read the items of a flat list; None if the cell holds a text.
+    r"""Parse a flat list; return None if the cell holds plain text.
 
     Args:
-        cell: As it stands in the file.
+        cell: The cell, unquoted by the CSV parser.
 
     Returns:
-        Texts, numbers, booleans and None.
+        Strings, numbers, booleans and None.
 
     Raises:
-        RequestError: If it is a list of texts that is broken or cut short.
+        RequestError: If the cell is a list of strings with a syntax error, or truncated.
 
     Example:
         >>> read_list("['Where was Ada born?' \"Ada's birthplace?\"]")
@@ -71,7 +71,7 @@ def read_list(cell: str) -> list[Any] | None:
 
 
 def _read_json(cell: str) -> list[Any] | None:
-    """A flat list in JSON; the scanner reads it as well, but some times slower."""
+    """Parse a flat JSON list, several times faster than the scanner, which parses it too."""
     try:
         items = json.loads(cell)
     except (ValueError, RecursionError):
@@ -81,12 +81,12 @@ def _read_json(cell: str) -> list[Any] | None:
 
 
 def check_is_no_list(cell: str) -> None:
-    """Refuse a text that some program may have written for a list, which cannot be told.
+    """Refuse text that may be a list in an ambiguous notation.
 
     DuckDB writes ``[London, Londres]`` (duckdb/duckdb#11983), numpy ``[['a' 'b'] ['c' 'd']]``.
 
     Raises:
-        RequestError: If it is one.
+        RequestError: If ``cell`` is such a text.
     """
     text = cell.strip()
     if _is_within_brackets(text) and ("," in text or _NESTED_START.match(text)):
@@ -94,7 +94,11 @@ def check_is_no_list(cell: str) -> None:
 
 
 def _scan(cell: str, position: int) -> tuple[list[Any], int, bool]:
-    """Read items from ``position``: the items, where they end, and whether the list does too."""
+    """Parse items from ``position``.
+
+    Returns:
+        The items, the position after them, and True if the list ends there.
+    """
     items: list[Any] = []
     commas: set[bool] = set()
     while True:
@@ -139,7 +143,7 @@ def _unquoted(string: str) -> str:
 
 
 def _is_within_brackets(text: str) -> bool:
-    """Whether the bracket that opens ``text`` closes at its end."""
+    """Return True if the bracket that opens ``text`` closes at its end."""
     if not (text.startswith("[") and text.endswith("]")):
         return False
     depth = 0
@@ -153,6 +157,6 @@ def _is_within_brackets(text: str) -> bool:
 def _broken(cell: str) -> RequestError:
     shown = cell if len(cell) <= _SHOWN_CHARACTERS else cell[:_SHOWN_CHARACTERS] + "…"
     return RequestError(
-        f"a cell begins like a list and is none: {shown!r}; write a list as JSON, as in "
-        '["a", "b"], and a text in brackets as a list of one'
+        f"a cell begins like a list but is not one: {shown!r}; write a list as JSON, as in "
+        '["a", "b"], and text in brackets as a list of one'
     )

@@ -1,4 +1,4 @@
-"""What every kind of input gives: rows, read anew by each iteration."""
+"""The rows of an input, and errors raised while they are read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Row:
     """One row of an input.
 
     Attributes:
-        where: Where it stands, as ``file:line``; for messages.
-        number: Its number from 1, in JSON Lines that of its line.
-        values: By column; absent values are None or left out. Of CSV and Arrow, a value is
-            converted when it is asked for, and one that cannot be raises `RequestError` then.
-        error: Why it cannot be read; empty if it can.
+        where: ``file:line`` or ``file:row``, for messages.
+        number: Row number from 1; in JSON Lines the line number.
+        values: By column; absent values are None or missing. Values of CSV and Arrow inputs are
+            converted on access, which raises `RequestError` if a value cannot be converted.
+        error: Why the row cannot be read; empty if it can.
     """
 
     where: str
@@ -36,14 +36,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Input:
-    """Rows to be read; every iteration reads them again.
+    """An input that is read again from the beginning by every iteration.
 
     Attributes:
-        name: As messages name it.
-        stem: A short name for files made from it.
-        split_of: Opens another split, where the input has splits.
+        name: Its name in messages.
+        stem: A short name, used in the names of output files.
+        read: Reads the rows from the beginning.
+        split_of: Opens another split of the same input; None if it has no splits.
         has_fixed_columns: Whether every row has the same columns.
-        advice: Added to a message about columns that are missing.
+        advice: Appended to messages about missing columns.
     """
 
     name: str
@@ -54,19 +55,19 @@ class Input:
     advice: str = ""
 
     def __iter__(self) -> Iterator[Row]:
-        """Read the rows from the beginning."""
+        """Iterate over the rows from the beginning."""
         return self.read()
 
 
 def rows_in_memory(values: Iterable[Mapping[str, Any]], name: str) -> Input:
-    """Wrap rows that stand in memory."""
+    """Make an input of rows in memory."""
     rows = [Row(f"{name}:{number}", number, row) for number, row in enumerate(values, start=1)]
     return Input(name, Path(name).stem, lambda: iter(rows))
 
 
 @contextmanager
 def as_request_errors(name: str, encoding: str = "UTF-8") -> Iterator[None]:
-    """Turn what goes wrong while reading ``name`` into a `RequestError`."""
+    """Turn errors raised while ``name`` is read into a `RequestError`."""
     try:
         yield
     except UnicodeError as error:
@@ -82,10 +83,10 @@ def as_request_errors(name: str, encoding: str = "UTF-8") -> Iterator[None]:
 
 
 def printable(path: Path) -> str:
-    r"""The name of a file as text that can be written everywhere.
+    r"""Return the name of a file as text that can be encoded as UTF-8.
 
-    Python holds bytes of a name that are not UTF-8 as halves of surrogate pairs, which neither
-    a file nor an Arrow column takes; here they are ``\udcff``.
+    Python decodes bytes of a file name that are not UTF-8 to lone surrogates, which can be
+    written neither to a file nor to an Arrow column; here they become escapes, ``\udcff``.
     """
     return str(path).encode(errors="backslashreplace").decode()
 
@@ -102,5 +103,5 @@ _TYPE_NAMES = {
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """Return JSON's name for the type of a value."""
     return _TYPE_NAMES.get(type(value), type(value).__name__)

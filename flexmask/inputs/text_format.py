@@ -1,4 +1,4 @@
-"""How a text file is written: its encoding, and what stands between the cells of CSV."""
+"""The format of a text file: its encoding and, for CSV, the delimiter."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from flexmask.errors import OptionError, RequestError
 
 OPTIONS = (
-    "--encoding names one that is not UTF-8, such as cp1252 or utf-16, and --delimiter what "
-    "stands between the cells of CSV"
+    "--encoding sets an encoding other than UTF-8, such as cp1252 or utf-16, and --delimiter the "
+    "character between the cells of CSV"
 )
-"""What to do about a text file that does not read well."""
+"""Advice about a text file that cannot be read."""
 
-_FOUND_OUT = (",", ";", "\t")
+_DETECTED = (",", ";", "\t")
 _SHOWN = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _UTF_8 = "utf-8-sig"
-"""UTF-8, with a byte order mark or without."""
+"""UTF-8, with or without a byte order mark."""
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a text file is written, as far as it is told.
+    """Delimiter and encoding of a text file, where the user sets them.
 
     Attributes:
-        delimiter: The character between the cells of CSV, which a file is then read as; None for
-            files told as CSV by their extension, to be found out.
-        encoding: One that Python knows; None for UTF-8.
+        delimiter: The character between the cells of CSV; a file of any extension is then read as
+            CSV. None detects it, for files whose extension is one of CSV.
+        encoding: An encoding that Python knows; None for UTF-8.
     """
 
     delimiter: str | None = None
@@ -39,8 +39,8 @@ class TextFormat:
             len(self.delimiter) != 1 or self.delimiter in '"\r\n' or ord(self.delimiter) > 0xFFFF
         ):
             raise OptionError(
-                "the delimiter must be one character, such as ; or \\t, and no quote or line end, "
-                f"got {self.delimiter!r}"
+                "the delimiter must be one character, such as ; or \\t, and not a quote or line "
+                f"end, got {self.delimiter!r}"
             )
         if self.encoding is not None and not _is_text_encoding(self.encoding):
             raise OptionError(
@@ -49,39 +49,39 @@ class TextFormat:
             )
 
     @property
-    def is_told(self) -> bool:
-        """Whether anything is told."""
+    def is_given(self) -> bool:
+        """True if the delimiter or the encoding is set."""
         return self != TextFormat()
 
     @property
     def codec(self) -> str:
-        """The encoding, as `open` takes it."""
+        """The encoding as `open` takes it."""
         if self.encoding is None or codecs.lookup(self.encoding).name == "utf-8":
             return _UTF_8
         return self.encoding
 
     @property
     def encoding_name(self) -> str:
-        """The encoding, as messages name it."""
+        """The encoding as messages name it."""
         return self.encoding or "UTF-8"
 
 
 def find_delimiter(sample: str, *, is_whole: bool, expected: str, name: str) -> str:
-    """Find what stands between the cells of CSV: a comma, a semicolon or a tab.
+    """Detect the delimiter of a CSV file: a comma, a semicolon or a tab.
 
-    It divides the first line, and the lines after it into as many cells. Where none divides the
-    first line there is one column.
+    It is the one that splits the first line, and the lines after it into equally many cells. If
+    none splits the first line, there is a single column.
 
     Args:
         sample: The beginning of the file.
-        is_whole: Whether that is all of it; else its last line may be cut off.
-        expected: What the file's extension lets expect.
-        name: Of the file, for the message.
+        is_whole: Whether the sample is the whole file; otherwise its last line may be truncated.
+        expected: The usual delimiter of the file's extension, returned for a single column.
+        name: Name of the file, for the message.
 
     Raises:
-        RequestError: If it cannot be told.
+        RequestError: If several delimiters are possible.
     """
-    rows_by = {delimiter: _rows(sample, delimiter, is_whole) for delimiter in _FOUND_OUT}
+    rows_by = {delimiter: _rows(sample, delimiter, is_whole) for delimiter in _DETECTED}
     dividing = [item for item, rows in rows_by.items() if rows and len(rows[0]) > 1]
     if len(dividing) > 1:
         even = [item for item in dividing if len(set(map(len, rows_by[item]))) == 1]
@@ -90,7 +90,7 @@ def find_delimiter(sample: str, *, is_whole: bool, expected: str, name: str) -> 
         return expected
     if len(dividing) > 1:
         between = " or ".join(_SHOWN[item] for item in dividing)
-        raise RequestError(f"{name}: its cells may be divided by {between}; {OPTIONS}")
+        raise RequestError(f"{name}: its cells may be separated by {between}; {OPTIONS}")
     return dividing[0]
 
 
@@ -98,7 +98,7 @@ def _rows(sample: str, delimiter: str, is_whole: bool) -> list[list[str]]:
     rows = []
     try:
         for row in csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, strict=True):
-            rows.append(row)  # noqa: PERF402 (those before an error count)
+            rows.append(row)  # noqa: PERF402 (keeps the rows before an error)
     except csv.Error:
         is_whole = True
     if not is_whole:

@@ -1,6 +1,6 @@
-"""Rows of JSON Lines and CSV, through Python's own parsers.
+"""Reads rows of JSON Lines and CSV with Python's own parsers.
 
-Unlike Arrow's, those name the line that is broken, and go on after it.
+Unlike Arrow's parsers, they name the line of a syntax error and continue after it.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from flexmask.inputs.rows import Row, as_request_errors, printable, type_name
 from flexmask.inputs.text_format import TextFormat, find_delimiter
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-"""By extension, what is expected between cells."""
+"""The usual delimiter of CSV files, by extension."""
 
 _MAX_INPUT_CHARACTERS = 4 * 2**30
-"""Standard input stands in memory; a larger one is given by mistake."""
+"""Size limit of standard input, which is kept in memory; more is there by mistake."""
 _MAX_LINE_CHARACTERS = 64 * 2**20
 """Well above any model's context; a longer line comes from a file that is not JSON Lines."""
 _MAX_DEPTH = 100
-"""Lists and objects within each other; parsers and printers take some hundreds."""
+"""Nesting limit of JSON; parsers and printers take some hundreds of levels."""
 _SAMPLE_CHARACTERS = 64 * 2**10
 
 Lines = Callable[[], Iterator[str]]
-"""Gives the lines of an input, from the first, with their line ends."""
+"""Reads the lines of an input from the first, with their line ends."""
 
 
 class KeptLines:
-    """Lines of a stream, kept so that they can be read more than once."""
+    """The lines of a stream, kept in memory so that they can be read more than once."""
 
     def __init__(
         self, open_text: Callable[[], AbstractContextManager[TextIO]], name: str, text: TextFormat
     ) -> None:
-        """Read nothing yet."""
+        """Prepare to read; nothing is read yet."""
         self._kept: list[str] = []
         self._name = name
         self._unread = self._read(open_text, text)
 
     def __call__(self) -> Iterator[str]:
-        """The lines, from the first."""
+        """Yield the lines, from the first."""
         yield from self._kept
         for line in self._unread:
             self._kept.append(line)
@@ -70,9 +70,9 @@ class KeptLines:
 
 
 def lines_of_stdin(text: TextFormat) -> Lines:
-    """Lines of standard input.
+    """Return the lines of standard input, decoded as ``text`` says.
 
-    Its bytes are read, whatever encoding the terminal has.
+    The encoding of the terminal has no effect, because bytes are read.
     """
 
     def open_text() -> AbstractContextManager[TextIO]:
@@ -80,7 +80,7 @@ def lines_of_stdin(text: TextFormat) -> Lines:
             raise RequestError("standard input: it is closed; pipe rows into it, or name a file")
         try:
             fd = sys.stdin.fileno()
-        except OSError:  # no file but an object in its place
+        except OSError:  # replaced by an object that is not a file
             return nullcontext(sys.stdin)
         return open(fd, encoding=text.codec, newline="", closefd=False)
 
@@ -88,12 +88,12 @@ def lines_of_stdin(text: TextFormat) -> Lines:
 
 
 def lines_of_pipe(fd: int, name: str, text: TextFormat) -> Lines:
-    """Lines of a pipe that is open."""
+    """Return the lines of an open pipe."""
     return KeptLines(lambda: open(dup(fd), encoding=text.codec, newline=""), name, text)
 
 
 def lines_of_file(path: Path, text: TextFormat) -> Lines:
-    """Lines of a file."""
+    """Return the lines of a file."""
 
     def lines() -> Iterator[str]:
         name = printable(path)
@@ -106,7 +106,7 @@ def lines_of_file(path: Path, text: TextFormat) -> Lines:
 
 
 def json_rows(lines: Lines, name: str) -> Iterator[Row]:
-    """Rows of JSON Lines; blank lines are counted and left out."""
+    """Yield the rows of JSON Lines; blank lines are skipped but counted."""
     for number, line in enumerate(lines(), start=1):
         if not line.strip():
             continue
@@ -142,7 +142,7 @@ def _json_object(line: str) -> dict[str, Any]:
             f"not JSON ({error.msg} at column {error.colno}); expected one object a line"
         ) from None
     except (RecursionError, ValueError) as error:  # nested too deep; an int of too many digits
-        raise RequestError(f"JSON that Python does not read ({error})") from None
+        raise RequestError(f"JSON that Python cannot read ({error})") from None
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, got {type_name(row)}")
     if line.count("[") + line.count("{") > _MAX_DEPTH and is_deeper(row, _MAX_DEPTH):
@@ -151,7 +151,7 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and mappings stand more than ``depth`` deep within each other."""
+    """Return True if lists and mappings are nested more than ``depth`` levels deep."""
     level = [value]
     for _ in range(depth + 1):
         nested: list[Any] = []
@@ -167,34 +167,34 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 
 class CsvValues(Mapping[str, Any]):
-    """Cells by column: a text, None if empty, or a list if it is written as one.
+    """The cells of a CSV row by column: text, a list if written as one, or None if empty.
 
-    A cell is looked at when it is asked for; columns that nobody uses may hold anything.
+    A cell is parsed on access, so unused columns may hold anything.
     """
 
     def __init__(self, index_of: Mapping[str, int], cells: list[str]) -> None:
         """Wrap the cells of a row.
 
         Args:
-            index_of: The place of each column.
-            cells: As they stand in the file.
+            index_of: The index of each column.
+            cells: The texts of the cells.
         """
         self._index_of = index_of
         self._cells = cells
 
     def text(self, column: str) -> str | None:
-        """The cell as it stands in the file, None if empty."""
+        """Return the text of a cell; None if empty."""
         return self._cells[self._index_of[column]] or None
 
     def list_or_text(self, column: str, takes_numbers: bool = False) -> Any:
-        """The cell where a list of texts, or one text, is wanted.
+        """Return a cell of a column that holds a list of strings or a single string.
 
         Args:
-            column: Its name.
-            takes_numbers: Whether a list of numbers is read as one, and not as a text.
+            column: Name of the column.
+            takes_numbers: Whether a list of numbers is parsed; otherwise it is text.
 
         Raises:
-            RequestError: If it is a broken list, or could be one.
+            RequestError: If the cell is a malformed list, or an ambiguous one.
         """
         value = self[column]
         if isinstance(value, str):
@@ -206,10 +206,10 @@ class CsvValues(Mapping[str, Any]):
         return value
 
     def __getitem__(self, column: str) -> Any:
-        """The cell; a list of nothing but numbers is left as text.
+        """Return a cell; a list of numbers only stays text.
 
         Raises:
-            RequestError: If it is a broken list.
+            RequestError: If the cell is a malformed list.
         """
         cell = self.text(column)
         if cell is None or (items := read_list(cell)) is None:
@@ -218,26 +218,26 @@ class CsvValues(Mapping[str, Any]):
         return items if has_texts or not items else cell
 
     def __contains__(self, column: object) -> bool:
-        """Whether the file has the column; no cell is looked at."""
+        """Return True if the file has the column; no cell is parsed."""
         return column in self._index_of
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the columns."""
+        """Iterate over the column names."""
         return iter(self._index_of)
 
     def __len__(self) -> int:
-        """How many columns there are."""
+        """Return the number of columns."""
         return len(self._index_of)
 
 
 def csv_rows(lines: Lines, name: str, expected: str, delimiter: str | None) -> Iterator[Row]:
-    """Rows of CSV whose first line names the columns.
+    """Yield the rows of CSV; the first line names the columns.
 
     Args:
-        lines: Those of the file.
-        name: Of the file.
-        expected: The delimiter that its extension lets expect.
-        delimiter: The one that is told; None to find it out.
+        lines: Lines of the file.
+        name: Name of the file.
+        expected: The usual delimiter of its extension.
+        delimiter: The delimiter that the user set; None to detect it.
     """
     csv.field_size_limit(_MAX_LINE_CHARACTERS)
     if delimiter is None:
@@ -266,7 +266,7 @@ def _columns(reader: Iterable[list[str]], name: str) -> dict[str, int]:
     except csv.Error as error:
         raise RequestError(f"{name}:1: not CSV ({error})") from None
     if len(set(columns)) < len(columns):
-        raise RequestError(f"{name}:1: a column stands twice: {', '.join(columns)}")
+        raise RequestError(f"{name}:1: a column occurs twice: {', '.join(columns)}")
     return {column: index for index, column in enumerate(columns)}
 
 
@@ -277,7 +277,7 @@ def _csv_values(index_of: Mapping[str, int], cells: list[str]) -> CsvValues:
 
 
 def _sample(lines: Lines) -> dict[str, Any]:
-    """The beginning of a file, and whether it is all of it."""
+    """Return the beginning of a file, and whether it is the whole file."""
     kept: list[str] = []
     characters = 0
     for line in lines():
