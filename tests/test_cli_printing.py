@@ -132,6 +132,32 @@ def test_no_text_of_a_row_or_a_name_reaches_the_terminal_as_it_is(
     assert "\\x1b" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [ATTACK],
+        [f"--{ATTACK}"],
+        ["generate", f"--{ATTACK}"],
+        ["generate", "--on-error", ATTACK],
+        ["generate", "--limit", ATTACK],
+        ["generate", f"--quiet={ATTACK}"],
+        ["show", "a", ATTACK],
+        ["tasks", "\udcff\x1b"],
+    ],
+    ids=ascii,
+)
+def test_no_mistake_in_the_use_of_a_command_reaches_the_terminal_as_it_is(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["flexmask", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    streams = capsys.readouterr()
+    assert harmless(*streams)
+    assert "Error: " in streams.err
+
+
 def test_answers_and_questions_are_harmless_when_a_run_prints_them(attacked: Path) -> None:
     output = attacked.with_name(f"out{ATTACK}.feather")
     command = [*COMMAND, "generate", *OPTIONS.split()[:-2]]

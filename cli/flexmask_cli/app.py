@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn, cast
 
 import typer
 
 from flexmask import __version__
 from flexmask.errors import FlexMaskError
 from flexmask.plugins.registry import LOAD_PLUGINS
-from flexmask.printable import WORDS, printable
+from flexmask.printable import LINES, WORDS, printable
 from flexmask_cli.commands.bench import bench
 from flexmask_cli.commands.check import check
 from flexmask_cli.commands.compare import compare
@@ -26,6 +27,9 @@ from flexmask_cli.commands.strategies import strategies
 from flexmask_cli.commands.tasks import tasks
 from flexmask_cli.commands.warmup import warmup
 from flexmask_cli.streams import prepared_streams
+
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+"""click's, or its copy's that newer versions of typer bring and export no more of."""
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -90,7 +94,18 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 100)
     try:
         with prepared_streams():
-            build_app()()
+            _run()
     except FlexMaskError as error:
         message = " ".join(str(error).splitlines())
         sys.exit(f"error: {printable(message, WORDS)}")
+
+
+def _run() -> NoReturn:
+    try:
+        status = build_app()(standalone_mode=False)
+    except _UsageError as error:
+        said = io.StringIO()
+        error.show(said)
+        sys.stderr.write(printable(said.getvalue(), LINES))
+        sys.exit(error.exit_code)
+    sys.exit(status)
