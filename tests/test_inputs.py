@@ -272,7 +272,7 @@ def test_lists_that_numpy_printed_are_read_from_csv(tmp_path: Path) -> None:
 
 def test_a_list_that_cannot_be_read_is_refused_by_row(tmp_path: Path) -> None:
     for cell in ("[London, Londres]", "['it's', 'b']"):
-        with pytest.raises(RequestError, match="rows.csv:2: a cell begins like a list but is not"):
+        with pytest.raises(RequestError, match=r"rows.csv:2: a cell begins like a list but is not"):
             csv_request(tmp_path / "rows.csv", "segments,answers", "Q?", cell)
 
 
@@ -416,7 +416,7 @@ def test_a_text_file_is_read_in_the_encoding_that_is_given(
     (request,) = read_requests(str(path), encoding=encoding)
     assert (request.segments, request.answers) == (("Où?",), ("é",))
     if encoding != "utf-8":
-        with pytest.raises(RequestError, match="--encoding sets .* and --delimiter|not JSON"):
+        with pytest.raises(RequestError, match=r"--encoding sets .* and --delimiter|not JSON"):
             read_requests(str(path))
 
 
@@ -460,7 +460,7 @@ def test_what_can_be_read_only_once_or_for_ever_is_refused_at_once(tmp_path: Pat
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "fifo", tmp_path / "zero.csv"):
-        with pytest.raises(RequestError, match="not a file but a pipe or device; .*--input -"):
+        with pytest.raises(RequestError, match=r"not a file but a pipe or device; .*--input -"):
             read_requests(str(path))
 
 
