@@ -241,6 +241,12 @@ def test_a_hub_id_loads_from_the_cache(hub):
     assert Engine.from_pretrained("org/model", device="cpu").model.config.vocab_size == 2048
 
 
+def test_a_model_of_the_hub_that_carries_an_adapter_is_refused(hub, refusal):
+    (hub / "adapter_config.json").write_text("{}")
+    message = "model 'org/model' holds an adapter, which flexmask does not load; merge it"
+    assert message in refusal("org/model")
+
+
 def test_pickled_weights_of_the_hub_are_refused_as_those_of_a_folder_are(hub, refusal):
     split_weights(hub, "bin")
     assert "names 'model-00001-of-00001.bin'; flexmask loads safetensors only" in refusal(

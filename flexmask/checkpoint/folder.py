@@ -14,6 +14,7 @@ from flexmask.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$")
 
 
@@ -26,11 +27,8 @@ def check_folder(source: CheckpointSource) -> None:
     name, folder = source.name, source.folder
     if folder is None:
         return
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"model folder {shown(name)} holds an adapter, which flexmask does not load; merge it "
-            "into its model (peft's merge_and_unload) and save that"
-        )
+    if (folder / ADAPTER).is_file():
+        raise _adapter_error(name)
     if not (folder / "config.json").is_file():
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; name the file: {shown(str(folder / ggufs[0]))}" if ggufs else ""
@@ -40,6 +38,13 @@ def check_folder(source: CheckpointSource) -> None:
             f"model folder {shown(name)} has no weights in safetensors; "
             "flexmask loads no other format (pickled weights can run code)"
         )
+
+
+def _adapter_error(name: str) -> ModelError:
+    return ModelError(
+        f"model {shown(name)} holds an adapter, which flexmask does not load; merge it into its "
+        "model (peft's merge_and_unload) and save that"
+    )
 
 
 def check_files(source: CheckpointSource) -> None:
@@ -55,6 +60,9 @@ def check_files(source: CheckpointSource) -> None:
     if source.gguf is not None:
         return
     source.read_json("generation_config.json")
+    # With peft installed, transformers would apply an adapter, whose weights may be pickled.
+    if source.file(ADAPTER) is not None:
+        raise _adapter_error(source.name)
     entry = _entry(source)
     shards = _shards(source, entry) if entry.endswith(".index.json") else [entry]
     if source.folder is not None:
