@@ -1,40 +1,40 @@
-"""Self-contained HTML pages: nothing is loaded from anywhere, and no text becomes markup."""
+"""Self-contained HTML pages, rendered by Jinja with automatic escaping; a page loads nothing."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Iterable
 from typing import Any
 
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-def fill_page(package: str, parts: Mapping[str, str], data: Any, scripts: Iterable[str]) -> str:
-    """Fill the ``templates/page.html`` of a package.
 
-    Its places are ``{{NAME}}``: those of ``parts``, and ``STYLE``, ``DATA`` and ``SCRIPT``, which
-    this function fills with the package's ``page.css``, ``data`` and ``scripts``.
+def render_page(package: str, scripts: Iterable[str], style: str, data: Any, **values: Any) -> str:
+    """Render the ``templates/page.html`` of a package, which extends ``page_base.html``.
 
     Args:
-        package: Such as ``flexmask.show``.
-        parts: Markup by place; ``STYLE`` may be among them and then comes first.
+        package: Name of the package, such as ``flexmask.show``.
+        scripts: Names of the package's scripts; each uses names of those before it.
+        style: CSS that stands before ``base.css`` and the package's ``page.css``.
         data: JSON values for the scripts.
-        scripts: Names of templates; each uses names of those before it.
+        values: What else the template asks for; text is escaped.
     """
-    own = files(package) / "templates"
-    base = files("flexmask") / "templates" / "base.css"
-    style = base.read_text(encoding="utf-8") + (own / "page.css").read_text(encoding="utf-8")
-    filled = {
-        **parts,
-        "STYLE": parts.get("STYLE", "") + style,
-        "DATA": script_json(data),
-        "SCRIPT": "\n".join((own / name).read_text(encoding="utf-8") for name in scripts),
-    }
-    before, *rest = (own / "page.html").read_text(encoding="utf-8").split("{{")
-    pieces = (piece.split("}}", 1) for piece in rest)
-    return before + "".join(filled[name] + text for name, text in pieces)
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("flexmask")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
 
+    def source(name: str) -> Markup:
+        assert environment.loader is not None
+        return Markup(environment.loader.get_source(environment, name)[0])
 
-def script_json(value: Any) -> str:
-    """JSON that may stand in a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
+    return environment.get_template("page.html").render(
+        style=Markup(style) + source("base.css") + source("page.css"),
+        script=Markup("\n").join(map(source, scripts)),
+        data=data,
+        **values,
+    )

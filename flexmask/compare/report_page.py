@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -12,7 +11,7 @@ from flexmask.compare.table import COSTS, CellResult
 from flexmask.results.result_writer import read_finished_rows
 from flexmask.show import palette
 from flexmask.tasks.judge import Judge
-from flexmask.web_page import fill_page
+from flexmask.web_page import render_page
 
 SCRIPTS = ("table.js", "plot.js", "answers.js", "page.js")
 METRIC_NAMES = {"exact": "accuracy", "f1": "F1", "lemma": "lemma match"}
@@ -44,22 +43,15 @@ def report_html(
     """
     has_peak = any(each.measurement and each.measurement.peak_bytes for each in results)
     notes = [*NOTES, *([] if has_peak else [CPU_NOTE])]
-    parts = {
-        "TITLE": html.escape(title),
-        "FACTS": _list_of(facts),
-        "NOTES": "".join(f'<p class="help">{html.escape(note)}</p>\n' for note in notes),
-        "STYLE": _colours(),
-    }
-    data = _data(results, folder) | {"metric": METRIC_NAMES[judge.metric]}
-    return fill_page("flexmask.compare", parts, data, SCRIPTS)
-
-
-def _list_of(facts: Mapping[str, str]) -> str:
-    listed = (
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
-        for name, value in facts.items()
+    return render_page(
+        "flexmask.compare",
+        SCRIPTS,
+        style=_colours(),
+        data=_data(results, folder) | {"metric": METRIC_NAMES[judge.metric]},
+        title=title,
+        facts=facts,
+        notes=notes,
     )
-    return f"<dl>{''.join(listed)}</dl>"
 
 
 def _colours() -> str:

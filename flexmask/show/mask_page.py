@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch import Tensor
 from flexmask.show import palette
 from flexmask.show.answer_text import VERDICTS, marked_pieces
 from flexmask.show.mask_picture import MaskDifference, Picture
-from flexmask.show.picture_source import Answer, Subject
+from flexmask.show.picture_source import Subject
 from flexmask.show.tile_mask import TileMask
 from flexmask.show.tokens import DrawnTokens
-from flexmask.web_page import fill_page
+from flexmask.web_page import render_page
 
 SCRIPTS = ("tile_mask.js", "matrix.js", "token_list.js", "page.js")
 """In the order in which they are joined: each uses names of those before it."""
@@ -36,33 +35,22 @@ def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
         pictures: What to show side by side, over one request.
         subject: The request, and what a run answered.
     """
-    parts = {
-        "TITLE": html.escape(subject.heading),
-        "ANSWER": _answer(subject.answer) if subject.answer else "",
-        "STYLE": _colours(),
-    }
-    data = {"panels": [_panel(picture) for picture in pictures]}
-    return fill_page("flexmask.show", parts, data, SCRIPTS)
+    answer = subject.answer
+    return render_page(
+        "flexmask.show",
+        SCRIPTS,
+        style=_colours(),
+        data={"panels": [_panel(picture) for picture in pictures]},
+        title=subject.heading,
+        answer=answer,
+        pieces=list(marked_pieces(answer.generation, answer.accepted)) if answer else [],
+        verdict=VERDICTS[answer.is_correct] if answer else "",
+    )
 
 
 def save_page(pictures: Sequence[Picture], subject: Subject, path: Path) -> None:
     """Write the page to a file; arguments as of `page_html`."""
     path.write_text(page_html(pictures, subject), encoding="utf-8")
-
-
-def _answer(answer: Answer) -> str:
-    generation = "".join(
-        f"<mark>{html.escape(piece)}</mark>" if is_accepted else html.escape(piece)
-        for piece, is_accepted in marked_pieces(answer.generation, answer.accepted)
-    )
-    rows = {
-        "Model": html.escape(answer.model),
-        "Generation": f'<span class="generation">{generation}</span> ({answer.finish_reason})',
-        "Prediction": f"{html.escape(answer.prediction)} ({VERDICTS[answer.is_correct]})",
-        "Accepted": html.escape(", ".join(answer.accepted)),
-    }
-    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
-    return f"<dl>{listed}</dl>"
 
 
 def _colours() -> str:
