@@ -25,7 +25,7 @@ lint: $(INSTALLED)  ## check style, types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy docs benchmarks
+	$(BIN)/mypy docs benchmarks plugins/flexmask-example
 	$(BIN)/lint-imports
 
 format: $(INSTALLED)  ## bring the code into style

@@ -97,6 +97,11 @@ class Strategy(ABC):
     is_causal: ClassVar[bool] = True
     """Whether no token sees a later one; if not, earlier ones still do not see the tail."""
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **parameters: ParameterValue) -> None:
+            """Take parameters by name, for callers that know no more than `type[Strategy]`."""
+
     def __post_init__(self) -> None:
         """Check parameters against their declared minimum, and that masks can compute with them.
 
