@@ -1,8 +1,8 @@
-"""Fusion: what the prompts of one request have to do with each other.
+"""Fusion: the way the segments of a request become one generation.
 
-Under ``attention`` the segments stand in one prompt and the strategy's mask says who sees whom.
-Under every other fusion each segment is a prompt of its own, prefix and suffix included, in a row
-of its own; docs/fusion.md says when to use which.
+Under ``attention`` all segments are in one prompt, and the strategy's mask decides which tokens
+see each other. Under every other fusion each segment is a prompt of its own, with prefix and
+suffix, in a batch row of its own. docs/fusion.md says when to use which.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flexmask.answers import normalize_answer
 from flexmask.errors import OptionError, RequestError
 from flexmask.request import Request
-from flexmask.tasks.judge import normalize_answer
 
 FUSIONS = {
     "attention": "all segments in one prompt, under the strategy's mask",
@@ -25,20 +25,23 @@ FUSIONS = {
     "weighted_max": "for each token the largest weighted probability that a prompt gives it",
     "vote": "every prompt alone; the answer that most of them give",
 }
-"""What each fusion does; of prompts, one per segment: prefix, segment, suffix."""
+"""All fusions, each with its description; there is a prompt per segment, but for attention."""
 
 WEIGHTS = ("column", "confidence")
-"""Where weights come from: the request's own, which a column of the input holds; or at each step
-the probability of the token that the prompt finds most likely."""
+"""Sources of weights: ``column``, the weights of the request, which a column of the input holds;
+``confidence``, at each step the probability of the token that the prompt finds most likely."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a request with several segments becomes prompts, and those one generation.
+    """A fusion: which prompts a request becomes, and how they become one generation.
 
     Attributes:
         name: One of `FUSIONS`.
         weights: One of `WEIGHTS` for the weighted fusions, and None for the others.
+
+    Raises:
+        OptionError: If there is no such fusion, or its weights are missing or superfluous.
     """
 
     name: str = "attention"
@@ -62,7 +65,7 @@ class Fusion:
             )
 
     def __str__(self) -> str:
-        """Its name, and the weights where it has some."""
+        """Return its name, with the source of its weights if it has one."""
         return f"{self.name}-{self.weights}" if self.weights else self.name
 
     @property
@@ -71,53 +74,70 @@ class Fusion:
 
     @property
     def is_of_logits(self) -> bool:
-        """Whether the rows of a request step together and take the same tokens."""
+        """Whether logits are fused, so that all rows of a request take the same tokens."""
         return self.is_mean or self.is_max
 
     @property
     def is_mean(self) -> bool:
-        """Whether logits are averaged."""
+        """Whether logits are fused by their mean."""
         return self.name in ("mean", "weighted_mean")
 
     @property
     def is_max(self) -> bool:
-        """Whether the largest probabilities count."""
+        """Whether logits are fused by the largest probability of each token."""
         return self.name in ("max", "weighted_max")
 
     def check(self, request: Request) -> None:
-        """Find out whether a request has what it takes.
+        """Check that a request has weights if its prompts are weighted by them.
 
         Raises:
-            RequestError: If its prompts are weighted by numbers that it does not have.
+            RequestError: If it has none.
         """
         if self.weights == "column" and not request.weights:
             raise RequestError(
                 f"fusion {self.name!r} by column needs weights, a number for each segment"
             )
 
-    def outputs(self, request: Request) -> list[Request]:
-        """What generations a request gives: one for itself, or for prompts of it alone.
+    def expand(self, request: Request) -> list[Request]:
+        """Return the requests that ``request`` stands for, each with a generation of its own.
 
-        What it gives is left as it is when asked again.
+        ``none`` and ``each`` fuse nothing. They choose segments, and every chosen segment becomes
+        a request of its own. All other fusions leave the request as it is.
         """
-        if request.segment is not None or self.name not in ("none", "each"):
-            return [request]
-        return request.alone() if self.name == "each" else request.alone()[:1]
+        if self.name == "none":
+            return request.alone()[:1]
+        return request.alone() if self.name == "each" else [request]
 
-    def prompts(self, output: Request) -> list[Request]:
-        """The prompts that one generation is made of, each a row."""
-        return output.alone() if self.is_of_logits or self.name == "vote" else [output]
+    @property
+    def after_expansion(self) -> Fusion:
+        """The fusion under which requests run that `expand` has returned."""
+        return Fusion() if self.name in ("none", "each") else self
 
-    def weights_of(self, output: Request) -> tuple[float, ...]:
-        """The weight of each of the `prompts`, as far as it is known before they run."""
-        return output.weights if self.weights == "column" else (1.0,) * len(output.segments)
+    def prompts(self, request: Request) -> list[tuple[Request, list[Request]]]:
+        """Return the requests that ``request`` stands for, each with its prompts.
+
+        The prompts of each are fused into its generation; there is a batch row for each prompt.
+        """
+        return [(each, self._prompts(each)) for each in self.expand(request)]
+
+    def weights_of(self, request: Request) -> tuple[float, ...]:
+        """Return a weight for each prompt of an expanded request.
+
+        Where the model's confidence weights the prompts, they are 1 until it is known.
+        """
+        if self.weights == "column":
+            return request.weights
+        return (1.0,) * len(self._prompts(request))
+
+    def _prompts(self, request: Request) -> list[Request]:
+        return request.alone() if self.is_of_logits or self.name == "vote" else [request]
 
 
 def majority(answers: Sequence[str]) -> int:
-    """Index of the first answer that most of them equal once normalized.
+    """Return the index of the answer that wins a vote: the first of those given most often.
 
-    Answers are normalized as for exact match (`normalize_answer`). A tie goes to the one that
-    stands first. An empty answer has no vote, unless all are empty.
+    Answers count as equal if they are once normalized (`normalize_answer`). In a tie the answer
+    that comes first wins. An empty answer has no vote, unless all are empty.
     """
     normalized = [normalize_answer(answer) for answer in answers]
     votes = Counter(answer for answer in normalized if answer) or Counter(normalized)

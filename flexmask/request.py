@@ -1,4 +1,4 @@
-"""Requests: what to generate for."""
+"""Requests: the texts that are generated for."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from numbers import Real
 from flexmask.errors import RequestError
 
 RequestKey = tuple[str, int | None]
-"""A uuid, and the number of the segment where that is run alone."""
+"""A uuid, and the number of the segment for a request that is one segment alone."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to generate for.
+    """A request, for which one generation is made (several under the fusion ``each``).
 
     Attributes:
         segments: The branches: paraphrases of one question, documents, prompts. At least one.
         prefix: Text that every segment shares, such as an instruction and few-shot examples.
-        suffix: Text after the segments that sees all of them; generation continues it. Empty
-            means that it is taken from the segments (`flexmask.layout.TokenizedRequest`).
-        answers: Accepted answers, for accuracy; empty where there are none.
+        suffix: Text after the segments that sees all of them; generation continues it. If empty,
+            its part is taken by the ends of the segments (`flexmask.layout.TokenizedRequest`).
+        answers: Accepted answers, to compute accuracy; may be empty.
         uuid: Identifies the request in a result file.
-        weights: How much each segment counts where fusion weighs them; empty, or a number per
-            segment.
-        segment: If this is one segment of a larger request (`alone`), its number from 1.
-        source: Where it was read, as ``file:line``; for messages.
+        weights: A weight for each segment, for fusions that are weighted by column; may be empty.
+        segment: Number of the segment, from 1, if this is one segment of a larger request
+            (`alone`); else None.
+        source: File and line that it was read from, as ``file:line``, for messages.
+
+    Raises:
+        RequestError: If there is no segment, a segment is blank, a text holds half of a surrogate
+            pair, or weights do not match the segments.
+        TypeError: If a value is of another type.
     """
 
     segments: tuple[str, ...]
@@ -94,17 +99,17 @@ class Request:
 
     @property
     def key(self) -> RequestKey:
-        """Identifies the request in a run, where each of its segments may be run alone."""
+        """Identifies the request in a result file, where segments may have rows of their own."""
         return self.uuid, self.segment
 
     @property
     def label(self) -> str:
-        """Names the request in messages: where it was read, else its uuid."""
+        """Names the request in messages: by file and line, else by uuid."""
         label = self.source or f"request {self.uuid!r}"
         return label if self.segment is None else f"{label}, segment {self.segment}"
 
     def with_segments(self, count: int) -> Request:
-        """Keep the first ``count`` segments.
+        """Return the request with its first ``count`` segments only.
 
         Raises:
             RequestError: If there are fewer, or ``count`` is not positive.
@@ -116,7 +121,12 @@ class Request:
         return replace(self, segments=self.segments[:count], weights=self.weights[:count])
 
     def alone(self) -> list[Request]:
-        """Each segment with prefix and suffix as a request of its own."""
+        """Return each segment as a request of its own, with prefix and suffix.
+
+        A request that is one segment of a larger request is alone already.
+        """
+        if self.segment is not None:
+            return [self]
         return [
             replace(self, segments=(text,), weights=(), segment=number)
             for number, text in enumerate(self.segments, start=1)
@@ -124,10 +134,11 @@ class Request:
 
 
 def checked_requests(requests: Iterable[Request]) -> Iterator[Request]:
-    """Pass requests on, one by one.
+    """Yield requests after checking the type of each.
 
     Raises:
-        TypeError: If they are something else; what is no series of them is refused at once.
+        TypeError: If one is of another type. A value that is not a series of requests is refused
+            before iteration starts.
     """
     if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
         kind = "a single one" if isinstance(requests, Request) else f"{requests!r:.60}"

@@ -16,14 +16,14 @@ def fusion(name, weights=None):
 
 
 def test_under_attention_a_request_stays_one_prompt():
-    assert Fusion().outputs(REQUEST) == [REQUEST]
-    assert Fusion().prompts(REQUEST) == [REQUEST]
+    assert Fusion().expand(REQUEST) == [REQUEST]
+    assert Fusion().prompts(REQUEST) == [(REQUEST, [REQUEST])]
 
 
 @pytest.mark.parametrize("name", [name for name in FUSIONS if name != "attention"])
 def test_under_other_fusions_every_prompt_is_one_segment_between_prefix_and_suffix(name):
     chosen = fusion(name)
-    prompts = [p for output in chosen.outputs(REQUEST) for p in chosen.prompts(output)]
+    prompts = [prompt for _, prompts in chosen.prompts(REQUEST) for prompt in prompts]
     assert {(p.prefix, p.suffix, p.uuid) for p in prompts} == {("P ", " A:", "a")}
     texts = [("one",)] if name == "none" else [("one",), ("two",), ("three",)]
     assert [p.segments for p in prompts] == texts
@@ -31,16 +31,27 @@ def test_under_other_fusions_every_prompt_is_one_segment_between_prefix_and_suff
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-def test_what_a_request_gives_stays_as_it_is(name):
+def test_only_none_and_each_generate_for_segments_and_every_other_fusion_for_requests(name):
+    expanded = fusion(name).expand(REQUEST)
+    segments = {"none": [1], "each": [1, 2, 3]}.get(name, [None])
+    assert [(one.uuid, one.segment) for one in expanded] == [("a", number) for number in segments]
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_an_expanded_request_has_the_prompts_that_the_request_had_for_it(name):
     chosen = fusion(name)
-    outputs = chosen.outputs(REQUEST)
-    assert [again for output in outputs for again in chosen.outputs(output)] == outputs
+    later = chosen.after_expansion
+    assert [pair for one in chosen.expand(REQUEST) for pair in later.prompts(one)] == (
+        chosen.prompts(REQUEST)
+    )
+    assert chosen.after_expansion == (Fusion() if name in ("none", "each") else chosen)
 
 
 def test_weights_are_those_of_the_column_or_equal():
     assert fusion("weighted_max").weights_of(REQUEST) == (0.5, 0.0, 2.0)
     assert fusion("weighted_mean", "confidence").weights_of(REQUEST) == (1.0, 1.0, 1.0)
     assert fusion("mean").weights_of(REQUEST) == (1.0, 1.0, 1.0)
+    assert Fusion().weights_of(REQUEST) == (1.0,)
 
 
 def test_missing_weights_are_refused():

@@ -40,8 +40,10 @@ def source_of(tmp_path):
 
 def write(engine, source, output, mode="new", batches=None, **options):
     """Generate for what is left; ``batches`` is after how many the run is interrupted."""
-    with ResultWriter.open(output, config=CONFIG, requests=source, mode=mode) as writer:
-        options = {"max_new_tokens": 4, "batch_size": 5, "fusion": source.fusion} | options
+    with ResultWriter.open(
+        output, config=CONFIG, requests=source, fusion=source.fusion, mode=mode
+    ) as writer:
+        options = {"max_new_tokens": 4, "batch_size": 5} | options
         run = DatasetRun(engine, EnsembleIsolation(), writer, on_error="skip", **options)
         for number, _ in enumerate(run.batches(lambda: False), start=1):
             if number == batches:
@@ -96,8 +98,10 @@ def test_a_vote_counts_answers_as_the_judge_cuts_them(engine, source_of, tmp_pat
             return super().prediction(generation)
 
     output = tmp_path / "out.feather"
-    with ResultWriter.open(output, config=CONFIG, requests=source, judge=Recording()) as writer:
-        options = {"max_new_tokens": 1, "batch_size": 5, "fusion": source.fusion}
+    with ResultWriter.open(
+        output, config=CONFIG, requests=source, fusion=source.fusion, judge=Recording()
+    ) as writer:
+        options = {"max_new_tokens": 1, "batch_size": 5}
         for _ in DatasetRun(engine, EnsembleIsolation(), writer, **options).batches(lambda: False):
             pass
     rows_of = {f"row{n}": size + 1 for n, size in enumerate(SIZES)}  # the votes, and the row

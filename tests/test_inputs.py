@@ -576,17 +576,6 @@ def test_segments_left_out_leave_out_their_weights(tmp_path: Path) -> None:
     assert (request.segments, request.weights) == (("x", "y"), (3.0, 2.0))
 
 
-def test_a_row_gives_a_request_for_each_segment_where_each_runs_alone(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = list(source_of(path, *LINES, LINES[4], on_error="skip", fusion=Fusion("each")))
-    assert [row.key for row in rows] == [
-        *(("a", 1), (f"{path}:2", None), (f"{path}:3", None), ("d", None)),
-        *(("e", 1), ("e", 2), (f"{path}:6", None)),
-    ]
-    first = source_of(path, *LINES, on_error="skip", fusion=Fusion("none"))
-    assert [row.key for row in first if isinstance(row, Request)] == [("a", 1), ("e", 1)]
-
-
 @pytest.mark.parametrize("name", ["million.parquet", "million.jsonl"])
 def test_the_first_of_a_million_rows_take_little_memory(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

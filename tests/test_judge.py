@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmask.tasks.judge import is_exact_match, normalize_answer
+from flexmask.answers import normalize_answer
+from flexmask.tasks.judge import is_exact_match
 
 
 def squad_normalize_answer(text: str) -> str:

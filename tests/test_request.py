@@ -59,6 +59,7 @@ def test_a_segment_alone_keeps_all_but_the_others() -> None:
     assert second == Request(("y",), "P", "S", ("z",), "a", segment=2)
     assert (first.key, request.key) == (("a", 1), ("a", None))
     assert second.label == "f:3, segment 2"
+    assert second.alone() == [second]
 
 
 def test_all_but_the_segments_may_be_absent_or_null(path: Path) -> None:

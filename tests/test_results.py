@@ -24,6 +24,7 @@ import pytest
 
 import flexmask
 from flexmask.errors import OutputError, RequestError
+from flexmask.fusion import Fusion
 from flexmask.request import Request
 from flexmask.results.output_path import default_output_path
 from flexmask.results.result_writer import (
@@ -36,6 +37,7 @@ from flexmask.results.result_writer import (
 from flexmask.results.resume import OutputMode
 from flexmask.results.run_config import RunConfig
 from flexmask.results.schema import SCHEMA
+from flexmask.tasks.request_source import BadRow
 from result_runs import (
     CONFIG,
     answer,
@@ -404,6 +406,25 @@ def test_weights_are_kept_exactly(output: Path) -> None:
     run(output, requests, mode="resume")
     assert output.stat() == before
     assert pyarrow.feather.read_table(output)["weights"].to_pylist() == [[0.1, 1 / 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "segments"), [("each", (1, 2)), ("none", (1,)), ("mean", (None,))]
+)
+def test_a_fusion_that_chooses_segments_gives_a_row_for_each_of_them(
+    output: Path, name: str, segments: tuple[int | None, ...]
+) -> None:
+    requests = [*make_requests(2), BadRow("bad", "rows.jsonl:3: segment 1 is empty")]
+    fusion = Fusion(name)
+    with ResultWriter.open(output, config=CONFIG, requests=requests, fusion=fusion) as writer:
+        remaining = list(writer.remaining)
+        assert [one.key for one in remaining] == [(u, s) for u in ("q0", "q1") for s in segments]
+        assert len(writer.remaining) == len(remaining)
+        assert writer.fusion == (fusion if name == "mean" else Fusion())
+        writer.write(map(answer, remaining))
+    rows = pyarrow.feather.read_table(output)
+    assert rows["uuid"].to_pylist() == [*(one.uuid for one in remaining), "bad"]
+    assert rows["segment"].to_pylist() == [*(one.segment for one in remaining), None]
 
 
 def test_segments_run_alone_have_a_row_each_and_are_resumed_one_by_one(

@@ -58,16 +58,12 @@ def _cut(request: Request | BadRow, count: int | None, on_error: OnError) -> Req
         return BadRow(request.uuid, reason, request)
 
 
-def outputs(way: Way, requests: Iterable[Request | BadRow]) -> list[Request | BadRow]:
-    """What rows a way gives: one for each request, or for prompts of it alone."""
-    rows: list[Request | BadRow] = []
-    for request in requests:
-        if isinstance(request, BadRow):
-            rows.append(request)
-        else:
-            weights = request.weights if way.fusion.weights == "column" else ()
-            rows += way.fusion.outputs(replace(request, weights=weights))
-    return rows
+def without_weights(requests: Iterable[Request | BadRow]) -> list[Request | BadRow]:
+    """The requests without their weights, for fusions that do not use them."""
+    return [
+        replace(request, weights=()) if isinstance(request, Request) else request
+        for request in requests
+    ]
 
 
 @dataclass(frozen=True)
@@ -148,11 +144,12 @@ class CellRunner:
         Raises:
             FlexMaskError: If the cell cannot be run.
         """
-        requests = outputs(cell.way, self.requests_of[cell.way.num_segments])
+        fusion, requests = cell.way.fusion, self.requests_of[cell.way.num_segments]
         with ResultWriter.open(
             self.folder.rows(cell),
             config=self.config_of(cell.way),
-            requests=requests,
+            requests=requests if fusion.weights == "column" else without_weights(requests),
+            fusion=fusion,
             mode=self.mode,
             judge=self.judge,
         ) as writer:
@@ -162,14 +159,8 @@ class CellRunner:
                 self._generate(cell, writer, watch)
 
     def _generate(self, cell: Cell, writer: ResultWriter, watch: Watch) -> None:
-        way = cell.way
-        run = DatasetRun(
-            self.load_engine(),
-            way.contender.strategy,
-            writer,
-            fusion=way.fusion,
-            **self.options,
-        )
+        strategy = cell.way.contender.strategy
+        run = DatasetRun(self.load_engine(), strategy, writer, **self.options)
         stopwatch = Stopwatch(self.machine)
         try:
             for _ in watch(run, len(writer.remaining)):
@@ -177,7 +168,7 @@ class CellRunner:
         finally:
             measured = self._keep(cell, stopwatch.measurement)
         if measured.rows and not measured.timed_rows:
-            self._keep(cell, self._time_again(cell, writer.remaining))
+            self._keep(cell, self._time_again(cell, writer))
 
     def _keep(self, cell: Cell, measured: Measurement) -> Measurement:
         """Add what was measured to what is known of the cell."""
@@ -189,13 +180,13 @@ class CellRunner:
             measured.write(path)
         return measured
 
-    def _time_again(self, cell: Cell, requests: Iterable[Request]) -> Measurement:
+    def _time_again(self, cell: Cell, writer: ResultWriter) -> Measurement:
         """Time what compiled in its only batch, by running it once more; nothing is written."""
         options = {name: value for name, value in self.options.items() if name != "on_error"}
         run = self.load_engine().generate(
-            requests,
+            writer.remaining,
             cell.way.contender.strategy,
-            fusion=cell.way.fusion,
+            fusion=writer.fusion,
             answer_of=self.judge.prediction,
             on_refused=lambda *_: None,
             **options,

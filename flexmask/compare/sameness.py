@@ -97,7 +97,7 @@ class Sameness:
 
     def _find_prompts(self, way: Way) -> _Prompts:
         tokens, segments, fusion = blake2b(digest_size=16), blake2b(digest_size=16), ""
-        for output, prompts in self._requests(way):
+        for request, prompts in self._requests(way):
             if len(prompts) > 1:
                 fusion = str(way.fusion)
             for prompt in prompts:
@@ -105,7 +105,7 @@ class Sameness:
                 tokens.update(one)
                 segments.update(other)
                 if not self._is_greedy:
-                    drawn_for = output if way.fusion.is_of_logits else prompt
+                    drawn_for = request if way.fusion.is_of_logits else prompt
                     tokens.update(repr(drawn_for.key).encode())
         return _Prompts(fusion, tokens.digest(), segments.digest())
 
@@ -117,11 +117,10 @@ class Sameness:
         return blake2b(tokens, digest_size=16).digest(), layout.digest
 
     def _requests(self, way: Way) -> Iterator[tuple[Request, list[Request]]]:
-        """What each generation is for, and its prompts."""
+        """The request of each generation, and its prompts."""
         for request in self._requests_of[way.num_segments]:
             if isinstance(request, Request):
-                for output in way.fusion.outputs(request):
-                    yield output, way.fusion.prompts(output)
+                yield from way.fusion.prompts(request)
 
     def _masks_are_equal(self, way: Way, other: Way) -> bool:
         prompts = [prompt for _, some in self._requests(way) for prompt in some]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -105,41 +105,40 @@ class PromptPlanner:
             background.shutdown(wait=not is_background)
 
     def _attempts(self, requests: Iterable[Request], size: int) -> Iterator[_Attempt]:
-        outputs = (
-            (number, output)
+        expanded = (
+            (number, each, prompts)
             for number, request in enumerate(requests)
-            for output in self.fusion.outputs(request)
+            for each, prompts in self.fusion.prompts(request)
         )
-        while together := list(islice(outputs, size)):
-            self.tokenizer.read_ahead(output for _, output in together)
-            for number, output in together:
+        while together := list(islice(expanded, size)):
+            self.tokenizer.read_ahead(request for _, request, _ in together)
+            for number, request, prompts in together:
                 try:
-                    yield self._plan(number, output)
+                    yield self._plan(number, request, prompts)
                 except RequestError as error:
-                    yield _Attempt(number, output, error)
+                    yield _Attempt(number, request, error)
 
-    def _plan(self, number: int, output: Request) -> _Attempt:
+    def _plan(self, number: int, request: Request, prompts: Sequence[Request]) -> _Attempt:
         try:
-            self.fusion.check(output)
+            self.fusion.check(request)
         except RequestError as error:
-            raise RequestError(f"{output.label}: {error}") from None
-        prompts = self.fusion.prompts(output)
+            raise RequestError(f"{request.label}: {error}") from None
         if self.max_rows is not None and len(prompts) > self.max_rows:
             raise RequestError(
-                f"{output.label}: its {len(prompts)} prompts run together, which takes a batch "
+                f"{request.label}: its {len(prompts)} prompts run together, which takes a batch "
                 f"size of {len(prompts)}, got {self.max_rows}; raise it or take fewer segments"
             )
         tokenized = [self._tokenize(prompt) for prompt in prompts]
         layouts = tuple(map(self._layout, prompts, tokenized))
-        drawn_for = [output] * len(prompts) if self.fusion.is_of_logits else prompts
+        drawn_for = [request] * len(prompts) if self.fusion.is_of_logits else prompts
         special_texts = [each.special_text for each in tokenized if each.special_text]
         group = PromptGroup(
             number=-1,
             layouts=layouts,
             seeds=tuple(map(_seed, drawn_for)),
-            weights=self.fusion.weights_of(output),
+            weights=self.fusion.weights_of(request),
         )
-        return _Attempt(number, output, group, next(iter(special_texts), None))
+        return _Attempt(number, request, group, next(iter(special_texts), None))
 
     def _tokenize(self, prompt: Request) -> TokenizedRequest:
         try:

@@ -40,7 +40,8 @@ class DatasetRun:
             writer: Where rows go.
             on_error: What a request does that the model cannot take: raise, or become a row
                 that says why.
-            **options: Those of `flexmask.Engine.generate`.
+            **options: Options of `flexmask.Engine.generate`, except for the fusion, which is that
+                of ``writer``.
 
         Raises:
             RequestError: If a request cannot be taken and rows are not skipped.
@@ -51,6 +52,7 @@ class DatasetRun:
         self.generations: GenerationRun = engine.generate(
             writer.remaining,
             strategy,
+            fusion=writer.fusion,
             answer_of=writer.judge.prediction,
             on_refused=on_refused,
             **options,

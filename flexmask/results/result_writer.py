@@ -37,6 +37,7 @@ from typing import Self
 import pyarrow as pa
 
 from flexmask.errors import FlexMaskWarning, OutputError, RequestError
+from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.request import Request, RequestKey
 from flexmask.results.formats import read_rows, write_rows
@@ -95,6 +96,21 @@ class ResultSummary:
         )
 
 
+class _Expanded(Iterable[Request | BadRow]):
+    """The requests of the rows of a file: those of a run, expanded by its fusion."""
+
+    def __init__(self, requests: Iterable[Request | BadRow], fusion: Fusion) -> None:
+        self._requests = requests
+        self._fusion = fusion
+
+    def __iter__(self) -> Iterator[Request | BadRow]:
+        for request in self._requests:
+            if isinstance(request, BadRow):
+                yield request
+            else:
+                yield from self._fusion.expand(request)
+
+
 class Remaining(Iterable[Request]):
     """The requests that had no row when the writer was opened, in input order.
 
@@ -134,6 +150,7 @@ class ResultWriter:
 
     Attributes:
         remaining: The requests to generate for. Where there are none, the file will be complete.
+        fusion: The fusion to generate for them under.
         summary: Counts over the rows so far.
         judge: Cuts and judges answers.
     """
@@ -144,11 +161,13 @@ class ResultWriter:
         journal: Journal,
         schema: pa.Schema,
         requests: Iterable[Request | BadRow],
+        fusion: Fusion,
         plan: Plan,
         judge: Judge,
     ) -> None:
         """Take over what `open` has locked and checked."""
         self.remaining = Remaining(requests, plan)
+        self.fusion = fusion
         verdicts, reasons = values(plan.rows, "correct"), values(plan.rows, "finish_reason")
         self.summary = ResultSummary(0, plan.rows.num_rows, 0, 0).plus(verdicts, reasons)
         self._output = output
@@ -166,6 +185,7 @@ class ResultWriter:
         *,
         config: RunConfig,
         requests: Iterable[Request | BadRow],
+        fusion: Fusion = Fusion(),
         mode: OutputMode = "new",
         judge: Judge = Judge(),
     ) -> Self:
@@ -177,6 +197,8 @@ class ResultWriter:
             config: Recorded in the file; a resumed run must have the same ``run``.
             requests: All requests of the run, finished or not, in the order of the file. They
                 are iterated more than once.
+            fusion: The fusion of the run, which decides whether a request has one row or a row
+                for some of its segments (`Fusion.expand`).
             mode: What to do where a result or a journal stands.
             judge: Cuts and judges answers.
 
@@ -192,11 +214,12 @@ class ResultWriter:
             if earlier is not None:
                 earlier.check_same_run(config)
                 config = config.resuming(earlier.config)
-            plan = make_plan(requests, earlier, output, judge)
+            expanded = _Expanded(requests, fusion)
+            plan = make_plan(expanded, earlier, output, judge)
             schema = SCHEMA.with_metadata({RUN: config.to_json()})
             if not plan.is_complete:
                 journal.restart(schema, plan.rows)
-            writer = cls(output, journal, schema, requests, plan, judge)
+            writer = cls(output, journal, schema, expanded, fusion.after_expansion, plan, judge)
             writer.write(plan.bad)
             return writer
         except BaseException:

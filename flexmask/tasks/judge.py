@@ -1,19 +1,17 @@
 """How an answer is cut from a generation, and how far it is one of the accepted ones.
 
-Normalisation and token F1 are SQuAD's (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250),
-widened to Unicode; on ASCII text the two agree, but for answers of which SQuAD's leaves nothing.
+Answers are normalized before they are compared (`flexmask.answers`). Token F1 is SQuAD's
+(Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250).
 """
 
 from __future__ import annotations
 
-import re
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flexmask.answers import normalize_answer
 from flexmask.errors import OptionError
 from flexmask.generation import Generation
 
@@ -21,29 +19,6 @@ CUTS = ("first line", "all")
 """What of a generation is its answer: the first line that is not blank, or all of it."""
 METRICS = ("exact", "f1", "lemma")
 """Exact match and token F1 of normalized texts; match of their lemmas, word by word."""
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and English articles, single spaces.
-
-    Compatibility forms are unified (NFKC), so that a composed ``ñ`` equals ``n`` and a
-    combining tilde; accents stay. Text made of nothing but articles or punctuation keeps them:
-    the answers ``A`` and ``+`` are not empty.
-
-    Example:
-        >>> normalize_answer("The  Big Smoke!")
-        'big smoke'
-        >>> normalize_answer("«Российская Федерация»")
-        'российская федерация'
-    """
-    folded = _unified(_unified(text).casefold())
-    words = _unified("".join(character for character in folded if not _is_dropped(character)))
-    for candidate in (_ARTICLES.sub(" ", words), words, folded):
-        if normalized := " ".join(candidate.split()):
-            return normalized
-    return ""
 
 
 def is_exact_match(prediction: str, answers: Iterable[str]) -> bool:
@@ -149,14 +124,3 @@ def _lemmatizer(language: str) -> Callable[[str], str]:
         return normalize_answer(" ".join(words))
 
     return lemmas
-
-
-def _unified(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
-
-
-def _is_dropped(character: str) -> bool:
-    if character in string.punctuation:
-        return True
-    category = unicodedata.category(character)
-    return category.startswith("P") or category == "Cf"  # Cf: zero-width and other invisibles

@@ -112,9 +112,7 @@ class PlainRequests:
 
 @dataclass(frozen=True)
 class RequestSource:
-    """What to generate for, in the order of an input; every iteration reads it again.
-
-    That is a request for each row, or one for each of its segments alone, as the fusion has it.
+    """The requests of an input, one for each row; every iteration reads the input again.
 
     Attributes:
         rows: The input.
@@ -122,7 +120,7 @@ class RequestSource:
         limit: Read this many rows only.
         num_segments: Keep this many segments of each request.
         on_error: What a bad row does.
-        fusion: What the segments of a request have to do with each other.
+        fusion: The fusion that requests are checked for: it may need weights.
     """
 
     rows: Input
@@ -170,7 +168,7 @@ class RequestSource:
                 yield bad
             else:
                 row_of[request.uuid] = row.number
-                yield from self.fusion.outputs(request)
+                yield request
         if not has_good:
             raise RequestError(
                 f"no row can be used; the first: {first_bad.error}"

@@ -178,7 +178,7 @@ def generate(
         run_goes_on(),
         render.warnings_as_lines(),
         ResultWriter.open(
-            path, config=config, requests=requests, mode=mode, judge=judge
+            path, config=config, requests=requests, fusion=fused, mode=mode, judge=judge
         ) as writer,
     ):
         if writer.remaining:
@@ -188,7 +188,6 @@ def generate(
                 chosen,
                 writer,
                 on_error=on_error.value,
-                fusion=fused,
                 **options.for_engine(),
             )
             if verbose:
@@ -228,12 +227,13 @@ def _print_prompts(
     from flexmask.tasks.request_source import BadRow
 
     tokenize = options.load_tokenizer() if options.uses_chat_template else None
-    for output in requests:
-        if isinstance(output, BadRow):
-            render.print_prompt(output)
+    for request in requests:
+        if isinstance(request, BadRow):
+            render.print_prompt(request)
             continue
-        weights = output.weights if fusion.weights == "column" else itertools.repeat(None)
-        for prompt, weight in zip(fusion.prompts(output), weights, strict=False):
+        weights = request.weights if fusion.weights == "column" else itertools.repeat(None)
+        prompts = itertools.chain(*(prompts for _, prompts in fusion.prompts(request)))
+        for prompt, weight in zip(prompts, weights, strict=False):
             try:
                 written = tokenize.in_chat(prompt) if tokenize else prompt
             except RequestError as error:
