@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import mark_static
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -29,6 +28,7 @@ from flexmask.bench.ceilings import matrix_rate, read_bandwidth
 from flexmask.bench.clock import time_call
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
+from flexmask.torch_internals import mark_static
 from stamp import environment_stamp
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
     timings = [Timing(case, "floor", floor_ms, flops_per_s / 1e12, None)]
     print_row(timings[0])
     for way in ways:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         output, ms = way.call(), graph_ms(way.call)
         error = None
         if want is not None and way.pairs == "mask":

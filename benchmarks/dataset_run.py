@@ -30,6 +30,7 @@ from flexmask.results.result_writer import ResultWriter
 from flexmask.results.run_config import RunConfig
 from flexmask.strategy import Strategy
 from flexmask.tasks.request_source import read_requests
+from flexmask.transformers_internals import set_attention_implementation
 from stamp import environment_stamp
 
 LLAMA_3_2_3B: dict[str, Any] = {
@@ -65,7 +66,7 @@ def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
     register_attention()
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], eos_token_id=None, bos_token_id=None)
-    config._attn_implementation = "flexmask"
+    set_attention_implementation(config, "flexmask")
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with torch.device(device):

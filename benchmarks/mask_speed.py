@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import flexmask_attention
 from flexmask.block_mask import MaskReport, explain_mask
@@ -33,6 +32,7 @@ from flexmask.mask_mods import (
     within_window,
 )
 from flexmask.mod_types import MaskMod
+from flexmask.torch_internals import compiled_graphs
 from stamp import environment_stamp
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -182,9 +182,9 @@ class MaskRun:
         """What was measured, and what another layout compiles."""
         report = self.report
         other = self.explain(boundary=40)
-        graphs = counters["stats"]["unique_graphs"]
+        graphs = compiled_graphs()
         next_ms = self.attend_ms(other)
-        has_compiled = counters["stats"]["unique_graphs"] > graphs
+        has_compiled = compiled_graphs() > graphs
         tiles = report.tiles_empty + report.tiles_partial + report.tiles_full
         return Measured(
             mask=self.name,

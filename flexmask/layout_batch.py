@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_static
 
 from flexmask.errors import LayoutError
 from flexmask.layout import PADDING, TAIL, Layout
+from flexmask.torch_internals import mark_static
 
 
 class LayoutBatch:

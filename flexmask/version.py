@@ -1,3 +1,6 @@
-"""The version of flexmask, where its own modules can import it."""
+"""The version of flexmask, and those of torch and transformers that its tests run with."""
 
 __version__ = "0.1.0"
+
+TESTED = {"torch": ("2.11", "2.13", "2.14"), "transformers": ("5.17", "5.24")}
+"""The oldest of each is the oldest that works; newer ones than these may work too."""

@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from flexmask.doctor import Check, attention_checks, environment_checks, run_che
 from flexmask.doctor.check_result import WrongResult, tried
 from flexmask.doctor.kernel_checks import check_decode_kernels
 from flexmask.plugins.registry import PluginRecord, Registry
+from flexmask.version import TESTED
 from flexmask_cli.app import main
+
+ROOT = Path(__file__).parents[1]
 
 
 def doctor(*arguments, **variables):
@@ -31,8 +36,9 @@ def test_everything_that_is_needed_works_here():
     result = doctor("--json")
     assert result.returncode == 0, result.stdout
     found = states(result)
-    for name in ("python", "torch", "transformers", "compiler", "compile cache", "model cache"):
+    for name in ("python", "compiler", "compile cache", "model cache"):
         assert found[name] == "ok"
+    assert {found["torch"], found["transformers"]} <= {"ok", "warning"}
     assert found["attention, prefill"] == found["attention, decode"] == "ok"
     assert found["plugin causal"] == "ok"
     assert "broken" not in found.values()
@@ -72,12 +78,28 @@ def test_a_compiler_that_fails_is_broken_with_its_message(monkeypatch):
 
 
 def test_old_and_missing_packages_are_broken(monkeypatch):
-    monkeypatch.setitem(environment_checks.MINIMUM, "torch", (99, 0))
+    monkeypatch.setitem(TESTED, "torch", ("99.0",))
     check = environment_checks.check_package("torch")
     assert (check.state, check.advice) == ("broken", "pip install 'torch>=99.0'")
-    monkeypatch.setitem(environment_checks.MINIMUM, "no_such_package", (1, 0))
+    monkeypatch.setitem(TESTED, "no_such_package", ("1.0",))
     check = environment_checks.check_package("no_such_package")
     assert check.detail == "ModuleNotFoundError: No module named 'no_such_package'"
+
+
+def test_a_version_that_the_tests_do_not_run_with_is_a_warning_and_not_an_error(monkeypatch):
+    monkeypatch.setattr(environment_checks, "version", lambda name: "2.13.1+cpu")
+    assert environment_checks.check_package("torch") == Check("torch", "ok", "2.13.1+cpu")
+    for installed in ("2.12.0", "99.0.1.dev0"):
+        monkeypatch.setattr(environment_checks, "version", {"torch": installed}.__getitem__)
+        check = environment_checks.check_package("torch")
+        assert check.state == "warning"
+        assert check.detail == f"{installed}, and flexmask is tested with 2.11, 2.13, 2.14"
+
+
+def test_the_oldest_tested_versions_are_those_that_installation_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, versions in TESTED.items():
+        assert f"{name}>={versions[0]}" in project["dependencies"]
 
 
 def test_without_torch_attention_is_not_tried(monkeypatch):
@@ -153,6 +175,7 @@ def test_lines_say_ok_or_what_to_do(monkeypatch, capsys):
         Check("a", "ok", "1.0"),
         Check("b", "unavailable", "none"),
         Check("c", "broken", "x", "y"),
+        Check("d", "warning", "2.0"),
     ]
     monkeypatch.setattr("flexmask.doctor.run_checks", lambda: iter(checks))
     monkeypatch.setattr("sys.argv", ["flexmask", "doctor"])
@@ -163,4 +186,5 @@ def test_lines_say_ok_or_what_to_do(monkeypatch, capsys):
         ["ok", "a", "1.0"],
         ["-", "b", "none"],
         ["BROKEN", "c", "x;", "y"],
+        ["warn", "d", "2.0"],
     ]

@@ -8,10 +8,10 @@ import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
-from flexmask.attention.compile_settings import _has_compiled_graphs, compile_settings
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.block_mask import create_block_mask
 from flexmask.errors import AttentionError
+from flexmask.torch_internals import _has_compiled_graphs, compile_settings
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import CONFIGS, make_model, oracle_tokens, random_request

@@ -25,7 +25,7 @@ def run() -> None:
 
 def _end(status: int) -> None:
     """End the process; return, and leave it to Python, if what it printed cannot be written."""
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # noqa: SLF001 (there is no other way to run them)
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # None: it is closed

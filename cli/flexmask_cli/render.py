@@ -144,7 +144,7 @@ def print_figures(figures: Mapping[str, str | int | float]) -> None:
 
 def print_check(check: Check) -> None:
     """Print the outcome of a check in a line; what to do stands in it."""
-    state = {"ok": "ok", "unavailable": "-", "broken": "BROKEN"}[check.state]
+    state = {"ok": "ok", "warning": "warn", "unavailable": "-", "broken": "BROKEN"}[check.state]
     advice = f"; {check.advice}" if check.advice else ""
     print_line(f"{state:6}  {check.name:<{CHECK_COLUMNS}}  {check.detail}{advice}")
 

@@ -25,6 +25,7 @@ from flexmask.attention.strategy_context import note_attention
 from flexmask.errors import AttentionError
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.kernels.few_rows import kept_apart
+from flexmask.torch_internals import assume
 
 if TYPE_CHECKING:
     from flexmask.mod_types import ScoreMod
@@ -115,7 +116,7 @@ def flexmask_attention(
     if tile_order is not None:
         tiles = attention_mask.kv_num_blocks.shape[-1]
         # Which tells the compiler that this number of queries is the mask's, and no symbol more.
-        torch._check(len(tile_order.queries) == tiles * attention_mask.BLOCK_SIZE[0])
+        assume(len(tile_order.queries) == tiles * attention_mask.BLOCK_SIZE[0])
         query, own_key = query[:, :, tile_order.queries], own_key[:, :, tile_order.queries]
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,

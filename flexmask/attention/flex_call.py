@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
 from flexmask.block_mask.cache import plain_indices
 from flexmask.errors import AttentionError
+from flexmask.torch_internals import compile_settings
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import FlexKernelOptions

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_static
 
 from flexmask.attention.added_mask import added_mask
 from flexmask.attention.model_block_mask import ModelBlockMask
@@ -17,6 +16,7 @@ from flexmask.block_mask import create_block_mask
 from flexmask.block_mask.cache import plain_indices
 from flexmask.errors import AttentionError
 from flexmask.mask_mods import and_masks, within_window
+from flexmask.torch_internals import mark_static
 
 if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod

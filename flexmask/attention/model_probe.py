@@ -27,6 +27,7 @@ from flexmask.attention.added_mask import OwnScoresError, added_mask
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.error_text import described
 from flexmask.errors import AttentionError, FlexMaskError
+from flexmask.transformers_internals import attention_implementation, is_stateful
 
 TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
 """Two rows that end with the same token, at the same position."""
@@ -275,7 +276,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
         AttentionError: If it does not attend through flexmask, or does what no mask can govern.
     """
     name, has_own_scores = type(model).__name__, False
-    implementation = model.config.get_text_config()._attn_implementation
+    implementation = attention_implementation(model.config.get_text_config())
     try:
         plain = _run(model, TOKEN_IDS)
     except OwnScoresError:
@@ -291,7 +292,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
             else:
                 reason += "; `flexmask doctor --model` tells whether it can be masked"
         raise AttentionError(f"{name} {reason}")
-    if getattr(model, "_is_stateful", False) or not _last_tokens_agree(plain):
+    if is_stateful(model) or not _last_tokens_agree(plain):
         raise AttentionError(
             f"{name} mixes tokens otherwise than by attention (a recurrent state, a convolution), "
             "which no mask governs"

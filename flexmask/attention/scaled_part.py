@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import mark_static
+
+from flexmask.torch_internals import mark_static
 
 if TYPE_CHECKING:
     from flexmask.mod_types import ScoreMod

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
-from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.flex_call import PrefillKernel, has_triton_options
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.attention.scaled_part import place_part
@@ -27,6 +26,7 @@ from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
 from flexmask.strategy import Strategy
+from flexmask.torch_internals import compile_settings
 
 LONGEST_DENSE = {"cuda": 16_384, "cpu": 4_096}
 """Tokens up to which a dense mask is made: it has as many elements as there are pairs."""

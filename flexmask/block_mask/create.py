@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask import display
 from flexmask.block_mask.decode_row import DecodeRowMask
-from flexmask.block_mask.outside_graphs import outside_graphs
 from flexmask.block_mask.tile_classifier import TileClassifier
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.block_mask.tile_states import (
@@ -28,6 +27,7 @@ from flexmask.block_mask.tile_states import (
 )
 from flexmask.errors import MaskError
 from flexmask.mod_types import MaskMod
+from flexmask.torch_internals import outside_graphs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +37,16 @@ __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 TILES_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
 """How many tiles are put in order at once, at 25 bytes each: on CPU, what one thread does."""
 
+NOT_IN_GRAPHS = (
+    "a BlockMask cannot be built inside a compiled graph, because building looks at values; "
+    "build it before the compiled function and pass it in"
+)
+
 Listed = tuple[Tensor, Tensor, Tensor, Tensor]
 """Counts and indices of each row's partial tiles, and of its full ones."""
 
 
-@outside_graphs
+@outside_graphs(NOT_IN_GRAPHS)
 def create_block_mask(
     mask_mod: MaskMod,
     B: int | None,
@@ -151,7 +156,7 @@ class MaskReport:
         return display.html(self)
 
 
-@outside_graphs
+@outside_graphs(NOT_IN_GRAPHS)
 def explain_mask(
     mask_mod: MaskMod,
     B: int | None,

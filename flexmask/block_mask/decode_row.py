@@ -16,6 +16,7 @@ from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 from flexmask.block_mask.tile_order import empty_pair, order_tiles
 from flexmask.errors import MaskError
 from flexmask.mod_types import MaskMod
+from flexmask.torch_internals import recompile_limit, tensor_indexing
 
 RECOMPILE_LIMIT = 64
 """Each mask_mod, batch size and length compiles once; torch's own limit is 8."""
@@ -149,7 +150,7 @@ class DecodeRowMask:
             _list_tiles(allowed & self._is_key, self._counts, self._indices)
 
     def _update_compiled(self) -> None:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        with recompile_limit(RECOMPILE_LIMIT):
             _compiled_update()(
                 self.block_mask.mask_mod,
                 self._rows,
@@ -173,13 +174,10 @@ def _update(
     counts: Tensor,
     indices: Tensor,
 ) -> None:
-    # What torch's own builder uses to index captured tensors under vmap; torch.compile knows it.
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
     zero = torch.zeros((), dtype=torch.int64, device=rows.device)
     over_keys = torch.vmap(mask_mod, in_dims=(None, None, None, 0))
     over_rows = torch.vmap(over_keys, in_dims=(0, None, None, None))
-    with TransformGetItemToIndex():
+    with tensor_indexing():
         allowed = over_rows(rows, zero, zero, keys)
     _list_tiles(allowed & is_key, counts, indices)
 

@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flexmask.block_mask.intervals.legality import (
     INDEX_DTYPES,
@@ -18,6 +16,12 @@ from flexmask.block_mask.intervals.legality import (
     check_result,
 )
 from flexmask.mod_types import MaskMod
+from flexmask.torch_internals import (
+    TorchDispatchMode,
+    index_by_tensors,
+    returns_view,
+    tree_leaves,
+)
 
 PROBED = 16
 """Queries, and keys, that are evaluated to see how much memory a pair takes."""
@@ -162,26 +166,12 @@ class _CheckedMode(TorchFunctionMode):
             elif _is_index(item):
                 items[i] = self._in_range(item, table.shape[dim])
             dim += item is not None and item is not Ellipsis
-        return index_as_torch(table, tuple(items))
+        return index_by_tensors(table, tuple(items))
 
     def _in_range(self, index: Tensor, length: int) -> Tensor:
         is_outside = (index < -length) | (index >= length)
         self.outside = self.outside | (is_outside.any() if is_outside.dim() else is_outside)
         return index.clamp(-length, length - 1)
-
-
-def index_as_torch(table: Tensor, index: Any) -> Tensor:
-    """Index a tensor as torch's builder does, which takes ``[0, 1]`` for ``(0, 1)``.
-
-    (Tensor.__getitem__ would also read a 0-d index on the host, which vmap forbids.)
-    """
-    # What torch's own builder uses (torch 2.11 to 2.13).
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
-    indexing = TransformGetItemToIndex()
-    getitem: Any = Tensor.__getitem__
-    selected = indexing.__torch_function__(getitem, (), (table, index))
-    return cast(Tensor, selected)
 
 
 def _is_index(item: Any) -> bool:
@@ -203,8 +193,7 @@ class _LargestResult(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        for x in () if is_view else tree_leaves(result):
+        for x in () if returns_view(func) else tree_leaves(result):
             if isinstance(x, Tensor):
                 self.bytes = max(self.bytes, x.numel() * x.itemsize)
         return result

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from flexmask.block_mask.intervals.legality import captured_name, captured_values, mask_name
 from flexmask.check.cases import SAME_SHAPE, SMALL
@@ -17,6 +16,7 @@ from flexmask.check.finding import Fault
 from flexmask.check.torch_settings import restore_settings
 from flexmask.error_text import innermost_place, place_of_fault
 from flexmask.errors import MaskError
+from flexmask.torch_internals import tree_leaves
 
 if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
@@ -19,6 +18,7 @@ from flexmask.errors import FlexMaskError
 from flexmask.layout import PADDING
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
+from flexmask.torch_internals import compiled_graphs
 
 BLOCK_SIZE = 128
 
@@ -55,7 +55,7 @@ def run_compiled(subject: Subject) -> CompiledRun:
     slots = max(len(subject.layout(case)) for case in CASES)
     batch = LayoutBatch(ROWS, 2 * capacity_for(slots), torch.device("cpu"))
     for case in CASES:
-        graphs = counters["stats"]["unique_graphs"]
+        graphs = compiled_graphs()
         try:
             run.errors.append(_difference(subject, batch, case))
         except FlexMaskError:
@@ -64,7 +64,7 @@ def run_compiled(subject: Subject) -> CompiledRun:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             run.error = next((line.strip() for line in lines if "rror" in line), lines[0])
             return run
-        run.graphs.append(counters["stats"]["unique_graphs"] - graphs)
+        run.graphs.append(compiled_graphs() - graphs)
     return run
 
 

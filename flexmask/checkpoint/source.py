@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from transformers.utils.hub import cached_file
-
 from flexmask.checkpoint.transformers_calls import shown
 from flexmask.errors import ModelError
+from flexmask.transformers_internals import find_model_file
 
 _LFS_BEGINNING = b"version https://git-lfs.github.com/"
 
@@ -84,8 +83,7 @@ class CheckpointSource:
         if self.folder is not None:
             path = self.folder / name
             return path if path.is_file() else None
-        found = cached_file(self.location, name, _raise_exceptions_for_missing_entries=must_exist)
-        return None if found is None else Path(found)
+        return find_model_file(self.location, name, must_exist=must_exist)
 
     def read_json(self, name: str, *, must_exist: bool = False) -> dict[str, Any] | None:
         """Read one file of a model as a JSON object; None where it has none of that name.

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "unavailable", "broken"]
-"""``unavailable``: does not work here, and flexmask does without. ``broken``: it is needed."""
+State = Literal["ok", "warning", "unavailable", "broken"]
+"""``warning``: works, but may be the cause if something else does not. ``unavailable``: does not
+work here, and flexmask does without it. ``broken``: does not work, and flexmask needs it.
+"""
 
 
 class WrongResult(Exception):

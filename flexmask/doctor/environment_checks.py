@@ -14,9 +14,9 @@ from pathlib import Path
 
 from flexmask.doctor.check_result import Check, tried
 from flexmask.plugins.registry import load_registry
+from flexmask.version import TESTED
 
 PYTHON = (3, 11)
-MINIMUM = {"torch": (2, 11), "transformers": (5, 17)}
 PROGRAM = "#include <vector>\nint main() { return std::vector<int>(1).back(); }\n"
 
 
@@ -29,17 +29,22 @@ def check_python() -> Check:
 
 
 def check_package(name: str) -> Check:
-    """Whether a package can be imported and is new enough."""
+    """Import a package, and compare its version with those that flexmask's tests run with."""
 
     def imported() -> str:
         import_module(name)
         return version(name)
 
-    wanted = f"{name}>={_dotted(MINIMUM[name])}"
-    check = tried(name, imported, f"pip install '{wanted}'")
-    if check.state == "ok" and _numbers(check.detail) < MINIMUM[name]:
-        return Check(name, "broken", check.detail, f"pip install '{wanted}'")
-    return check
+    tested = [_numbers(text) for text in TESTED[name]]
+    advice = f"pip install '{name}>={TESTED[name][0]}'"
+    check = tried(name, imported, advice)
+    if check.state != "ok" or _numbers(check.detail) in tested:
+        return check
+    if _numbers(check.detail) < tested[0]:
+        return Check(name, "broken", check.detail, advice)
+    listed = ", ".join(TESTED[name])
+    detail = f"{check.detail}, and flexmask is tested with {listed}"
+    return Check(name, "warning", detail, "if something fails, try one of these versions")
 
 
 def check_compiler() -> Check:
@@ -80,9 +85,9 @@ def check_compile_cache() -> Check:
     """Whether compiled kernels can be kept, so that a second start does not compile."""
 
     def written() -> str:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from flexmask.torch_internals import compile_cache_folder
 
-        return _written(Path(cache_dir()))
+        return _written(compile_cache_folder())
 
     return tried(
         "compile cache", written, "set TORCHINDUCTOR_CACHE_DIR to a folder that you can write"

@@ -156,8 +156,8 @@ def _attend_by(model: PreTrainedModel, implementation: str) -> None:
     code asks for masks by this name alone.
     """
     model.set_attn_implementation(implementation)
-    if model.config.get_text_config()._attn_implementation != implementation:
-        model.config._attn_implementation = implementation
+    if attention_implementation(model.config.get_text_config()) != implementation:
+        set_attention_implementation(model.config, implementation)
 
 
 def _alone(model: PreTrainedModel, layout: Layout) -> _Outcome:

@@ -15,7 +15,6 @@ from flexmask.engine.batch_row import BatchRow
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.device_clock import DeviceClock, Mark
 from flexmask.engine.executor import BatchSize, Executor
-from flexmask.engine.model_runner import compilations
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_cache import common_prefix_length, pays_off
 from flexmask.engine.prompt_group import PromptGroup
@@ -24,6 +23,7 @@ from flexmask.engine.run_options import RunOptions
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError
 from flexmask.strategy import Strategy
+from flexmask.torch_internals import compiled_graphs
 
 
 @dataclass(frozen=True)
@@ -286,14 +286,14 @@ class BatchRunner:
     @contextmanager
     def _counting(self) -> Iterator[None]:
         """Count the graphs compiled and the masks built meanwhile, which are this run's."""
-        compiled, masks = compilations(), self._executor.mask_cache.stats
+        compiled, masks = compiled_graphs(), self._executor.mask_cache.stats
         try:
             yield
         finally:
             work, later = self._work, self._executor.mask_cache.stats
             self._work = replace(
                 work,
-                compilations=work.compilations + compilations() - compiled,
+                compilations=work.compilations + compiled_graphs() - compiled,
                 mask_hits=work.mask_hits + later.hits - masks.hits,
                 mask_misses=work.mask_misses + later.misses - masks.misses,
             )

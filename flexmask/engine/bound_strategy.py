@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_static
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import CausalRows
@@ -21,6 +20,7 @@ from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, strategy_mask, within_window
 from flexmask.strategy import Strategy
+from flexmask.torch_internals import mark_static
 
 if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod, ScoreMod

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.kernels.few_rows import linear_of_few_rows
+from flexmask.torch_internals import compile_graph
 
 # A decode step reads every weight once, so what counts is how fast each kernel reads, and the
 # number of kernels. The first option searches tile sizes, the second joins independent kernels.
@@ -40,13 +41,10 @@ def _beside_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> C
 def _compile_fused(
     graph_module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
     fuse_projections(graph_module.graph)
     fuse_rotary(graph_module.graph)
     graph_module.recompile()
-    compiled = compile_fx(graph_module, list(inputs), config_patches=options)
-    return cast(Callable[..., Any], compiled)
+    return compile_graph(graph_module, inputs, options)
 
 
 def compiled_view(

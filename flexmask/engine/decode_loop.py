@@ -10,7 +10,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flexmask.attention.compile_settings import compile_settings
 from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion
@@ -19,6 +18,7 @@ from flexmask.engine.row_processors import RowProcessors
 from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
+from flexmask.torch_internals import compile_settings
 
 LAG = 2
 """Steps that the device runs ahead of the host, which checks whether rows have ended."""

@@ -67,7 +67,7 @@ def fuse_projections(graph: fx.Graph) -> int:
 
 
 def _is_projection(node: fx.Node) -> bool:
-    if node.target is not torch._C._nn.linear:
+    if node.target is not nn.functional.linear:
         return False
     x, weight = (_value(argument) for argument in node.args[:2])
     return x.dtype == weight.dtype and weight.is_contiguous() and _num_rows(x) <= MAX_ROWS
@@ -189,7 +189,7 @@ def _gated_pair(projections: Sequence[fx.Node]) -> _GatedPair | None:
 def _activation(node: fx.Node) -> str:
     if node.target is nn.functional.silu:
         return "silu"
-    is_gelu = node.target in (nn.functional.gelu, torch._C._nn.gelu)
+    is_gelu = node.target is nn.functional.gelu
     return "gelu_tanh" if is_gelu and node.kwargs.get("approximate") == "tanh" else ""
 
 

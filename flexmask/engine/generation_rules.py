@@ -1,16 +1,13 @@
 """The rules of a model's generation config: its logits processors and what ends a row.
 
-They are applied as transformers' `generate` applies them with ``do_sample=False``. Everything
-private to transformers that this needs is in this module: `_get_logits_processor`,
-`_get_generation_parameters`, `_get_default_generation_params` and the attribute
-``_eos_token_tensor``, as they are in 5.17 and 5.24.
+They are applied as transformers' `generate` applies them with ``do_sample=False``.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -24,6 +21,11 @@ from transformers import (
 )
 
 from flexmask.errors import FlexMaskWarning, ModelError
+from flexmask.transformers_internals import (
+    default_generation_values,
+    make_logits_processors,
+    misplaced_generation_values,
+)
 
 SAMPLING_FIELDS = (
     "temperature",
@@ -134,21 +136,11 @@ class GenerationRules:
         if self.config is None:
             return LogitsProcessorList()
         config, length = copy.copy(self.config), len(prompt)
-        eos = sorted(self.eos_token_ids)
-        cast(Any, config)._eos_token_tensor = torch.tensor(eos, device=device) if eos else None
         config.max_length = length + max_new_tokens
         if config.min_new_tokens is not None:
             config.min_length = length + config.min_new_tokens
-        make_processors: Callable[..., LogitsProcessorList] = cast(
-            Any, self.model
-        )._get_logits_processor
-        return make_processors(
-            generation_config=config,
-            input_ids_seq_length=length,
-            encoder_input_ids=torch.tensor([list(prompt)], device=device),
-            device=device,
-            model_kwargs={},
-        )
+        eos = sorted(self.eos_token_ids)
+        return make_logits_processors(self.model, config, prompt, eos, device)
 
     def _try_processors(self) -> tuple[str, ...]:
         """Apply the processors once to made-up logits, to find values that they do not accept.
@@ -185,7 +177,7 @@ def _refuse_misplaced(model: PreTrainedModel) -> None:
     Raises:
         ModelError: If there is one.
     """
-    if misplaced := model.config._get_generation_parameters():
+    if misplaced := misplaced_generation_values(model.config):
         name = next(iter(misplaced))
         raise ModelError(
             f"the model's config holds {name}, which belongs to its generation config; "
@@ -212,7 +204,7 @@ def _refuse_unsupported(config: GenerationConfig) -> None:
 def _sampling_of(config: GenerationConfig) -> dict[str, Any] | None:
     if config.do_sample is not True:
         return None
-    defaults = config._get_default_generation_params()
+    defaults = default_generation_values(config)
     values = {name: getattr(config, name, None) for name in SAMPLING_FIELDS}
     return {
         name: value

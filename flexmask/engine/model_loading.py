@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from importlib import import_module
 from io import StringIO
 from typing import Any
 
@@ -31,7 +30,9 @@ from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line, shown
 from flexmask.checkpoint.weights import check_loaded_weights
 from flexmask.encoding.tokenization import load_tokenizer
-from flexmask.errors import AttentionError, CompilerError
+from flexmask.errors import AttentionError
+from flexmask.torch_internals import prepare_compiler
+from flexmask.transformers_internals import set_attention_implementation
 
 
 def load_model(
@@ -90,7 +91,7 @@ def _load_weights(
     """
     options = source.options if source.gguf is None else source.options | _dequantized()
     # A config file may name an attention implementation, also for parts of the model.
-    config._attn_implementation = BACKEND
+    set_attention_implementation(config, BACKEND)
     method = quantization_of(config)
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed for a model alone
     what = f"cannot load model {shown(source.name)}"
@@ -145,38 +146,8 @@ def _move(module: nn.Module, device: torch.device) -> None:
     sys.setswitchinterval(1e-4)
     try:
         with ThreadPoolExecutor() as pool:
-            compiler = pool.submit(_prepare_compiler, device, pool)
+            compiler = pool.submit(prepare_compiler, device, pool)
             module.to(device)
             compiler.result()
     finally:
         sys.setswitchinterval(interval)
-
-
-def _prepare_compiler(device: torch.device, pool: Executor) -> None:
-    """Prepare what torch.compile needs for its first graph.
-
-    Two parts of that release the interpreter's lock, so they run in threads beside the imports:
-    hashing Triton's libraries, which is part of cache keys, and finding out which vector
-    instructions the CPU has, by compiling with them.
-
-    Raises:
-        CompilerError: If the device is a CPU and there is no C++ compiler.
-    """
-    from torch._inductor.codecache import CacheBase, torch_key
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    tasks: list[Future[Any]] = [pool.submit(CacheBase.get_system)]
-    if device.type == "cpu":
-        tasks.append(pool.submit(pick_vec_isa))
-    for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
-        import_module(name)
-    torch_key()  # not in a thread: it reads many small files, and would wait for the lock at each
-    try:
-        for task in tasks:
-            task.result()
-    except InvalidCxxCompiler as error:
-        raise CompilerError(
-            "torch.compile finds no C++ compiler; install one (apt install g++), "
-            "or name one in CXX"
-        ) from error

@@ -12,13 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
-from torch._inductor.exc import InductorError
-from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from flexmask.attention.compile_settings import compile_settings
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
@@ -39,16 +35,12 @@ from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.layout import Layout
 from flexmask.strategy import Strategy
+from flexmask.torch_internals import compile_settings, inductor_error, use_bundled_assembler
 
 MIN_CAPACITY = 512
 
 LEAST_ROWS = 2
 """Fewest rows that a prefill computes, because a dimension of one would be another graph."""
-
-
-def compilations() -> int:
-    """Count the graphs that torch.compile has compiled in this process."""
-    return int(counters["stats"]["unique_graphs"])
 
 
 def bucketed_capacity(num_slots: int) -> int:
@@ -110,10 +102,7 @@ class ModelRunner:
         backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
         if on_gpu:
-            # Use the assembler (ptxas) that inductor's worker processes use. Triton's cache is
-            # keyed by its version, so with Triton's own ptxas here, another process would compile
-            # again what the workers have compiled.
-            _set_triton_ptxas_path()
+            use_bundled_assembler()
             compile_beside_layers(self._decode_model, list(shapes))
         else:
             multiply_few_rows(self._decode_model)
@@ -294,7 +283,7 @@ class ModelRunner:
         with compile_settings(self.device):
             try:
                 output = compute(prefill_kernel=self.prefill_kernel, **arguments)
-            except InductorError as error:
+            except inductor_error() as error:
                 if self.prefill_kernel != "flash":
                     raise
                 self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)

@@ -10,7 +10,7 @@ TURN = RLock()
 """Held while an engine is made, and while a batch is prepared, started or finished.
 
 There is one lock for all engines of a process, because they change settings of the process: those
-of torch's compiler (`flexmask.attention.compile_settings`), and the default dtype, which
+of torch's compiler (`flexmask.torch_internals.compile_settings`), and the default dtype, which
 transformers sets while it loads a model. It is never held while a caller has control, that is
 while results are handed out or prompts are tokenized.
 """

@@ -9,7 +9,6 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from flexmask.block_mask.intervals.captured_tables import CapturedTables, Selection, ordered
 from flexmask.block_mask.intervals.interval import Bounds, Ends, Interval
@@ -38,9 +37,10 @@ from flexmask.block_mask.intervals.stand_in import (
     StandIn,
     UnknownTensor,
 )
-from flexmask.block_mask.pairs_by_vmap import PairsByVmap, index_as_torch
+from flexmask.block_mask.pairs_by_vmap import PairsByVmap
 from flexmask.errors import MaskError
 from flexmask.mod_types import MaskMod
+from flexmask.torch_internals import DisableTorchFunction, index_by_tensors, tree_leaves, tree_map
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A function of torch, its arguments and its keywords."""
@@ -205,12 +205,12 @@ class MaskEvaluator(TorchFunctionMode):
             return self.apply(func, args, kwargs)
         self._check_call((func, args, kwargs))
         if func is Tensor.__getitem__ and any(type(x) in (bool, list) for x in _items(args[1])):
-            return index_as_torch(*args)
+            return index_by_tensors(*args)
         return func(*args, **kwargs)
 
     def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply a torch function or Python operator of which some argument is a stand-in."""
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             if func is Tensor.__getitem__:
                 return self.select(args[0], args[1])
             if func in SHAPE_QUERIES:
