@@ -153,7 +153,7 @@ def test_an_empty_place_is_named(
 ) -> None:
     path = edited(tmp_path, lambda row: row | {column: value})
     for command in ("eval", "show"):
-        assert f"damaged, its column '{column}' has empty places" in error_of(command, path)
+        assert f"damaged, its column '{column}' has nulls" in error_of(command, path)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_files_of_other_questions_are_not_compared(tmp_path: Path) -> None:
 
 def test_a_file_without_answers_cannot_be_judged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.feather", [], REQUESTS[8:])
-    with pytest.raises(OutputError, match="no row of it has accepted answers"):
+    with pytest.raises(OutputError, match="none of its rows has accepted answers"):
         evaluate(path, ["exact"])
     with pytest.raises(ValueError, match="at least one score"):
         estimate_mean([])

@@ -163,7 +163,7 @@ def test_nothing_is_written_to_a_closed_writer(output: Path) -> None:
 
 
 def test_requests_that_share_a_uuid_are_refused(output: Path) -> None:
-    with pytest.raises(RequestError, match="uuid 'q0' is given to two requests"):
+    with pytest.raises(RequestError, match="uuid 'q0' is used by two requests"):
         run(output, [*make_requests(2), *make_requests(1)])
     assert os.listdir(output.parent) == []
 
@@ -234,7 +234,7 @@ def test_a_cut_journal_is_resumed(output: Path, tmp_path: Path) -> None:
             warnings.simplefilter("always")
             run(output, requests, mode="resume")
         said = [str(item.message).partition("; ")[0] for item in caught]
-        assert said in ([], [f"{journal_of(output)}: ends within a write"])
+        assert said in ([], [f"{journal_of(output)}: ends in the middle of a write"])
         assert pyarrow.feather.read_table(output).equals(expected, check_metadata=True)
         output.unlink()
 
@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_error_and_costs_no_finished_row(
                 writer.write([answer(requests[2])])
         assert str(raised.value) == (
             f"{journal_of(output)}: cannot be written (No space left on device); finished rows "
-            "are kept, --resume goes on from them"
+            "are kept, --resume continues from them"
         )
         assert uuids(journal_of(output)) == ["q0", "q1"]
         writer.write(map(answer, requests[2:]))
@@ -463,7 +463,10 @@ def test_resuming_with_a_changed_request_is_refused(output: Path, part: dict[str
     requests = make_requests(3)
     run(output, requests)
     changed = [requests[0], replace(requests[1], **part), requests[2]]
-    with pytest.raises(OutputError, match=r"another prefix, suffix, segments or .*\(uuid 'q1'\)"):
+    with pytest.raises(
+        OutputError,
+        match=r"the prefix, suffix, segments or weights of requests have changed since \(uuid 'q1'\)",
+    ):
         run(output, changed, mode="resume")
 
 
@@ -534,9 +537,8 @@ def test_a_second_run_on_the_same_output_is_refused(output: Path) -> None:
 def test_the_lock_ends_with_the_process(output: Path) -> None:
     requests = make_requests(2)
     with as_program("hold", output) as program:
-        assert program.stdout is not None
-        assert program.stdout.readline() == "holding\n"
-        with pytest.raises(OutputError, match="another process is writing it; wait for its end"):
+        assert program.stdout is not None and program.stdout.readline() == "holding\n"
+        with pytest.raises(OutputError, match="another process is writing it; wait until it ends"):
             run(output, requests, mode="resume")
         program.kill()
     assert run(output, requests, mode="resume").resumed == 1
@@ -735,7 +737,7 @@ def test_a_place_that_can_be_written_passes(tmp_path: Path, name: str, mode: Out
         ("folder", "folder: a folder; name a file in it: .*results.feather"),
         ("out.csv", "unknown extension '.csv'; name it .feather, .arrow, .parquet, .jsonl"),
         ("out", "unknown extension ''"),
-        ("file/out.feather", "file: nothing can be written there .*; choose another place"),
+        ("file/out.feather", "file: nothing can be written there .*; choose another --output"),
         ("x" * 250 + ".feather", r"cannot be opened and locked \(File name too long\)"),
     ],
 )

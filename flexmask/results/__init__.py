@@ -1,1 +1,1 @@
-"""Result files: the journal, its formats, resuming a run, and how right the answers are."""
+"""Result files: journal, formats, resuming a run, and evaluating answers."""

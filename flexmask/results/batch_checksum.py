@@ -1,4 +1,4 @@
-"""A checksum of the values of a record batch, whatever buffers hold them."""
+"""Checksums the values of a record batch, independent of the buffers that hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 
 def checksum(batch: pa.RecordBatch) -> int:
-    """CRC-32 of the values; equal for equal batches, however they were made, stored and read."""
+    """Return the CRC-32 of the values; equal batches have equal checksums, in any file format."""
     crc = 0
     for column in batch.columns:
         crc = _add(column, crc)
@@ -18,12 +18,12 @@ def checksum(batch: pa.RecordBatch) -> int:
 
 
 def _add(array: Any, crc: int) -> int:
-    """Go on from ``crc`` with places that are filled, lengths, and what is in them."""
+    """Extend ``crc`` by an array: its validity, the lengths of its items, and their values."""
     crc = _add_numbers(array.is_valid(), crc)
     if pa.types.is_list(array.type):
-        items = array.flatten()  # without those of empty places
+        items = array.flatten()  # without the items of null lists
         ends = array.offsets.to_numpy()
-        return _add(items, zlib.crc32(np.diff(ends)[_filled(array)].tobytes(), crc))
+        return _add(items, zlib.crc32(np.diff(ends)[_is_valid(array)].tobytes(), crc))
     if pa.types.is_string(array.type):
         texts = array.drop_null()
         _, offsets, values = texts.buffers()
@@ -37,5 +37,5 @@ def _add_numbers(array: Any, crc: int) -> int:
     return zlib.crc32(array.to_numpy(zero_copy_only=False).tobytes(), crc)
 
 
-def _filled(array: Any) -> Any:
+def _is_valid(array: Any) -> Any:
     return array.is_valid().to_numpy(zero_copy_only=False)

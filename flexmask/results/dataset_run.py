@@ -1,4 +1,4 @@
-"""A run over a data set: generations into a result file, a record batch at a time."""
+"""Runs a data set through an engine into a result file, batch by batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class DatasetRun:
-    """Generates for what a writer has left to do, and writes it.
+    """Generates for the remaining requests of a result writer, and writes the generations.
 
     Attributes:
-        generations: What the engine makes of it, with its counts.
+        generations: The engine's run over these requests, with its counts.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class DatasetRun:
 
         Args:
             engine: Holds the model.
-            strategy: Who sees whom.
-            writer: Where rows go.
-            on_error: What a request does that the model cannot take: raise, or become a row
-                that says why.
+            strategy: The mask strategy.
+            writer: Receives the rows.
+            on_error: ``stop`` raises at a request that the model cannot take; ``skip`` writes a
+                row with the reason.
             **options: Options of `flexmask.Engine.generate`, except for the fusion, which is that
                 of ``writer``.
 
         Raises:
-            RequestError: If a request cannot be taken and rows are not skipped.
+            RequestError: If the model cannot take a request and ``on_error`` is ``stop``.
         """
         self._writer = writer
         self._refused: list[BadRow] = []
@@ -59,10 +59,10 @@ class DatasetRun:
         )
 
     def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Generation]]:
-        """Write generations as they finish, and pass them on.
+        """Write generations as batches finish, and yield them.
 
         Args:
-            should_stop: Asked after each write; the run then ends early.
+            should_stop: Called after each write; True ends the run early.
         """
         for generations in self.generations.batches():
             self._write(generations)

@@ -1,7 +1,7 @@
-"""How right result files are, and which of two is better, with confidence intervals.
+"""Scores result files and compares them in pairs, with confidence intervals.
 
-Intervals are percentile bootstraps (Efron, 1979) over questions. Comparisons are paired: the
-same questions are drawn for both files, so that what makes a question hard cancels out.
+Intervals are percentile bootstraps (Efron, 1979) over questions. Comparisons are paired: each
+resample holds the same questions for both files, so that the difficulty of a question cancels out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Estimate:
     """A mean and its 95% confidence interval.
 
     Attributes:
-        mean: Over the questions.
-        low: The interval's lower end.
-        high: Its upper end.
+        mean: Mean over the questions.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
     """
 
     mean: float
@@ -40,10 +40,10 @@ class Estimate:
 
 
 def estimate_mean(scores: Iterable[float]) -> Estimate:
-    """The mean of scores and its bootstrap interval; the same for the same scores.
+    """Return the mean of scores with its bootstrap interval; deterministic.
 
-    A resample is the number of times that each distinct score is drawn, which costs the same for
-    a million questions as for a thousand.
+    A resample counts how often each distinct score is drawn, so a million questions cost the same
+    as a thousand.
 
     Raises:
         ValueError: If there are no scores.
@@ -60,7 +60,7 @@ def estimate_mean(scores: Iterable[float]) -> Estimate:
 
 
 def scores_by_question(uuids: Iterable[str], scores: Iterable[float]) -> dict[str, float]:
-    """The score of each question: the mean of its rows, where there is one for each prompt."""
+    """Return the score of each question: the mean over its rows, one for each prompt."""
     of_rows = defaultdict(list)
     for uuid, score in zip(uuids, scores, strict=True):
         of_rows[uuid].append(score)
@@ -69,15 +69,15 @@ def scores_by_question(uuids: Iterable[str], scores: Iterable[float]) -> dict[st
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one result file is worth.
+    """The scores of one result file.
 
     Attributes:
         path: The file.
-        rows: Its rows.
-        failed: Those that could not be generated; wrong where they have answers.
-        answers: By uuid, the accepted answers of the questions that have some.
-        scores: By metric, the score of each of those questions in their order.
-        estimates: By metric, their mean.
+        rows: Number of rows.
+        failed: Number of rows that could not be generated; wrong if they have answers.
+        answers: By uuid, the accepted answers of the questions that have any.
+        scores: By metric, the scores of these questions, in the order of ``answers``.
+        estimates: By metric, the mean score.
     """
 
     path: Path
@@ -89,12 +89,12 @@ class Evaluation:
 
 
 def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> Evaluation:
-    """Judge the predictions of a result file, or of the journal of an unfinished run.
+    """Score the predictions of a result file, or of the journal of an unfinished run.
 
     Args:
         path: The file.
-        metrics: Those of `flexmask.tasks.judge.METRICS` to judge by.
-        language: Of lemmas.
+        metrics: Metrics to score by, from `flexmask.tasks.judge.METRICS`.
+        language: Language of the lemmas.
 
     Raises:
         OutputError: If it is not a result file, or has no accepted answers.
@@ -103,7 +103,7 @@ def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> E
     columns = (table[name].to_pylist() for name in ("uuid", "prediction", "answers"))
     judged = [row for row in zip(*columns, strict=True) if row[2]]
     if not judged:
-        raise OutputError(f"{path}: no row of it has accepted answers to judge by")
+        raise OutputError(f"{path}: none of its rows has accepted answers to judge by")
     scores = {}
     for metric in metrics:
         judge = Judge(metric=metric, language=language)
@@ -122,15 +122,15 @@ def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> E
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two result files of the same questions under one metric.
+    """Two result files of the same questions, compared by one metric.
 
     Attributes:
-        metric: Its name.
-        first: One file.
-        second: The other.
-        difference: Mean score of the second less that of the first.
-        first_better: Questions on which the first scores higher.
-        second_better: Questions on which the second does.
+        metric: Name of the metric.
+        first: The first file.
+        second: The second file.
+        difference: Mean score of the second minus that of the first, question by question.
+        first_better: Number of questions on which the first scores higher.
+        second_better: Number of questions on which the second scores higher.
     """
 
     metric: str
@@ -142,7 +142,7 @@ class Comparison:
 
 
 def compare(evaluations: Sequence[Evaluation]) -> list[Comparison]:
-    """Compare every two result files.
+    """Compare every pair of result files.
 
     Raises:
         OutputError: If they do not hold the same questions.
@@ -156,7 +156,7 @@ def compare(evaluations: Sequence[Evaluation]) -> list[Comparison]:
 
 
 def _aligned(evaluation: Evaluation, to: Evaluation) -> Evaluation:
-    """The evaluation with its questions in the order of another's."""
+    """Return the evaluation with its questions in the order of another's."""
     ours, theirs = evaluation.answers, to.answers
     problems = [
         f"{len(uuids)} {what} (uuid {uuids[0]!r}{', …' if len(uuids) > 1 else ''})"

@@ -1,7 +1,7 @@
-"""Formats of result files: Feather, Parquet and JSON Lines; files appear whole or not at all.
+"""Reads and writes result files: Feather, Parquet and JSON Lines.
 
-What a reader of JSON Lines takes has one object a line and nothing else, so the schema metadata,
-which the other formats hold themselves, stands beside it: ``out.jsonl`` has ``out.run.json``.
+JSON Lines holds one object a line and nothing else, so the schema metadata, which the other
+formats contain, goes into a sidecar file: ``out.run.json`` for ``out.jsonl``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _JSON_LINES = ".jsonl"
 _CHECKSUM = b"flexmask.crc32"
 
 DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, RecursionError, AttributeError)
-"""What libraries raise for files that are not as their writer left them."""
+"""Errors that the libraries raise for damaged files."""
 
 
 def read_rows(path: Path) -> JournalContent:
-    """Read a result file of any format, or a journal up to its last whole write.
+    """Read a result file of any format, or a journal up to its last complete write.
 
     Raises:
-        OutputError: If it is of no such format, or damaged.
+        OutputError: If the file is of no known format, or damaged.
     """
     with os_errors(path, "cannot be read ({})"), path.open("rb") as file:
         start = file.read(6)
@@ -53,10 +53,10 @@ def read_rows(path: Path) -> JournalContent:
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file says what run made it; no row is read.
+    """Return True if a file records a flexmask run; no row is read.
 
-    Feather and Arrow files, journals, and Parquet files that are damaged always count as results:
-    what is wrong with one shows when it is read.
+    Feather and Arrow files, journals and damaged Parquet files always count as results; an error
+    follows when such a file is read.
     """
     if path.suffix.lower() in (".feather", ".arrow", ".partial"):
         return True
@@ -73,15 +73,15 @@ def is_result(path: Path) -> bool:
 
 
 def write_rows(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write a result file; it replaces what stands there once it is whole.
+    """Write a result file, which replaces an existing one atomically.
 
     Args:
-        path: The format follows from its extension, one of `EXTENSIONS`.
-        schema: Columns, and the run in the metadata.
+        path: Its extension, one of `EXTENSIONS`, selects the format.
+        schema: The columns, with the run configuration in the metadata.
         tables: The rows.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If the file cannot be written.
     """
     write = _WRITERS[path.suffix.lower()]
     if write is _write_json_lines:
@@ -124,11 +124,11 @@ EXTENSIONS = tuple(_WRITERS)
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the run of a JSON Lines file stands: ``out.run.json``, or ``out.JSONL.run.json``."""
+    """Return the path of a JSON Lines file's metadata: ``out.run.json`` for ``out.jsonl``."""
     target = target_of(path)
     if target.suffix == _JSON_LINES:
         return target.with_suffix(".run.json")
-    return target.with_name(target.name + ".run.json")  # out.jsonl may stand beside it
+    return target.with_name(target.name + ".run.json")  # out.jsonl may exist beside out.JSONL
 
 
 def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
@@ -141,7 +141,7 @@ def _whole(read: Callable[[Path], pa.Table], path: Path) -> pa.Table:
 
 
 def _read_feather(content: pa.Buffer) -> pa.Table:
-    """Read batches; whoever filters or changes rows writes batches that have no checksum."""
+    """Read and verify batches; files that other programs have rewritten carry no checksums."""
     batches = []
     with pa.ipc.open_file(content) as reader:
         for number in range(reader.num_record_batches):
@@ -150,7 +150,7 @@ def _read_feather(content: pa.Buffer) -> pa.Table:
             if recorded is not None:
                 batch.validate(full=True)
                 if recorded != str(checksum(batch)).encode():
-                    raise ValueError("a batch has another checksum")
+                    raise ValueError("the checksum of a batch is wrong")
             batches.append(batch)
         return pa.Table.from_batches(batches, reader.schema)
 

@@ -1,4 +1,4 @@
-"""Crash-safe storage of Arrow rows: an append-only journal."""
+"""The journal: crash-safe, append-only storage of finished rows."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _COPIED_BYTES = 1 << 20
 
 
 class Journal:
-    """The rows that a run has finished: an Arrow IPC stream beside its output.
+    """The finished rows of a run: an Arrow IPC stream beside the output.
 
-    It is locked while open (``flock``, advisory); the lock ends with the process, however that
-    ends. The file is empty until `restart`, and an empty one does not outlive `close`. Rows are
-    read from the open file, and what others do to its name does not reach them.
+    The file is locked while open (``flock``, advisory); the lock ends with the process, even if
+    it is killed. It is empty until `restart`, and `close` removes it if it is still empty. Rows
+    are read through the open descriptor, so renaming or removing the file does not affect them.
 
     Attributes:
         path: ``<output>.partial``.
     """
 
     def __init__(self, output: Path, fd: int) -> None:
-        """Take over a locked file; `acquire` is the way to get one."""
+        """Wrap a locked file; use `acquire` to get one."""
         self.path = journal_path(output)
         self._output = output
         self._fd = fd
@@ -46,10 +46,10 @@ class Journal:
 
     @classmethod
     def acquire(cls, output: Path) -> Journal:
-        """Lock the journal of an output, which is made where there is none.
+        """Open and lock the journal of an output; create it if it does not exist.
 
         Raises:
-            OutputError: If another process holds it, or it cannot be opened.
+            OutputError: If another process holds the lock, or the file cannot be opened.
         """
         path = journal_path(output)
         while True:
@@ -57,25 +57,24 @@ class Journal:
                 fd = _open_locked(path)
             except BlockingIOError:
                 raise OutputError(
-                    f"{output}: another process is writing it; wait for its end, or choose "
+                    f"{output}: another process is writing it; wait until it ends, or choose "
                     "another --output"
                 ) from None
             except OSError as error:
                 is_link = error.errno == errno.ELOOP
-                reason = "a link stands there" if is_link else error.strerror
+                reason = "it is a symbolic link" if is_link else error.strerror
                 raise OutputError(
-                    f"{path}: cannot be opened and locked ({reason}); choose another place with "
-                    "--output"
+                    f"{path}: cannot be opened and locked ({reason}); choose another --output"
                 ) from None
-            if _stands_at(path, fd):
+            if _is_file_at(path, fd):
                 return cls(output, fd)
-            os.close(fd)  # its owner replaced or removed it before the lock was ours
+            os.close(fd)  # its owner replaced or removed it before we got the lock
 
     def read(self) -> JournalContent:
-        """Its rows, those of a damaged journal up to the damage.
+        """Read the rows; of a damaged journal, those before the damage.
 
         Raises:
-            OutputError: If none of them can be read.
+            OutputError: If no row can be read.
         """
         with os_errors(self.path, "cannot be read ({})"):
             self._check_unchanged()
@@ -85,7 +84,7 @@ class Journal:
         return read_stream(pa.py_buffer(content), self.path)
 
     def restart(self, schema: pa.Schema, rows: pa.Table) -> None:
-        """Replace what it holds, atomically; the lock passes to the new file."""
+        """Replace the content atomically; the lock passes to the new file."""
         chain = 0
 
         def write(fd: int) -> None:
@@ -99,14 +98,14 @@ class Journal:
         self._chain = chain
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Write rows and sync them; on failure the journal ends where it ended before.
+        """Write rows and sync them; on failure the journal is truncated to its previous end.
 
         Raises:
-            OutputError: If they cannot be written, or somebody has changed the journal.
+            OutputError: If the rows cannot be written, or another process changed the journal.
         """
         with os_errors(self.path, WRITING):
             self._check_unchanged()
-            self._keep_in_place()
+            self._restore_if_removed()
             message, chain = sealed(batch.serialize(), self._chain)
             try:
                 _write_all(self._fd, message)
@@ -118,21 +117,21 @@ class Journal:
         self._chain = chain
 
     def close(self, *, keep: bool = True) -> None:
-        """Let go of the lock; what was written stays unless ``keep`` is false.
+        """Release the lock; remove the file if ``keep`` is False.
 
         Raises:
-            OutputError: If the file cannot be removed, or cannot be kept.
+            OutputError: If the file cannot be removed, or was removed and cannot be written again.
         """
         try:
             if keep and os.fstat(self._fd).st_size:
-                with os_errors(self.path, "is gone and cannot be written again ({})"):
-                    self._keep_in_place()
-            elif _stands_at(self.path, self._fd):
+                with os_errors(self.path, "was removed and cannot be written again ({})"):
+                    self._restore_if_removed()
+            elif _is_file_at(self.path, self._fd):
                 with os_errors(self.path, "cannot be removed ({})"):
                     self.path.unlink(missing_ok=True)
         finally:
             fd, self._fd = self._fd, -1
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not, if a forked child lives
+            fcntl.flock(fd, fcntl.LOCK_UN)  # close alone keeps the lock while a forked child lives
             os.close(fd)
 
     def _check_unchanged(self) -> None:
@@ -140,17 +139,17 @@ class Journal:
         if size != self._end:
             raise OutputError(
                 f"{self.path}: another process has changed it while this one wrote it ({size:,} "
-                f"bytes, not {self._end:,}); --resume goes on from the rows that are whole"
+                f"bytes, not {self._end:,}); --resume continues from the intact rows"
             )
 
-    def _keep_in_place(self) -> None:
-        """Write the open file under its name again if that was removed."""
-        if _stands_at(self.path, self._fd):
+    def _restore_if_removed(self) -> None:
+        """Write the open file to its path again if it was removed from there."""
+        if _is_file_at(self.path, self._fd):
             return
         if os.path.lexists(self.path):
             raise OutputError(
-                f"{self.path}: another file was put in its place, and the rows of this run have "
-                "no name any more; choose another --output"
+                f"{self.path}: another file has replaced it, and the rows of this run are lost; "
+                "run again with another --output"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._replace(self._copy_to)
@@ -162,7 +161,7 @@ class Journal:
             start += len(some)
 
     def _replace(self, write: Callable[[int], None]) -> None:
-        """Put a new locked file in place, once ``write`` has filled it."""
+        """Replace the journal by a new locked file that ``write`` has filled."""
         temporary = temporary_path(self._output)
         fd = create_temporary(self._output, [self._output, self.path])
         try:
@@ -180,12 +179,12 @@ class Journal:
 
 
 def journal_path(output: Path) -> Path:
-    """Where the journal of an output stands."""
+    """Return the path of an output's journal."""
     return output.with_name(output.name + ".partial")
 
 
 def _open_locked(path: Path) -> int:
-    """Open a journal and lock it; one that was made for that goes if it cannot be locked."""
+    """Open a journal and lock it; a file created here is removed if locking fails."""
     flags = os.O_RDWR | os.O_APPEND | NOT_FOLLOWED
     try:
         fd, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -201,7 +200,7 @@ def _open_locked(path: Path) -> int:
     return fd
 
 
-def _stands_at(path: Path, fd: int) -> bool:
+def _is_file_at(path: Path, fd: int) -> bool:
     try:
         return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:

@@ -1,13 +1,13 @@
-"""The bytes of a journal: an Arrow IPC stream whose messages carry checksums.
+"""The byte format of a journal: an Arrow IPC stream whose messages carry checksums.
 
 Any reader of Arrow streams reads it. A message of such a stream is a marker, the size of its
-metadata, the metadata and a body; readers skip what follows the metadata within that size, and
-there the seal stands::
+metadata, the metadata and a body. Readers skip bytes after the metadata that the size includes;
+the seal is stored there::
 
     marker, size | metadata | flexmask, body size, CRC of the body, CRC of all before | body
 
-The second CRC-32 starts from that of the message before, so that a message which is lost,
-doubled or taken from another journal is noticed as well as a changed bit.
+The second CRC-32 is chained from the previous message, so that lost, repeated or foreign messages
+are detected as well as changed bits.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ _SEAL_SIZE = _SEAL.size + _CRC.size  # 24: Arrow aligns messages to 8 bytes
 
 
 class DamagedMessage(Exception):
-    """A message is not what was written."""
+    """The checksum of a message is wrong."""
 
 
 class CutMessage(Exception):
-    """The stream ends within a message, as when its writer was killed."""
+    """The stream ends in the middle of a message, because its writer was killed."""
 
 
 @dataclass(frozen=True)
 class JournalContent:
-    """What is left of a journal.
+    """The intact content of a journal.
 
     Attributes:
-        rows: Those before the first message that is not whole.
-        tail: Whether the stream is ``whole``, ends within a write (``cut``), or is ``damaged``
-            after the rows.
-        dropped_bytes: How much follows the rows.
+        rows: The rows before the first incomplete or damaged message.
+        tail: The end of the stream: ``whole``, ``cut`` (in the middle of a write) or ``damaged``.
+        dropped_bytes: Number of bytes after the rows.
     """
 
     rows: pa.Table
@@ -57,10 +56,10 @@ class JournalContent:
 
     @property
     def loss(self) -> str:
-        """A sentence without a subject about what is dropped; empty where nothing is."""
+        """What is dropped, as the predicate of a sentence; empty if nothing is dropped."""
         if self.tail == "whole":
             return ""
-        what = "ends within a write" if self.tail == "cut" else "damaged"
+        what = "ends in the middle of a write" if self.tail == "cut" else "damaged"
         return (
             f"{what}; the {self.rows.num_rows:,} rows before that are kept, and the "
             f"{self.dropped_bytes:,} bytes after them dropped"
@@ -68,14 +67,14 @@ class JournalContent:
 
 
 def sealed(message: pa.Buffer, chain: int) -> tuple[bytes, int]:
-    """A message with its seal.
+    """Add the seal to a message.
 
     Args:
-        message: As `pyarrow.RecordBatch.serialize` gives it.
-        chain: That of the message before; 0 for the first.
+        message: Result of `pyarrow.RecordBatch.serialize`.
+        chain: The chained CRC of the previous message; 0 for the first.
 
     Returns:
-        The bytes to write, and the chain of this message.
+        The bytes to write, and the chained CRC of this message.
     """
     data = memoryview(message)
     marker, size = _HEAD.unpack_from(data)
@@ -93,22 +92,22 @@ def sealed(message: pa.Buffer, chain: int) -> tuple[bytes, int]:
 
 
 def is_stream(start: bytes) -> bool:
-    """Whether a file that begins like this may be a stream."""
+    """Return True if these are the first bytes of an Arrow stream."""
     return start[:4] == _HEAD.pack(_MARKER, 0)[: len(start[:4])]
 
 
 def read_stream(content: pa.Buffer, path: object) -> JournalContent:
-    """Read a journal up to its first message that is not whole.
+    """Read a journal up to its first incomplete or damaged message.
 
-    Nothing of a message is parsed before its checksums are right. A journal that ends before its
-    schema does is read as a table of no columns and no rows.
+    A message is parsed only after its checksums are verified. A journal that ends within its
+    schema is read as a table without columns and rows.
 
     Args:
-        content: All of it.
-        path: Names it in messages.
+        content: The whole file.
+        path: Its name in messages.
 
     Raises:
-        OutputError: If it is no stream, its beginning is damaged, or it has no checksums.
+        OutputError: If it is not a stream, its beginning is damaged, or it has no checksums.
     """
     view = memoryview(content)
     if not is_stream(bytes(view[:4])):
@@ -134,7 +133,7 @@ def read_stream(content: pa.Buffer, path: object) -> JournalContent:
 
 
 def _checked_end(view: memoryview, start: int, chain: int) -> tuple[int, int]:
-    """Where the message at ``start`` ends, and its chain.
+    """Verify the message at ``start``; return its end and its chained CRC.
 
     Raises:
         CutMessage: If the stream ends before the message does.
@@ -165,7 +164,7 @@ def _checked_end(view: memoryview, start: int, chain: int) -> tuple[int, int]:
 
 
 def _unverifiable(content: pa.Buffer) -> str:
-    """What is wrong with a stream whose first message has no valid seal."""
+    """Describe what is wrong with a stream whose first message has no valid seal."""
     view = memoryview(content)
     _, size = _HEAD.unpack_from(view)
     seal_start = _HEAD.size + size - _SEAL_SIZE

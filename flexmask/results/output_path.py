@@ -1,4 +1,4 @@
-"""Where results are written."""
+"""Chooses and checks the paths of result files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flexmask.results.whole_file import target_of
 def default_output_path(
     stem: str, model: str, strategy: str, num_segments: int | None, fusion: str = "attention"
 ) -> Path:
-    """Where a result goes when no place is given, relative to the working folder.
+    """Return the default path of a result file, relative to the working folder.
 
     Args:
         stem: Short name of the input.
         model: Hub id, folder or GGUF file.
-        strategy: Its name.
+        strategy: Name of the strategy.
         num_segments: Segments kept of each request; None for all.
-        fusion: What they have to do with each other; part of the name unless it is attention.
+        fusion: Name of the fusion; part of the file name unless it is ``attention``.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
@@ -34,24 +34,24 @@ def default_output_path(
 
 
 def default_folder(stem: str, model: str) -> Path:
-    """The folder of `default_output_path`; a GGUF file counts by its name without extension."""
+    """Return the folder of `default_output_path`; of a GGUF file the extension is dropped."""
     return Path("outputs", path_safe(stem), path_safe(Path(model).name.removesuffix(".gguf")))
 
 
 def path_safe(text: str) -> str:
-    """A file name that reads like ``text`` and is one everywhere."""
+    """Turn ``text`` into a file name that is valid on every system."""
     return re.sub(r"[^\w.+-]+", "_", text).lstrip(".") or "_"
 
 
-def check_place(path: Path) -> Path:
-    """Write a file in the folder of an output, which is made where it is missing.
+def writable_path(path: Path) -> Path:
+    """Resolve an output path, create its folder, and check that files can be written there.
 
     Returns:
-        The file to write, from the root: ``path``, or where the link leads that stands there.
+        The absolute path of the file to write; symbolic links are resolved.
 
     Raises:
-        OutputError: If that fails, or the output is a folder, of no known extension, or no name
-            that every format and message can hold.
+        OutputError: If the folder is not writable, the output is a folder or has an unknown
+            extension, or its name is not valid UTF-8.
     """
     output = target_of(path)
     for each in dict.fromkeys((path, output)):
@@ -67,10 +67,9 @@ def check_place(path: Path) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{output.parent}: nothing can be written there ({reason}); choose another place with "
-            "--output"
+            f"{output.parent}: nothing can be written there ({reason}); choose another --output"
         ) from None
-    return output.absolute()  # code of others may change the working directory later on
+    return output.absolute()  # plugin code may change the working directory later
 
 
 def _check_name(path: Path) -> None:

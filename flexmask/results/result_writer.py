@@ -1,18 +1,18 @@
-"""Result files, written through a journal that survives a crash, resumed row by row.
+"""Writes result files through a crash-safe journal, from which a run resumes row by row.
 
-While a run goes on, its finished rows stand in ``<output>.partial``, the journal: an Arrow IPC
-stream with checksums, appended to and synced at each write, and locked by the process that writes
-it. A clean end puts the rows in input order, moves the file in place and removes the journal::
+During a run its finished rows are in ``<output>.partial``, the journal: an Arrow IPC stream with
+checksums, appended to and synced at each write, and locked by the writing process. When the run
+completes, the rows are sorted in input order, the file is moved in place and the journal removed::
 
     write ─► out.feather.partial ─► out.feather.tmp ─► out.feather
              append, sync           sync               atomic rename
 
-So ``out.feather`` is always a whole file, and the journal holds every finished row of an
-interrupted run. It stands for itself: a resumed run copies the rows that it starts from into a
-new journal, which replaces the old one atomically.
+So ``out.feather`` is always a complete file, and the journal holds every finished row of an
+interrupted run. A resumed run copies the rows that it keeps into a new journal, which replaces the
+old one atomically.
 
-The requests are iterated twice and never kept: once to find what is left to do, and again to do
-it. Rows that failed are tried again by a resumed run.
+The requests are iterated twice and never kept in memory: once to find the remaining ones, and
+again to run them. A resumed run tries failed rows again.
 
 Example::
 
@@ -42,9 +42,9 @@ from flexmask.generation import Generation
 from flexmask.request import Request, RequestKey
 from flexmask.results.formats import read_rows, write_rows
 from flexmask.results.journal import Journal
-from flexmask.results.output_path import check_place
+from flexmask.results.output_path import writable_path
 from flexmask.results.resume import (
-    Earlier,
+    EarlierRun,
     OutputMode,
     Plan,
     find_earlier,
@@ -65,10 +65,10 @@ class ResultSummary:
     """Counts over the rows of a result file.
 
     Attributes:
-        rows: Finished rows, those of earlier runs included.
-        resumed: Rows that stood there when the writer was opened.
-        judged: Rows whose request has answers.
-        correct: Rows whose prediction is one of them.
+        rows: Finished rows, including those of earlier runs.
+        resumed: Rows that existed when the writer was opened.
+        judged: Rows whose request has accepted answers.
+        correct: Rows whose prediction is an accepted answer.
         failed: Rows that could not be generated.
     """
 
@@ -80,13 +80,13 @@ class ResultSummary:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of judged rows that are correct; None where there are none."""
+        """Share of judged rows that are correct; None if no row is judged."""
         return self.correct / self.judged if self.judged else None
 
     def plus(
         self, verdicts: Collection[bool | None], finish_reasons: Iterable[str]
     ) -> ResultSummary:
-        """The counts with more rows, given by their values of two columns."""
+        """Return the counts with more rows added, given their columns ``correct`` and finish."""
         return replace(
             self,
             rows=self.rows + len(verdicts),
@@ -97,7 +97,7 @@ class ResultSummary:
 
 
 class _Expanded(Iterable[Request | BadRow]):
-    """The requests of the rows of a file: those of a run, expanded by its fusion."""
+    """The requests of a run, expanded by its fusion: one for each row of the result file."""
 
     def __init__(self, requests: Iterable[Request | BadRow], fusion: Fusion) -> None:
         self._requests = requests
@@ -112,31 +112,31 @@ class _Expanded(Iterable[Request | BadRow]):
 
 
 class Remaining(Iterable[Request]):
-    """The requests that had no row when the writer was opened, in input order.
+    """The requests without a row when the writer was opened, in input order.
 
     Iterating reads the input; ``len`` does not.
     """
 
     def __init__(self, requests: Iterable[Request | BadRow], plan: Plan) -> None:
-        """Leave out of ``requests`` what ``plan`` has settled."""
+        """Filter ``requests`` by ``plan``."""
         self._requests = requests
         self._has_row = plan.has_row
         self._length = sum(not has_row for has_row in plan.has_row.values()) - len(plan.bad)
 
     def __len__(self) -> int:
-        """Number of requests."""
+        """Return the number of requests."""
         return self._length
 
     def __iter__(self) -> Iterator[Request]:
-        """Read from the beginning.
+        """Iterate from the beginning.
 
         Raises:
-            RequestError: If there are requests that were not there when the writer was opened.
+            RequestError: If the input has changed since the writer was opened.
         """
         for request in self._requests:
             if request.key not in self._has_row:
                 raise RequestError(
-                    f"the input has changed while it was read: uuid {request.uuid!r} is new"
+                    f"the input changed while it was read: uuid {request.uuid!r} is new"
                 )
             if isinstance(request, Request) and not self._has_row[request.key]:
                 yield request
@@ -145,14 +145,14 @@ class Remaining(Iterable[Request]):
 class ResultWriter:
     """Writes the rows of one run; a context manager.
 
-    Leaving it without an exception makes the file. An exception, Ctrl-C included, leaves the
-    journal with the finished rows.
+    A clean exit writes the result file. An exception, Ctrl-C included, leaves the journal with the
+    finished rows.
 
     Attributes:
-        remaining: The requests to generate for. Where there are none, the file will be complete.
+        remaining: The requests to generate for; if there are none, the file will be complete.
         fusion: The fusion to generate for them under.
         summary: Counts over the rows so far.
-        judge: Cuts and judges answers.
+        judge: Extracts answers from generations and scores them.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ResultWriter:
         plan: Plan,
         judge: Judge,
     ) -> None:
-        """Take over what `open` has locked and checked."""
+        """Wrap an output that `open` has locked and checked."""
         self.remaining = Remaining(requests, plan)
         self.fusion = fusion
         verdicts, reasons = values(plan.rows, "correct"), values(plan.rows, "finish_reason")
@@ -189,25 +189,25 @@ class ResultWriter:
         mode: OutputMode = "new",
         judge: Judge = Judge(),
     ) -> Self:
-        """Lock the output, find what is left to do, and write the rows that are bad.
+        """Lock the output, find the remaining requests, and write the bad rows.
 
         Args:
-            path: The file to make, of the format that its extension names; missing
-                folders are created, and a link is written through.
+            path: The result file; its extension selects the format. Missing folders are created,
+                and a symbolic link is followed.
             config: Recorded in the file; a resumed run must have the same ``run``.
             requests: All requests of the run, finished or not, in the order of the file. They
                 are iterated more than once.
             fusion: The fusion of the run, which decides whether a request has one row or a row
                 for some of its segments (`Fusion.expand`).
-            mode: What to do where a result or a journal stands.
-            judge: Cuts and judges answers.
+            mode: What to do if there is a result or a journal already.
+            judge: Extracts answers from generations and scores them.
 
         Raises:
-            OutputError: If the output cannot be written, is written by another process, or
-                stands in the way of ``mode``; or if the run cannot be resumed.
+            OutputError: If the output cannot be written, is being written by another process, or
+                exists and ``mode`` does not allow it; or if the run cannot be resumed.
             RequestError: If two requests have the same uuid.
         """
-        output = check_place(Path(path))
+        output = writable_path(Path(path))
         journal = Journal.acquire(output)
         try:
             earlier = find_earlier(output, journal, mode)
@@ -227,11 +227,11 @@ class ResultWriter:
             raise
 
     def write(self, results: Iterable[Generation | BadRow]) -> None:
-        """Append rows, in any order; once this returns, they survive a crash.
+        """Append rows in any order; after return they survive a crash.
 
         Raises:
             OutputError: If the disk is full or fails; the rows of earlier calls are safe.
-            ValueError: If a row was not asked for, or is already there.
+            ValueError: If a row belongs to no remaining request, or is written twice.
         """
         rows = [row_of(result, self.judge) for result in results]
         given = [(row["uuid"], row["segment"]) for row in rows]
@@ -247,11 +247,11 @@ class ResultWriter:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row is written."""
+        """True if every row is written."""
         return not self._pending
 
     def __enter__(self) -> Self:
-        """Nothing is left to do: `open` has locked the output."""
+        """Return the writer; `open` has locked the output already."""
         return self
 
     def __exit__(
@@ -260,10 +260,10 @@ class ResultWriter:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Make the file after a clean end; after an exception, keep the journal.
+        """Write the result file on a clean exit; keep the journal after an exception.
 
         Raises:
-            OutputError: If rows are missing after a clean end, or the file cannot be written.
+            OutputError: If rows are missing on a clean exit, or the file cannot be written.
         """
         is_needed = not self._is_untouched and self.summary.rows > 0
         try:
@@ -284,26 +284,26 @@ class ResultWriter:
         if content.loss or Counter(keys(rows)) != Counter(self._order):
             raise OutputError(
                 f"{self._journal.path}: damaged while it was written: {rows.num_rows:,} of "
-                f"{len(self._order):,} rows are whole; --resume generates the others again"
+                f"{len(self._order):,} rows are intact; --resume generates the others again"
             )
         write_rows(self._output, self._schema, _in_order(rows, self._order))
 
 
 def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = None) -> None:
-    """Find out whether a run could write its result, before anything costly.
+    """Check that a run can write its result, before anything costly.
 
-    Missing folders are created, and a file is really written in the output's.
+    Missing folders are created, and a temporary file is written into the output's folder.
 
     Args:
         path: The output.
-        mode: What to do where a result or a journal stands.
-        config: What the run would record, to be the same in what it resumes.
+        mode: What to do if there is a result or a journal already.
+        config: The run's configuration, which a resumed result must have too.
 
     Raises:
-        OutputError: If the output cannot be written, is written by another process, or stands in
-            the way of ``mode``; the message says what to do.
+        OutputError: If the output cannot be written, is being written by another process, or
+            exists and ``mode`` does not allow it; the message says what to do.
     """
-    output = check_place(Path(path))
+    output = writable_path(Path(path))
     journal = Journal.acquire(output)
     try:
         earlier = find_earlier(output, journal, mode)
@@ -314,10 +314,10 @@ def check_output(path: str | Path, mode: OutputMode, config: RunConfig | None = 
 
 
 def read_finished_rows(path: str | Path) -> pa.Table:
-    """Read a result file, or the journal of a run that was interrupted or still goes on.
+    """Read a result file, or the journal of a run that was interrupted or is in progress.
 
-    Of a journal that ends within a write, the rows before that write are read; of one that is
-    damaged, the rows before the damage, with a warning.
+    Of a journal that ends in the middle of a write, the rows before that write are returned; of a
+    damaged one, the rows before the damage, with a warning.
 
     Returns:
         A table with the columns of `SCHEMA` and the run in its metadata (`read_run_config`).
@@ -329,44 +329,45 @@ def read_finished_rows(path: str | Path) -> pa.Table:
     content = read_rows(path)
     if content.tail == "damaged":
         warnings.warn(f"{path}: {content.loss}", FlexMaskWarning, stacklevel=2)
-    return Earlier.of(path, content.rows).rows
+    return EarlierRun.of(path, content.rows).rows
 
 
 def read_run_config(path: str | Path) -> RunConfig:
-    """Read what run made a result file, or a journal.
+    """Read the run configuration recorded in a result file or a journal.
 
     Raises:
         OutputError: If there is no such file, or it is not a result file.
     """
     path = Path(path)
-    return Earlier.of(path, read_rows(path).rows).config
+    return EarlierRun.of(path, read_rows(path).rows).config
 
 
 def _in_order(rows: pa.Table, order: Iterable[RequestKey]) -> Iterator[pa.Table]:
-    """The rows in the order of their keys, some at a time.
+    """Yield the rows sorted by ``order``, some at a time.
 
-    Sliced, not taken: `Table.take` fails on columns of more than 2 GiB of text.
+    They are sliced, because `Table.take` fails on columns of more than 2 GiB of text.
     """
     batches = rows.to_batches()
-    place_of = {
+    index_of = {
         key: (number, index)
         for number, batch in enumerate(batches)
         for index, key in enumerate(keys(batch))
     }
-    places = (place_of[key] for key in order)
-    while some := list(islice(places, _ROWS_PER_BATCH)):
-        slices = [batches[number].slice(start, length) for number, start, length in _runs(some)]
-        yield pa.Table.from_batches(slices).combine_chunks()
+    indices = (index_of[key] for key in order)
+    while some := list(islice(indices, _ROWS_PER_BATCH)):
+        yield pa.Table.from_batches(
+            batches[number].slice(start, length) for number, start, length in _spans(some)
+        ).combine_chunks()
 
 
-def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Batch, start and length of each run of rows that stand one after the other in a batch."""
-    number, start = places[0]
+def _spans(indices: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Group row indices into spans of consecutive rows: batch number, start and length."""
+    number, start = indices[0]
     length = 0
-    for place in places:
-        if place == (number, start + length):
+    for index in indices:
+        if index == (number, start + length):
             length += 1
         else:
             yield number, start, length
-            (number, start), length = place, 1
+            (number, start), length = index, 1
     yield number, start, length

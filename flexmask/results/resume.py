@@ -1,4 +1,4 @@
-"""What an earlier run left, and what is left to do for a run that goes on from it."""
+"""Resumes a run: finds the rows of an earlier run and the requests that remain."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from flexmask.tasks.judge import Judge
 from flexmask.tasks.request_source import BadRow
 
 OutputMode = Literal["new", "overwrite", "resume"]
-"""``new``: nothing may stand there. ``overwrite``: replace it once the new file is complete.
+"""``new``: the output must not exist. ``overwrite``: replace it once the new file is complete.
 ``resume``: keep the finished rows and add the others."""
 
 START_AGAIN = "pass --overwrite to start again, or another --output"
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """What an earlier run left, in its result or its journal."""
+class EarlierRun:
+    """The rows and the configuration of an earlier run, from its result file or its journal."""
 
     path: Path
     rows: pa.Table
     config: RunConfig
 
     @classmethod
-    def of(cls, path: Path, rows: pa.Table) -> Earlier:
-        """Check what was read from ``path``.
+    def of(cls, path: Path, rows: pa.Table) -> EarlierRun:
+        """Check the rows read from ``path``.
 
         Raises:
-            OutputError: If flexmask did not write it.
+            OutputError: If flexmask did not write them.
         """
         try:
             config = RunConfig.from_json((rows.schema.metadata or {})[RUN])
@@ -51,14 +51,14 @@ class Earlier:
         if not rows.schema.equals(SCHEMA):
             raise OutputError(f"{path}: its columns are not those that this version writes")
         if name := next((name for name in NEVER_NULL if _has_null(rows[name])), None):
-            raise OutputError(f"{path}: damaged, its column {name!r} has empty places")
+            raise OutputError(f"{path}: damaged, its column {name!r} has nulls")
         return cls(path, rows, config)
 
     def check_same_run(self, config: RunConfig) -> None:
-        """Refuse what another run made, or what does not say which.
+        """Check that the earlier run had the same configuration.
 
         Raises:
-            OutputError: With the differences.
+            OutputError: If it differs, with the differences, or was not recorded in full.
         """
         if missing := config.unrecorded(self.config):
             raise OutputError(
@@ -72,11 +72,12 @@ class Earlier:
             )
 
 
-def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | None:
-    """What to resume; a journal comes first, for it was started after the result beside it.
+def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> EarlierRun | None:
+    """Find the run to resume; a journal takes precedence, being newer than the result beside it.
 
     Raises:
-        OutputError: If what is there stands in the way of ``mode``, or is not ours.
+        OutputError: If the output exists and ``mode`` does not allow it, or flexmask did not
+            write it.
     """
     if mode == "overwrite":
         _check_sidecar(output, is_replaced=True)
@@ -86,20 +87,20 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
         _check_sidecar(output, is_replaced=output.exists() or unfinished.rows.num_rows > 0)
         if mode == "resume" and unfinished.loss:
             warnings.warn(
-                f"{journal.path}: {unfinished.loss}; what they held is generated again",
+                f"{journal.path}: {unfinished.loss}; the rows in them are generated again",
                 FlexMaskWarning,
                 stacklevel=2,
             )
         if mode == "resume" and unfinished.rows.num_rows:
-            return Earlier.of(journal.path, unfinished.rows)
+            return EarlierRun.of(journal.path, unfinished.rows)
         if mode == "resume":
-            return Earlier.of(output, read_rows(output).rows) if output.exists() else None
+            return EarlierRun.of(output, read_rows(output).rows) if output.exists() else None
     except OutputError as error:
         raise OutputError(f"{error}; {START_AGAIN}") from None
     if unfinished.rows.num_rows or unfinished.tail == "damaged":
         raise OutputError(
             f"{journal.path}: holds {unfinished.rows.num_rows} finished rows of an interrupted "
-            "run; pass --resume to go on, --overwrite to start again, or another --output"
+            "run; pass --resume to continue, --overwrite to start again, or another --output"
         )
     if output.exists():
         raise OutputError(
@@ -110,14 +111,14 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> Earlier | 
 
 
 def _check_sidecar(output: Path, *, is_replaced: bool) -> None:
-    """Refuse to write over a file that another program, or another output, has beside this one.
+    """Refuse to overwrite a sidecar file that does not belong to this output.
 
     Args:
         output: The output.
-        is_replaced: Whether the run of an earlier output of this name may stand there.
+        is_replaced: Whether an output of this name exists, whose sidecar may be replaced.
 
     Raises:
-        OutputError: If there is such a file.
+        OutputError: If the sidecar belongs to another program, or to another output.
     """
     path = sidecar_path(output)
     if output.suffix.lower() != ".jsonl" or not os.path.lexists(path):
@@ -126,8 +127,8 @@ def _check_sidecar(output: Path, *, is_replaced: bool) -> None:
         RunConfig.from_json(path.read_bytes())
     except (OSError, ValueError):
         raise OutputError(
-            f"{path}: what run makes {output.name} would be written there, and another file is "
-            "there; move it"
+            f"{path}: flexmask would write the run configuration of {output.name} there, but the "
+            "file belongs to another program; move it"
         ) from None
     if not is_replaced:
         raise OutputError(
@@ -137,13 +138,13 @@ def _check_sidecar(output: Path, *, is_replaced: bool) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will write.
+    """The rows that a run keeps and those that it has to write.
 
     Attributes:
-        has_row: By key, in the order of the file: whether the row stands already.
-        rows: Those that do, with the answers of now.
+        has_row: By request key, in the order of the file: whether the row exists already.
+        rows: The existing rows, with the current accepted answers.
         bad: Rows that nothing can be generated for.
-        is_complete: Whether the result that stands there is what the run would make.
+        is_complete: Whether the existing result is what the run would write.
     """
 
     has_row: Mapping[RequestKey, bool]
@@ -153,14 +154,14 @@ class Plan:
 
 
 def make_plan(
-    requests: Iterable[Request | BadRow], earlier: Earlier | None, output: Path, judge: Judge
+    requests: Iterable[Request | BadRow], earlier: EarlierRun | None, output: Path, judge: Judge
 ) -> Plan:
-    """Compare all requests of a run with the rows of an earlier one.
+    """Compare the requests of a run with the rows of an earlier one.
 
-    Rows that failed are left out of the earlier ones, to be tried again.
+    Failed rows of the earlier run are dropped, so that they are tried again.
 
     Raises:
-        OutputError: If the earlier rows are those of other requests.
+        OutputError: If the earlier rows belong to other requests.
         RequestError: If two requests have the same uuid.
     """
     rows = SCHEMA.empty_table() if earlier is None else _without_failures(earlier.rows)
@@ -170,7 +171,7 @@ def make_plan(
     for request in requests:
         if request.key in has_row:
             raise RequestError(
-                f"uuid {request.uuid!r} is given to two requests; a row needs one of its own"
+                f"uuid {request.uuid!r} is used by two requests; each needs its own"
             )
         found = hashes.pop(request.key, None)
         has_row[request.key] = found is not None
@@ -195,12 +196,12 @@ def make_plan(
 
 
 def values(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
-    """A column as Python values."""
+    """Return a column as Python values."""
     return rows[column].to_pylist()
 
 
 def keys(rows: pa.Table | pa.RecordBatch) -> Iterator[RequestKey]:
-    """The key of the request of each row."""
+    """Yield the request key of each row."""
     return zip(values(rows, "uuid"), values(rows, "segment"), strict=True)
 
 
@@ -219,7 +220,7 @@ def _without_failures(rows: pa.Table) -> pa.Table:
 
 
 def _hashes(rows: pa.Table) -> Iterator[tuple[RequestKey, tuple[int, int]]]:
-    """For each key a hash of what was asked, and one of its answers."""
+    """Yield for each key a hash of its prompt and one of its answers."""
     asked = ["prefix", "paraphrases", "suffix", "weights"]
     for batch in rows.to_batches():
         columns = batch.select([*asked, "answers"]).to_pydict().values()
@@ -239,12 +240,12 @@ def _check_same_requests(
 ) -> None:
     if unknown:
         raise OutputError(
-            f"{path}: it has rows that the input has no request for "
-            f"({_named(unknown)}); {START_AGAIN}"
+            f"{path}: has rows that the input has no request for ({_named(unknown)}); "
+            f"{START_AGAIN}"
         )
     if changed:
         raise OutputError(
-            f"{path}: requests have another prefix, suffix, segments or weights since "
+            f"{path}: the prefix, suffix, segments or weights of requests have changed since "
             f"({_named(changed)}); {START_AGAIN}"
         )
 
@@ -252,7 +253,7 @@ def _check_same_requests(
 def _judged_again(
     rows: pa.Table, corrected: Mapping[RequestKey, tuple[str, ...]], judge: Judge
 ) -> pa.Table:
-    """The rows with the answers of now, which may have changed since they were written."""
+    """Update the accepted answers of rows whose requests have other ones now, and judge again."""
     if not corrected:
         return rows
     batches = []

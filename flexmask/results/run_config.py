@@ -1,4 +1,4 @@
-"""What a run was, as its result file records it."""
+"""The configuration of a run, as recorded in its result file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, Self
 _LONGEST_SHOWN = 80
 
 IDENTITY = ("model_files", "plugin")
-"""Entries of a run that say which files and which code made it; early versions recorded none."""
+"""Entries that identify the model files and the plugin code; early versions recorded none."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that makes one run differ from another; JSON values throughout.
+    """The configuration of a run, in JSON values.
 
     Attributes:
-        run: What changes the rows: strategy, parameters, model, seed and so on. A run is
-            resumed only with the same.
-        environment: What else is worth knowing: versions, device. Recorded, not compared.
-        earlier_environments: Those of the runs that this one resumed, where they differ.
+        run: Settings that change the rows: strategy, parameters, model, seed and so on. A run is
+            resumed only with the same settings.
+        environment: Versions and device; recorded, not compared.
+        earlier_environments: Environments of the runs that this one resumed, where they differ.
     """
 
     run: Mapping[str, Any]
@@ -30,10 +30,10 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If ``text`` is something else.
         """
         try:
             recorded = json.loads(text)
@@ -47,21 +47,21 @@ class RunConfig:
         return cls(**recorded)
 
     def to_json(self) -> str:
-        """An object of the three attributes."""
+        """Return a JSON object of the three attributes."""
         return json.dumps(vars(self))
 
     def resuming(self, earlier: RunConfig) -> Self:
-        """This configuration, with the environments of an earlier run on record."""
+        """Return this configuration with the environments of an earlier run recorded."""
         environments = [*earlier.earlier_environments, earlier.environment]
         others = [other for other in environments if other != self.environment]
         return replace(self, earlier_environments=others)
 
     def unrecorded(self, earlier: RunConfig) -> list[str]:
-        """Entries of `IDENTITY` that an earlier run does not have, so that nobody can compare."""
+        """Return entries of `IDENTITY` that an earlier run did not record, to compare with."""
         return [name for name in IDENTITY if name in self.run and name not in earlier.run]
 
     def differences(self, earlier: RunConfig) -> list[str]:
-        """What changes the rows and was otherwise in an earlier run, as in ``seed: 1 → 2``."""
+        """Return the settings that differ from an earlier run's, such as ``seed: 1 → 2``."""
         old, new = dict(_leaves(earlier.run)), dict(_leaves(self.run))
         return [
             f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"

@@ -1,4 +1,4 @@
-"""The columns of a result file, and how a row fills them."""
+"""The columns of a result file, and the row of a generation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flexmask.tasks.judge import Judge, is_exact_match
 from flexmask.tasks.request_source import BadRow
 
 RUN = b"flexmask"
-"""Key of the schema metadata that holds the run, as JSON."""
+"""Key of the schema metadata under which the run configuration is stored as JSON."""
 
 FAILED = "error"
-"""The finish reason of a row that was not generated."""
+"""Finish reason of a row that could not be generated."""
 
 SCHEMA = pa.schema(
     [
@@ -36,19 +36,19 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a result file: ``paraphrases`` holds the segments; ``segment`` is the number of the
-one that was run alone, else null; ``weights`` are those of the segments, or null; ``correct`` is
-exact match and ``score`` what the judge gives, both null where there are no answers; ``error``
-says why a row failed, and is null where it did not."""
+segment that was run alone, else null; ``weights`` are those of the segments, or null; ``correct``
+is exact match and ``score`` the judge's score, both null where there are no answers; ``error`` is
+the reason why a row failed, else null."""
 
 NEVER_NULL = (
     *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
     *("prompt_tokens", "generated_tokens", "finish_reason"),
 )
-"""Columns that every row fills, lists with every item."""
+"""Columns that are never null; the items of their lists are not null either."""
 
 
 def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
-    """The row of a generation, or of what failed; that has no text, and is wrong."""
+    """Return the row of a generation, or of a bad row, which has no text and counts as wrong."""
     request = result.request
     row: dict[str, Any] = {
         "uuid": result.uuid if isinstance(result, BadRow) else result.request.uuid,
@@ -61,7 +61,8 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
     }
     if isinstance(result, BadRow):
         row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}
-        error = result.error.encode(errors="backslashreplace").decode()  # it may quote half a pair
+        # It may quote a lone surrogate, which Arrow does not store.
+        error = result.error.encode(errors="backslashreplace").decode()
         row |= {"finish_reason": FAILED, "error": error}
     else:
         row |= {
@@ -76,7 +77,7 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
 
 
 def verdict(prediction: str, answers: tuple[str, ...], judge: Judge) -> dict[str, Any]:
-    """The columns that depend on accepted answers."""
+    """Return the columns ``correct`` and ``score``, which depend on accepted answers."""
     if not answers:
         return {"correct": None, "score": None}
     return {

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in their place and in no other."""
+"""Writes files atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flexmask.errors import OutputError
 
-WRITING = "cannot be written ({}); finished rows are kept, --resume goes on from them"
-"""What `os_errors` says of a write of rows."""
+WRITING = "cannot be written ({}); finished rows are kept, --resume continues from them"
+"""Message of `os_errors` for a failed write of rows."""
 
 NOT_FOLLOWED = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -27,31 +27,31 @@ def os_errors(path: Path, message: str) -> Iterator[None]:
 
 
 def target_of(path: Path) -> Path:
-    """The file that a path leads to: itself, or where the link leads that stands there."""
+    """Return the file that a path refers to, with symbolic links resolved."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written before it replaces ``path``."""
+    """Return the path to which a file is written before it replaces ``path``."""
     return path.with_name(path.name + ".tmp")
 
 
 def create_temporary(path: Path, like: Sequence[Path]) -> int:
     """Create the file at `temporary_path`, for appending.
 
-    What stands there, left by a process that was killed or put there by somebody, is removed
-    and never written to: a link there would lead out of the folder.
+    An existing file there, perhaps left by a killed process, is removed and never written to: it
+    could be a link that leads out of the folder.
 
     Args:
-        path: What the file is to replace.
-        like: It gets the mode, and where that is allowed the owner, of the first of these files
-            that is there.
+        path: The file to be replaced.
+        like: The new file gets the mode, and where permitted the owner, of the first of these
+            files that exists.
 
     Returns:
         A file descriptor.
 
     Raises:
-        OSError: If it cannot be created.
+        OSError: If the file cannot be created.
     """
     temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def create_temporary(path: Path, like: Sequence[Path]) -> int:
     fd = os.open(temporary, flags, 0o666 if model is None else 0o600)
     if model is not None:
         try:
-            with suppress(PermissionError):  # only root gives files away
+            with suppress(PermissionError):  # only root may change the owner
                 os.fchown(fd, model.st_uid, model.st_gid)
             os.fchmod(fd, stat.S_IMODE(model.st_mode))
         except BaseException:
@@ -73,14 +73,14 @@ def create_temporary(path: Path, like: Sequence[Path]) -> int:
 def replacing(
     path: Path, message: str = "cannot be written ({})", like: Sequence[Path] = ()
 ) -> Iterator[BufferedWriter]:
-    """Open a new file that takes the place of ``path`` once it is written and synced.
+    """Open a new file that replaces ``path`` atomically once it is written and synced.
 
-    A link at ``path`` is written through. After an exception ``path`` is as it was.
+    A symbolic link at ``path`` is followed. After an exception ``path`` is unchanged.
 
     Args:
-        path: What is replaced; a file that stands there gives the new one its mode.
-        message: Of the error; the reason goes into it.
-        like: Files that give the new one their mode where ``path`` is not there.
+        path: The file to replace; if it exists, the new file gets its mode.
+        message: Format of the error message; the reason is filled in.
+        like: Files whose mode the new one gets if ``path`` does not exist.
 
     Raises:
         OutputError: If the file cannot be written.
