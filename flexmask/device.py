@@ -1,12 +1,44 @@
-"""Devices and number types by name, and starting a GPU before it is needed."""
+"""Devices and dtypes by name, and starting a GPU before it is needed.
+
+Names are checked without torch, so that a wrong one is told before torch is imported.
+"""
 
 from __future__ import annotations
 
-import torch
+import re
+from typing import TYPE_CHECKING
 
+from flexmask.error_text import did_you_mean
 from flexmask.errors import OptionError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of dtypes, as torch has them."""
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
+
+
+def check_device_name(name: str) -> None:
+    """Check that a name is one of a device; `resolve_device` finds out whether it is there.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    if not _DEVICE.fullmatch(name):
+        raise OptionError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+
+
+def check_dtype_name(name: str) -> None:
+    """Check that a name is ``auto`` or one of `DTYPES`.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    if name != "auto" and name not in DTYPES:
+        close = did_you_mean(name, DTYPES)
+        raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}{close}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -15,14 +47,12 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         OptionError: If the name is no device, or CUDA is asked for and absent.
     """
+    check_device_name(name)
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device cuda asked for, but torch sees no CUDA GPU; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -36,16 +66,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     Raises:
         OptionError: If the name is not known.
     """
+    check_dtype_name(name)
+    import torch
+
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if name not in DTYPES:
-        raise OptionError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def start_device(device: torch.device) -> None:
     """Have CUDA and its matrix products ready: half a second, in which nothing is imported."""
     if device.type == "cuda":
+        import torch
+
         one = torch.ones(1, 1, device=device)
         torch.mm(one, one)
         torch.cuda.synchronize(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -19,6 +20,12 @@ def described(error: BaseException) -> str:
     if isinstance(error, FlexMaskError):
         return message
     return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: ``; did you mean 'causal'?``, or nothing."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def place_of_fault(error: BaseException, module: str) -> str | None:

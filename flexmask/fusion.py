@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmask.answers import normalize_answer
+from flexmask.error_text import did_you_mean
 from flexmask.errors import OptionError, RequestError
 from flexmask.request import Request
 
@@ -49,7 +50,10 @@ class Fusion:
 
     def __post_init__(self) -> None:
         if self.name not in FUSIONS:
-            raise OptionError(f"fusion must be one of {', '.join(FUSIONS)}, got {self.name!r}")
+            close = did_you_mean(self.name, FUSIONS)
+            raise OptionError(
+                f"fusion must be one of {', '.join(FUSIONS)}, got {self.name!r}{close}"
+            )
         if self.weights is not None and self.weights not in WEIGHTS:
             raise OptionError(
                 f"fusion weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}"

@@ -1,4 +1,4 @@
-"""Sizes that a user may ask for: what is too large to be one is said before anything is made."""
+"""Numbers of tokens, rows and segments that a user may ask for, checked before they are used."""
 
 from __future__ import annotations
 
@@ -29,26 +29,29 @@ def check_size(name: str, value: int, least: int = 0) -> int:
     return value
 
 
-def read_size(name: str, text: str, form: str, *, given: str | None = None) -> int:
-    """Read a positive number.
+def read_size(name: str, text: str, form: str, *, least: int = 1, given: str | None = None) -> int:
+    """Read a number of something.
 
     Args:
         name: The option.
         text: Its value.
         form: What it should look like, as in ``a positive number or auto``.
+        least: The smallest that is allowed: 0 or 1.
         given: All that was given, where the text is a part of it.
 
     Raises:
-        OptionError: If it is none, or too large.
+        OptionError: If it is no such number, or too large.
     """
-    digits = text.strip().lstrip("0")
-    if not (digits.isascii() and digits.isdecimal()):
+    stripped = text.strip()
+    digits = stripped.lstrip("0") or stripped[-1:]
+    is_number = digits.isascii() and digits.isdecimal()
+    if not is_number or (digits == "0" and least > 0):
         raise OptionError(f"{name} must be {form}, got {_shortened(given or text)!r}")
     if len(digits) > _SHOWN_DIGITS:  # Python refuses to read very many
         raise OptionError(
             f"{name} must be at most {LARGEST_SIZE:,}, got a number of {len(digits):,} digits"
         )
-    return check_size(name, int(digits), 1)
+    return check_size(name, int(digits), least)
 
 
 def shown_number(value: float) -> str:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flexmask.bench import attention_timing as attention_bench
-from flexmask.bench.attention_timing import AttentionBench, Floor, Heads, Timing
+from flexmask.bench.attention_timing import AttentionBench, Floor, Timing
 from flexmask.bench.clock import Spread, time_call
+from flexmask.bench.heads import Heads
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
 from flexmask.mask_mods import causal
@@ -143,8 +144,8 @@ def test_the_times_of_a_call_have_a_median_between_its_quartiles():
         (["--heads", "24:7"], "query heads must be a multiple of key heads, got 24:7 of 128"),
         (["--heads", "many"], "--heads must be two numbers as in 24:8, or one, got 'many'"),
         (["--segments", "4,0"], "--segments must be positive numbers as in 40,35,38, got '4,0'"),
-        (["--row", "2"], "--row and --model need an --input"),
-        (["--input", "x.jsonl", "--suffix", "2"], "--prefix, --segments and --suffix make up a"),
+        (["--row", "2"], "--row needs an --input or a --task"),
+        (["--input", "x.jsonl", "--suffix", "2"], "--suffix is for a request without an input"),
         (["--dtype", "int8"], "dtype must be auto, float32, bfloat16, float16, got 'int8'"),
         (["--strategy", "casual"], "unknown strategy 'casual'"),
     ],

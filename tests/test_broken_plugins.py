@@ -53,9 +53,8 @@ LOADING = {
     ),
     "wrong hook name": (
         plugin("mine", hook="def register_strategy(): return [{classes}]"),
-        "failed: PluginValidationError: unknown hook 'register_strategy' in plugin <module "
-        "'flexmask_mine' from '{folder}/flexmask_mine.py'> at flexmask_mine.py:12: "
-        "`def register_strategy(): return [Strategy0]`",
+        "failed: flexmask has no hook 'register_strategy'; did you mean 'register_strategies'? at "
+        "flexmask_mine.py:12: `def register_strategy(): return [Strategy0]`",
     ),
     "wrong signature": (
         plugin("mine", hook="def register_strategies(config): return [{classes}]"),

@@ -27,10 +27,15 @@ run()
 """
 
 
-def run(*arguments: str, with_torch: bool, stdout: int | IO[str] = subprocess.PIPE):
+def run(
+    *arguments: str,
+    with_torch: bool,
+    stdout: int | IO[str] = subprocess.PIPE,
+    **variables: str,
+):
     program = "import torch\n" * with_torch + PROGRAM
     command = [sys.executable, "-c", program, *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    environment = os.environ | {"PYTHONUNBUFFERED": ""} | variables
     return subprocess.run(
         command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
     )
@@ -41,6 +46,30 @@ def test_with_torch_a_process_ends_before_python_takes_it_apart(with_torch, last
     result = run("--version", with_torch=with_torch)
     assert result.stdout.splitlines() == [f"flexmask {__version__}", "asked for at the end", *last]
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("value", "is_plain"), [("1", True), ("0", False), ("", False)])
+def test_a_variable_switches_off_what_makes_commands_start_and_end_faster(value, is_plain):
+    program = (
+        "import gc, os, sys\n"
+        "os._exit = lambda status: print('ended at once', status)\n"
+        "before = gc.get_threshold(), sys.getswitchinterval(), os.environ.get('OMP_WAIT_POLICY')\n"
+        "from flexmask_cli.start_up import end_process, prepare_process, quick_loading\n"
+        "prepare_process()\n"
+        "with quick_loading():\n"
+        "    loading = gc.isenabled(), sys.getswitchinterval() == before[1]\n"
+        "after = gc.get_threshold(), sys.getswitchinterval(), os.environ.get('OMP_WAIT_POLICY')\n"
+        "print(before == after, loading, gc.isenabled(), before[1] == after[1])\n"
+        "sys.modules['torch'] = None\n"
+        "end_process(3)"
+    )
+    environment = os.environ | {"FLEXMASK_PLAIN_START": value}
+    environment.pop("OMP_WAIT_POLICY", None)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    settings, *ending = result.stdout.splitlines()
+    assert settings == f"{is_plain} ({is_plain}, {is_plain}) True True"
+    assert ending == ([] if is_plain else ["ended at once 3"])
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,13 @@ def test_contradictions_are_refused(show, results, tmp_path):
     assert "a figure shows one mask, got 2" in show("-s", "causal,prefix_segment", *figure)
     assert "a figure shows one mask, got 2" in show("--against", "causal,causal", *figure)
     assert "leave out --stats, --json and --ascii" in show("--stats", *figure)
-    assert "need a file to take a request from" in show("--row", "2")
-    assert "leave them out with a file" in show(results, "--prefix", "3")
+    assert "--row needs an --input or a --task" in show("--row", "2")
+    assert "--column needs an --input or a --task" in show("--column", "segments=q")
+    assert "--prefix is for requests; a result is" in show(results, "--prefix", "3")
+    assert "--segments is for a request without an input" in show(
+        "--task", "webqa", "--segments", "3"
+    )
+    assert "--chat-template is for requests" in show(results, "--no-chat-template")
     assert "one file at a time" in show(results, "-i", results)
     assert "--param needs --strategy" in show(results, "-p", "positions=restart")
     assert "--segments must be positive numbers" in show("--segments", "4,x")

@@ -22,7 +22,7 @@ from flexmask.results.evaluation import evaluate
 from flexmask.results.formats import EXTENSIONS
 from flexmask.results.result_writer import read_finished_rows
 from flexmask.results.run_config import RunConfig
-from flexmask.show.picture_source import subject_of_file
+from flexmask.show.picture_source import subject_of_result
 from flexmask_cli.app import main
 from result_runs import make_requests, run
 
@@ -54,7 +54,7 @@ def test_no_damage_to_a_result_ends_in_a_traceback(output: Path) -> None:
             except FlexMaskError:
                 refused += 1
             try:
-                subject_of_file(str(output), 1)
+                subject_of_result(str(output), 1)
             except FlexMaskError:
                 refused += 1
         file.write_bytes(whole)

@@ -16,7 +16,7 @@ import flexmask
 from flexmask.check import RULES, run_rules
 from flexmask.fusion import FUSIONS
 from flexmask.plugins.registry import load_registry, make_strategy
-from flexmask.plugins.strategy_file import names_in_file, strategy_of_file
+from flexmask.plugins.strategy_file import classes_in_file
 from flexmask_cli.app import build_app, main
 from svg_cells import expected_colours, svg_cells
 
@@ -113,13 +113,11 @@ def test_the_guide_to_strategies_has_at_most_150_lines():
 
 
 def test_each_strategy_of_the_guide_keeps_the_rules_that_need_no_compiler(guide_file):
-    names = names_in_file(guide_file)
-    assert [name.partition(":")[2] for name in names] == [
-        "sliding", "recent", "thread", "branches"
-    ]  # fmt: skip
+    classes = classes_in_file(guide_file)
+    assert [cls.name for cls in classes] == ["sliding", "recent", "thread", "branches"]
     before_compiling = [rule.name for rule in RULES].index("attention")
-    for name in names:
-        outcomes = islice(run_rules(strategy_of_file(name)()), before_compiling)
+    for cls in classes:
+        outcomes = islice(run_rules(cls()), before_compiling)
         assert [item.finding for item in outcomes] == [None] * before_compiling
 
 

@@ -237,21 +237,25 @@ def test_a_journal_that_is_truncated_during_a_run_ends_it_at_the_next_write(
 
 def test_another_file_in_the_place_of_the_journal_is_left_alone(output: Path) -> None:
     requests = make_requests(2)
-    with pytest.raises(OutputError, match="another file has replaced it"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            journal_of(output).unlink()
-            journal_of(output).write_text("theirs")
-            writer.write(map(answer, requests))
+    with (
+        pytest.raises(OutputError, match="another file has replaced it"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        journal_of(output).unlink()
+        journal_of(output).write_text("theirs")
+        writer.write(map(answer, requests))
     assert journal_of(output).read_text() == "theirs"
 
 
 def test_rows_that_are_changed_during_a_run_make_no_file(output: Path) -> None:
     requests = make_requests(2)
-    with pytest.raises(OutputError, match="damaged while it was written: 0 of 2 rows are intact"):
-        with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
-            start = journal_of(output).stat().st_size
-            writer.write(map(answer, requests))
-            with journal_of(output).open("r+b") as journal:
-                journal.seek(start + 40)
-                journal.write(struct.pack("<Q", 1 << 40))
+    with (
+        pytest.raises(OutputError, match="damaged while it was written: 0 of 2 rows are intact"),
+        ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
+    ):
+        start = journal_of(output).stat().st_size
+        writer.write(map(answer, requests))
+        with journal_of(output).open("r+b") as journal:
+            journal.seek(start + 40)
+            journal.write(struct.pack("<Q", 1 << 40))
     assert os.listdir(output.parent) == ["out.feather.partial"]

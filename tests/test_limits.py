@@ -55,6 +55,12 @@ def test_a_size_of_any_number_of_digits_is_refused_in_one_line() -> None:
     assert read_size("--n", " 0012 ", "a number") == 12
 
 
+def test_zero_is_a_size_where_it_is_allowed() -> None:
+    assert read_size("--n", "0", "a number", least=0) == read_size("--n", "00", "a", least=0) == 0
+    with pytest.raises(OptionError, match="--n must be a number, 0 or more, got '-1'"):
+        read_size("--n", "-1", "a number, 0 or more", least=0)
+
+
 @pytest.mark.parametrize("value", [LONG, "nan", "inf", "-inf", "1e999"])
 def test_a_parameter_that_no_mask_can_compute_with_is_refused(value: str) -> None:
     for name, parameter in (("sliding_window", "window"), ("adaptive_parallel", "temperature")):
@@ -68,14 +74,14 @@ def test_a_parameter_that_no_mask_can_compute_with_is_refused(value: str) -> Non
     [
         (["--temperature", "nan"], "temperature must be 0, or 1e-06 to 1e+06, got nan"),
         (["--temperature", "inf"], "temperature must be 0, or 1e-06 to 1e+06, got inf"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be positive, got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be a positive number, got '0'"),
         (["--max-new-tokens", LONG], "--max-new-tokens must be at most 2,147,483,647, got a numb"),
         (["--stop", ""], "--stop must not be empty; leave it out to generate to the end"),
         (["--stop", "x", "--stop", ""], "--stop must not be empty"),
         (["--stop", os.fsdecode(b"\xff")], "--stop must be UTF-8, got '\\udcff'"),
         (["--model", os.fsdecode(b"m\xff")], "--model must be UTF-8, got 'm\\udcff'"),
         (["--batch-size", LONG], "--batch-size must be at most 2,147,483,647, got a number of 1,"),
-        (["--top-k", LONG], "top_k must be at most 2,147,483,647, got a number of 3,322 bits"),
+        (["--top-k", LONG], "--top-k must be at most 2,147,483,647, got a number of 1,000 digits"),
         (["--output", os.fsdecode(b"o\xff.feather")], "name is not UTF-8; choose another"),
         (["--param", f"positions={LONG}"], "positions must be restart|sequential, got '99"),
     ],

@@ -212,10 +212,12 @@ def test_the_judge_cuts_and_scores_what_is_written(tmp_path: Path) -> None:
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     requests = REQUESTS[:2]
-    with pytest.raises(Exception, match="the input changed while it was read: uuid 'q2' is"):
-        with ResultWriter.open(tmp_path / "o.feather", config=CONFIG, requests=requests) as writer:
-            requests.append(REQUESTS[2])
-            list(writer.remaining)
+    with (
+        pytest.raises(Exception, match="the input changed while it was read: uuid 'q2' is"),
+        ResultWriter.open(tmp_path / "o.feather", config=CONFIG, requests=requests) as writer,
+    ):
+        requests.append(REQUESTS[2])
+        list(writer.remaining)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from flexmask import Strategy, make_strategy, mask_strategy, parameter
 from flexmask.errors import FlexMaskWarning, StrategyError
 from flexmask.mask_mods import causal
 from flexmask.plugins.strategy_file import (
+    classes_in_file,
     is_strategy_file,
-    names_in_file,
     recorded_name,
 )
 
@@ -133,7 +133,7 @@ def test_a_file_that_has_changed_is_run_again(write):
 def test_of_several_strategies_in_a_file_one_is_named(write):
     path = write(SOURCE + SECOND)
     assert make_strategy(f"{path}:two", {}).name == "two"
-    assert names_in_file(path) == [f"{path}:one", f"{path}:two"]
+    assert [cls.name for cls in classes_in_file(path)] == ["one", "two"]
     for asked, message in [("", "has several strategies"), (":three", "has no strategy 'three'")]:
         with pytest.raises(StrategyError) as error:
             make_strategy(path + asked, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import sys
@@ -26,10 +25,28 @@ from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
 from flexmask_cli.commands.tasks import tasks
 from flexmask_cli.commands.warmup import warmup
+from flexmask_cli.help_text import Command, Group
+from flexmask_cli.option_kinds import flag
+from flexmask_cli.start_up import prepare_process
 from flexmask_cli.streams import prepared_streams
 
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 """click's, or its copy's that newer versions of typer bring and export no more of."""
+
+COMMANDS = {
+    "generate": generate,
+    "eval": evaluate,
+    "compare": compare,
+    "bench": bench,
+    "show": show,
+    "strategies": strategies,
+    "tasks": tasks,
+    "plugins": plugins,
+    "check": check,
+    "new": new,
+    "warmup": warmup,
+    "doctor": doctor,
+}
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -40,12 +57,12 @@ def _print_version(is_wanted: bool) -> None:
 
 Version = Annotated[
     bool,
-    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    typer.Option(
+        "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ]
-
-
 NoPlugins = Annotated[
-    bool, typer.Option("--no-plugins", help="Load no strategies but the built-in ones.")
+    bool, flag("--no-plugins", help="Load the built-in strategies only, and no plugins.")
 ]
 
 
@@ -58,25 +75,15 @@ def _options(version: Version = False, no_plugins: NoPlugins = False) -> None:
 def build_app() -> typer.Typer:
     """Assemble the commands."""
     app = typer.Typer(
-        add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=Group,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
     app.callback()(_options)
-    app.command()(generate)
-    app.command("eval")(evaluate)
-    app.command()(compare)
-    app.command()(bench)
-    app.command()(tasks)
-    app.command()(warmup)
-    app.command()(show)
-    app.command()(check)
-    app.command()(new)
-    app.command()(strategies)
-    app.command()(plugins)
-    app.command()(doctor)
+    for name, command in COMMANDS.items():
+        app.command(name, cls=Command)(command)
     return app
 
 
@@ -86,12 +93,7 @@ def main() -> None:
     An error that is meant for the user becomes one line and exit status 1; any other keeps its
     traceback.
     """
-    # OpenMP's threads spin while they wait, and a busy neighbour on a small machine then makes
-    # every small product wait for its time slice: four times as long for the demo.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Imports and traced models leave millions of objects that stay. Looking through them for
-    # cycles as often as Python does takes a tenth of a short run.
-    gc.set_threshold(50_000, 20, 100)
+    prepare_process()
     try:
         with prepared_streams():
             _run()
@@ -102,7 +104,7 @@ def main() -> None:
 
 def _run() -> NoReturn:
     try:
-        status = build_app()(standalone_mode=False)
+        status = build_app()(prog_name="flexmask", standalone_mode=False)
     except _UsageError as error:
         said = io.StringIO()
         error.show(said)

@@ -1,20 +1,20 @@
-"""Options that say what to generate for, and what they come to."""
+"""Options that say which requests to read, and the requests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
-from flexmask.limits import LARGEST_SIZE
 from flexmask.tasks.paraphrases import SYNTAX, Selection
-from flexmask_cli.options import path_of, refuse_empty, split_pairs
+from flexmask_cli import completion
+from flexmask_cli.option_kinds import Pair, pairs, path, size, text
 
 if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
     from flexmask.inputs.rows import Input
@@ -22,103 +22,146 @@ if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
     from flexmask.tasks.request_source import OnError, RequestSource
     from flexmask.tasks.task import Examples, Task
 
-TaskName = Annotated[
-    str | None,
-    typer.Option(
-        "--task",
-        "-t",
-        callback=refuse_empty,
-        help="How a row becomes a request: a name of 'flexmask tasks' or a TOML file.",
-    ),
-]
-InputSource = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        "-i",
-        callback=refuse_empty,
-        help="JSON Lines, CSV, Parquet, Feather or Arrow; a folder saved by datasets, or a hub "
-        "id, either with :split; - for JSON Lines on standard input. Without a task it has "
-        "segments and, as wanted, uuid, prefix, suffix, answers, weights. "
-        "Default: the task's sample, else the bundled questions.",
-    ),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column", metavar="NAME=COLUMN", help="Read NAME from another column, or A,B,C of them."
-    ),
-]
-Delimiter = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CHARACTER",
-        help="What stands between the cells of a CSV input, such as ';' or '\\t'. Default: the "
-        "comma, semicolon or tab that divides its first lines.",
-    ),
-]
-Encoding = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Encoding of a text input, such as cp1252 or utf-16. Default: UTF-8."
-    ),
-]
-ExamplesSource = Annotated[
-    str | None,
-    typer.Option(
-        "--examples",
-        callback=refuse_empty,
-        help="Input to draw the task's few-shot examples from; never the question itself.",
-    ),
-]
-NumExamples = Annotated[
-    int | None, typer.Option(min=0, max=LARGEST_SIZE, help="How many few-shot examples.")
-]
-Paraphrases = Annotated[
-    str | None, typer.Option(metavar="SELECTION", help=f"Which paraphrases: {SYNTAX}.")
-]
-PrefixFile = Annotated[
-    Path | None,
-    typer.Option(
-        parser=path_of("--prefix-file"),
-        metavar="PATH",
-        help="Its text, as it is, takes the place of every prefix.",
-    ),
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", "-n", min=1, max=LARGEST_SIZE, help="Only the first rows.")
-]
-NumSegments = Annotated[
-    int | None,
-    typer.Option(min=1, max=LARGEST_SIZE, help="Only the first segments of each request."),
-]
+DEMO = "demo"
+"""The recorded name of the bundled model, and of the bundled questions in output folders."""
 
 
 @dataclass(frozen=True)
-class DatasetOptions:
-    """What was asked for."""
+class OpenInput:
+    """An input and the requests that its rows become.
 
-    task: str | None
-    input: str | None
-    columns: Sequence[str]
-    examples: str | None
-    num_examples: int | None
-    paraphrases: str | None
-    prefix_file: Path | None
-    limit: int | None
-    num_segments: int | None
-    on_error: OnError
-    delimiter: str | None = None
-    encoding: str | None = None
-    fusion: Fusion = Fusion()
+    Attributes:
+        task: How a row becomes a request; None where rows are requests already.
+        name: Names the input in records of a run.
+        stem: A short name for output folders.
+        requests: The requests; every iteration reads the input again.
+    """
 
-    def load_task(self) -> Task | None:
-        """The task, with what other options change in it.
+    task: Task | None
+    name: str
+    stem: str
+    requests: RequestSource
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Which rows to read, and how a row becomes a request."""
+
+    heading: ClassVar[str] = "Input"
+
+    task: Annotated[
+        str | None,
+        text(
+            "--task",
+            "-t",
+            completion=completion.tasks,
+            help="How a row becomes a request: a task of 'flexmask tasks', or a TOML file.",
+        ),
+    ] = None
+    input: Annotated[
+        str | None,
+        text(
+            "--input",
+            "-i",
+            metavar="INPUT",
+            help="A JSON Lines, CSV, Parquet, Feather or Arrow file; a folder saved by datasets "
+            "or a hub id, either with :split; or - for JSON Lines on standard input. Without a "
+            "task its rows have the column segments and may have uuid, prefix, suffix, answers "
+            "and weights. Default: the sample rows of the task; without a task, the questions "
+            "that come with flexmask.",
+        ),
+    ] = None
+    column: Annotated[
+        list[Pair],
+        pairs(
+            "--column",
+            metavar="NAME=COLUMN",
+            help="Read NAME from another column, or from several: NAME=A,B,C. Repeatable.",
+        ),
+    ] = field(default_factory=list)
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHARACTER",
+            help="Character between the cells of a CSV input, such as ';' or '\\t'. Default: the "
+            "comma, semicolon or tab that divides its first lines.",
+        ),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Encoding of a text input, such as cp1252 or utf-16. Default: UTF-8.",
+        ),
+    ] = None
+    paraphrases: Annotated[
+        str | None,
+        typer.Option(metavar="SELECTION", help=f"Which paraphrases become segments: {SYNTAX}."),
+    ] = None
+    examples: Annotated[
+        str | None,
+        text(
+            "--examples",
+            metavar="INPUT",
+            help="Input from which the task's few-shot examples are drawn; the row's own "
+            "question is never among them.",
+        ),
+    ] = None
+    num_examples: Annotated[
+        int | None, size("--num-examples", least=0, help="How many few-shot examples to draw.")
+    ] = None
+    prefix_file: Annotated[
+        Path | None,
+        path("--prefix-file", help="A text file that replaces the prefix of every request."),
+    ] = None
+
+    def open(
+        self,
+        *,
+        fusion: Fusion = Fusion(),
+        num_segments: int | None = None,
+        limit: int | None = None,
+        on_bad_row: OnError = "stop",
+    ) -> OpenInput:
+        """Load the task and open the input; no row is read yet.
+
+        Args:
+            fusion: Whether requests have weights, and into which requests they are split.
+            num_segments: Keep this many segments of each request; None for all.
+            limit: Read this many rows; None for all.
+            on_bad_row: Whether a bad row ends the reading.
 
         Raises:
             OptionError: If an option needs a task and there is none, or has a wrong value.
             TaskError: If the task cannot be used.
+            RequestError: If the input cannot be opened.
         """
+        from flexmask.tasks.request_source import PlainRequests, RequestSource
+        from flexmask.tasks.task_requests import TaskPrompts
+
+        by_column = fusion.weights == "column"
+        columns = self._columns(by_column)
+        task = self._load_task(columns)
+        rows = self._rows(task)
+        prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
+        make = (
+            PlainRequests(columns, prefix, by_column)
+            if task is None
+            else TaskPrompts(
+                task,
+                rows,
+                prefix=prefix,
+                reads_weights=by_column,
+                chosen_columns=columns,
+                examples_format=self._examples_format(),
+            )
+        )
+        requests = RequestSource(rows, make, limit, num_segments, on_bad_row, fusion)
+        stem = rows.stem if self.input or self.task else DEMO
+        return OpenInput(task, rows.name, stem, requests)
+
+    def _load_task(self, columns: Mapping[str, tuple[str, ...]]) -> Task | None:
+        """The task, with what other options change in it."""
         from flexmask.tasks.task import load_task
 
         if self.task is None:
@@ -130,45 +173,17 @@ class DatasetOptions:
         select = task.select if self.paraphrases is None else Selection.parse(self.paraphrases)
         return replace(
             task,
-            columns={**task.columns, **self._column_map()},
+            columns={**task.columns, **columns},
             select=select,
             examples=self._change_examples(task.examples),
         )
 
-    def open(self, task: Task | None) -> tuple[Input, RequestSource]:
-        """The input, and the requests of it.
-
-        Raises:
-            RequestError: If the input cannot be opened.
-            OptionError: If the prefix cannot be read.
-        """
-        from flexmask.tasks.request_source import PlainRequests, RequestSource
-        from flexmask.tasks.task_requests import TaskPrompts
-
-        rows = self._rows(task)
-        prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
-        by_column = self.fusion.weights == "column"
-        make = (
-            PlainRequests(self._column_map(), prefix, by_column)
-            if task is None
-            else TaskPrompts(
-                task,
-                rows,
-                prefix=prefix,
-                reads_weights=by_column,
-                chosen_columns=self._column_map(),
-                examples_format=self._examples_format(),
-            )
-        )
-        return rows, RequestSource(
-            rows, make, self.limit, self.num_segments, self.on_error, self.fusion
-        )
-
-    def _column_map(self) -> dict[str, tuple[str, ...]]:
-        pairs = split_pairs(self.columns, "--column", "NAME=COLUMN")
-        if "weights" in pairs and self.fusion.weights != "column":
+    def _columns(self, reads_weights: bool) -> dict[str, tuple[str, ...]]:
+        """The columns that each name is read from."""
+        columns = {name: tuple(columns.split(",")) for name, columns in self.column}
+        if "weights" in columns and not reads_weights:
             raise OptionError("--column weights=… is read with --fusion-weights column only")
-        return {name: tuple(columns.split(",")) for name, columns in pairs.items()}
+        return columns
 
     def _change_examples(self, examples: Examples) -> Examples:
         if self.prefix_file is not None and (self.examples, self.num_examples) != (None, None):
@@ -211,6 +226,15 @@ class DatasetOptions:
             return TextFormat()
         is_same_kind = Path(self.input).suffix.lower() == Path(self.examples).suffix.lower()
         return self._text_format() if is_same_kind else TextFormat()
+
+
+@dataclass(frozen=True)
+class RequestOptions(InputOptions):
+    """As `InputOptions`, with the number of segments to use of each request."""
+
+    num_segments: Annotated[
+        int | None, size("--num-segments", help="Use only the first N segments of each request.")
+    ] = None
 
 
 def _read_prefix(path: Path) -> str:

@@ -1,78 +1,58 @@
-"""Loading an engine for a command."""
+"""Loads engines and tokenizers as options ask for."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
+from flexmask_cli.options import ChatOptions, EngineOptions, ModelOptions
+from flexmask_cli.start_up import import_engine, quick_loading
 
 if TYPE_CHECKING:
-    from flexmask.attention.flex_call import PrefillKernel
+    from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
+    from flexmask.tasks.task import Task
 
 
-def load_engine(
-    model: str | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    verbose: bool,
-    prefill_kernel: PrefillKernel | None = None,
-) -> Engine:
-    """Load a model, the bundled one if none is named; its library speaks if ``verbose``."""
-    with _what_loads_stays():
-        engine_class = _import_engine(device)
-        from transformers.utils import logging
+def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
+    """Load a model; transformers logs nothing but errors from then on.
 
-        if not verbose:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+    Raises:
+        FlexMaskError: As from `flexmask.Engine.from_pretrained`.
+    """
+    with quick_loading():
+        engine_class = import_engine(options.device)
+        quiet_transformers()
         return engine_class.from_pretrained(
-            model or str(model_path()),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            prefill_kernel=prefill_kernel,
+            model.model or str(model_path()),
+            device=options.device,
+            dtype=options.dtype,
+            trust_remote_code=model.trust_remote_code,
+            prefill_kernel=options.chosen_kernel,
         )
 
 
-@contextmanager
-def _what_loads_stays() -> Iterator[None]:
-    """Look for no garbage among objects while they load, nor among them later on.
+def load_tokenizer(model: ModelOptions, chat: ChatOptions, task: Task | None) -> RequestTokenizer:
+    """Load the tokenizer of a model, and no weights.
 
-    They become the oldest generation, which is not looked through after each graph that
-    compiles, as torch asks for.
+    Raises:
+        ModelError: If it cannot be loaded, or has no chat template and one is asked for.
     """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()
-        gc.enable()
+    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(
+        model.model or str(model_path()), trust_remote_code=model.trust_remote_code
+    )
+    return RequestTokenizer(
+        tokenizer,
+        chat_template=chat.uses_template(task),
+        allow_special_tokens=chat.allow_special_tokens,
+    )
 
 
-def _import_engine(device: str) -> type[Engine]:
-    """Import the engine, and torch and transformers with it, while the device starts."""
-    with ThreadPoolExecutor(1) as pool:
-        driver = pool.submit(_start_driver, device)
-        from flexmask.device import resolve_device, start_device
+def quiet_transformers() -> None:
+    """Let transformers log errors only, and draw no progress bars."""
+    from transformers.utils import logging
 
-        driver.result()
-        starting = pool.submit(start_device, resolve_device(device))
-        from flexmask.engine import Engine
-
-        starting.result()
-    return Engine
-
-
-def _start_driver(device: str) -> None:
-    """Start CUDA's driver, if there is one; torch, asked for GPUs, would wait for it."""
-    if device != "cpu":
-        with suppress(OSError):
-            ctypes.CDLL("libcuda.so.1").cuInit(0)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

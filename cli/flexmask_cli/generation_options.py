@@ -1,114 +1,98 @@
-"""Options that say how tokens are generated, and what they come to."""
+"""Options that `generate` and `compare` share, and the run that they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from flexmask.checkpoint.identity import model_files
 from flexmask.demo import model_path
-from flexmask.errors import OptionError
-from flexmask.limits import check_size
 from flexmask.plugins.registry import recorded_plugin
 from flexmask.plugins.strategy_file import recorded_location, recorded_name
 from flexmask.results.run_config import RunConfig
-from flexmask_cli.engine_loading import load_engine
-from flexmask_cli.options import parse_batch_size, parse_prefill_kernel
+from flexmask_cli.dataset_options import DEMO
+from flexmask_cli.engine_loading import load_engine, load_tokenizer
+from flexmask_cli.options import (
+    BatchOptions,
+    ChatOptions,
+    EngineOptions,
+    ModelOptions,
+    ResultOptions,
+    RowOptions,
+    SamplingOptions,
+)
 
 if TYPE_CHECKING:
     from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
     from flexmask.fusion import Fusion
-    from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy
     from flexmask.tasks.judge import Judge
     from flexmask.tasks.task import Task
 
-DEMO = "demo"
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which model runs over a data set, how it generates, and what happens to the results."""
+
+    rows: RowOptions
+    model: ModelOptions
+    chat: ChatOptions
+    batch: BatchOptions
+    sampling: SamplingOptions
+    engine: EngineOptions
+    results: ResultOptions
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
-    """What was asked for."""
+class PlannedRun:
+    """The options of a run and the task that they apply to."""
 
+    options: RunOptions
     task: Task | None
-    model: str | None
-    device: str
-    dtype: str
-    prefill_kernel: str
-    trust_remote_code: bool
-    batch_size: str
-    max_new_tokens: int
-    stop: Sequence[str]
-    chat_template: bool | None
-    allow_special_tokens: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Raise now what needs no library to be found.
-
-        Raises:
-            OptionError: If an option has an impossible value.
-        """
-        check_size("--max-new-tokens", self.max_new_tokens, 1)
-        parse_batch_size(self.batch_size)
-        parse_prefill_kernel(self.prefill_kernel)
-        if not all(self.stop):
-            raise OptionError("--stop must not be empty; leave it out to generate to the end")
-        for option, texts in (("--model", [self.model or ""]), ("--stop", self.stop)):
-            for text in texts:
-                if not _is_utf8(text):
-                    raise OptionError(f"{option} must be UTF-8, got {text!r}")
-        _ = self.sampling  # which checks itself
 
     @property
     def judge(self) -> Judge:
-        """The task's, else that of all."""
+        """The task's judge; without a task, exact match of the first line."""
         from flexmask.tasks.judge import Judge
 
         return self.task.judge if self.task else Judge()
 
     @property
     def uses_chat_template(self) -> bool:
-        """As asked for, else as the task says."""
-        if self.chat_template is None:
-            return self.task is not None and self.task.chat_template
-        return self.chat_template
+        """Whether requests go into the model's chat template."""
+        return self.options.chat.uses_template(self.task)
 
     @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        from flexmask.sampling import Sampling
-
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    def model_name(self) -> str:
+        """The model as results record it."""
+        return self.options.model.model or DEMO
 
     def check(self) -> None:
         """Raise now what would be raised once the model is loaded.
 
         Raises:
-            OptionError: If an option has an impossible value, or cannot be had here.
+            OptionError: If an option needs a package or a device that is not there.
         """
         from flexmask.device import resolve_device, resolve_dtype
 
         self.judge.check()
-        resolve_dtype(self.dtype, resolve_device(self.device))
+        engine = self.options.engine
+        resolve_dtype(engine.dtype, resolve_device(engine.device))
 
     def for_engine(self) -> dict[str, Any]:
-        """Those that `Engine.generate` takes."""
-        return self._that_change_rows() | {"batch_size": parse_batch_size(self.batch_size)}
+        """Arguments of `Engine.generate`."""
+        return self._that_change_rows() | {"batch_size": self.options.batch.rows_at_once}
 
     def config(self, reference: str, strategy: Strategy, fusion: Fusion, input: str) -> RunConfig:
-        """What a result file records of a run.
+        """The record of a run in its result file.
 
         Args:
-            reference: The strategy as it was asked for.
-            strategy: The same.
-            fusion: What the segments of a request have to do with each other.
+            reference: How the strategy was asked for.
+            strategy: The strategy.
+            fusion: How the segments of a request become one answer.
             input: Name of the input.
         """
         return RunConfig(
@@ -116,18 +100,18 @@ class GenerationOptions:
                 "strategy": recorded_name(reference),
                 "parameters": strategy.parameter_values(),
                 "plugin": recorded_plugin(reference),
-                "model": self.model or DEMO,
-                "model_files": model_files(self.model or str(model_path())),
-                "dtype": self.dtype,
+                "model": self.model_name,
+                "model_files": model_files(self.options.model.model or str(model_path())),
+                "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
                 "judge": asdict(self.judge),
                 "fusion": asdict(fusion),
                 **self._that_change_rows(),
-                "sampling": asdict(self.sampling),
+                "sampling": asdict(self.options.sampling.sampling),
             },
             environment={
                 **self.machine(),
-                "batch_size": self.batch_size,
+                "batch_size": self.options.batch.batch_size,
                 "input": input,
                 "strategy_file": recorded_location(reference),
             },
@@ -138,44 +122,21 @@ class GenerationOptions:
         from flexmask.device import resolve_device
 
         versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
-        return {**versions, "device": str(resolve_device(self.device))}
+        return {**versions, "device": str(resolve_device(self.options.engine.device))}
 
     def load_tokenizer(self) -> RequestTokenizer:
         """Load the model's tokenizer, and not the model."""
-        from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+        return load_tokenizer(self.options.model, self.options.chat, self.task)
 
-        path = self.model or str(model_path())
-        tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
-        return RequestTokenizer(
-            tokenizer,
-            chat_template=self.uses_chat_template,
-            allow_special_tokens=self.allow_special_tokens,
-        )
-
-    def load_engine(self, *, is_verbose: bool) -> Engine:
+    def load_engine(self) -> Engine:
         """Load the model."""
-        return load_engine(
-            self.model,
-            self.device,
-            self.dtype,
-            self.trust_remote_code,
-            is_verbose,
-            parse_prefill_kernel(self.prefill_kernel),
-        )
+        return load_engine(self.options.model, self.options.engine)
 
     def _that_change_rows(self) -> dict[str, Any]:
         return {
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": self.sampling,
-            "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop],
+            "max_new_tokens": self.options.batch.max_new_tokens,
+            "sampling": self.options.sampling.sampling,
+            "stop": self.options.sampling.stop_strings,
             "chat_template": self.uses_chat_template,
-            "allow_special_tokens": self.allow_special_tokens,
+            "allow_special_tokens": self.options.chat.allow_special_tokens,
         }
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are not come as half characters
-        return False
-    return True

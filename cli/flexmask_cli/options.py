@@ -1,236 +1,367 @@
-"""Options that several commands take."""
+"""Option groups that several commands take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
+from flexmask.device import check_device_name, check_dtype_name
 from flexmask.errors import OptionError
+from flexmask.fusion import Fusion
 from flexmask.limits import read_size
+from flexmask.sampling import Sampling
+from flexmask_cli import completion
+from flexmask_cli.option_kinds import Pair, flag, is_utf8, pairs, size, text
 
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.results.resume import OutputMode
+    from flexmask.tasks.request_source import OnError
+    from flexmask.tasks.task import Task
 
-
-def refuse_empty(param: typer.CallbackParam, value: str | None) -> str | None:
-    """Pass on what an option names.
-
-    Raises:
-        OptionError: If that is empty: a shell variable that is not set, which must not stand for
-            a default.
-    """
-    if value == "":
-        raise _empty(max(param.opts, key=len))
-    return value
-
-
-def path_of(option: str) -> Callable[[str], Path]:
-    """The parser of an option that takes a path.
-
-    An empty one would be the working folder. Arrow opens no file whose name is not UTF-8, which
-    would show once a run has ended.
-    """
-
-    def path(text: str) -> Path:
-        if not text:
-            raise _empty(option)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            shown = text.encode(errors="backslashreplace").decode()
-            raise OptionError(f"{option} {shown}: its name is not UTF-8; choose another") from None
-        return Path(text)
-
-    return path
-
-
-def refuse_devices(path: Path) -> None:
-    """Refuse a result that can be read only once, since its first bytes tell its kind.
-
-    Raises:
-        OptionError: If it is a pipe or device.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OptionError(f"{path}: not a file but a pipe or device; write it to a file")
-
-
-def _empty(option: str) -> OptionError:
-    name = option if option.startswith("-") else option.upper()
-    return OptionError(f"{name} is empty; name something or leave it out (an unset variable?)")
-
-
-StrategyName = Annotated[
-    str,
-    typer.Option(
-        "--strategy",
-        "-s",
-        help="Mask strategy; see 'flexmask strategies'. Or one in a file: path/to/file.py:name.",
-    ),
-]
 Parameters = Annotated[
-    list[str] | None,
-    typer.Option("--param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy."),
-]
-
-FusionName = Annotated[
-    str,
-    typer.Option(
-        "--fusion",
-        help="attention: all segments in one prompt, under the strategy's mask. With any other, "
-        "each segment is a prompt of its own. One generation from the logits of all: mean, max, "
-        "weighted_mean, weighted_max. Or of prompts alone: none (the first), each, vote (the "
-        "answer of most).",
-    ),
-]
-FusionWeights = Annotated[
-    str | None,
-    typer.Option(
-        "--fusion-weights",
-        metavar="column|confidence",
-        help="Weights of weighted_mean and weighted_max: the input's column 'weights', or how "
-        "sure the model is of each prompt's next token.",
-    ),
-]
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        callback=refuse_empty,
-        help="Hub id, folder or .gguf file. Default: the small bundled model.",
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate per request.")]
-BatchSize = Annotated[str, typer.Option(help="Prompts that run together: a number or auto.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, float32, bfloat16 or float16; auto is float32 on a CPU and "
-        "the model's own on a GPU."
+    list[Pair],
+    pairs(
+        "--param",
+        "-p",
+        metavar="KEY=VALUE",
+        help="Set a parameter of the strategy. Repeatable.",
     ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    bool, flag("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 
-PrefillKernelName = Annotated[
-    str,
-    typer.Option(
-        "--prefill-kernel",
-        help="What computes prompts on a GPU: auto, triton or flash; flash needs "
-        "flexmask[flash]. auto takes it for long prompts where it is installed.",
-    ),
-]
+
+@dataclass(frozen=True)
+class ListingOptions:
+    """How a listing is printed."""
+
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """One mask strategy and its parameters."""
+
+    heading: ClassVar[str] = "Strategy"
+
+    strategy: Annotated[
+        str,
+        text(
+            "--strategy",
+            "-s",
+            completion=completion.strategies,
+            help="Name of a mask strategy ('flexmask strategies' lists them), or one in a file: "
+            "path/to/file.py:name.",
+        ),
+    ] = "ensemble_isolation"
+    param: Parameters = field(default_factory=list)
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """The parameters by name."""
+        return dict(self.param)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How the segments of a request become one answer."""
+
+    heading: ClassVar[str] = "Strategy"
+
+    fusion: Annotated[
+        str,
+        text(
+            "--fusion",
+            completion=completion.fusions,
+            help="attention puts all segments into one prompt, under the strategy's mask. Every "
+            "other fusion makes each segment a prompt of its own: mean, max, weighted_mean and "
+            "weighted_max fuse the logits of all prompts into one generation; none runs the "
+            "first prompt only, each runs every prompt by itself, and vote takes the answer of "
+            "most prompts.",
+        ),
+    ] = "attention"
+    fusion_weights: Annotated[
+        str | None,
+        text(
+            "--fusion-weights",
+            metavar="column|confidence",
+            help="Weights of weighted_mean and weighted_max: the input's column 'weights', or "
+            "the probability of the token that each prompt finds most likely.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            OptionError: If a name is unknown, or weights are missing or unwanted.
+        """
+        _ = self.chosen
+
+    @property
+    def chosen(self) -> Fusion:
+        """The fusion."""
+        return Fusion(self.fusion, self.fusion_weights)
 
 
 class BadRows(StrEnum):
-    """What ``--on-error`` takes."""
+    """Values of ``--on-error``."""
 
     STOP = "stop"
     SKIP = "skip"
 
 
-OnBadRow = Annotated[
-    BadRows,
-    typer.Option(
-        "--on-error",
-        help="What a row does that cannot be used: stop the run, or stand in the output with "
-        "its reason.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Temperature = Annotated[
-    float, typer.Option(help="0 takes the most likely token; more is more random.")
-]
-TopP = Annotated[float, typer.Option(help="Sample among tokens that reach this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="Text that ends a generation; \\n is a newline. Repeatable."),
-]
-ChatTemplate = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Use the model's chat template. Default: as the task says, else no.",
-    ),
-]
-AllowSpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--allow-special-tokens",
-        help="Read the text of a special token in the input, such as <eos>, as that token. "
-        "Default: it is plain text.",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Keep the rows that are there, generate the rest.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what runs, and how.")]
+@dataclass(frozen=True)
+class RowOptions:
+    """Which rows of an input are run, and what happens to bad ones."""
+
+    heading: ClassVar[str] = "Input"
+
+    limit: Annotated[
+        int | None, size("--limit", "-n", help="Use only the first N rows of the input.")
+    ] = None
+    on_error: Annotated[
+        BadRows,
+        typer.Option(
+            help="When a row cannot be used, stop the run, or skip the row and keep it in the "
+            "output with the reason."
+        ),
+    ] = BadRows.STOP
+
+    @property
+    def on_bad_row(self) -> OnError:
+        """``stop`` or ``skip``."""
+        return self.on_error.value
 
 
-def split_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, str]:
-    """Turn texts with a ``=`` into a mapping.
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, or the model whose tokenizer is used."""
 
-    Args:
-        pairs: The texts.
-        option: What they were given to, such as ``--param``.
-        form: What they should look like, such as ``KEY=VALUE``.
+    heading: ClassVar[str] = "Model"
 
-    Raises:
-        OptionError: If a text has no ``=``, or a key stands twice.
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name:
-            raise OptionError(f"{option} takes {form}, got {pair!r}")
-        if name in found:
-            raise OptionError(f"{option} {name} is given twice")
-        found[name] = value
-    return found
+    model: Annotated[
+        str | None,
+        text(
+            "--model",
+            metavar="MODEL",
+            help="Hub id, folder or .gguf file. Default: the small model that comes with "
+            "flexmask.",
+        ),
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
 
-
-def parse_parameters(pairs: Sequence[str]) -> dict[str, str]:
-    """The parameters of a strategy by name."""
-    return split_pairs(pairs, "--param", "KEY=VALUE")
+    def __post_init__(self) -> None:
+        if self.model is not None and not is_utf8(self.model):
+            raise OptionError(f"--model must be UTF-8, got {self.model!r}")
 
 
-def parse_batch_size(text: str) -> int | None:
-    """A number of rows; None for ``auto``."""
-    if text == "auto":
-        return None
-    return read_size("--batch-size", text, "a positive number or auto")
+@dataclass(frozen=True)
+class ChatOptions:
+    """How text is tokenized."""
+
+    heading: ClassVar[str] = "Model"
+
+    chat_template: Annotated[
+        bool | None,
+        flag(
+            "--chat-template/--no-chat-template",
+            help="Put requests into the model's chat template, or not. Default: as the task "
+            "says; without a task, not.",
+        ),
+    ] = None
+    allow_special_tokens: Annotated[
+        bool,
+        flag(
+            "--allow-special-tokens",
+            help="Read the text of a special token in the input, such as <eos>, as that token. "
+            "Default: as plain text.",
+        ),
+    ] = False
+
+    def uses_template(self, task: Task | None) -> bool:
+        """Whether requests go into the chat template: as asked for, else as the task says."""
+        if self.chat_template is None:
+            return task is not None and task.chat_template
+        return self.chat_template
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Turn ``40,35,38`` into numbers of tokens.
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where a model runs, and in which dtype."""
 
-    Raises:
-        OptionError: If one is not a positive number.
-    """
-    form = "positive numbers as in 40,35,38"
-    return [read_size("--segments", length, form, given=text) for length in text.split(",")]
+    heading: ClassVar[str] = "Device"
+
+    device: Annotated[
+        str,
+        text("--device", completion=completion.devices, help="auto, cpu, cuda or cuda:N."),
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        text(
+            "--dtype",
+            completion=completion.dtypes,
+            help="auto, float32, bfloat16 or float16. auto is float32 on a CPU, and the dtype "
+            "that the model was saved in on a GPU.",
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the names; whether the device is there takes torch to find out.
+
+        Raises:
+            OptionError: If a name is unknown.
+        """
+        check_device_name(self.device)
+        check_dtype_name(self.dtype)
 
 
-def parse_prefill_kernel(text: str) -> PrefillKernel | None:
-    """A kernel; None for ``auto``."""
-    if text == "auto":
-        return None
-    if text not in ("triton", "flash"):
-        raise OptionError(f"--prefill-kernel must be auto, triton or flash, got {text!r}")
-    return cast("PrefillKernel", text)
+@dataclass(frozen=True)
+class BatchOptions:
+    """The shape of batches."""
+
+    heading: ClassVar[str] = "Generation"
+
+    max_new_tokens: Annotated[
+        int, size("--max-new-tokens", help="Most tokens to generate for a request.")
+    ] = 20
+    batch_size: Annotated[
+        str,
+        text(
+            "--batch-size",
+            metavar="N|auto",
+            help="Prompts that run together; auto chooses by memory.",
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the batch size.
+
+        Raises:
+            OptionError: If it is neither a number nor auto.
+        """
+        _ = self.rows_at_once
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """The batch size; None for ``auto``."""
+        if self.batch_size == "auto":
+            return None
+        return read_size("--batch-size", self.batch_size, "a positive number or auto")
 
 
-def parse_mode(resume: bool, overwrite: bool) -> OutputMode:
-    """What to do where results stand."""
-    if resume and overwrite:
-        raise OptionError("--resume and --overwrite exclude each other")
-    return "resume" if resume else "overwrite" if overwrite else "new"
+@dataclass(frozen=True)
+class EngineOptions(DeviceOptions):
+    """Where an engine runs, in which dtype and with which kernel."""
+
+    prefill_kernel: Annotated[
+        str,
+        text(
+            "--prefill-kernel",
+            completion=completion.prefill_kernels,
+            help="Attention kernel that computes prompts on a GPU: auto, triton or flash. flash "
+            "needs flexmask[flash]; auto uses it for long prompts where it is installed.",
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            OptionError: If a name is unknown.
+        """
+        super().__post_init__()
+        if self.prefill_kernel not in ("auto", "triton", "flash"):
+            raise OptionError(
+                f"--prefill-kernel must be auto, triton or flash, got {self.prefill_kernel!r}"
+            )
+
+    @property
+    def chosen_kernel(self) -> PrefillKernel | None:
+        """The prefill kernel; None for ``auto``."""
+        return (
+            None if self.prefill_kernel == "auto" else cast("PrefillKernel", self.prefill_kernel)
+        )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen, and where a generation ends."""
+
+    heading: ClassVar[str] = "Generation"
+
+    stop: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT", help="Text that ends a generation; \\n is a newline. Repeatable."
+        ),
+    ] = field(default_factory=list)
+    temperature: Annotated[
+        float,
+        typer.Option(metavar="X", help="0 takes the most likely token; more is more random."),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P",
+            help="Sample among the most likely tokens that together have this probability.",
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        size("--top-k", least=0, help="Sample among this many most likely tokens; 0 for all."),
+    ] = 0
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: If an option has a value that it cannot have.
+        """
+        _ = self.sampling
+        if not all(self.stop):
+            raise OptionError("--stop must not be empty; leave it out to generate to the end")
+        for stop in self.stop:
+            if not is_utf8(stop):
+                raise OptionError(f"--stop must be UTF-8, got {stop!r}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        r"""The stop strings with a newline for each ``\n`` and a tab for each ``\t``."""
+        return [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop]
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """What happens to results that are there already, and what is printed."""
+
+    heading: ClassVar[str] = "Output"
+
+    resume: Annotated[
+        bool,
+        flag("--resume", help="Keep the rows that the output holds and generate the others."),
+    ] = False
+    overwrite: Annotated[bool, flag("--overwrite", help="Replace the output.")] = False
+    quiet: Annotated[bool, flag("--quiet", "-q", help="Print errors and warnings only.")] = False
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite exclude each other")
+
+    @property
+    def mode(self) -> OutputMode:
+        """What to do where a result stands."""
+        return "resume" if self.resume else "overwrite" if self.overwrite else "new"

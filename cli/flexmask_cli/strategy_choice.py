@@ -1,4 +1,4 @@
-"""From what the user asked for to a strategy: loads plugins and says what went wrong with them."""
+"""From the names and parameters that a user gave to strategies."""
 
 from __future__ import annotations
 
@@ -8,104 +8,117 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from typing import NamedTuple
 
 from flexmask.errors import FlexMaskWarning, OptionError
-from flexmask.plugins.registry import Registry, load_registry, make_strategy
-from flexmask.plugins.strategy_file import is_strategy_file, names_in_file, strategy_of_file
+from flexmask.plugins.registry import Registry, load_registry
+from flexmask.plugins.strategy_file import classes_in_file, is_strategy_file, strategy_of_file
 from flexmask.strategy import Strategy
 from flexmask_cli import render
-from flexmask_cli.options import parse_parameters
+from flexmask_cli.option_kinds import read_pairs
+
+
+class ChosenStrategy(NamedTuple):
+    """A strategy and how it was asked for.
+
+    Attributes:
+        reference: Its registered name, or ``path/to/file.py:name``.
+        strategy: The strategy.
+    """
+
+    reference: str
+    strategy: Strategy
 
 
 def load_plugins() -> Registry:
-    """Load all plugins, and print what the user should know about them."""
-    with stdout_to_stderr():
-        registry = load_registry()
+    """Load all plugins; warn of those that failed and of what others should not have done."""
+    registry = quietly_loaded_plugins()
     render.print_warnings(registry.problems())
     return registry
 
 
-def choose_strategies(reference: str, pairs: Sequence[str] | None) -> list[Strategy]:
-    """As `choose_strategy`; all strategies of a file where no name follows its path."""
-    if not is_strategy_file(reference):
-        return [choose_strategy(reference, pairs)]
-    with _file_warnings():
-        names = names_in_file(reference)
-    return [choose_strategy(name, pairs) for name in names]
+def quietly_loaded_plugins() -> Registry:
+    """As `load_plugins`, for a command that lists problems itself."""
+    with stdout_to_stderr():
+        return load_registry()
 
 
-def choose_strategy(name: str, pairs: Sequence[str] | None) -> Strategy:
-    """Make a strategy by its name or from a file, which is announced.
+def choose_strategy(reference: str, parameters: Mapping[str, str]) -> ChosenStrategy:
+    """Make a strategy by its name, or from a file, which is announced.
 
     Args:
-        name: Of a registered strategy, or ``path/to/file.py:name``.
-        pairs: Its parameters, as ``KEY=VALUE``.
+        reference: Name of a registered strategy, or ``path/to/file.py:name``.
+        parameters: Its parameters.
+
+    Raises:
+        StrategyError: If the strategy or a parameter is unknown, or a value is not allowed.
     """
-    parameters = parse_parameters(pairs or [])
-    if not is_strategy_file(name):
+    if not is_strategy_file(reference):
         load_plugins()
-        return make_strategy(name, parameters)
+    return ChosenStrategy(reference, _made(reference, _strategy_class(reference), parameters))
+
+
+def choose_all(reference: str, parameters: Mapping[str, str]) -> list[Strategy]:
+    """As `choose_strategy`; all strategies of a file where no name follows its path."""
+    if not is_strategy_file(reference):
+        return [choose_strategy(reference, parameters).strategy]
     with _file_warnings():
-        strategy = make_strategy(name, parameters)
-    render.print_note(
-        f"strategy {strategy.name!r} runs straight from a file, {strategy.source()}; "
-        "'flexmask new' starts a plugin"
-    )
-    return strategy
+        classes = classes_in_file(reference)
+    return [_made(reference, cls, parameters) for cls in classes]
 
 
-def choose_several(texts: Sequence[str], parameters: Mapping[str, str]) -> list[Strategy]:
-    """As `choose_named`, the strategies alone."""
-    return [strategy for _, strategy in choose_named(texts, parameters)]
-
-
-def choose_named(
-    texts: Sequence[str], parameters: Mapping[str, str]
-) -> list[tuple[str, Strategy]]:
+def choose_listed(texts: Sequence[str], shared: Mapping[str, str]) -> list[ChosenStrategy]:
     """Make strategies from texts such as ``causal,prefix_segment:positions=sequential``.
 
     Args:
-        texts: Names, or strategies of a file as ``path/to/file.py:name``, separated by commas,
-            each with parameters of its own after colons.
-        parameters: Given to every strategy that takes them and has none of its own.
-
-    Returns:
-        The name without parameters, and the strategy.
+        texts: References as `choose_strategy` takes them, separated by commas, each with
+            parameters of its own after colons.
+        shared: Parameters for every strategy that takes them and has none of its own.
 
     Raises:
-        OptionError: If no strategy takes one of the parameters, or a text is malformed.
+        OptionError: If no strategy takes one of the shared parameters, or a text is malformed.
         StrategyError: If a strategy or a parameter is unknown, or a value is not allowed.
     """
-    strategies = []
-    unused = dict(parameters)
+    chosen = []
+    unused = set(shared)
     # No name begins with a digit: a comma before one is within a value, as in parents=0,0,1.
     for text in (name for names in texts for name in re.split(r",(?!\d)", names)):
         parts = text.strip().split(":")
         of_name = 2 if parts[0].endswith(".py") else 1
-        name, pairs = ":".join(parts[:of_name]), parts[of_name:]
-        taken = {parameter.name for parameter in _strategy_class(name).parameters()}
-        shared = {key: value for key, value in parameters.items() if key in taken}
-        own = shared | parse_parameters(pairs)
-        strategy = choose_strategy(name, [f"{k}={v}" for k, v in own.items()])
-        strategies.append((name, strategy))
-        unused = {key: value for key, value in unused.items() if key not in shared}
-    if unused and len(strategies) == 1:
-        make_strategy(strategies[0][0], unused)  # says what the strategy takes
+        reference = ":".join(parts[:of_name])
+        cls = _strategy_class(reference)
+        own = dict(read_pairs(parts[of_name:], "a strategy", "NAME:KEY=VALUE"))
+        taken = {parameter.name for parameter in cls.parameters()} & shared.keys()
+        values = {name: shared[name] for name in taken} | own
+        chosen.append(ChosenStrategy(reference, _made(reference, cls, values)))
+        unused -= taken
+    if unused and len(chosen) == 1:
+        chosen[0].strategy.from_parameters({name: shared[name] for name in unused})  # raises
     if unused:
-        raise OptionError(f"--param {next(iter(unused))}: none of the strategies takes it")
-    return strategies
+        raise OptionError(f"--param {min(unused)}: none of the strategies takes it")
+    return chosen
 
 
-def _strategy_class(name: str) -> type[Strategy]:
-    if is_strategy_file(name):
-        with _file_warnings():
-            return strategy_of_file(name)
-    return load_registry().strategy(name)
+def _made(reference: str, cls: type[Strategy], parameters: Mapping[str, str]) -> Strategy:
+    strategy = cls.from_parameters(parameters)
+    if is_strategy_file(reference):
+        render.print_note(
+            f"strategy {strategy.name!r} runs straight from a file, {strategy.source()}; "
+            "'flexmask new' starts a plugin"
+        )
+    return strategy
+
+
+def _strategy_class(reference: str) -> type[Strategy]:
+    if not is_strategy_file(reference):
+        return load_registry().strategy(reference)
+    with _file_warnings():
+        return strategy_of_file(reference)
 
 
 @contextmanager
 def _file_warnings() -> Iterator[None]:
-    """Print what flexmask warns of while a file runs, a line each."""
+    """Print flexmask's warnings while a file runs, a line each."""
     with warnings.catch_warnings(record=True) as caught, stdout_to_stderr():
         warnings.simplefilter("always", FlexMaskWarning)
         try:
@@ -117,7 +130,7 @@ def _file_warnings() -> Iterator[None]:
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Send to stderr what a plugin's code, C code and child processes write to stdout."""
-    if sys.stdout is None or sys.stderr is None:  # closed by who called
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller
         yield
         return
     sys.stdout.flush()

@@ -18,10 +18,10 @@ from flexmask.attention.model_probe import AttentionShape
 from flexmask.attention.scaled_part import place_part
 from flexmask.bench.ceilings import matrix_rate, read_bandwidth
 from flexmask.bench.clock import Spread, time_call
+from flexmask.bench.heads import Heads
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
 from flexmask.engine.prefill_plan import prefill_length
-from flexmask.errors import OptionError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
@@ -33,33 +33,6 @@ LONGEST_DENSE = {"cuda": 16_384, "cpu": 4_096}
 CAUSAL = "SDPA, causal"
 LONGEST_SCORES = 2_048
 """Tokens up to which all scores are made, which a strategy that changes them needs."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The shape of attention.
-
-    Attributes:
-        query: Query heads.
-        key: Key heads, of which the query heads are a multiple.
-        dim: Size of each.
-    """
-
-    query: int
-    key: int
-    dim: int
-
-    def __post_init__(self) -> None:
-        if min(self.query, self.key, self.dim) < 1 or self.query % self.key:
-            raise OptionError(
-                f"query heads must be a multiple of key heads, got {self.query}:{self.key} "
-                f"of {self.dim}"
-            )
-
-    @property
-    def are_grouped(self) -> bool:
-        """Whether several query heads share a key head."""
-        return self.query != self.key
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from flexmask.errors import AttentionError, FlexMaskError
 from flexmask.layout import Layout
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
+from flexmask.transformers_internals import (
+    attention_implementation,
+    set_attention_implementation,
+)
 
 REFERENCE = "eager"
 """transformers' plainest attention, which every model has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from io import StringIO
@@ -140,14 +139,7 @@ def _move(module: nn.Module, device: torch.device) -> None:
     """Copy a module to a device, and prepare the compiler meanwhile."""
     if device.type == "cuda":
         torch.cuda.init()
-    # Copying releases the interpreter's lock, but after each tensor it waits for the lock, by
-    # default up to 5 ms, which is longer than most copies take.
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        with ThreadPoolExecutor() as pool:
-            compiler = pool.submit(prepare_compiler, device, pool)
-            module.to(device)
-            compiler.result()
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor() as pool:
+        compiler = pool.submit(prepare_compiler, device, pool)
+        module.to(device)  # imports nothing, and leaves the interpreter to the other thread
+        compiler.result()

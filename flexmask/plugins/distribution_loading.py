@@ -11,7 +11,7 @@ from importlib.metadata import Distribution, EntryPoint
 
 import pluggy
 
-from flexmask.error_text import described, place_of_code, place_of_fault
+from flexmask.error_text import described, did_you_mean, place_of_code, place_of_fault
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.plugins import hookspecs
 from flexmask.plugins.guarded_call import call_guarded
@@ -181,6 +181,7 @@ def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
     manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, name)
+    _check_hook_names(manager, plugin)
     manager.check_pending()
     if not manager.get_hookcallers(plugin):
         raise StrategyError("no hook in it; decorate register_strategies with @flexmask.hookimpl")
@@ -191,6 +192,19 @@ def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
             f"register_strategies must return a list of strategy classes, got {returned!r}"
         )
     return tuple(check_strategy_class(cls) for cls in returned)
+
+
+def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Refuse a hook that flexmask does not have, as `PluginManager.check_pending` does too.
+
+    Raises:
+        StrategyError: If there is one; it says which hook may be meant.
+    """
+    for caller in manager.get_hookcallers(plugin) or ():
+        if not caller.has_spec():
+            known = [name for name, hook in vars(manager.hook).items() if hook.has_spec()]
+            close = did_you_mean(caller.name, known)
+            raise StrategyError(f"flexmask has no hook {caller.name!r}{close}")
 
 
 def _check_names(strategies: tuple[type[Strategy], ...], reserved: Set[str]) -> None:

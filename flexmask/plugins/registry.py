@@ -8,11 +8,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
+from flexmask.error_text import did_you_mean
 from flexmask.errors import FlexMaskError, StrategyError
 from flexmask.plugins.distribution_loading import PluginRecord, load_distribution, name_and_version
 from flexmask.plugins.hookspecs import ENTRY_POINT_GROUP
@@ -104,9 +104,7 @@ class Registry:
         message = f"unknown strategy {name!r}; known: {', '.join(known)}"
         if failed := [f"'{item}'" for item in self.plugins if item.error]:
             message += f"; plugins that failed (see 'flexmask plugins'): {', '.join(failed)}"
-        if close := get_close_matches(name, known, n=1):
-            message += f"; did you mean {close[0]!r}?"
-        return message
+        return message + did_you_mean(name, known)
 
 
 def _conflict(name: str, owners: Iterable[PluginRecord]) -> str:

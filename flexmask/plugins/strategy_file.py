@@ -42,14 +42,14 @@ def strategy_of_file(reference: str) -> type[Strategy]:
     return found[name]
 
 
-def names_in_file(reference: str) -> list[str]:
-    """``path/to/file.py:name`` for the strategy that is named, or for each in the file.
+def classes_in_file(reference: str) -> tuple[type[Strategy], ...]:
+    """The strategy that a reference names, or all strategies of the file if it names none.
 
     Raises:
-        StrategyError: As `strategies_of_file`.
+        StrategyError: If the file cannot be run or has no such strategy.
     """
     path, name = _parts(reference)
-    return [reference] if name else [f"{path}:{cls.name}" for cls in strategies_of_file(path)]
+    return (strategy_of_file(reference),) if name else strategies_of_file(path)
 
 
 def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:

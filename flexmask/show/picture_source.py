@@ -1,4 +1,4 @@
-"""What a picture is of: a request of given lengths, of a file, or as a run answered it."""
+"""The request that a picture shows: of given lengths, of an input, or as a run answered it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from flexmask.limits import shown_number
 from flexmask.plugins.registry import make_strategy
 from flexmask.plugins.strategy_file import reference_of_record
 from flexmask.request import Request
-from flexmask.results.formats import is_result
 from flexmask.results.result_writer import read_finished_rows, read_run_config
 from flexmask.results.run_config import RunConfig
 from flexmask.show.tokens import ShownRequest
 from flexmask.strategy import Strategy
-from flexmask.tasks.request_source import read_requests
 
 if TYPE_CHECKING:
     from flexmask.encoding.tokenization import RequestTokenizer
@@ -104,37 +102,39 @@ def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Sub
     return Subject(heading, ShownRequest.of_lengths(prefix, segments, suffix))
 
 
-def subject_of_file(
-    source: str, row: int, *, model: str | None = None, num_segments: int | None = None
-) -> Subject:
-    """A request of a JSON Lines file, or a row of a result file as it was run.
+def subject_of_request(request: Request, tokenize: RequestTokenizer, heading: str) -> Subject:
+    """A request as the engine gets it.
 
     Args:
-        source: A path, or ``-`` for JSON Lines from standard input.
-        row: Which, from 1.
-        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the bundled model,
-            or the one that made the result file.
-        num_segments: Keep this many segments of the request.
+        request: The request.
+        tokenize: Makes tokens of it, in a chat template or not.
+        heading: Names it.
 
     Raises:
-        RequestError: If there is no such row, or it cannot be tokenized.
-        OutputError: If it is a result file that cannot be read.
+        RequestError: If it cannot be tokenized.
+    """
+    shown = ShownRequest(tokenize(request), text_of=cache(tokenize.token_text))
+    return Subject(heading, shown)
+
+
+def subject_of_result(
+    source: str, row: int, *, model: str | None = None, trust_remote_code: bool = False
+) -> Subject:
+    """A row of a result file as it was run, with its generation.
+
+    Args:
+        source: Path of the file.
+        row: Which, from 1.
+        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the one that made
+            the file.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        RequestError: If there is no such row, or it failed.
+        OutputError: If the file cannot be read.
+        OptionError: If its prompts ran apart, with no mask between them.
         ModelError: If the tokenizer cannot be loaded.
     """
-    if is_result(Path(source)):
-        if num_segments is not None:
-            raise OptionError("--num-segments is for requests; a result is shown as it was run")
-        return _subject_of_result(source, row, model)
-    requests = read_requests(source, num_segments=num_segments)
-    _check_row(source, row, len(requests))
-    request = requests[row - 1]
-    tokenize = _load_tokenizer(model or DEMO)
-    shown = ShownRequest(tokenize(request), text_of=cache(tokenize.token_text))
-    name = "standard input" if source == "-" else Path(source).name
-    return Subject(f"{name}, row {row}: {request.uuid}", shown)
-
-
-def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
     config = read_run_config(source)
     run = config.run
     recorded = {"fusion": {}, **run}  # early versions had one way only
@@ -149,7 +149,8 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
             "draw; name the file of the requests"
         )
     rows = read_finished_rows(source)
-    _check_row(source, row, rows.num_rows)
+    if not 1 <= row <= rows.num_rows:
+        raise RequestError(f"{source}: --row must be 1 to {rows.num_rows}, got {row}")
     (values,) = rows.slice(row - 1, 1).to_pylist()
     if values["error"]:
         raise RequestError(f"{source}: row {row} failed: {values['error']}")
@@ -169,8 +170,15 @@ def _subject_of_result(source: str, row: int, model: str | None) -> Subject:
         model=run["model"],
         strategy=partial(_strategy_of_run, config),
     )
-    tokenize = _load_tokenizer(
-        model or answer.model,
+    # Imported here, because a request of given lengths need not wait for transformers.
+    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+
+    name = model or answer.model
+    tokenizer = load_tokenizer(
+        str(model_path()) if name == DEMO else name, trust_remote_code=trust_remote_code
+    )
+    tokenize = RequestTokenizer(
+        tokenizer,
         chat_template=run["chat_template"],
         allow_special_tokens=run.get("allow_special_tokens", False),
     )
@@ -200,16 +208,3 @@ def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) ->
     if len(texts) > count:
         texts[count - 1 :] = ["".join(texts[count - 1 :])]
     return tuple(texts)
-
-
-def _check_row(source: str, row: int, count: int) -> None:
-    if not 1 <= row <= count:
-        raise RequestError(f"{source}: --row must be 1 to {count}, got {row}")
-
-
-def _load_tokenizer(model: str, **options: bool) -> RequestTokenizer:
-    # Here, because a request of given lengths need not wait for transformers.
-    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
-
-    tokenizer = load_tokenizer(str(model_path()) if model == DEMO else model)
-    return RequestTokenizer(tokenizer, **options)

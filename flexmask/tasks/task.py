@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexmask.error_text import did_you_mean
 from flexmask.errors import FlexMaskError, TaskError
 from flexmask.inputs.bounded_file import read_whole
 from flexmask.inputs.rows import printable
@@ -110,14 +111,22 @@ def load_task(name: str) -> Task:
     if "/" in name or not os.path.isfile(path):
         path = Path(name)
         if path.suffix != ".toml":
-            known = ", ".join(task.name for task in shipped_tasks())
-            raise TaskError(f"unknown task {name!r}; known: {known}, or the path of a .toml file")
+            known = shipped_names()
+            raise TaskError(
+                f"unknown task {name!r}; known: {', '.join(known)}, or the path of a .toml file"
+                f"{did_you_mean(name, known)}"
+            )
     return _read_task(path)
+
+
+def shipped_names() -> list[str]:
+    """Names of the tasks that come with flexmask, sorted."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def shipped_tasks() -> list[Task]:
     """The tasks that come with flexmask, sorted by name."""
-    return [_read_task(path) for path in sorted(SHIPPED.glob("*.toml"))]
+    return [_read_task(SHIPPED / f"{name}.toml") for name in shipped_names()]
 
 
 def _read_task(path: Path) -> Task:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexmask_cli import render
-from flexmask_cli.options import Parameters
-from flexmask_cli.strategy_choice import choose_strategies, stdout_to_stderr
+from flexmask_cli import completion, render
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.options import AsJson, Parameters
+from flexmask_cli.strategy_choice import choose_all, stdout_to_stderr
 
 if TYPE_CHECKING:
     from flexmask.check import Outcome
     from flexmask.strategy import Strategy
 
 
-def check(
-    strategy: Annotated[str, typer.Argument(help="A strategy's name, or path/to/file.py[:name].")],
-    param: Parameters = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Check a strategy: its mask, its layouts, and what compiles. Exits with 1 on findings."""
-    chosen = choose_strategies(strategy, param)
-    outcomes = [_run(item, is_silent=as_json) for item in chosen]
-    if as_json:
+@dataclass(frozen=True)
+class CheckOptions:
+    """The strategies to check."""
+
+    strategy: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a strategy, or path/to/file.py[:name].",
+            autocompletion=completion.strategies,
+        ),
+    ]
+    param: Parameters = field(default_factory=list)
+    as_json: AsJson = False
+
+
+@takes_options
+def check(*, options: CheckOptions) -> None:
+    """Check that a strategy keeps the rules that the engine relies on.
+
+    The mask, the layouts and the compiled attention are checked. The exit status is 1 if a rule
+    is broken.
+    """
+    chosen = choose_all(options.strategy, dict(options.param))
+    outcomes = [_run(item, is_silent=options.as_json) for item in chosen]
+    if options.as_json:
         render.print_json([_fields(*pair) for pair in zip(chosen, outcomes, strict=True)])
     if any(outcome.finding for found in outcomes for outcome in found):
         raise typer.Exit(1)
@@ -74,5 +91,5 @@ def _fields(strategy: Strategy, outcomes: list[Outcome]) -> dict[str, Any]:
             {"name": item.rule.name, "asserts": item.rule.summary, "status": item.status}
             for item in outcomes
         ],
-        "findings": [dataclasses.asdict(item.finding) for item in outcomes if item.finding],
+        "findings": [asdict(item.finding) for item in outcomes if item.finding],
     }

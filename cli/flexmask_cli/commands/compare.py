@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -13,46 +14,14 @@ from flexmask.errors import FlexMaskError
 from flexmask.fusion import Fusion
 from flexmask.limits import read_size
 from flexmask_cli import render
-from flexmask_cli.dataset_options import (
-    Columns,
-    DatasetOptions,
-    Delimiter,
-    Encoding,
-    ExamplesSource,
-    InputSource,
-    Limit,
-    NumExamples,
-    Paraphrases,
-    PrefixFile,
-    TaskName,
-)
-from flexmask_cli.generation_options import DEMO, GenerationOptions
+from flexmask_cli.dataset_options import InputOptions
+from flexmask_cli.generation_options import PlannedRun, RunOptions
 from flexmask_cli.interrupt import Interrupt
-from flexmask_cli.options import (
-    AllowSpecialTokens,
-    BadRows,
-    BatchSize,
-    ChatTemplate,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    OnBadRow,
-    Overwrite,
-    PrefillKernelName,
-    Quiet,
-    Resume,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    parse_mode,
-    path_of,
-)
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import path, text
+from flexmask_cli.options import AsJson
 from flexmask_cli.progress import track
-from flexmask_cli.strategy_choice import choose_named, load_plugins
+from flexmask_cli.strategy_choice import choose_listed, load_plugins
 from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
@@ -61,100 +30,72 @@ if TYPE_CHECKING:
     from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetRun
 
-Strategies = Annotated[
-    str,
-    typer.Option(
-        "--strategies",
-        "-s",
-        metavar="NAME[:KEY=VALUE],…",
-        help="Mask strategies, each with parameters of its own after a colon.",
-    ),
-]
-Fusions = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME[:WEIGHTS],…",
-        help="What else to compare with: fusions that run each segment alone, such as none, mean, "
-        "max, vote (docs/compare.md).",
-    ),
-]
-Counts = Annotated[
-    str,
-    typer.Option(
-        "--num-segments", metavar="N,…", help="How many segments of each request; all for all."
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        parser=path_of("--output"),
-        metavar="PATH",
-        help="Folder for the report and the result files. "
-        "Default: outputs/<input>/<model>/compare.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is compared."""
+
+    heading: ClassVar[str] = "Comparison"
+
+    strategies: Annotated[
+        str,
+        text(
+            "--strategies",
+            "-s",
+            metavar="NAME[:KEY=VALUE],…",
+            help="Mask strategies, separated by commas, each with parameters of its own after "
+            "a colon.",
+        ),
+    ] = "causal,prefix_segment,ensemble_isolation"
+    fusions: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:WEIGHTS],…",
+            help="Fusions to compare with, such as none, mean, max or vote, which make each "
+            "segment a prompt of its own (docs/compare.md).",
+        ),
+    ] = "none,mean"
+    num_segments: Annotated[
+        str,
+        text(
+            "--num-segments",
+            metavar="N,…",
+            help="How many segments of each request to use, one comparison for each number; all "
+            "uses all.",
+        ),
+    ] = "all"
 
 
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the comparison goes."""
+
+    heading: ClassVar[str] = "Output"
+
+    output: Annotated[
+        Path | None,
+        path(
+            "--output",
+            "-o",
+            help="Folder for the report and the result files. "
+            "Default: outputs/<input>/<model>/compare.",
+        ),
+    ] = None
+    as_json: AsJson = False
+
+
+@takes_options
 def compare(
-    strategies: Strategies = "causal,prefix_segment,ensemble_isolation",
-    fusions: Fusions = "none,mean",
-    num_segments: Counts = "all",
-    model: Model = None,
-    task: TaskName = None,
-    input: InputSource = None,
-    output: Output = None,
-    limit: Limit = None,
-    delimiter: Delimiter = None,
-    encoding: Encoding = None,
-    column: Columns = None,
-    paraphrases: Paraphrases = None,
-    examples: ExamplesSource = None,
-    num_examples: NumExamples = None,
-    prefix_file: PrefixFile = None,
-    chat_template: ChatTemplate = None,
-    allow_special_tokens: AllowSpecialTokens = False,
-    on_error: OnBadRow = BadRows.STOP,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    max_new_tokens: MaxNewTokens = 20,
-    stop: Stop = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    prefill_kernel: PrefillKernelName = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    *, plan: PlanOptions, data: InputOptions, output: OutputOptions, run: RunOptions
 ) -> None:
     """Compare strategies, fusions and numbers of segments on one data set."""
-    ways = _plan(strategies, fusions, num_segments)
-    mode = parse_mode(resume, overwrite)
-    dataset = DatasetOptions(
-        task=task,
-        input=input,
-        columns=column or [],
-        examples=examples,
-        num_examples=num_examples,
-        paraphrases=paraphrases,
-        prefix_file=prefix_file,
-        limit=limit,
-        num_segments=None,
-        on_error=on_error.value,
-        delimiter=delimiter,
-        encoding=encoding,
-        fusion=_read_for(ways),
+    ways = _plan(plan)
+    opened = data.open(
+        fusion=_read_for(ways), limit=run.rows.limit, on_bad_row=run.rows.on_bad_row
     )
-    loaded_task = dataset.load_task()
-    rows, requests = dataset.open(loaded_task)
+    planned = PlannedRun(run, opened.task)
 
-    # Only now torch and what needs it: mistakes in the options above show at once.
+    # These import torch. Wrong options are found before, so that they are told at once.
     from flexmask.compare.comparison_run import CellRunner, ReportFolder, cut_to_counts
     from flexmask.compare.lone_prompt import with_plain_prompts
     from flexmask.compare.report import save_report
@@ -162,58 +103,42 @@ def compare(
     from flexmask.compare.table import tabulate
     from flexmask.results.output_path import default_folder
 
-    options = GenerationOptions(
-        task=loaded_task,
-        model=model,
-        device=device,
-        dtype=dtype,
-        prefill_kernel=prefill_kernel,
-        trust_remote_code=trust_remote_code,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        stop=stop or [],
-        chat_template=chat_template,
-        allow_special_tokens=allow_special_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-    )
-    options.check()
+    planned.check()
     ways = with_plain_prompts(ways)
     counts = dict.fromkeys(way.num_segments for way in ways)
-    requests_of = cut_to_counts(requests, [*counts], on_error.value)
+    requests_of = cut_to_counts(opened.requests, [*counts], run.rows.on_bad_row)
     sameness = Sameness(
         requests_of,
-        options.load_tokenizer(),
-        max_new_tokens,
-        is_greedy=options.sampling.is_greedy,
+        planned.load_tokenizer(),
+        run.batch.max_new_tokens,
+        is_greedy=run.sampling.sampling.is_greedy,
     )
     with render.warnings_as_lines():
         cells = sameness.cells(ways)
-    stem = rows.stem if input or task else DEMO
-    folder = ReportFolder(output or default_folder(stem, model or DEMO) / "compare")
+    folder = ReportFolder(
+        output.output or default_folder(opened.stem, planned.model_name) / "compare"
+    )
     runner = CellRunner(
-        load_engine=cache(partial(options.load_engine, is_verbose=False)),
+        load_engine=cache(planned.load_engine),
         folder=folder,
         requests_of=requests_of,
-        config_of=lambda way: options.config(
-            way.contender.reference, way.contender.strategy, way.fusion, rows.name
+        config_of=lambda way: planned.config(
+            way.contender.reference, way.contender.strategy, way.fusion, opened.name
         ),
-        judge=options.judge,
-        mode=mode,
-        machine=options.machine(),
-        options=options.for_engine() | {"on_error": on_error.value},
+        judge=planned.judge,
+        mode=run.results.mode,
+        machine=planned.machine(),
+        options=planned.for_engine() | {"on_error": run.rows.on_bad_row},
     )
     runner.check(cells)
     with run_goes_on():
         with render.warnings_as_lines():
             if not all(map(runner.has_result, cells)):
                 runner.load_engine()  # one that fails ends the run, and not each cell by itself
-            errors = _run(runner, cells, is_quiet=quiet)
-        results = tabulate(cells, folder, options.judge, errors)
-        save_report(results, folder, options.judge)
-    if as_json:
+            errors = _run(runner, cells, is_quiet=run.results.quiet)
+        results = tabulate(cells, folder, planned.judge, errors)
+        save_report(results, folder, planned.judge)
+    if output.as_json:
         render.print_json([result.figures() for result in results])
     else:
         render.print_comparison(results)
@@ -222,14 +147,14 @@ def compare(
         raise typer.Exit(1)
 
 
-def _plan(strategies: str, fusions: str, num_segments: str) -> list[Way]:
+def _plan(options: PlanOptions) -> list[Way]:
     from flexmask.compare.cell import Contender, plan_ways
 
     load_plugins()
     return plan_ways(
-        [Contender(*named) for named in choose_named([strategies], {})],
-        [_parse_fusion(text) for text in fusions.split(",") if text.strip()],
-        [_parse_count(text) for text in num_segments.split(",")],
+        [Contender(*chosen) for chosen in choose_listed([options.strategies], {})],
+        [_parse_fusion(text) for text in options.fusions.split(",") if text.strip()],
+        [_parse_count(text) for text in options.num_segments.split(",")],
     )
 
 

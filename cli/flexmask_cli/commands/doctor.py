@@ -2,62 +2,72 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from flexmask_cli import render
-from flexmask_cli.options import Device, Dtype, TrustRemoteCode
+from flexmask_cli.engine_loading import quiet_transformers
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import text
+from flexmask_cli.options import AsJson, DeviceOptions, TrustRemoteCode
 
 if TYPE_CHECKING:
     from flexmask.doctor import Check
 
-CheckedModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="Check this model instead: whether model.generate under flexmask and the engine give "
-        "what transformers' own attention gives.",
-    ),
-]
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is checked."""
+
+    heading: ClassVar[str] = "Model"
+
+    model: Annotated[
+        str | None,
+        text(
+            "--model",
+            metavar="MODEL",
+            help="Check this model instead of the machine: a hub id, folder or .gguf file.",
+        ),
+    ] = None
+    trust_remote_code: TrustRemoteCode = False
+    as_json: AsJson = False
 
 
+@takes_options
 def doctor(
-    model: CheckedModel = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    *, options: DoctorOptions, device: DeviceOptions = DeviceOptions(dtype="float32")
 ) -> None:
-    """Try what flexmask needs here: packages, compiler, GPU, attention, caches, plugins.
+    """Check that everything flexmask needs works on this machine.
 
-    With --model, compare a model's logits and greedy tokens under flexmask with those under
-    transformers' own attention, on a short batch.
+    That is packages, the compiler, the GPU, attention, caches and plugins. With --model, compare
+    the logits and greedy tokens of a model under flexmask, by model.generate and by the engine,
+    with those under transformers' own attention, on a short batch.
     """
     checks = []
-    for check in _checks(model, device, dtype, trust_remote_code):
+    for check in _checks(options, device):
         checks.append(check)
-        if not as_json:
+        if not options.as_json:
             render.print_check(check)
-    if as_json:
-        render.print_json([dataclasses.asdict(check) for check in checks])
+    if options.as_json:
+        render.print_json([asdict(check) for check in checks])
     if any(check.state == "broken" for check in checks):
         raise typer.Exit(1)
 
 
-def _checks(
-    model: str | None, device: str, dtype: str, trust_remote_code: bool
-) -> Iterable[Check]:
+def _checks(options: DoctorOptions, device: DeviceOptions) -> Iterable[Check]:
     from flexmask.doctor import run_checks
 
-    if model is None:
+    if options.model is None:
         return run_checks()
-    from transformers.utils import logging
-
     from flexmask.doctor.model_checks import load_and_check
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load_and_check(model, device, dtype, trust_remote_code=trust_remote_code)
+    quiet_transformers()
+    return load_and_check(
+        options.model,
+        device.device,
+        device.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )

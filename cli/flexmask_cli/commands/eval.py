@@ -1,46 +1,52 @@
-"""``flexmask eval``: how right result files are, and which is better."""
+"""``flexmask eval``: accuracy of result files, and which is better."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from flexmask_cli import render
-from flexmask_cli.options import path_of, refuse_devices
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import flag, paths_argument, refuse_devices, text
+from flexmask_cli.options import AsJson
 
 if TYPE_CHECKING:
     from flexmask.results.evaluation import Comparison, Evaluation
 
-Files = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="FILE", parser=path_of("FILE"), help="Result files of the same questions."
-    ),
-]
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is judged, and how."""
 
-def evaluate(
-    files: Files,
+    files: Annotated[
+        list[Path],
+        paths_argument(metavar="FILE", help="Result files of the same questions."),
+    ]
     lemma: Annotated[
-        bool, typer.Option("--lemma", help="Also match lemmas (flexmask[lemma]).")
-    ] = False,
-    language: Annotated[str, typer.Option(help="Of lemmas, as ISO 639 has it.")] = "en",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Judge result files; compare every two of them, question by question."""
+        bool, flag("--lemma", help="Also compare lemmas, word by word (flexmask[lemma]).")
+    ] = False
+    language: Annotated[
+        str, text("--language", metavar="CODE", help="Language of the lemmas, by ISO 639.")
+    ] = "en"
+    as_json: AsJson = False
+
+
+@takes_options
+def evaluate(*, options: EvalOptions) -> None:
+    """Judge result files, and compare every two of them question by question."""
     from flexmask.results.evaluation import compare
     from flexmask.results.evaluation import evaluate as evaluate_file
 
-    for path in files:
+    for path in options.files:
         refuse_devices(path)
-    metrics = ["exact", "f1", *(["lemma"] if lemma else [])]
+    metrics = ["exact", "f1", *(["lemma"] if options.lemma else [])]
     with render.warnings_as_lines():
-        evaluations = [evaluate_file(path, metrics, language=language) for path in files]
+        evaluations = [
+            evaluate_file(path, metrics, language=options.language) for path in options.files
+        ]
     comparisons = compare(evaluations)
-    if as_json:
+    if options.as_json:
         render.print_json(
             {
                 "files": [_fields(evaluation) for evaluation in evaluations],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,32 +11,44 @@ import typer
 from flexmask.errors import OptionError
 from flexmask.plugins.new_plugin import PluginNames, write_plugin
 from flexmask_cli import render
-from flexmask_cli.options import path_of
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import path
+from flexmask_cli.options import AsJson
 from flexmask_cli.strategy_choice import load_plugins
 
 
-def new(
-    name: Annotated[str, typer.Argument(help="Name of the distribution, such as my-strategy.")],
+@dataclass(frozen=True)
+class NewOptions:
+    """The plugin to write."""
+
+    name: Annotated[str, typer.Argument(help="Name of the distribution, such as my-strategy.")]
     directory: Annotated[
         Path | None,
-        typer.Option(
-            parser=path_of("--directory"),
-            metavar="PATH",
-            help="Where it is written. Default: a folder of its name.",
-        ),
-    ] = None,
-) -> None:
-    """Write a plugin with a strategy that works, to be changed into yours."""
-    names = PluginNames.of(name)
+        path("--directory", help="Folder to write it to. Default: a folder of its name."),
+    ] = None
+    as_json: AsJson = False
+
+
+@takes_options
+def new(*, options: NewOptions) -> None:
+    """Write a plugin with a strategy that works, for you to change."""
+    names = PluginNames.of(options.name)
     if names.strategy in {item.cls.name for item in load_plugins().strategies()}:
         raise OptionError(f"strategy {names.strategy!r} is there already; choose another name")
-    folder = directory or Path(names.distribution)
+    folder = options.directory or Path(names.distribution)
     write_plugin(names, folder)
-    for line in (
-        f"wrote {folder}: strategy {names.strategy!r} in {names.module}.py",
-        "next:",
-        f"  pip install -e {folder}",
-        f"  flexmask check {names.strategy}",
-        f"  flexmask generate --strategy {names.strategy}",
-    ):
-        render.print_line(line)
+    commands = [
+        f"pip install -e {folder}",
+        f"flexmask check {names.strategy}",
+        f"flexmask generate --strategy {names.strategy}",
+    ]
+    if options.as_json:
+        files = sorted(str(file) for file in folder.iterdir())
+        render.print_json(
+            {"strategy": names.strategy, "folder": str(folder), "files": files, "next": commands}
+        )
+        return
+    render.print_line(f"wrote {folder}: strategy {names.strategy!r} in {names.module}.py")
+    render.print_line("next:")
+    for command in commands:
+        render.print_line(f"  {command}")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from flexmask.plugins.distribution_loading import PluginRecord
 from flexmask.plugins.registry import Registry
 from flexmask_cli import render
-from flexmask_cli.strategy_choice import load_plugins
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.options import ListingOptions
+from flexmask_cli.strategy_choice import quietly_loaded_plugins
 
 
-def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List plugins, and why one failed."""
-    registry = load_plugins()
-    if as_json:
+@takes_options
+def plugins(*, options: ListingOptions) -> None:
+    """List plugins; where one failed, its status is the reason."""
+    registry = quietly_loaded_plugins()
+    if options.as_json:
         render.print_json([_fields(plugin, registry) for plugin in registry.plugins])
     else:
         rows = [_row(plugin, registry) for plugin in registry.plugins]

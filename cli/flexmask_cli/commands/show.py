@@ -1,24 +1,20 @@
-"""``flexmask show``: who sees whom, in the terminal, as a figure or as a page."""
+"""``flexmask show``: masks in the terminal, as a figure or as a page."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from flexmask.errors import OptionError
-from flexmask.limits import LARGEST_SIZE
-from flexmask_cli import render
-from flexmask_cli.options import (
-    Parameters,
-    parse_lengths,
-    parse_parameters,
-    path_of,
-    refuse_devices,
-    refuse_empty,
-)
-from flexmask_cli.strategy_choice import choose_several, load_plugins, stdout_to_stderr
+from flexmask_cli import completion, render
+from flexmask_cli.option_groups import changed_options, takes_options
+from flexmask_cli.option_kinds import flag, path, refuse_devices, refuse_empty, size, text
+from flexmask_cli.options import Parameters
+from flexmask_cli.request_choice import Lengths, OneRequestOptions
+from flexmask_cli.strategy_choice import choose_listed, load_plugins, stdout_to_stderr
 
 if TYPE_CHECKING:
     from flexmask.show.mask_picture import MaskDifference, MaskPicture
@@ -26,156 +22,153 @@ if TYPE_CHECKING:
     from flexmask.strategy import Strategy
 
 DEFAULT_STRATEGY = "ensemble_isolation"
-DEFAULT_PREFIX, DEFAULT_SEGMENTS, DEFAULT_SUFFIX = 6, "8,6,7", 3
+DEFAULT_LENGTHS = Lengths(6, (8, 6, 7), 3)
 PAGE_NEW_TOKENS = 8
 """How many generated tokens a page steps through, where no result file says."""
 
-File = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="FILE",
-        callback=refuse_empty,
-        help="Requests (JSON Lines), or a result file (.feather).",
-    ),
-]
-Strategies = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--strategy",
-        "-s",
-        metavar="NAME[:KEY=VALUE]",
-        help="Mask strategy; repeat it, or separate names by commas, to see several. "
-        "Default: ensemble_isolation, or what made the result file.",
-    ),
-]
-Against = Annotated[
-    str | None,
-    typer.Option(metavar="NAME[:KEY=VALUE]", help="Draw the difference to this strategy."),
-]
-Input = Annotated[
-    str | None,
-    typer.Option("--input", "-i", callback=refuse_empty, help="As FILE; - for standard input."),
-]
-Row = Annotated[
-    int | None,
-    typer.Option(min=1, max=LARGEST_SIZE, help="Which row of the file, from 1.  [default: 1]"),
-]
-NumSegments = Annotated[
-    int | None,
-    typer.Option(min=1, max=LARGEST_SIZE, help="Only the first segments of the request."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        callback=refuse_empty,
-        help="Whose tokenizer. Default: the bundled model, or what made the result.",
-    ),
-]
-Prefix = Annotated[
-    int | None,
-    typer.Option(
-        min=0, max=LARGEST_SIZE, help="Without a file: tokens of the prefix.  [default: 6]"
-    ),
-]
-Segments = Annotated[
-    str | None,
-    typer.Option(help="Without a file: tokens of each segment.  [default: 8,6,7]"),
-]
-Suffix = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=LARGEST_SIZE, help="Without a file: tokens of the suffix.  [default: 3]"
-    ),
-]
-NewTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        max=LARGEST_SIZE,
-        help="Rows that generation adds. Default: as generated; else 8 on a page, or none.",
-    ),
-]
-Tile = Annotated[int, typer.Option(min=1, max=LARGEST_SIZE, help="Tokens along a side of a tile.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        parser=path_of("--output"),
-        metavar="PATH",
-        help="Write .png, .svg, .pdf or .html instead.",
-    ),
-]
-Ascii = Annotated[bool, typer.Option("--ascii", help="Plain characters, as when piped.")]
-Stats = Annotated[
-    bool, typer.Option("--stats", help="Print figures of the BlockMask, not a picture.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """The masks to draw, and of which file."""
+
+    heading: ClassVar[str] = "Mask"
+
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            callback=refuse_empty,
+            help="A result file (.feather), or an input as --input takes it.",
+        ),
+    ] = None
+    strategy: Annotated[
+        list[str],
+        typer.Option(
+            "--strategy",
+            "-s",
+            metavar="NAME[:KEY=VALUE]",
+            autocompletion=completion.strategies,
+            help="Mask strategy. Repeat it, or separate names by commas, to see several. "
+            "Default: ensemble_isolation; for a result file, the strategy that made it.",
+        ),
+    ] = field(default_factory=list)
+    param: Parameters = field(default_factory=list)
+    against: Annotated[
+        str | None,
+        text(
+            "--against",
+            metavar="NAME[:KEY=VALUE]",
+            completion=completion.strategies,
+            help="Draw the difference to this strategy.",
+        ),
+    ] = None
+    new_tokens: Annotated[
+        int | None,
+        size(
+            "--new-tokens",
+            least=0,
+            help="Also draw the rows of N generated tokens. Default: as many as a result file "
+            "holds; else 8 on a page, and none elsewhere.",
+        ),
+    ] = None
+    tile: Annotated[int, size("--tile", help="Tokens along a side of a tile.")] = 128
 
 
-def show(
-    file: File = None,
-    strategy: Strategies = None,
-    param: Parameters = None,
-    against: Against = None,
-    input: Input = None,
-    row: Row = None,
-    num_segments: NumSegments = None,
-    model: Model = None,
-    prefix: Prefix = None,
-    segments: Segments = None,
-    suffix: Suffix = None,
-    new_tokens: NewTokens = None,
-    tile: Tile = 128,
-    output: Output = None,
-    ascii: Ascii = False,
-    stats: Stats = False,
-    as_json: AsJson = False,
-) -> None:
-    """Draw who sees whom: a request's layout, and its mask under a strategy."""
+@dataclass(frozen=True)
+class PictureOptions:
+    """What is drawn."""
+
+    heading: ClassVar[str] = "Output"
+
+    output: Annotated[
+        Path | None,
+        path("--output", "-o", help="Write a .png, .svg, .pdf or .html file instead."),
+    ] = None
+    ascii: Annotated[bool, flag("--ascii", help="Draw with plain characters, as in a pipe.")] = (
+        False
+    )
+    stats: Annotated[
+        bool, flag("--stats", help="Print figures of the BlockMask and no picture.")
+    ] = False
+    as_json: Annotated[bool, flag("--json", help="Print the figures as JSON.")] = False
+
+    def __post_init__(self) -> None:
+        if self.output is not None and (self.stats or self.as_json or self.ascii):
+            raise OptionError("--output writes a picture; leave out --stats, --json and --ascii")
+
+
+@takes_options
+def show(*, masks: MaskOptions, request: OneRequestOptions, picture: PictureOptions) -> None:
+    """Draw the mask of a request under a strategy: which token sees which.
+
+    The request is a row of an input, as flexmask generate makes it with the same options, or a
+    row of a result file. Without either it has a prefix of 6 tokens, segments of 8, 6 and 7 and a
+    suffix of 3 unless options say otherwise.
+    """
     load_plugins()
-    parameters = parse_parameters(param or [])
-    strategies = choose_several(strategy or [], parameters if strategy else {})
-    others = choose_several([against], {}) if against else []
-    lengths = (prefix, segments, suffix)
-    source = _source(file, input, lengths, (row, model, num_segments))
-    if output is not None and (stats or as_json or ascii):
-        raise OptionError("--output writes a picture; leave out --stats, --json and --ascii")
-    if output is not None:
-        _check_output(output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
+    parameters = dict(masks.param)
+    strategies = _listed(masks.strategy, parameters if masks.strategy else {})
+    others = _listed([masks.against], {}) if masks.against else []
+    result, request = _source(masks.file, request)
+    if picture.output is not None:
+        _check_output(picture.output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
 
     with render.warnings_as_lines():
-        subject = _subject(source, lengths, row=row or 1, model=model, num_segments=num_segments)
+        subject = request.subject(DEFAULT_LENGTHS) if result is None else _row(result, request)
     if not strategies:
         strategies = _default_strategies(subject, parameters)
-    subject = _with_new_tokens(subject, new_tokens, output)
-    if stats or as_json:
-        _print_figures(_masks([*strategies, *others], subject, tile), as_json)
-    elif output is None:
-        pictures = _differences(strategies, others, subject, tile)
+    subject = _with_new_tokens(subject, masks.new_tokens, picture.output)
+    if picture.stats or picture.as_json:
+        _print_figures(_masks([*strategies, *others], subject, masks.tile), picture.as_json)
+    elif picture.output is None:
+        pictures = _differences(strategies, others, subject, masks.tile)
         render.print_pictures(
-            subject, pictures or _masks(strategies, subject, tile), is_ascii=ascii
+            subject,
+            pictures or _masks(strategies, subject, masks.tile),
+            is_ascii=picture.ascii,
         )
     else:
-        _save(strategies, others, subject, tile, output)
+        _save(strategies, others, subject, masks.tile, picture.output)
 
 
-def _source(
-    file: str | None, input: str | None, lengths: tuple[object, ...], of_file: tuple[object, ...]
-) -> str | None:
-    """The one file that is named, if any; options that have no effect are refused."""
-    if file is not None and input is not None:
-        raise OptionError(f"one file at a time, got {file} and --input {input}")
-    source = file or input
-    if source is not None and Path(source).suffix:  # a result; pipes of a shell have none
-        refuse_devices(Path(source))
-    if source is not None and any(length is not None for length in lengths):
-        raise OptionError(
-            "--prefix, --segments and --suffix make up a request; leave them out with a file"
-        )
-    if source is None and any(option is not None for option in of_file):
-        raise OptionError("--row, --model and --num-segments need a file to take a request from")
-    return source
+def _listed(texts: list[str], parameters: dict[str, str]) -> list[Strategy]:
+    return [chosen.strategy for chosen in choose_listed(texts, parameters)]
+
+
+def _source(file: str | None, request: OneRequestOptions) -> tuple[str | None, OneRequestOptions]:
+    """The result file that FILE names, or else the request with FILE as its input.
+
+    Raises:
+        OptionError: If options have no effect.
+    """
+    from flexmask.results.formats import is_result
+
+    if file is not None and request.data.input is not None:
+        raise OptionError(f"one file at a time, got {file} and --input {request.data.input}")
+    if file is None:
+        request.check()
+        return None, request
+    if request.data.task is not None or not is_result(Path(file)):
+        request = replace(request, data=replace(request.data, input=file))
+        request.check()
+        return None, request
+    refuse_devices(Path(file))
+    given = [*changed_options(request.data), *changed_options(request.chat)]
+    given += [name for name in changed_options(request.lengths) if name != "--row"]
+    if given:
+        raise OptionError(f"{given[0]} is for requests; a result is shown as it was run")
+    return file, request
+
+
+def _row(result: str, request: OneRequestOptions) -> Subject:
+    from flexmask.show.picture_source import subject_of_result
+
+    return subject_of_result(
+        result,
+        request.lengths.row or 1,
+        model=request.model.model,
+        trust_remote_code=request.model.trust_remote_code,
+    )
 
 
 def _check_output(output: Path, num_pictures: int) -> None:
@@ -189,29 +182,9 @@ def _check_output(output: Path, num_pictures: int) -> None:
         )
 
 
-def _subject(
-    source: str | None,
-    lengths: tuple[int | None, str | None, int | None],
-    *,
-    row: int,
-    model: str | None,
-    num_segments: int | None,
-) -> Subject:
-    from flexmask.show.picture_source import subject_of_file, subject_of_lengths
-
-    if source is not None:
-        return subject_of_file(source, row, model=model, num_segments=num_segments)
-    prefix, segments, suffix = lengths
-    return subject_of_lengths(
-        DEFAULT_PREFIX if prefix is None else prefix,
-        parse_lengths(segments or DEFAULT_SEGMENTS),
-        suffix or DEFAULT_SUFFIX,
-    )
-
-
 def _default_strategies(subject: Subject, parameters: dict[str, str]) -> list[Strategy]:
     if subject.answer is None:
-        return choose_several([DEFAULT_STRATEGY], parameters)
+        return _listed([DEFAULT_STRATEGY], parameters)
     if parameters:
         raise OptionError("--param needs --strategy; without it a result is shown as it was run")
     with render.warnings_as_lines(), stdout_to_stderr():

@@ -1,15 +1,17 @@
-"""``flexmask strategies``: what can be asked for."""
+"""``flexmask strategies``: the mask strategies that are installed."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 
 from flexmask.plugins.registry import RegisteredStrategy
 from flexmask.strategy import Parameter, Strategy
-from flexmask_cli import render
+from flexmask_cli import completion, render
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.options import ListingOptions
 from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
 
 SHOWN_LENGTHS = 3, (4, 3, 5), 2
@@ -17,17 +19,27 @@ SHOWN_LENGTHS = 3, (4, 3, 5), 2
 WIDTH = 80
 
 
-def strategies(
-    name: Annotated[str | None, typer.Argument(help="Show this one, with its mask.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List mask strategies, their parameters and who provides them; or show one."""
+@dataclass(frozen=True)
+class StrategiesOptions(ListingOptions):
+    """All strategies, or one."""
+
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Show this strategy, with its mask.", autocompletion=completion.strategies
+        ),
+    ] = None
+
+
+@takes_options
+def strategies(*, options: StrategiesOptions) -> None:
+    """List mask strategies, their parameters and the packages they come from; or show one."""
     registry = load_plugins()
-    if name is not None:
-        _show_one(registry.registered(name), as_json)
+    if options.name is not None:
+        _show_one(registry.registered(options.name), options.as_json)
         return
     registered = registry.strategies()
-    if as_json:
+    if options.as_json:
         render.print_json([_fields(item) for item in registered])
     else:
         render.print_table([_row(item) for item in registered], wrapped=["parameters", "rule"])
@@ -76,7 +88,7 @@ def _fields(item: RegisteredStrategy) -> dict[str, Any]:
         "distribution": item.owner.distribution,
         "version": item.owner.version,
         "entry_point": item.owner.entry_point,
-        "parameters": [dataclasses.asdict(parameter) for parameter in item.cls.parameters()],
+        "parameters": [asdict(parameter) for parameter in item.cls.parameters()],
     }
 
 

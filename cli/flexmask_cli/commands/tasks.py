@@ -1,25 +1,24 @@
-"""``flexmask tasks``: what ``--task`` knows by name."""
+"""``flexmask tasks``: the tasks that ``--task`` knows by name."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from flexmask_cli import render
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.options import ListingOptions
 
 if TYPE_CHECKING:
     from flexmask.tasks.task import Task
 
 
-def tasks(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+@takes_options
+def tasks(*, options: ListingOptions) -> None:
     """List the tasks that come with flexmask."""
     from flexmask.tasks.task import shipped_tasks
 
-    if as_json:
+    if options.as_json:
         render.print_json([_fields(task) for task in shipped_tasks()])
     else:
         render.print_table([_row(task) for task in shipped_tasks()], wrapped=["what", "columns"])

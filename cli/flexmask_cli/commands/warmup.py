@@ -1,59 +1,54 @@
-"""``flexmask warmup``: compile what later runs need, before they need it."""
+"""``flexmask warmup``: compile in advance what later runs need."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-import typer
-
-from flexmask.limits import check_size
 from flexmask_cli import render
 from flexmask_cli.engine_loading import load_engine
-from flexmask_cli.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Parameters,
-    StrategyName,
-    TrustRemoteCode,
-    parse_batch_size,
-)
+from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import size
+from flexmask_cli.options import BatchOptions, EngineOptions, ModelOptions, StrategyOptions
 from flexmask_cli.strategy_choice import choose_strategy
 
-PromptTokens = Annotated[int, typer.Option(help="Tokens of the longest prompt to expect.")]
-NumSegments = Annotated[int, typer.Option(help="Segments of a prompt.")]
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompts to expect."""
+
+    heading: ClassVar[str] = "Prompts"
+
+    prompt_tokens: Annotated[
+        int, size("--prompt-tokens", help="Tokens of the longest prompt to expect.")
+    ] = 1024
+    num_segments: Annotated[int, size("--num-segments", help="Segments of a prompt.")] = 5
 
 
+@takes_options
 def warmup(
-    strategy: StrategyName = "ensemble_isolation",
-    param: Parameters = None,
-    model: Model = None,
-    prompt_tokens: PromptTokens = 1024,
-    num_segments: NumSegments = 5,
-    max_new_tokens: MaxNewTokens = 20,
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    strategy: StrategyOptions,
+    prompts: PromptOptions,
+    model: ModelOptions,
+    batch: BatchOptions,
+    options: EngineOptions,
 ) -> None:
-    """Compile for a model, a strategy and sizes; a later run finds it on disk."""
-    chosen = choose_strategy(strategy, param)
-    rows = parse_batch_size(batch_size)
-    check_size("--prompt-tokens", prompt_tokens, 1)
-    check_size("--num-segments", num_segments, 1)
-    check_size("--max-new-tokens", max_new_tokens, 1)
-    engine = load_engine(model, device, dtype, trust_remote_code, verbose=False)
+    """Compile for a model, a strategy and sizes; later runs of that kind start without compiling.
+
+    What is compiled is kept in the caches of torch and Triton on disk.
+    """
+    chosen = choose_strategy(strategy.strategy, strategy.parameters)
+    engine = load_engine(model, options)
     for name in ("cold", "warm"):
         started = time.perf_counter()
         stats = engine.warm_up(
-            chosen,
-            prompt_tokens=prompt_tokens,
-            num_segments=num_segments,
-            max_new_tokens=max_new_tokens,
-            batch_size=rows,
+            chosen.strategy,
+            prompt_tokens=prompts.prompt_tokens,
+            num_segments=prompts.num_segments,
+            max_new_tokens=batch.max_new_tokens,
+            batch_size=batch.rows_at_once,
         )
         seconds = time.perf_counter() - started
         render.print_line(

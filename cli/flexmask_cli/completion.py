@@ -1,0 +1,44 @@
+"""Values that a shell completes: names of strategies, tasks, fusions and dtypes."""
+
+from __future__ import annotations
+
+from flexmask.device import DTYPES
+from flexmask.fusion import FUSIONS
+
+
+def strategies(incomplete: str) -> list[str]:
+    """Names of strategies, those of plugins included."""
+    from flexmask.plugins.registry import load_registry
+
+    return _beginning(incomplete, [item.cls.name for item in load_registry().strategies()])
+
+
+def tasks(incomplete: str) -> list[str]:
+    """Names of the tasks that come with flexmask."""
+    from flexmask.tasks.task import shipped_names
+
+    return _beginning(incomplete, shipped_names())
+
+
+def fusions(incomplete: str) -> list[str]:
+    """Names of fusions."""
+    return _beginning(incomplete, list(FUSIONS))
+
+
+def devices(incomplete: str) -> list[str]:
+    """Names of devices; which GPUs there are is not looked up."""
+    return _beginning(incomplete, ["auto", "cpu", "cuda"])
+
+
+def dtypes(incomplete: str) -> list[str]:
+    """Names of dtypes."""
+    return _beginning(incomplete, ["auto", *DTYPES])
+
+
+def prefill_kernels(incomplete: str) -> list[str]:
+    """Names of prefill kernels."""
+    return _beginning(incomplete, ["auto", "triton", "flash"])
+
+
+def _beginning(incomplete: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,47 @@
+"""The text of ``--help``: whole sentences, and options under the heading of their group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+OTHER = "Options"
+"""The heading of options that have none."""
+
+WHOLE = 10_000
+"""A length in characters that no first sentence of a command's help reaches."""
+
+
+class Command(TyperCommand):
+    """A command whose ``--help`` lists arguments first, then each group of options."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, those without a heading last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(heading_of(parameter), []).append(record)
+        others = sections.pop(OTHER, [])
+        for heading, records in [*sections.items(), (OTHER, others)]:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class Group(TyperGroup):
+    """The whole of the commands; ``--help`` shows the first sentence of each uncut."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write name and first sentence of each command."""
+        commands = (self.get_command(ctx, name) for name in self.list_commands(ctx))
+        rows = [(it.name, it.get_short_help_str(WHOLE)) for it in commands if it is not None]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def heading_of(parameter: Any) -> str:
+    """The heading that an argument or option stands under."""
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or OTHER
