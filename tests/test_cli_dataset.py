@@ -155,7 +155,7 @@ def test_a_dry_run_loads_neither_torch_nor_the_model(tmp_path):
     program = (
         "import sys; from flexmask_cli.app import build_app\n"
         "build_app()(['generate', '--task', 'myriadlama', '--dry-run', '-n', '2',"
-        " '--model', './nowhere'], standalone_mode=False)\n"
+        " '--model', 'no-such/model'], standalone_mode=False)\n"
         "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     )
     result = subprocess.run(
@@ -191,6 +191,53 @@ def test_a_dry_run_shows_what_the_chat_template_writes(flexmask, chat_tokenizer,
     assert "<segment 2> Whoever?</segment 2>" in printed
     assert "<suffix> A:</user>\n<assistant></suffix>" in printed
     assert "<prefix>Answer.</prefix>" in flexmask(*options, "--no-chat-template")
+
+
+def test_show_draws_the_prompt_that_generate_would_run(
+    flexmask, chat_tokenizer, tmp_path, monkeypatch
+):
+    task, rows = tmp_path / "chat.toml", tmp_path / "rows.csv"
+    task.write_text(
+        "[paraphrases.groups]\nq = 'q'\n[prompt]\nchat_template = true\n"
+        "prefix = 'Answer.'\nsegment = ' {{ paraphrase }}'\nsuffix = ' A:'\n"
+    )
+    rows.write_text("a;b\nWho?;Whoever?\nWhat?;What ever?\n")
+    options = ["--task", task, "--input", rows, "--model", chat_tokenizer, "--column", "q=a,b"]
+    written = flexmask("generate", *options, "--dry-run").split("== ")[2]
+    drawn = []
+    monkeypatch.setattr(
+        "flexmask_cli.commands.show.render.print_pictures",
+        lambda subject, pictures, **_: drawn.append(subject),
+    )
+    flexmask("show", *options, "--row", "2")
+    flexmask("show", *options, "--row", "2", "--no-chat-template")
+    subject, plain = drawn
+    assert subject.heading == "rows.csv, row 2: 2"
+    tokens = subject.shown.tokens
+    decode = AutoTokenizer.from_pretrained(chat_tokenizer).decode
+    assert f"<prefix>{decode(tokens.prefix)}</prefix>" in written
+    assert [
+        f"<segment {n}>{decode(ids)}</segment {n}>" in written
+        for n, ids in enumerate(tokens.segments, start=1)
+    ] == [True, True]
+    assert f"<suffix>{decode(tokens.tail)}</suffix>" in written
+    assert decode(plain.shown.tokens.prefix) == "<bos>Answer."
+
+
+def test_show_and_bench_read_every_kind_of_input(flexmask, error_of, tmp_path):
+    table = pyarrow.table({"segments": [["Q: one?", "Q: two?"], ["Q: three?", "Q: four?"]]})
+    for name, write in (
+        ("rows.feather", pyarrow.feather.write_feather),
+        ("rows.parquet", pyarrow.parquet.write_table),
+    ):
+        write(table, tmp_path / name)
+        options = ["--input", tmp_path / name, "--row", "2"]
+        assert f"{name}, row 2: 2" in flexmask("show", *options, "--num-segments", "1")
+        assert "--row must be 1 to 2, got 3" in error_of("show", *options[:2], "--row", "3")
+    assert "webqa-sample, row 1: " in flexmask("show", "--task", "webqa")
+    (tmp_path / "rows.csv").write_text("segments|answers\nOù?|là\n", encoding="cp1252")
+    options = ["--input", tmp_path / "rows.csv", "--delimiter", "|", "--encoding", "cp1252"]
+    assert "rows.csv, row 1: 1" in flexmask("show", *options)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from flexmask.checkpoint import source as source_module
+from flexmask.checkpoint import model_name
 from flexmask.checkpoint.transformers_calls import one_line
 from flexmask.checkpoint.weights import check_loaded_weights
 from flexmask.demo import model_path
@@ -385,7 +385,7 @@ def test_scaled_rotary_embeddings_of_a_gguf_file_are_refused(tmp_path, scaled):
 
 def test_a_gguf_file_without_its_packages_says_what_to_install(tmp_path, refusal, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(gguf())
-    monkeypatch.setattr(source_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_name, "find_spec", lambda name: None)
     message = refusal(tmp_path / "model.gguf")
     assert message.startswith("gguf and accelerate must be installed to read model.gguf; run: pip")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
+from flexmask.checkpoint.model_name import check_model_name
 from flexmask.device import check_device_name, check_dtype_name
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
@@ -31,9 +32,6 @@ Parameters = Annotated[
         metavar="KEY=VALUE",
         help="Set a parameter of the strategy. Repeatable.",
     ),
-]
-TrustRemoteCode = Annotated[
-    bool, flag("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 
@@ -156,11 +154,22 @@ class ModelOptions:
             "flexmask.",
         ),
     ] = None
-    trust_remote_code: TrustRemoteCode = False
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False
 
     def __post_init__(self) -> None:
-        if self.model is not None and not is_utf8(self.model):
+        """Check what a name can be checked for without a library.
+
+        Raises:
+            OptionError: If it is not UTF-8.
+            ModelError: If it is that of no folder or file, and not a hub id.
+        """
+        if self.model is None:
+            return
+        if not is_utf8(self.model):
             raise OptionError(f"--model must be UTF-8, got {self.model!r}")
+        check_model_name(self.model)
 
 
 @dataclass(frozen=True)

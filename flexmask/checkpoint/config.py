@@ -10,8 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from flexmask.checkpoint.gguf_file import check_rotary_embeddings, read_header
+from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
-from flexmask.checkpoint.transformers_calls import shown
 from flexmask.errors import AttentionError, ModelError
 
 AUTO_MODEL = "AutoModelForCausalLM"

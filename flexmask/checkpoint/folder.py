@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from flexmask.checkpoint.gguf_file import read_header
+from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource, check_is_no_pointer
-from flexmask.checkpoint.transformers_calls import one_line, shown
+from flexmask.checkpoint.transformers_calls import one_line
 from flexmask.errors import ModelError
 
 WEIGHTS = "model.safetensors"

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import check_is_no_pointer
-from flexmask.checkpoint.transformers_calls import shown
 from flexmask.errors import ModelError
 
 _FORMATS = dict(enumerate("<B <b <H <h <I <i <f <? * * <Q <q <d".split()))

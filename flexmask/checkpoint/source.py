@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from flexmask.checkpoint.transformers_calls import shown
+from flexmask.checkpoint.model_name import check_model_name, shown
 from flexmask.errors import ModelError
 from flexmask.transformers_internals import find_model_file
 
@@ -40,33 +39,14 @@ class CheckpointSource:
             ModelError: If there is nothing of that name, or it needs a package that is absent.
         """
         name = os.fspath(model)
-        if not name.strip():
-            raise ModelError(f"model must be a hub id, a folder or a .gguf file, got {name!r}")
+        check_model_name(name)
         path = Path(name)
         if path.is_dir():
             return cls(name, name, folder=path)
         if path.suffix == ".gguf":
-            return cls._find_gguf(name, path)
-        if path.exists():
-            raise ModelError(
-                f"model {shown(name)} is a file; name its folder, a .gguf file or a hub id"
-            )
-        if name.startswith((".", "/", "~")):
-            raise ModelError(f"model folder {shown(name)} does not exist")
+            path = path.absolute()
+            return cls(name, str(path.parent), gguf=path)
         return cls(name, name)
-
-    @classmethod
-    def _find_gguf(cls, name: str, path: Path) -> Self:
-        if not path.is_file():
-            raise ModelError(f"model file {shown(name)} does not exist")
-        absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-        if absent:
-            raise ModelError(
-                f"{' and '.join(absent)} must be installed to read {path.name}; "
-                "run: pip install 'flexmask[gguf]'"
-            )
-        path = path.absolute()
-        return cls(name, str(path.parent), gguf=path)
 
     @property
     def options(self) -> dict[str, Any]:

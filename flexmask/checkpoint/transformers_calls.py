@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from flexmask.errors import FlexMaskError, ModelError
 
 LONGEST_MESSAGE = 250
-_LONGEST_NAME = 100
 _SPEAKING = (OSError, ValueError, ImportError, NotImplementedError)
 
 
@@ -54,11 +53,6 @@ def one_line(message: str) -> str:
     ends = [match.start() for match in re.finditer(r"\.? (?<=\. )(?=[A-Z])", message)]
     fitting = [end for end in ends if LONGEST_MESSAGE // 3 < end <= LONGEST_MESSAGE]
     return message[: fitting[-1]] if fitting else message[: LONGEST_MESSAGE - 1] + "…"
-
-
-def shown(name: str) -> str:
-    """Name of a model in quotes; of a long path, the end."""
-    return repr(name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :])
 
 
 def _reason(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flexmask.checkpoint.transformers_calls import LONGEST_MESSAGE, one_line, shown
+from flexmask.checkpoint.model_name import shown
+from flexmask.checkpoint.transformers_calls import LONGEST_MESSAGE, one_line
 from flexmask.errors import ModelError
 
 MOST_NAMED = 5

@@ -9,8 +9,9 @@ from functools import cached_property
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexmask.checkpoint.folder import check_tokenizer_files
+from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
-from flexmask.checkpoint.transformers_calls import errors_in_one_line, shown
+from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.encoding.chat_template import ChatTemplate, UserTurn
 from flexmask.encoding.prompt_encoder import PromptEncoder
 from flexmask.encoding.text_decoder import TextDecoder

@@ -25,8 +25,9 @@ from flexmask.checkpoint.config import (
     quantization_of,
 )
 from flexmask.checkpoint.folder import check_files, check_folder
+from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
-from flexmask.checkpoint.transformers_calls import errors_in_one_line, shown
+from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.checkpoint.weights import check_loaded_weights
 from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.errors import AttentionError

@@ -55,7 +55,7 @@ def writable_path(path: Path) -> Path:
     """
     output = target_of(path)
     for each in dict.fromkeys((path, output)):
-        _check_name(each)
+        check_output_name(each)
     if output.suffix.lower() != path.suffix.lower():
         raise OutputError(
             f"{path}: a link to {output}, which has another extension; name that file itself"
@@ -72,7 +72,13 @@ def writable_path(path: Path) -> Path:
     return output.absolute()  # plugin code may change the working directory later
 
 
-def _check_name(path: Path) -> None:
+def check_output_name(path: Path) -> None:
+    """Check what can be known of an output without writing: name, extension, that it is a file.
+
+    Raises:
+        OutputError: If it is a folder, of no known extension, or no name that every format and
+            message can hold.
+    """
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -62,7 +62,8 @@ def bench(
     reads measured in the same run.
     """
     chosen = choose_strategy(strategy.strategy, strategy.parameters).strategy
-    request.check()
+    with render.warnings_as_lines():
+        subject = request.subject(DEFAULT_LENGTHS)
 
     import torch
 
@@ -75,7 +76,6 @@ def bench(
     if not isinstance(number_type, torch.dtype):
         number_type = torch.bfloat16
     with render.warnings_as_lines():
-        subject = request.subject(DEFAULT_LENGTHS)
         layout = chosen.layout(subject.shown.tokens)
         case = AttentionBench(chosen, layout, attention.shape, target, number_type)
         if not attention.as_json:

@@ -76,10 +76,9 @@ def generate(
         return
 
     from flexmask.results.dataset_run import DatasetRun
-    from flexmask.results.output_path import default_output_path
+    from flexmask.results.output_path import check_output_name, default_output_path
     from flexmask.results.result_writer import ResultWriter
 
-    planned.check()
     path = output.output or default_output_path(
         opened.stem,
         planned.model_name,
@@ -87,6 +86,8 @@ def generate(
         data.num_segments,
         str(fusion.chosen),
     )
+    check_output_name(path)
+    planned.check()
     generation: DatasetRun | None = None
     shown: list[Generation] = []
     with (

@@ -1,0 +1,47 @@
+"""Names of models: hub ids, folders and GGUF files, checked before any library is imported."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from flexmask.errors import ModelError
+
+_LONGEST_SHOWN = 100
+
+
+def check_model_name(name: str) -> None:
+    """Check that a name is that of a folder or file that is there, or may be a hub id.
+
+    Raises:
+        ModelError: If it is neither, or needs a package that is absent.
+    """
+    if not name.strip():
+        raise ModelError(f"model must be a hub id, a folder or a .gguf file, got {name!r}")
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.suffix == ".gguf":
+        _check_gguf(name, path)
+    elif path.exists():
+        raise ModelError(
+            f"model {shown(name)} is a file; name its folder, a .gguf file or a hub id"
+        )
+    elif name.startswith((".", "/", "~")):
+        raise ModelError(f"model folder {shown(name)} does not exist")
+
+
+def shown(name: str) -> str:
+    """Name of a model in quotes; of a long path, the end."""
+    return repr(name if len(name) <= _LONGEST_SHOWN else "…" + name[1 - _LONGEST_SHOWN :])
+
+
+def _check_gguf(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"model file {shown(name)} does not exist")
+    absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if absent:
+        raise ModelError(
+            f"{' and '.join(absent)} must be installed to read {path.name}; "
+            "run: pip install 'flexmask[gguf]'"
+        )
