@@ -1,18 +1,22 @@
 """`check_strategy`: what is in order passes, and what is found is shown at its smallest."""
 
+import functools
+import re
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 import user_masks
 from flexmask import Strategy, mask_strategy
+from flexmask.block_mask.intervals.legality import mask_name
 from flexmask.check import RULES, check_strategy, run_rules
 from flexmask.check.cases import CASES, SAME_SHAPE
 from flexmask.errors import StrategyError
-from flexmask.mask_mods import and_masks, causal
+from flexmask.mask_mods import and_masks, causal, or_masks
 from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask_strategies.causal import Causal
 from plugin_site import BUILT_IN
@@ -218,3 +222,41 @@ def test_a_class_that_is_no_strategy_is_refused():
 
     with pytest.raises(StrategyError, match="must be decorated with @dataclass"):
         check_strategy(Unfrozen())
+
+
+@mask_strategy
+def reads_on_the_host(batch):
+    def near(b, h, q_idx, kv_idx):
+        return kv_idx > q_idx.item() - 3
+
+    return and_masks(causal, functools.partial(near))
+
+
+@mask_strategy
+def counts(batch):
+    def near(b, h, q_idx, kv_idx):
+        return q_idx >= kv_idx
+
+    def far(b, h, q_idx, kv_idx):
+        return q_idx - kv_idx
+
+    return flex_attention.and_masks(near, or_masks(causal, far))
+
+
+def test_a_finding_names_the_authors_own_functions_where_masks_are_put_together():
+    (finding,) = check_strategy(reads_on_the_host())
+    assert "mask_mod 'reads_on_the_host.<locals>.near' (test_check_strategy.py:" in finding.message
+    assert finding.message.endswith("`return kv_idx > q_idx.item() - 3`")
+    assert re.search(r"; see test_check_strategy\.py:\d+: `return", finding.message)
+    (finding,) = check_strategy(counts())
+    names = re.findall(
+        r"'counts\.<locals>\.(\w+)' \(test_check_strategy\.py:\d+\)", finding.message
+    )
+    assert names == ["near", "far"]
+    assert "returns torch.int64" in finding.message
+
+
+def test_a_mask_of_flexmask_alone_is_named_as_it_is():
+    assert mask_name(causal).startswith("mask_mod 'causal' (mask_mods.py:")
+    combined = and_masks(causal, causal)
+    assert mask_name(combined).startswith("mask_mod 'and_masks.<locals>.and_masks' (mask_mods.py:")

@@ -189,7 +189,8 @@ def _first_finding(rule: Rule, subject: Subject) -> Finding | None:
     try:
         fault = next(rule.faults(subject), None)
     except FlexMaskError as error:
-        fault = Fault(str(error), subject.case)
+        place = place_of_fault(error, subject.source_file)
+        fault = Fault(f"{error}; see {place}" if place else str(error), subject.case)
     except Exception as error:
         place = place_of_fault(error, subject.source_file) or innermost_place(error)
         fault = Fault(

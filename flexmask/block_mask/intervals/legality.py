@@ -40,6 +40,8 @@ RANDOM = functions_named(
     "rand randn randint randperm normal rand_like randn_like randint_like bernoulli multinomial "
     "poisson bernoulli_ normal_ uniform_ random_ exponential_ geometric_ cauchy_ log_normal_"
 )
+_COMBINING_MODULES = ("flexmask.mask_mods", "torch.nn.attention.flex_attention")
+"""Modules whose functions put mask_mods together, such as ``and_masks``."""
 EXTREMA = {
     torch.max: torch.maximum,
     torch.min: torch.minimum,
@@ -157,14 +159,42 @@ def check_result(mask_mod: MaskMod, result: Any) -> None:
 
 
 def mask_name(mask_mod: Any) -> str:
-    """Name a mask_mod for a message: ``mask_mod 'window' (masks.py:12)``."""
-    function = mask_mod
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    code = getattr(function, "__code__", None)
+    """Name a mask_mod for a message: ``mask_mod 'window' (masks.py:12)``.
+
+    Of one that `flexmask.mask_mods` or torch put together, the parts are named that neither
+    defines: ``mask_mod 'near' (masks.py:12) or 'far' (masks.py:15)``.
+    """
+    function = _function(mask_mod)
+    own = [part for part in _parts(function) if part.__module__ not in _COMBINING_MODULES]
+    return f"mask_mod {' or '.join(map(_name_and_place, own or [function]))}"
+
+
+def _function(mask_mod: Any) -> Any:
+    """What a mask_mod calls: what a partial is of, or itself."""
+    while isinstance(mask_mod, functools.partial):
+        mask_mod = mask_mod.func
+    return mask_mod
+
+
+def _parts(mask_mod: Any) -> Iterator[Any]:
+    """The functions that a mask_mod is put together from; itself where it is not."""
+    inner: list[Any] = []
+    if getattr(mask_mod, "__module__", None) in _COMBINING_MODULES:
+        for cell in getattr(mask_mod, "__closure__", None) or ():
+            content = cell.cell_contents
+            inner += content if isinstance(content, tuple) else [content]
+    parts = [_function(part) for part in inner if callable(part) and not isinstance(part, Tensor)]
+    if not parts:
+        yield mask_mod
+    for part in parts:
+        yield from _parts(part)
+
+
+def _name_and_place(mask_mod: Any) -> str:
+    name = getattr(mask_mod, "__qualname__", type(mask_mod).__qualname__)
+    code = getattr(mask_mod, "__code__", None)
     place = f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
-    return f"mask_mod '{name}'{place}"
+    return f"'{name}'{place}"
 
 
 def captured_name(mask_mod: MaskMod, tensor: Tensor) -> str:
