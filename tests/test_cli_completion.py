@@ -32,7 +32,8 @@ def completed(line: str) -> list[str]:
         [sys.executable, "-c", PROGRAM],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "torch" not in result.stderr and "transformers" not in result.stderr
+    assert "torch" not in result.stderr
+    assert "transformers" not in result.stderr
     return result.stdout.split()
 
 

@@ -314,7 +314,7 @@ def test_text_of_special_tokens_is_counted_and_can_be_allowed(tmp_path):
             "--prefix-file leaves no p",
         ),
         (["--task", "webqa", "--examples", "nowhere.csv"], "nowhere.csv: No such file"),
-        (["--task", "webqa", "--num-examples", "6"], "6 examples wanted, it has 5 rows"),
+        (["--task", "webqa", "--num-examples", "6"], "6 examples wanted, but it has 5 rows"),
         (["--column", "answers"], "--column takes NAME=COLUMN, got 'answers'"),
         (["--column", "question=q"], "no column 'question' to be read from another"),
         (["--column", "answers=label"], "no column 'label' for answers; its columns: 'uuid'"),
@@ -391,7 +391,9 @@ def test_rows_that_cannot_be_used_stand_in_the_output_with_their_reason(tmp_path
     assert [row["finish_reason"] == "error" for row in rows] == [False, True, True, True, False]
     assert f"{path}:3: needs positions up to" in rows[2]["error"]
     assert rows[2]["correct"] is False
-    assert rows[3]["error"].endswith(":4: uuid 'good' already stands in row 1; give each its own")
+    assert rows[3]["error"].endswith(
+        ":4: uuid 'good' is already used by row 1; each row needs its own"
+    )
     assert rows[0]["generation"]
     assert rows[4]["error"] is None
     run = read_run_config(output).run

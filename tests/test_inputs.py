@@ -229,7 +229,7 @@ def test_bad_rows_are_skipped_and_none_vanishes(tmp_path: Path) -> None:
     assert broken.uuid == f"{path}:2"
     assert isinstance(twice, BadRow)
     assert twice.uuid == f"{path}:3"
-    assert twice.error == f"{path}:3: uuid 'a' already stands in row 1; give each its own"
+    assert twice.error == f"{path}:3: uuid 'a' is already used by row 1; each row needs its own"
     assert empty == BadRow("d", f"{path}:4: segments must hold at least one text, got none")
 
 
@@ -469,7 +469,7 @@ def test_nested_lists_of_any_depth_are_one_line(tmp_path: Path) -> None:
         nested = "[" * depth + "]" * depth
         (tmp_path / "deep.jsonl").write_text(f'{{"segments": ["x"], "more": {nested}}}\n')
         with pytest.raises(
-            RequestError, match=r"JSON (nested more than 100 deep|that Python does)"
+            RequestError, match=r"JSON (nested more than 100 levels deep|that Python cannot)"
         ):
             read_requests(str(tmp_path / "deep.jsonl"))
         request = csv_request(tmp_path / "deep.csv", "segments,more", "x", nested)

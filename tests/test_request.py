@@ -160,7 +160,7 @@ def test_a_line_that_cannot_be_used_is_named(path: Path, line: str, message: str
 def test_two_lines_with_one_uuid_are_refused(path: Path) -> None:
     source = write_rows(path, {"segments": ["x"]}, {"segments": ["y"], "uuid": 1})
     assert message_of(source) == (
-        "questions.jsonl:2: uuid '1' already stands in row 1; give each its own"
+        "questions.jsonl:2: uuid '1' is already used by row 1; each row needs its own"
     )
 
 

@@ -18,7 +18,7 @@ from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Row, rows_in_memory
 from flexmask.request import Request
 from flexmask.tasks.judge import Judge
-from flexmask.tasks.paraphrases import Selection
+from flexmask.tasks.paraphrases import ParaphraseSelection
 from flexmask.tasks.request_source import OnError, RequestSource
 from flexmask.tasks.task import Task, load_task, shipped_tasks
 from flexmask.tasks.task_requests import TaskPrompts
@@ -127,7 +127,7 @@ def test_examples_are_drawn_with_the_seed(task_of: Callable[[str], Task], tmp_pa
     drawn = "".join(f"q{index} " for index in indices)
     assert request_of(task_of(text), {"q": "x"}).prefix == drawn
     assert request_of(task_of(text.replace("42", "43")), {"q": "x"}).prefix != drawn
-    with pytest.raises(TaskError, match=r"train.jsonl: 51 examples wanted, it has 50 rows"):
+    with pytest.raises(TaskError, match=r"train.jsonl: 51 examples wanted, but it has 50 rows"):
         request_of(task_of(text.replace("count = 3", "count = 51")), {"q": "x"})
 
 
@@ -163,13 +163,13 @@ GROUPS = {"manual": ["m0", "m1", "m2", "m3"], "auto": ["a0", "a1", "a2"]}
     ],
 )
 def test_paraphrases_are_counted_through_the_groups(text: str, chosen: list[str]) -> None:
-    selection = Selection.parse(text)
+    selection = ParaphraseSelection.parse(text)
     assert selection.choose(GROUPS, "u") == chosen
     assert str(selection) == text
 
 
 def test_sampled_paraphrases_depend_on_the_uuid_alone() -> None:
-    selection = Selection.parse("sample 2 manual + 1 auto")
+    selection = ParaphraseSelection.parse("sample 2 manual + 1 auto")
     assert str(selection) == "sample 2 manual + 1 auto"
     generator = random.Random("uuid")
     expected = generator.sample(GROUPS["manual"], 2) + generator.sample(GROUPS["auto"], 1)
@@ -182,15 +182,15 @@ def test_sampled_paraphrases_depend_on_the_uuid_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("first 8", "first 8 of the paraphrases asked for, but it has 7"),
-        ("indices 0 7", "indices 0 7 of the paraphrases asked for, but it has 7"),
-        ("sample 4 auto", "sample 4 auto: it has 3 auto paraphrases"),
+        ("first 8", "first 8 selected, but the row has 7"),
+        ("indices 0 7", "indices 0 7 selected, but the row has 7"),
+        ("sample 4 auto", "sample 4 auto: the row has 3 auto paraphrases"),
         ("sample 1 other", "no group 'other' of paraphrases; groups: manual, auto"),
     ],
 )
 def test_too_few_paraphrases_are_an_error(text: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Selection.parse(text).choose(GROUPS, "u")
+        ParaphraseSelection.parse(text).choose(GROUPS, "u")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_too_few_paraphrases_are_an_error(text: str, message: str) -> None:
 )
 def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
     with pytest.raises(OptionError, match="'first N', 'indices I J …' or 'sample N GROUP"):
-        Selection.parse(text)
+        ParaphraseSelection.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
         ("[paraphrases]\nselect = 'sample 1 r'\n" + MINIMAL, "names the group 'r'; groups: q"),
         (MINIMAL + "[answer]\njudge = 'bleu'", "answer.judge must be one of exact, f1, lemma, g"),
         (MINIMAL + "[answer]\ncut = 'two'", "answer.cut must be one of first line, all, got 'two"),
-        (MINIMAL + "[examples]\ncount = 1", "examples.count is 1, so one of rows, file and spl"),
+        (MINIMAL + "[examples]\ncount = 1", "examples need a source: set one of rows"),
         (MINIMAL + "[examples]\ncount = -1", "examples.count must be an integer of at least 0"),
         (MINIMAL + "[examples]\ncount = true", "examples.count must be an integer of at least 0"),
         (MINIMAL + "[columns]\na = 3", "columns.a must be a string or a list of strings, got 3"),
@@ -234,7 +234,7 @@ def test_a_wrong_task_file_is_named_with_the_key_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ paraphras }}", "'paraphras' is undefined; at hand: q, instruction, paraphrase"),
+        ("{{ paraphras }}", "'paraphras' is undefined; defined: q, instruction, paraphrase"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ paraphrase | batch }}", "missing 1 required positional argument"),
         ("{{ paraphrase.__class__ }}", "unsafe"),
@@ -255,7 +255,7 @@ def test_a_template_with_a_wrong_syntax_names_its_line(task_of: Callable[[str], 
 
 
 def test_a_row_without_paraphrases_names_its_columns(task_of: Callable[[str], Task]) -> None:
-    with pytest.raises(RequestError, match=r"the q paraphrases is there \(q\); its columns: text"):
+    with pytest.raises(RequestError, match=r"the q paraphrases exists \(q\); its columns: text"):
         request_of(task_of(MINIMAL), {"text": "x"})
 
 
@@ -348,24 +348,26 @@ def test_a_column_of_paraphrases_may_be_in_some_rows_only(task_of: Callable[[str
 
 def test_numbers_beyond_all_measure_are_refused_at_once(task_of: Callable[[str], Task]) -> None:
     many = 10**6 - 1
-    assert str(Selection.parse(f"first {many}")) == f"first {many}"
+    assert str(ParaphraseSelection.parse(f"first {many}")) == f"first {many}"
     for text in (f"first {many}", f"indices 0 {many}", f"sample {many} auto"):
         with pytest.raises(RequestError, match=f"{many}"):
-            Selection.parse(text).choose(GROUPS, "u")
+            ParaphraseSelection.parse(text).choose(GROUPS, "u")
     for text in (f"first {10**20}", "first " + "9" * 5000, "sample " + "9" * 5000 + " auto"):
         with pytest.raises(OptionError, match="paraphrases are selected by"):
-            Selection.parse(text)
+            ParaphraseSelection.parse(text)
     rows = rows_in_memory([{"q": "x"}], "rows.jsonl")
     assert len(list(RequestSource(rows, TaskPrompts(task_of(MINIMAL), rows), limit=many))) == 1
     count = MINIMAL + f'[examples]\ncount = {many}\nrows = [{{q = "a"}}]\n'
-    with pytest.raises(TaskError, match=f"{many} examples wanted, it has 1 rows"):
+    with pytest.raises(TaskError, match=f"{many} examples wanted, but it has 1 rows"):
         request_of(task_of(count), {"q": "x"})
 
 
 @pytest.mark.parametrize("depth", [30, 200, 100_000])
 def test_a_task_nested_too_deep_is_one_line(task_of: Callable[[str], Task], depth: int) -> None:
     nested = "[" * depth + "]" * depth
-    with pytest.raises(TaskError, match=r"mine.toml: nested more than 20 deep; write it flatter"):
+    with pytest.raises(
+        TaskError, match=r"mine.toml: nested more than 20 levels deep; write it flatter"
+    ):
         task_of(MINIMAL + f"[examples]\nrows = [{{a = {nested}}}]\n")
 
 

@@ -79,7 +79,7 @@ def test_what_templates_are_used_for_works(source: str, text: str) -> None:
         ("{{ 9 ** 999999 }}", "it computes a number"),
         ("{% for a in range(100000) %}{{ 'a' * 100000 }}{% endfor %}", LONG),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself"),
-        ("{{ lipsum(1000) }}", "'lipsum' is undefined; at hand: q"),
+        ("{{ lipsum(1000) }}", "'lipsum' is undefined; defined: q"),
         *(
             (f"{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}"
              f"{{% set n.x = n.x {op} n.x %}}{{% endfor %}}{{{{ n.x }}}}", LONG)

@@ -12,7 +12,7 @@ import typer
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
-from flexmask.tasks.paraphrases import SYNTAX, Selection
+from flexmask.tasks.paraphrases import SYNTAX, ParaphraseSelection
 from flexmask_cli import completion
 from flexmask_cli.option_kinds import Pair, pairs, path, size, text
 
@@ -170,7 +170,11 @@ class InputOptions:
                     raise OptionError(f"--{name.replace('_', '-')} needs a --task")
             return None
         task = load_task(self.task)
-        select = task.select if self.paraphrases is None else Selection.parse(self.paraphrases)
+        select = (
+            task.select
+            if self.paraphrases is None
+            else ParaphraseSelection.parse(self.paraphrases)
+        )
         return replace(
             task,
             columns={**task.columns, **columns},

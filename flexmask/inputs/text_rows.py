@@ -146,7 +146,7 @@ def _json_object(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, got {type_name(row)}")
     if line.count("[") + line.count("{") > _MAX_DEPTH and is_deeper(row, _MAX_DEPTH):
-        raise RequestError(f"JSON nested more than {_MAX_DEPTH} deep; write it flatter")
+        raise RequestError(f"JSON nested more than {_MAX_DEPTH} levels deep; write it flatter")
     return row
 
 

@@ -1,1 +1,1 @@
-"""Tasks: from the rows of an input to requests, and how their answers are judged."""
+"""Tasks: turn rows of an input into requests, and judge the answers."""

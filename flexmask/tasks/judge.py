@@ -1,4 +1,4 @@
-"""How an answer is cut from a generation, and how far it is one of the accepted ones.
+"""Extracts answers from generations and scores them against the accepted ones.
 
 Answers are normalized before they are compared (`flexmask.answers`). Token F1 is SQuAD's
 (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250).
@@ -16,13 +16,13 @@ from flexmask.errors import OptionError
 from flexmask.generation import Generation
 
 CUTS = ("first line", "all")
-"""What of a generation is its answer: the first line that is not blank, or all of it."""
+"""The part of a generation that is the answer: the first line that is not blank, or all."""
 METRICS = ("exact", "f1", "lemma")
-"""Exact match and token F1 of normalized texts; match of their lemmas, word by word."""
+"""Exact match and token F1 of normalized texts, and exact match of their lemmas."""
 
 
 def is_exact_match(prediction: str, answers: Iterable[str]) -> bool:
-    """Whether a prediction equals one of the answers once both are normalized.
+    """Return True if a prediction equals one of the answers after normalization.
 
     An empty prediction matches nothing.
     """
@@ -31,7 +31,7 @@ def is_exact_match(prediction: str, answers: Iterable[str]) -> bool:
 
 
 def token_f1(prediction: str, answers: Iterable[str]) -> float:
-    """Overlap of words with the closest answer: the harmonic mean of precision and recall.
+    """Return the F1 of words with the closest answer: harmonic mean of precision and recall.
 
     Example:
         >>> token_f1("the Big Smoke town", ["Big Smoke", "London"])
@@ -41,7 +41,7 @@ def token_f1(prediction: str, answers: Iterable[str]) -> float:
 
 
 def is_lemma_match(prediction: str, answers: Collection[str], language: str = "en") -> bool:
-    """Whether a prediction equals one of the answers, as it is or once every word is its lemma.
+    """Return True if a prediction equals one of the answers, as written or lemmatized.
 
     Lemmas come from the tables of ``simplemma`` (``pip install 'flexmask[lemma]'``).
 
@@ -50,7 +50,8 @@ def is_lemma_match(prediction: str, answers: Collection[str], language: str = "e
         True
 
     Raises:
-        OptionError: If ``simplemma`` is missing, or does not know ``language``, an ISO 639 code.
+        OptionError: If ``simplemma`` is not installed, or does not know ``language``, an ISO 639
+            code.
     """
     lemmatize = _lemmatizer(language)
     found = lemmatize(prediction)
@@ -61,12 +62,12 @@ def is_lemma_match(prediction: str, answers: Collection[str], language: str = "e
 
 @dataclass(frozen=True)
 class Judge:
-    """Cuts answers from generations and judges them.
+    """Extracts answers from generations and scores them.
 
     Attributes:
         cut: One of `CUTS`.
-        metric: One of `METRICS`; what `score` is.
-        language: Of the lemmas.
+        metric: One of `METRICS`, computed by `score`.
+        language: Language of the lemmas.
     """
 
     cut: str = CUTS[0]
@@ -79,20 +80,20 @@ class Judge:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def check(self) -> None:
-        """Raise now what would be raised at the first row.
+        """Raise errors now that scoring the first row would raise.
 
         Raises:
-            OptionError: If lemmas are asked for and cannot be had.
+            OptionError: If the metric needs lemmas and they are not available.
         """
         if self.metric == "lemma":
             _lemmatizer(self.language)
 
     def prediction(self, generation: Generation) -> str:
-        """The answer in a generation."""
+        """Return the answer in a generation."""
         return generation.text.strip() if self.cut == "all" else generation.prediction
 
     def score(self, prediction: str, answers: Collection[str]) -> float:
-        """How right a prediction is, from 0 to 1."""
+        """Return the score of a prediction, from 0 to 1."""
         if self.metric == "f1":
             return token_f1(prediction, answers)
         if self.metric == "lemma":
@@ -119,7 +120,7 @@ def _lemmatizer(language: str) -> Callable[[str], str]:
 
     @lru_cache(maxsize=65536)  # accepted answers recur from row to row
     def lemmas(text: str) -> str:
-        # Before the case is folded: German nouns are not found without their capitals.
+        # Before case folding, because simplemma finds German nouns by their capital letter.
         words = (lemmatize(word, lang=language) for word in simple_tokenizer(text))
         return normalize_answer(" ".join(words))
 

@@ -1,4 +1,4 @@
-"""Which paraphrases of a row become the segments of its request."""
+"""Selects the paraphrases of a row that become the segments of its request."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _SHOWN = 80
 
 Paraphrase = TypeVar("Paraphrase")
 Groups = Mapping[str, Sequence[Paraphrase]]
-"""Paraphrases by the name of their group, such as ``manual`` and ``auto``."""
+"""Paraphrases by group name, such as ``manual`` and ``auto``."""
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A choice of paraphrases, as ``sample 3 manual + 2 auto``.
+class ParaphraseSelection:
+    """A selection of paraphrases, such as ``sample 3 manual + 2 auto``.
 
-    ``all``, ``first N`` and ``indices I J …`` (from 0) count through the groups in their order.
-    ``sample`` draws without replacement, from one group after the other, with a generator that
-    the row's uuid seeds: a row has the same paraphrases wherever it stands and whatever else is
-    in the file.
+    ``all``, ``first N`` and ``indices I J …`` (from 0) number the paraphrases through all groups,
+    in order. ``sample`` draws without replacement, group by group, with a generator seeded by the
+    row's uuid: the paraphrases of a row do not depend on its position or on other rows.
 
     Attributes:
-        first: How many to take from the first on.
-        indices: Which to take. Where there are neither these nor the others, all are taken.
-        samples: How many to draw from which group.
+        first: Number of paraphrases to take from the beginning.
+        indices: Indices of the paraphrases to take. Without ``first``, ``indices`` and
+            ``samples``, all are taken.
+        samples: Pairs of a number to draw and the group to draw from.
     """
 
     first: int | None = None
@@ -39,11 +39,11 @@ class Selection:
     samples: tuple[tuple[int, str], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> Selection:
-        """Read what ``str`` gives.
+    def parse(cls, text: str) -> ParaphraseSelection:
+        """Parse a selection, as formatted by ``str``.
 
         Raises:
-            OptionError: If it is something else.
+            OptionError: If the syntax is wrong.
         """
         word, _, rest = text.strip().partition(" ")
         if text.strip() == "all":
@@ -61,7 +61,7 @@ class Selection:
         )
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Format the selection as `parse` reads it."""
         if self.samples:
             return "sample " + " + ".join(f"{number} {group}" for number, group in self.samples)
         if self.first is not None:
@@ -71,10 +71,10 @@ class Selection:
         return "indices " + " ".join(map(str, self.indices))
 
     def choose(self, groups: Groups[Paraphrase], uuid: str) -> list[Paraphrase]:
-        """Take paraphrases of the row ``uuid``.
+        """Select paraphrases of the row ``uuid``.
 
         Raises:
-            RequestError: If there are too few.
+            RequestError: If there are too few, or there is no such group.
         """
         if self.samples:
             return self._sample(groups, random.Random(uuid))
@@ -83,7 +83,7 @@ class Selection:
             return every
         needed = self.first if self.indices is None else max(self.indices) + 1
         if needed is not None and needed > len(every):
-            raise RequestError(f"{self} of the paraphrases asked for, but it has {len(every)}")
+            raise RequestError(f"paraphrases: {self} selected, but the row has {len(every)}")
         return every[: self.first] if self.indices is None else [every[i] for i in self.indices]
 
     def _sample(self, groups: Groups[Paraphrase], generator: random.Random) -> list[Paraphrase]:
@@ -95,6 +95,6 @@ class Selection:
                     f"{self}: no group {group!r} of paraphrases; groups: {', '.join(groups)}"
                 )
             if number > len(texts):
-                raise RequestError(f"{self}: it has {len(texts)} {group} paraphrases")
+                raise RequestError(f"{self}: the row has {len(texts)} {group} paraphrases")
             chosen += generator.sample(list(texts), number)
         return chosen

@@ -1,4 +1,4 @@
-"""From the rows of an input to requests; rows that make none are named, or stop the reading."""
+"""Reads requests from the rows of an input; bad rows stop the reading or are reported."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flexmask.inputs.text_format import TextFormat
 from flexmask.request import Request, RequestKey
 
 OnError = Literal["stop", "skip"]
-"""What a bad row does: end the run with an error, or give a `BadRow`."""
+"""Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
 
 FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
-"""Columns that make a request where there is no task."""
+"""Columns that a request is read from if there is no task."""
 
 MAX_CHARACTERS = 8 * 2**20
-"""Of a request. A million tokens of English are some five million characters; tokenizing more
-than any model takes would cost gigabytes and many seconds before it is refused."""
+"""Size limit of a request. A million tokens of English are some five million characters;
+tokenizing more than any model takes would cost gigabytes and many seconds before the refusal."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class BadRow:
     """A row that nothing can be generated for.
 
     Attributes:
-        uuid: Its own where it has one that no other row has taken, else where it stands.
-        error: Where it stands, and what is wrong with it.
-        request: Its request, where only the model cannot take it.
+        uuid: The row's uuid, or ``file:line`` if it has none or another row has the same.
+        error: ``file:line`` and the reason.
+        request: Its request, if the row is valid but the model cannot take it; else None.
     """
 
     uuid: str
@@ -48,28 +48,26 @@ class BadRow:
 
 
 class RequestMaker(Protocol):
-    """Makes the request of a row, or raises `RequestError`."""
+    """Makes requests from rows."""
 
     @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:
-        """Other columns to read a column from, such as ``uuid``."""
+        """Renamed columns: for a name such as ``uuid``, the columns of the row to read."""
 
     def __call__(self, row: Row) -> Request:
-        """Make it."""
+        """Make the request of a row; raise `RequestError` if the row cannot be used."""
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Raise `RequestError` if a column that is read is none of those that rows have."""
+        """Raise `RequestError` if the rows lack a column that is needed."""
 
 
 @dataclass(frozen=True)
 class PlainRequests:
-    """Makes requests of rows with the columns `FIELDS`, of which only ``segments`` is required.
-
-    ``weights`` is read where it is asked for.
+    """Makes requests from rows with the columns `FIELDS`, of which only ``segments`` is required.
 
     Attributes:
-        columns: Other columns to read them from.
-        prefix: Takes the place of the rows' own.
+        columns: Renamed columns: for a name, the columns of the row to read.
+        prefix: Replaces the prefix of every row.
         reads_weights: Whether to read the column ``weights``.
     """
 
@@ -107,7 +105,7 @@ class PlainRequests:
         )
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Nothing to check: every row without segments is refused."""
+        """Do nothing: rows without segments are refused one by one."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,9 @@ class RequestSource:
     Attributes:
         rows: The input.
         make: Makes the request of a row.
-        limit: Read this many rows only.
-        num_segments: Keep this many segments of each request.
-        on_error: What a bad row does.
+        limit: Number of rows to read; None for all.
+        num_segments: Number of segments to keep of each request; None for all.
+        on_error: Effect of a bad row.
         fusion: The fusion that requests are checked for: it may need weights.
     """
 
@@ -131,11 +129,11 @@ class RequestSource:
     fusion: Fusion = Fusion()
 
     def __iter__(self) -> Iterator[Request | BadRow]:
-        """Read from the beginning.
+        """Iterate from the beginning.
 
         Raises:
-            RequestError: If there are no rows, or all are bad; at a bad row unless those are
-                skipped; if the input cannot be read; if a column that a task reads is in no row.
+            RequestError: If there are no rows, or all are bad; at a bad row unless bad rows are
+                skipped; if the input cannot be read; if no row has a column that the task reads.
         """
         row_of: dict[str, int] = {}
         first_bad = None
@@ -153,8 +151,8 @@ class RequestSource:
                 request = self._request(row)
                 if request.uuid in row_of:
                     raise RequestError(
-                        f"uuid {request.uuid!r} already stands in row {row_of[request.uuid]}; "
-                        "give each its own"
+                        f"uuid {request.uuid!r} is already used by row {row_of[request.uuid]}; "
+                        "each row needs its own"
                     )
                 has_good = True
             except RequestError as error:
@@ -213,20 +211,20 @@ def read_requests(
 ) -> list[Request]:
     """Read all requests of an input with a column ``segments``, a list of strings.
 
-    There may be columns ``uuid``, ``prefix``, ``suffix`` and ``answers``; others are left alone,
-    and null is as good as absent. A missing ``uuid`` becomes the number of the row.
+    The columns ``uuid``, ``prefix``, ``suffix`` and ``answers`` are optional, others are ignored,
+    and null counts as absent. A missing ``uuid`` becomes the row number.
 
     Args:
         source: A file, folder or hub id (`flexmask.inputs.input_files.open_input`), or ``-`` for
             JSON Lines on standard input.
-        num_segments: Keep this many segments of each request.
-        limit: Read this many rows only.
-        delimiter: What stands between the cells of CSV; None to find it out.
-        encoding: Of a text file; None for UTF-8.
+        num_segments: Number of segments to keep of each request; None for all.
+        limit: Number of rows to read; None for all.
+        delimiter: Character between the cells of CSV; None to detect it.
+        encoding: Encoding of a text file; None for UTF-8.
 
     Raises:
-        OptionError: If delimiter or encoding is none.
-        RequestError: If the input is missing, or a row cannot be used; the message names the
+        OptionError: If the delimiter or the encoding is invalid.
+        RequestError: If the input does not exist, or a row cannot be used; the message names the
             file, the line and what to do.
     """
     rows = open_input(source, TextFormat(delimiter, encoding))

@@ -1,6 +1,6 @@
-"""Tasks: how a row of a data set becomes a request, and how its answer is judged.
+"""Loads task files, which say how a row becomes a request and how its answer is judged.
 
-A task is a TOML file; docs/datasets.md explains every key. Those in ``tasks/`` come with
+A task is a TOML file; docs/datasets.md explains every key. Those in ``tasks/shipped/`` come with
 flexmask and are known by name.
 """
 
@@ -19,28 +19,29 @@ from flexmask.inputs.bounded_file import read_whole
 from flexmask.inputs.rows import printable
 from flexmask.inputs.text_rows import is_deeper
 from flexmask.tasks.judge import CUTS, METRICS, Judge
-from flexmask.tasks.paraphrases import Selection
+from flexmask.tasks.paraphrases import ParaphraseSelection
 from flexmask.tasks.toml_section import Section
 
 SHIPPED = Path(__file__).parent / "shipped"
 _MAX_BYTES = 2**20
-"""Of a task file, which some thousand examples do not fill; Python reads a megabyte a second."""
+"""Size limit of a task file: room for some thousand examples, a second of parsing in Python."""
 _MAX_DEPTH = 20
-"""Tables and lists within each other; a task has five, and its rows may have some."""
+"""Nesting limit of tables and lists; a task has five levels, and its rows may have more."""
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Few-shot examples, from one of three places.
+    """Few-shot examples, from one of three sources: ``rows``, ``file`` or ``split``.
 
     Attributes:
-        count: How many; 0 for none.
-        template: Jinja template of one, with ``paraphrase`` and ``answer``, each the row's first.
-        seed: Seeds the draw, where there are more rows than wanted.
-        rows: They stand in the task file.
-        file: An input of its own, as `flexmask.inputs.input_files.open_input` takes it.
-        split: A split of the input.
+        count: Number of examples; 0 for none.
+        template: Jinja template of an example, with ``paraphrase`` and ``answer``, each the first
+            of its row.
+        seed: Seed of the draw, if there are more rows than needed.
+        rows: Rows in the task file itself.
+        file: A separate input (`flexmask.inputs.input_files.open_input`).
+        split: Name of another split of the input.
     """
 
     count: int = 0
@@ -53,22 +54,22 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """How a row becomes a request.
+    """A task: turns rows into requests and judges the answers.
 
     Attributes:
-        path: Its file.
-        summary: What it is, in one line.
-        instruction: For the templates to use.
-        columns: What the task calls a column, and the columns of the data it is read from.
+        path: Path of the task file.
+        summary: One-line description.
+        instruction: Text that the templates may use.
+        columns: For a column of the task, the columns of the data that it is read from.
         groups: Columns of each group of paraphrases; a column holds a text or a list of texts.
-        select: Which paraphrases become segments.
+        select: Selection of the paraphrases that become segments.
         examples: Few-shot examples.
         prefix: Jinja template of the prefix, with ``instruction``, ``examples`` and the row.
         segment: Template of a segment, with ``paraphrase``, ``instruction`` and the row.
         suffix: Template of the suffix, with ``instruction`` and the row.
-        chat_template: Whether the request goes into the tokenizer's chat template.
-        judge: How an answer is cut from a generation, and judged.
-        sample: Rows to try the task with.
+        chat_template: Whether the request is put into the tokenizer's chat template.
+        judge: Extracts answers from generations and scores them.
+        sample: Sample rows, used if there is no input.
     """
 
     path: Path
@@ -77,7 +78,7 @@ class Task:
     summary: str = ""
     instruction: str = ""
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    select: Selection = Selection()
+    select: ParaphraseSelection = ParaphraseSelection()
     examples: Examples = Examples()
     prefix: str = ""
     suffix: str = ""
@@ -87,11 +88,11 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """Name of the task file, without extension."""
         return self.path.stem
 
     def record(self) -> dict[str, Any]:
-        """What of it changes requests, as JSON values."""
+        """Return the settings that affect requests, as JSON values."""
         fields = asdict(self)
         recorded = ("instruction", "columns", "groups", "prefix", "segment", "suffix", "examples")
         return {
@@ -102,10 +103,10 @@ class Task:
 
 
 def load_task(name: str) -> Task:
-    """Load a task that comes with flexmask by name, another by the path of its file.
+    """Load a task that comes with flexmask by name, or any task by the path of its file.
 
     Raises:
-        TaskError: If there is none, or it cannot be used; the message names file and key.
+        TaskError: If there is no such task, or it is invalid; the message names file and key.
     """
     path = SHIPPED / f"{name}.toml"
     if "/" in name or not os.path.isfile(path):
@@ -125,7 +126,7 @@ def shipped_names() -> list[str]:
 
 
 def shipped_tasks() -> list[Task]:
-    """The tasks that come with flexmask, sorted by name."""
+    """Return the tasks that come with flexmask, sorted by name."""
     return [_read_task(SHIPPED / f"{name}.toml") for name in shipped_names()]
 
 
@@ -175,12 +176,12 @@ def _read_task(path: Path) -> Task:
 
 
 def _too_deep(file: str) -> TaskError:
-    return TaskError(f"{file}: nested more than {_MAX_DEPTH} deep; write it flatter")
+    return TaskError(f"{file}: nested more than {_MAX_DEPTH} levels deep; write it flatter")
 
 
-def _selection(paraphrases: Section) -> Selection:
+def _selection(paraphrases: Section) -> ParaphraseSelection:
     try:
-        selection = Selection.parse(paraphrases.text("select", "all"))
+        selection = ParaphraseSelection.parse(paraphrases.text("select", "all"))
     except FlexMaskError as error:
         raise paraphrases.error("select", f"cannot be used: {error}") from None
     groups = paraphrases.section("groups").texts_by_name()
@@ -193,7 +194,7 @@ def _selection(paraphrases: Section) -> Selection:
 
 
 def _examples(section: Section, folder: Path) -> Examples:
-    places = [key for key in ("rows", "file", "split") if section.has(key)]
+    sources = [key for key in ("rows", "file", "split") if section.has(key)]
     examples = Examples(
         count=section.count("count", 0),
         template=section.text("template", EXAMPLE),
@@ -203,11 +204,11 @@ def _examples(section: Section, folder: Path) -> Examples:
         split=section.text("split", ""),
     )
     section.check_all_asked()
-    if examples.count and len(places) != 1:
+    if examples.count and len(sources) != 1:
         raise section.error(
             "count",
-            f"is {examples.count}, so one of rows, file and split must say whence; "
-            f"got {' and '.join(places) or 'none'}",
+            f"is {examples.count}, and examples need a source: set one of rows, file or split, "
+            f"got {' and '.join(sources) or 'none'}",
         )
     if examples.file and (folder / examples.file).exists():
         return replace(examples, file=str(folder / examples.file))

@@ -1,4 +1,4 @@
-"""From the rows of a task to requests: Jinja templates, paraphrases, few-shot examples."""
+"""Makes requests from rows by a task: Jinja templates, paraphrases, few-shot examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexmask.tasks.task import Task
 from flexmask.tasks.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
 
 _SPARE_EXAMPLES = 8
-"""Drawn beyond one for each example, for questions that stand in the data several times."""
+"""Spare examples beyond one per example, for questions that occur in the data several times."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Example:
     """A few-shot example.
 
     Attributes:
-        text: As it stands in the prompt.
+        text: Its text in the prompt.
         questions: The paraphrases of its row.
     """
 
@@ -33,15 +33,15 @@ class Example:
     questions: frozenset[str]
 
     def asks(self, questions: Collection[str]) -> bool:
-        """Whether it asks one of ``questions``."""
+        """Return True if the example asks one of ``questions``."""
         return not self.questions.isdisjoint(questions)
 
 
 class TaskPrompts:
-    """Turns rows into requests as a task says.
+    """Makes requests from rows by the templates of a task.
 
     Attributes:
-        columns: Those of the task.
+        columns: Renamed columns of the task.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class TaskPrompts:
         """Compile the templates of ``task``, and draw its examples.
 
         Args:
-            task: What to do with a row.
+            task: The task.
             data: The input, for examples that come from another split of it.
-            prefix: Takes the place of what the task's prefix template would give.
-            reads_weights: Whether to read the column ``weights``, one for each paraphrase of the
-                row; those of the selected ones count.
-            chosen_columns: Columns of the task that the user has said where to read; the others
-                of their group may then be missing in the data.
-            examples_format: How the file of the examples is written.
+            prefix: Replaces the rendered prefix template.
+            reads_weights: Whether to read the column ``weights``, a number for each paraphrase of
+                the row; those of the selected paraphrases are used.
+            chosen_columns: Columns of the task that the user has mapped to columns of the data;
+                the other columns of their group may then be missing.
+            examples_format: Delimiter and encoding of the file of examples.
 
         Raises:
-            TaskError: If a template is not one, or an example cannot be used.
+            TaskError: If a template is invalid, or an example cannot be used.
             RequestError: If the input of the examples cannot be read.
         """
         self.columns = task.columns
@@ -117,13 +117,13 @@ class TaskPrompts:
             )
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Find columns of paraphrases that no row has.
+        """Check that the rows have the columns of the paraphrases.
 
         Args:
-            columns: All that the rows have.
+            columns: All columns of the rows.
 
         Raises:
-            RequestError: If there is one.
+            RequestError: If a column of paraphrases is missing.
         """
         known = {*columns, *self._task.columns}
         for group, names in self._task.groups.items():
@@ -132,8 +132,8 @@ class TaskPrompts:
                 raise MissingColumnError(
                     f"{self._data.name}: no row has the column {missing[0]!r} of the {group} "
                     f"paraphrases of task {self._task.name!r}; its columns: "
-                    f"{', '.join(columns) or 'none'}; --column {missing[0]}=COLUMN says "
-                    f"where it is{self._data.advice}"
+                    f"{', '.join(columns) or 'none'}; --column {missing[0]}=COLUMN reads it "
+                    f"from another{self._data.advice}"
                 )
 
     def _prefix_of(self, columns: Columns, groups: Mapping[str, Sequence[str]]) -> str:
@@ -149,7 +149,7 @@ class TaskPrompts:
         )
 
     def _examples_beside(self, questions: Collection[str]) -> list[Example]:
-        """As many examples as are wanted, none of which asks one of ``questions``."""
+        """Return the task's number of examples, none of which asks one of ``questions``."""
         examples = [example for example in self._examples if not example.asks(questions)]
         wanted = len(self._examples) - len(examples)
         if not wanted:
@@ -166,7 +166,7 @@ class TaskPrompts:
         return examples
 
     def _all_spares(self) -> Iterator[Example]:
-        """Examples to take the place of others, always in the same order."""
+        """Yield the spare examples, always in the same order."""
         yield from self._spares
         for spare in self._undrawn:
             self._spares.append(spare)
@@ -177,7 +177,7 @@ class TaskPrompts:
         for group, names in self._task.groups.items():
             if not any(name in columns for name in names):
                 raise MissingColumnError(
-                    f"none of the columns of the {group} paraphrases is there "
+                    f"none of the columns of the {group} paraphrases exists "
                     f"({', '.join(names)}); its columns: {', '.join(columns) or 'none'}"
                 )
             groups[group] = [text for name in names for text in columns.texts(name)]
@@ -186,7 +186,7 @@ class TaskPrompts:
     def _weighted(
         self, groups: Mapping[str, Sequence[str]], columns: Columns
     ) -> dict[str, list[tuple[str, float]]]:
-        """Each paraphrase with its weight, which is 1 where none are read."""
+        """Pair each paraphrase with its weight, which is 1 if weights are not read."""
         count = sum(map(len, groups.values()))
         names = [name for names in self._task.groups.values() for name in names]
         weights = columns.weights(names) if self._reads_weights else (1.0,) * count
@@ -221,13 +221,13 @@ class TaskPrompts:
         try:
             if row.error:
                 raise RequestError(row.error)
-            # What an example lacks and its template wants is an error of the template.
-            there = {
+            # A column that the template needs and the example lacks raises in the template.
+            present = {
                 name: sources
                 for name, sources in self._task.columns.items()
                 if all(source in row.values for source in sources)
             }
-            columns = Columns(row.values, there)
+            columns = Columns(row.values, present)
             names = [name for group in self._task.groups.values() for name in group]
             paraphrases = [text for name in names for text in columns.texts(name)]
             firsts = {"paraphrase": paraphrases[:1], "answer": columns.answers()[:1]}
@@ -252,17 +252,17 @@ def _template(task: Task, key: str, source: str) -> RowTemplate:
 
 
 def _draw(rows: Input, count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draw ``count`` rows without replacement; all in their order if there are no more.
+    """Draw ``count`` rows without replacement; exactly ``count`` rows keep their order.
 
     Returns:
-        Them, and others to take the place of those that ask what a prompt asks.
+        The drawn rows, and spare ones for prompts whose question is among them.
 
     Raises:
-        TaskError: If there are too few.
+        TaskError: If there are too few rows.
     """
     total = sum(1 for _ in rows)
     if total < count:
-        raise TaskError(f"{rows.name}: {count} examples wanted, it has {total} rows")
+        raise TaskError(f"{rows.name}: {count} examples wanted, but it has {total} rows")
     generator = random.Random(seed)
     indices = list(range(count)) if total == count else generator.sample(range(total), count)
     wanted = dict.fromkeys(indices)

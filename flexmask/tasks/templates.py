@@ -1,8 +1,8 @@
-"""Jinja templates of tasks, sandboxed and bounded in time and size.
+"""Renders Jinja templates of tasks, sandboxed and bounded in time and size.
 
-A template is a program that came with a file. Jinja's sandbox keeps it from the machine, but lets
-it loop for hours or make ``"x" * 10**12``. Here every loop, call, filter and operator of a
-template spends from a budget, which works in any thread, where a signal would not.
+A template is a program from a file that may not be trusted. Jinja's sandbox isolates it from the
+machine, but lets it loop for hours or build ``"x" * 10**12``. Here every loop, call, filter and
+operator of a template draws on a budget, which works in any thread; signals do not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from flexmask.errors import FlexMaskError
 
 MAX_SECONDS = 1.0
-"""CPU time of the templates of a row, so that a busy machine refuses nothing."""
+"""Limit of the CPU time (not wall time) that the templates of a row may take together."""
 
 MAX_CHARACTERS = 16 * 2**20
-"""Characters, and items of lists, that the templates of a row make on the way to its prompt."""
+"""Limit of the characters and list items that the templates of a row may create together."""
 
 MAX_NUMBER = 10**6
-"""Largest number that text is padded or repeated to, in one call."""
+"""Limit of the number to which one call may pad or repeat text."""
 
 _MAX_BITS = 10**5
 _STEPS = "__steps"
@@ -38,27 +38,27 @@ _LONG_NUMBER = re.compile(r"\d{7,}")
 
 
 class TemplateSyntaxFault(Exception):
-    """A template that cannot be compiled; its text says where and why."""
+    """A template cannot be compiled; the message gives line and reason."""
 
 
 class TemplateFault(Exception):
-    """A template that cannot be filled in; its text says why."""
+    """A template cannot be rendered; the message gives the reason."""
 
 
 class _LimitError(FlexMaskError):
-    """Raised within a template that goes beyond its bounds."""
+    """A template exceeds its budget."""
 
 
 class Budget:
-    """What the templates of one row may still spend."""
+    """The remaining time and size that the templates of one row may use."""
 
     def __init__(self) -> None:
-        """Begin with all of it."""
+        """Start with the full budget."""
         self._ends_at = time.thread_time() + MAX_SECONDS
         self._left = MAX_CHARACTERS
 
     def spend(self, size: int = 0) -> None:
-        """Take off ``size`` characters, and look at the clock.
+        """Subtract ``size`` characters, and check the CPU time.
 
         Raises:
             FlexMaskError: If either is used up.
@@ -77,7 +77,7 @@ _budget: ContextVar[Budget] = ContextVar("budget")
 
 @contextmanager
 def one_row() -> Iterator[None]:
-    """Give the templates that are filled in meanwhile one budget together."""
+    """Let all templates rendered in this context share one budget."""
     token = _budget.set(Budget())
     try:
         yield
@@ -86,13 +86,13 @@ def one_row() -> Iterator[None]:
 
 
 class RowTemplate:
-    """A template that is filled in from the columns of a row."""
+    """A compiled template, rendered from the columns of a row."""
 
     def __init__(self, source: str) -> None:
-        """Compile it.
+        """Compile a template.
 
         Raises:
-            TemplateSyntaxFault: If it is not one.
+            TemplateSyntaxFault: If it cannot be compiled.
         """
         environment = _BoundedEnvironment()
         try:
@@ -105,14 +105,14 @@ class RowTemplate:
             raise TemplateSyntaxFault("nested too deep; write it flatter") from None
 
     def render(self, columns: Mapping[str, Any], **more: str) -> str:
-        """Fill it in; columns that it does not name are not read.
+        """Render the template; columns that it does not name are not read.
 
         Args:
-            columns: Those of the row.
-            **more: What else it may name; these come before columns of the same name.
+            columns: Columns of the row.
+            **more: More variables, which take precedence over columns of the same name.
 
         Raises:
-            TemplateFault: If that fails, or takes more time or text than it may.
+            TemplateFault: If rendering fails or exceeds the budget.
             RequestError: If a column cannot be read.
         """
         if _budget.get(None) is None:
@@ -131,13 +131,13 @@ class RowTemplate:
             raise TemplateFault("it calls itself, or prints a list, too deep") from None
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            at_hand = ", ".join(dict.fromkeys([*columns, *more]))
-            raise TemplateFault(f"{reason}; at hand: {at_hand}") from None
+            defined = ", ".join(dict.fromkeys([*columns, *more]))
+            raise TemplateFault(f"{reason}; defined: {defined}") from None
         return "".join(parts)
 
 
 class _BoundedCode(CodeGenerator):
-    """Writes the Python code of templates; what ``~`` and ``[…]`` make is spent like all else."""
+    """Generates the Python code of templates, in which ``~`` and ``[…]`` draw on the budget."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self._made(super().visit_Concat, node, frame)
@@ -161,22 +161,22 @@ class _BoundedCode(CodeGenerator):
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with a price on whatever takes time or makes text."""
+    """Jinja's sandbox, in which everything that takes time or creates text draws on the budget."""
 
     code_generator_class = _BoundedCode
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
-        # Not optimized: constant expressions would be evaluated without a budget.
+        # Not optimized, because constant folding would evaluate expressions outside the budget.
         super().__init__(
             undefined=StrictUndefined,
             keep_trailing_newline=True,
             autoescape=False,
             optimized=False,
         )
-        del self.globals["lipsum"]  # text by the number of paragraphs, for web designers
+        del self.globals["lipsum"]  # a generator of filler text without a size limit
         for name, filter_ in self.filters.items():
-            self.filters[name] = _priced(name, filter_)
+            self.filters[name] = _metered(name, filter_)
         self.filters[_STEPS] = _steps
 
     def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
@@ -202,11 +202,11 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _made(super().call(context, function, *arguments, **options))
 
     def made(self, value: Any) -> Any:
-        """Spend what a value costs."""
+        """Charge the size of a value; called by the generated code."""
         return _made(value)
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Join what a macro or a block has written."""
+        """Join the output of a macro or a block."""
         kept = []
         for part in parts:
             _spend(len(part))
@@ -221,10 +221,10 @@ def _spend(size: int = 0) -> None:
 
 
 def _made(value: Any) -> Any:
-    """Spend the length of a text, or of all that a list holds.
+    """Charge the length of a text, or of everything nested in a container.
 
-    A list that holds another twice, which holds another twice, and so on, is small to make and
-    endless to print or compare.
+    Lists that each hold the next one twice are small to build, but exponentially large when they
+    are printed or compared.
     """
     if isinstance(value, list | tuple | dict):
         containers = [value]
@@ -239,24 +239,24 @@ def _made(value: Any) -> Any:
 
 
 def _steps(items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop; each costs a step."""
+    """Yield the items of a loop; each checks the budget."""
     for item in items:
         _spend()
         yield item
 
 
 def _texts_of(items: Any, separator: Any) -> Iterator[Any]:
-    """What is about to be joined; each item costs its length."""
+    """Yield the items to be joined; each is charged by its length."""
     beside = len(separator) if isinstance(separator, Sized) else 0
     for item in items:
         _spend(beside + (len(item) if isinstance(item, Sized) else 0))
         yield item
 
 
-def _priced(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that spends from the budget."""
+def _metered(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a filter so that it draws on the budget."""
 
-    def priced(*arguments: Any, **options: Any) -> Any:
+    def metered(*arguments: Any, **options: Any) -> Any:
         _spend()
         if name == "join":  # called with Jinja's context, items and separator
             context, items, *more = arguments
@@ -267,16 +267,16 @@ def _priced(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
         return _made(filter_(*arguments, **options))
 
     for key, value in getattr(filter_, "__dict__", {}).items():
-        setattr(priced, key, value)  # such as the mark that makes Jinja pass its context
-    return priced
+        setattr(metered, key, value)  # such as the marker that makes Jinja pass its context
+    return metered
 
 
 def _check_call(name: str, values: list[Any]) -> None:
-    """Refuse a call that would make a text out of all proportion, before it makes it.
+    """Refuse a call before it creates text beyond the limits.
 
     Args:
-        name: Of the method or filter.
-        values: What it is called on, and with.
+        name: Name of the method or filter.
+        values: The object that it is called on, and the arguments.
     """
     texts = [value for value in values if isinstance(value, str)]
     is_padding = bool(texts) or name in ("batch", "slice")
