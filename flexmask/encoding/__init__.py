@@ -1,1 +1,1 @@
-"""From the texts of a prompt to token ids and back, whatever the tokenizer does to each text."""
+"""Tokenization: encodes the pieces of a prompt apart, and decodes generated tokens."""

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: what it writes around the text of a user turn."""
+"""Applies a tokenizer's chat template: finds the text that it writes around a user turn."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flexmask.error_text import described
 from flexmask.errors import ModelError, RequestError
 
 _HARD_TO_COPY = " x\n\"'<&>{}[]\\ "
-"""Text that a template changes if it changes any: escapes, cuts or trims it."""
+"""Text that reveals whether a template escapes, cuts or trims the text of a turn."""
 
 
 class UserTurn(NamedTuple):
-    """A user turn as the template writes it, cut where the segments stand.
+    """The text of a user turn around the segments.
 
     Attributes:
-        before: Written by the template before the user's text.
-        prefix: The user's text before the segments, as the template leaves it.
-        suffix: The user's text after the segments, as the template leaves it.
-        after: Written by the template after the user's text.
+        before: Text of the template before the user's text.
+        prefix: The user's text before the segments, perhaps trimmed by the template.
+        suffix: The user's text after the segments, perhaps trimmed by the template.
+        after: Text of the template after the user's text.
     """
 
     before: str
@@ -32,32 +32,32 @@ class UserTurn(NamedTuple):
 
 
 class ChatTemplate:
-    """Writes user turns with a tokenizer's chat template, `RequestTokenizer` makes it.
+    """Writes user turns with a tokenizer's chat template; `RequestTokenizer` creates it.
 
-    Templates are foreign programs. One that fails, or does not write the text of a user turn once
-    and as it is, trimmed at most, is refused when this is made: its prompts would not be those
-    asked for.
+    A template is a program that comes with the tokenizer. The constructor refuses one that fails,
+    or that does not copy the text of a user turn exactly once and unchanged except for trimming,
+    because its prompts would differ from the request.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Try the template of ``tokenizer``.
+        """Test the template of ``tokenizer``.
 
         Raises:
-            ModelError: If there is none, or it cannot be used.
+            ModelError: If the tokenizer has no template, or an unusable one.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError("this tokenizer has no chat template; leave out --chat-template")
         self._tokenizer = tokenizer
-        # Letters and digits only, which no template treats in a way of its own, and none that a
-        # text could hold.
+        # Letters and digits only, which templates do not escape, and random, so that no text
+        # contains it.
         self._mark = f"segments{secrets.token_hex(8)}"
         self.turn = lru_cache(maxsize=256)(self._turn)
         try:
             text = self._write(self._mark + _HARD_TO_COPY + self._mark)
-        except Exception as error:  # the template's own
+        except Exception as error:  # raised by the template
             raise ModelError(
                 f"the chat template fails: {described(error)}; leave out --chat-template, or "
-                "mend the template in the tokenizer's files"
+                "correct the template in the tokenizer's files"
             ) from error
         parts = text.split(self._mark)
         if len(parts) != 3 or parts[1] != _HARD_TO_COPY:
@@ -68,7 +68,7 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template."""
+        """The source text of the template."""
         return str(self._tokenizer.get_chat_template())
 
     def _turn(self, prefix: str, suffix: str) -> UserTurn:
@@ -79,11 +79,11 @@ class ChatTemplate:
         """
         try:
             parts = self._write(prefix + self._mark + suffix).split(self._mark)
-        except Exception as error:  # the template's own
+        except Exception as error:  # raised by the template
             raise RequestError(f"the chat template fails: {described(error)}") from error
         if len(parts) == 2:
             before, after = parts
-            # Templates may trim a turn; within it, next to the mark, they cannot.
+            # A template may trim the ends of a turn, but not the text next to the mark.
             heads = [text for text in (prefix, prefix.lstrip()) if before.endswith(text)]
             tails = [text for text in (suffix, suffix.rstrip()) if after.startswith(text)]
             if heads and tails:
@@ -91,7 +91,7 @@ class ChatTemplate:
                 return UserTurn(before.removesuffix(head), head, tail, after.removeprefix(tail))
         raise RequestError(
             "the chat template changes the text of its prefix or suffix; leave out "
-            "--chat-template, or write it otherwise"
+            "--chat-template, or change that text"
         )
 
     def _write(self, content: str) -> str:

@@ -1,4 +1,4 @@
-"""Encodes the pieces of a prompt apart, so that put together they are one text."""
+"""Encodes the pieces of a prompt separately, so that their tokens decode to the whole text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class EncodedPrompt(NamedTuple):
     """The tokens of a prompt, without the beginning-of-sequence token.
 
     Attributes:
-        prefix: All before the segments.
-        segments: Each segment.
-        suffix: All after the segments.
+        prefix: Everything before the segments.
+        segments: The segments.
+        suffix: Everything after the segments.
     """
 
     prefix: Encoded
@@ -30,7 +30,7 @@ class EncodedPrompt(NamedTuple):
     suffix: Encoded
 
     def named(self) -> Iterator[tuple[str, Encoded]]:
-        """The pieces, with what messages call them."""
+        """Yield the pieces with their names in messages."""
         yield "prefix", self.prefix
         for number, segment in enumerate(self.segments, start=1):
             yield f"segment {number}", segment
@@ -38,11 +38,11 @@ class EncodedPrompt(NamedTuple):
 
 
 class PromptEncoder:
-    """Encodes prefix, segments and suffix, `RequestTokenizer` makes it.
+    """Encodes prefix, segments and suffix; `RequestTokenizer` creates it.
 
-    Where a tokenizer puts a space before each text, only the piece that begins the prompt gets
-    it. Where that would be a segment, a single one gets it as from the tokenizer itself; of
-    several none is the first, and the space is a token of the prefix.
+    If a tokenizer puts a space before each text, only the first piece of the prompt gets it. If
+    that piece is a single segment, the tokenizer adds the space as usual; with several segments,
+    which must not depend on their order, the space becomes a token of the prefix.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class PromptEncoder:
 
         Args:
             tokenizer: The model's tokenizer.
-            decoder: Decodes with it.
-            template: Source of the chat template that writes user turns, where there is one.
-            allow_special_tokens: Whether texts of requests may hold special tokens.
+            decoder: A decoder of the same tokenizer.
+            template: Source of the chat template that writes user turns; None if not used.
+            allow_special_tokens: Whether the texts of requests may hold special tokens.
         """
         self._is_chat = template is not None
         self._decoder = decoder
@@ -72,18 +72,18 @@ class PromptEncoder:
         self._ahead: dict[str, Encoded] = {}
 
     def read_ahead(self, segments: Iterable[str]) -> None:
-        """Encode segments that are about to be asked for, all in one call."""
+        """Encode segments of the next requests in one call."""
         texts = list(set(segments))
         try:
             self._ahead = dict(zip(texts, self._encoder.encode_all(texts), strict=True))
-        except RequestError:  # which of them it was shows when each is encoded by itself
+        except RequestError:  # raised again, for the right segment, when each is encoded
             self._ahead = {}
 
     def encode(self, turn: UserTurn, segments: Sequence[str]) -> EncodedPrompt:
         """Encode a prompt.
 
         Raises:
-            RequestError: If the tokenizer has no tokens for a piece, which is named.
+            RequestError: If the tokenizer has no tokens for a piece; the message names it.
         """
         with _naming("prefix"):
             prefix, left = self._opening(turn.before, turn.prefix)
@@ -97,14 +97,14 @@ class PromptEncoder:
         return self._encoder.encode(text)
 
     def _encode_opening(self, before: str, prefix: str) -> tuple[Encoded, Left]:
-        """Encode all that stands before the segments, and say what it leaves before them."""
+        """Encode everything before the segments; also return what is to the left of them."""
         if not self._is_chat and prefix:
             space, encoded = self._encode_first(prefix, "start")
             return space.then(encoded), "text"
         return self._encode_parts(self._encoder.split(before, tail=prefix), "start", "text")
 
     def _encode_ending(self, suffix: str, after: str) -> Encoded:
-        """Encode all that stands after the segments."""
+        """Encode everything after the segments."""
         right: Right = "end" if self._is_chat else "text"
         return self._encode_parts(self._encoder.split(after, head=suffix), "text", right)[0]
 
@@ -122,7 +122,7 @@ class PromptEncoder:
         return encoded, left
 
     def _encode_segments(self, texts: Sequence[str], left: Left) -> tuple[Encoded, list[Encoded]]:
-        """Encode the segments; the space that stands before them is apart."""
+        """Encode the segments; the space before them is returned separately."""
         is_spaced = left != "text" and self._encoder.is_spaced(left)
         if is_spaced and len(texts) == 1:
             with _naming("segment 1"):
@@ -135,10 +135,10 @@ class PromptEncoder:
         return self._space if is_spaced else Encoded(()), segments
 
     def _encode_first(self, text: str, left: Left) -> tuple[Encoded, Encoded]:
-        """Encode a piece that no text stands before, and the space before it if it is apart.
+        """Encode a piece with no text before it; return a separate space token and the piece.
 
-        Some tokenizers put no space before a text that begins with one, and decode as if they
-        had: before such a text it becomes a token of its own.
+        Some tokenizers add no space before a text that begins with one, but remove one when they
+        decode. Before such a text the space becomes a token of its own.
         """
         encoded = self._encoder.encode(text, left)
         if not self._is_chat and text[0].isspace() and self._text_of(encoded) != text:
@@ -149,7 +149,7 @@ class PromptEncoder:
 
     @cached_property
     def _space(self) -> Encoded:
-        """The space before a text, where the tokenizer has a token for that alone."""
+        """The token of a single space; empty if the tokenizer has none."""
         space = self._encoder.encode(" ")
         has_token = self._text_of(space.then(self._encoder.encode("a"))).strip() == "a"
         return space if has_token else Encoded(())
@@ -160,7 +160,7 @@ class PromptEncoder:
 
 @contextmanager
 def _naming(piece: str) -> Iterator[None]:
-    """Say in errors which piece of a request they are about."""
+    """Add the name of the piece to errors."""
     try:
         yield
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""Decodes tokens as they read within a text, where decoders of whole texts drop a space."""
+"""Decodes tokens in the middle of a text, keeping a leading space that tokenizers drop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TextDecoder:
-    """Decodes tokens that follow others, `RequestTokenizer` makes it.
+    """Decodes tokens that follow other tokens; `RequestTokenizer` creates it.
 
-    Decoders of tokenizers that put a space before each text take it off again, so that tokens
-    decoded by themselves lose the space they begin with. Here they are decoded after a token
-    whose text is known: they read as in a decoding of prompt and generation together.
+    A tokenizer that puts a space before each text removes it when decoding, so tokens decoded
+    alone lose their leading space. Here they are decoded after a token whose text is known, which
+    gives the same text as decoding prompt and generation together.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -21,7 +21,7 @@ class TextDecoder:
         self._tokenizer = tokenizer
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of tokens that other text stands before."""
+        """Return the text of tokens that follow other text."""
         text = self.whole((*self._before, *token_ids), skip_special_tokens)
         if self._before and text.startswith(self._text_before):
             return text.removeprefix(self._text_before)
@@ -29,7 +29,7 @@ class TextDecoder:
 
     @cached_property
     def _before(self) -> tuple[int, ...]:
-        """A token of a letter or a digit, which is not a special one; none if there is none."""
+        """An ordinary token of one letter or digit; empty if the vocabulary has none."""
         for token_id in self._candidates():
             text = self.whole((token_id,), True).strip()
             if text.isascii() and text.isalnum():
@@ -46,7 +46,7 @@ class TextDecoder:
         yield from range(len(self._tokenizer))
 
     def whole(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of tokens that are all there is."""
+        """Return the text of tokens that are a whole text."""
         text = self._tokenizer.decode(
             list(token_ids),
             skip_special_tokens=skip_special_tokens,

@@ -1,4 +1,4 @@
-"""Encodes pieces of a text so that their tokens, put together, are tokens of the whole."""
+"""Encodes pieces of a text so that their concatenated tokens decode to the whole text."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ class Encoded(NamedTuple):
 
     Attributes:
         token_ids: The tokens.
-        special_text: Text of a special token that it holds and that was encoded as plain text.
+        special_text: Text of a special token that the piece contains and that was encoded as
+            plain text; None if it contains none.
     """
 
     token_ids: tuple[int, ...]
     special_text: str | None = None
 
     def then(self, other: Encoded) -> Encoded:
-        """This piece and another right after it."""
+        """Return the concatenation of this piece and the next."""
         return Encoded(self.token_ids + other.token_ids, self.special_text or other.special_text)
 
 
 class TextEncoder:
-    """Encodes pieces of a longer text, `PromptEncoder` makes it.
+    """Encodes pieces of a longer text; `PromptEncoder` creates it.
 
-    A piece that continues a text gets no space of its own before it
-    (`flexmask.encoding.tokenizer_edits`), and the text of a special token is text like any other:
-    only who writes prompts, a chat template, may end a turn.
+    A piece that continues a text gets no extra space before it
+    (`flexmask.encoding.tokenizer_edits`). The text of a special token is encoded as plain text:
+    only the chat template may end a turn, not the data.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class TextEncoder:
 
         Args:
             tokenizer: The model's tokenizer.
-            template: Source of its chat template, if that is used. Added tokens that stand in it
-                are special ones too, whether they are flagged as such or not.
+            template: Source of its chat template, if used. Added tokens that occur in it count as
+                special tokens, even if they are not flagged as such.
             allow_special_tokens: Whether pieces may hold special tokens.
         """
         self._tokenizer = tokenizer
@@ -76,7 +77,7 @@ class TextEncoder:
         }
         for id_ in special_ids - added.keys():
             self._special[id_] = str(tokenizer.convert_ids_to_tokens(id_))
-        # Runs of spaces, which some tokenizers have as added tokens, are ordinary text.
+        # Some tokenizers have sequences of spaces as added tokens; those are ordinary text.
         self._added = {
             token.content: (id_, token)
             for id_, token in added.items()
@@ -85,21 +86,21 @@ class TextEncoder:
         self._at = lru_cache(maxsize=None)(self._backend_at)
 
     def encode(self, text: str, left: Left = "text", right: Right = "text") -> Encoded:
-        """Encode one piece, as `encode_all`."""
+        """Encode one piece; as `encode_all`."""
         return self.encode_all([text], left, right)[0] if text else Encoded(())
 
     def encode_all(
         self, texts: Sequence[str], left: Left = "text", right: Right = "text"
     ) -> list[Encoded]:
-        """Encode pieces, each by itself.
+        """Encode pieces, each separately.
 
         Args:
             texts: The pieces.
-            left: What stands before each.
-            right: What stands after each.
+            left: The context to the left of each piece.
+            right: The context to the right of each piece.
 
         Raises:
-            RequestError: If the tokenizer has no tokens for one.
+            RequestError: If the tokenizer has no tokens for a piece.
         """
         if not texts:
             return []
@@ -115,15 +116,15 @@ class TextEncoder:
         return encoded
 
     def is_spaced(self, left: Left) -> bool:
-        """Whether the tokenizer puts a space before a text that stands after ``left``."""
+        """Return True if the tokenizer puts a space before a text that follows ``left``."""
         return self.encode("a", left).token_ids != self.encode("a").token_ids
 
     def split(self, text: str, *, head: str = "", tail: str = "") -> list[str | int]:
-        """Cut what a template wrote at its added tokens: text, id, text, id, …, text.
+        """Split the text of a template at its added tokens: text, id, text, id, …, text.
 
         Args:
-            text: What the template wrote.
-            head: The user's text before it, which is cut only where it may hold special tokens.
+            text: Text of the template.
+            head: The user's text before it, split only if it may hold special tokens.
             tail: The user's text after it, likewise.
         """
         if self._allows_special_tokens:
@@ -154,13 +155,13 @@ class TextEncoder:
     def _check_plain(self, token_ids: tuple[int, ...]) -> None:
         for id_ in (self._special.keys() & token_ids) - self._ordinary_ids:
             raise RequestError(
-                f"it holds {self._special[id_]!r}, which this tokenizer can only read as a "
-                "special token; take it out, or pass --allow-special-tokens"
+                f"it holds {self._special[id_]!r}, which this tokenizer can only encode as a "
+                "special token; remove it, or pass --allow-special-tokens"
             )
 
     @cached_property
     def _ordinary_ids(self) -> frozenset[int]:
-        """Special tokens that ordinary text may hold too."""
+        """Special tokens to which ordinary text may be encoded too."""
         if self._tokenizer.is_fast:
             return ordinary_special_ids(self._tokenizer.backend_tokenizer.model)
         unknown = self._tokenizer.unk_token_id
@@ -171,7 +172,7 @@ class TextEncoder:
     ) -> list[tuple[int, ...]]:
         try:
             if not self._is_editable:
-                return [self._ids_as_it_is(text, left, is_plain) for text in texts]
+                return [self._ids_unedited(text, left, is_plain) for text in texts]
             backend = self._at(left, right, is_plain)
             if backend is self._tokenizer.backend_tokenizer:
                 return self._ids_of_all(texts)
@@ -179,13 +180,13 @@ class TextEncoder:
             return [tuple(encoding.ids) for encoding in batch]
         except RequestError:
             raise
-        except Exception as error:  # tokenizers raises nothing more special
+        except Exception as error:  # tokenizers raises plain Exception
             raise RequestError(f"it cannot be tokenized: {described(error)}") from error
 
     def _ids_of_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         encoded = self._tokenizer(list(texts), add_special_tokens=False)
         if _is_cut_or_padded(encoded):
-            # Someone pads or truncates with the same tokenizer in another thread.
+            # Another thread pads or truncates with the same tokenizer.
             self._tokenizer = copy.deepcopy(self._tokenizer)
             self._at.cache_clear()
             encoded = self._tokenizer(list(texts), add_special_tokens=False)
@@ -201,10 +202,10 @@ class TextEncoder:
     def _is_editable(self) -> bool:
         return self._tokenizer.is_fast and is_editable(self._tokenizer.backend_tokenizer)
 
-    def _ids_as_it_is(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
-        """Encode with a tokenizer of which parts are written in Python and cannot be edited.
+    def _ids_unedited(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
+        """Encode with a tokenizer that has parts in Python, whose pipeline cannot be edited.
 
-        A piece that continues a text is encoded after one that it does not merge with.
+        A piece that continues a text is encoded after a text that it does not merge with.
         """
 
         def encode(text: str) -> tuple[int, ...]:
@@ -220,14 +221,14 @@ class TextEncoder:
             if head and whole[: len(head)] == head:
                 return whole[len(head) :]
         raise RequestError(
-            f"this tokenizer has no tokens for {text[:20]!r} apart from what stands before it"
+            f"this tokenizer has no tokens for {text[:20]!r} separate from the text before it"
         )
 
 
 def _is_cut_or_padded(encoded: BatchEncoding) -> bool:
-    """Whether truncation or padding, which nobody asked for here, changed token ids.
+    """Return True if the tokenizer truncated or padded, which is not wanted here.
 
-    A fast tokenizer keeps how to do both as a state, which each call sets before it encodes.
+    A fast tokenizer stores its truncation and padding settings, and every call overwrites them.
     """
     return any(
         encoding.overflowing or 0 in encoding.attention_mask

@@ -1,4 +1,4 @@
-"""From the texts of a request to token ids."""
+"""Tokenizes requests, and decodes the tokens generated for them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flexmask.request import Request
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, by hub id, folder or GGUF file, and not the model.
+    """Load the tokenizer of a model (hub id, folder or GGUF file) without its weights.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If it cannot be loaded.
     """
     source = CheckpointSource.find(model)
     with errors_in_one_line(f"cannot load the tokenizer of {shown(source.name)}"):
@@ -42,11 +42,11 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 
 
 class RequestTokenizer:
-    """Tokenizes prefix, segments and suffix, each by itself.
+    """Tokenizes prefix, segments and suffix, each separately.
 
-    Pieces are encoded apart, so that a segment has the same tokens whatever stands beside it, and
-    put together they decode to the text of the whole (`flexmask.encoding.prompt_encoder`).
-    The prefix begins with the beginning-of-sequence token where the tokenizer adds one.
+    So the tokens of a segment do not depend on its neighbours, and the concatenated tokens decode
+    to the whole text (`flexmask.encoding.prompt_encoder`). The prefix begins with the
+    beginning-of-sequence token if the tokenizer adds one.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class RequestTokenizer:
         Args:
             tokenizer: The model's tokenizer.
             chat_template: Put the request into the user turn of the tokenizer's chat template:
-                what the template writes before the segments joins the prefix, and what follows
-                joins the suffix.
-            allow_special_tokens: Read the text of a special token in a request, such as
-                ``<eos>``, as that token. By default it is text like any other.
-            num_embeddings: How many tokens the model knows; None where no model is at hand.
+                template text before the segments is added to the prefix, text after them to the
+                suffix.
+            allow_special_tokens: Encode the text of a special token in a request, such as
+                ``<eos>``, as that token. By default it is encoded as plain text.
+            num_embeddings: Number of tokens that the model knows; None without a model.
 
         Raises:
-            ModelError: If a chat template is asked for and the tokenizer has none, or one that
-                cannot be used.
+            ModelError: If ``chat_template`` is set and the tokenizer has no template, or an
+                unusable one.
         """
         self._tokenizer = tokenizer
         self._num_embeddings = num_embeddings
@@ -84,7 +84,7 @@ class RequestTokenizer:
         )
 
     def read_ahead(self, requests: Iterable[Request]) -> None:
-        """Encode the segments of requests that are about to be tokenized, all in one call."""
+        """Encode the segments of the next requests in one call."""
         self._encoder.read_ahead(text for request in requests for text in request.segments)
 
     def __call__(self, request: Request) -> TokenizedRequest:
@@ -106,7 +106,7 @@ class RequestTokenizer:
         return replace(tokenized, special_text=special_texts[0]) if special_texts else tokenized
 
     def in_chat(self, request: Request) -> Request:
-        """The request with what the chat template writes around it, where there is one.
+        """Return the request with the text of the chat template, if one is used.
 
         Raises:
             RequestError: If the template fails on it, or changes its text.
@@ -115,15 +115,15 @@ class RequestTokenizer:
         return replace(request, prefix=turn.before + turn.prefix, suffix=turn.suffix + turn.after)
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
-        """Text of generated tokens as it continues a prompt, special tokens left out."""
+        """Return the text of generated tokens as a continuation, without special tokens."""
         return self._decoder.decode(token_ids, skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token as it stands within a text, leading space included."""
+        """Return the text of one token in the middle of a text, including a leading space."""
         return self._decoder.decode((token_id,), skip_special_tokens=False)
 
     def token_texts(self, text: str) -> list[str]:
-        """Cut a text that continues another into its tokens."""
+        """Split a text that continues another into the texts of its tokens."""
         encoded = self._encoder.encode_text(text)
         return [self.token_text(token_id) for token_id in encoded.token_ids]
 
@@ -146,6 +146,6 @@ class RequestTokenizer:
             token = self._tokenizer.convert_ids_to_tokens(largest)
             raise RequestError(
                 f"{name} has token {largest} ({token!r}), but the model knows tokens 0 to "
-                f"{self._num_embeddings - 1} only; take that text out, or give the model the "
+                f"{self._num_embeddings - 1} only; remove that text, or give the model the "
                 "tokenizer it was trained with"
             )

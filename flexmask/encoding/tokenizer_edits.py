@@ -1,9 +1,9 @@
-"""Copies of a tokenizer for pieces of a text: edited pipelines, and tokens that it does not find.
+"""Edits copies of a tokenizer so that they encode pieces of a text, or ignore special tokens.
 
-Many tokenizers put a space before each text that they are given (SentencePiece's dummy prefix:
-a ``Prepend`` normalizer or a ``Metaspace`` pre-tokenizer), and some strip its ends. For a piece of
-a longer text both are wrong where the text goes on. Components are edited as the JSON that
-``tokenizers`` keeps them in (seen in 0.23).
+Many tokenizers put a space before each text (SentencePiece's dummy prefix: a ``Prepend``
+normalizer or a ``Metaspace`` pre-tokenizer), and some strip both ends. For a piece of a longer
+text both are wrong at an end where the text continues. Components are edited in the JSON form
+into which ``tokenizers`` serializes them (seen in 0.23).
 
 Source: https://github.com/huggingface/transformers/issues/26273 and 28010.
 """
@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import Model
 
 Left = Literal["start", "token", "text"]
-"""What stands before a piece: nothing; an added token such as ``<s>``, which cuts the text for
-the tokenizer; or text that the piece continues."""
+"""The context to the left of a piece: nothing; an added token such as ``<s>``, at which the
+tokenizer splits the text; or text that the piece continues."""
 
 Right = Literal["text", "end"]
-"""What stands after a piece: text that continues it; or the end, or an added token."""
+"""The context to the right of a piece: text that continues it, or the end or an added token."""
 
 _Component = dict[str, Any]
 
@@ -31,12 +31,12 @@ _ANY_SPACE: _Component = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "cont
 
 
 def is_editable(tokenizer: Tokenizer) -> bool:
-    """Whether no part of the pipeline is written in Python, which has no JSON."""
+    """Return True if no part of the pipeline is written in Python, which cannot be serialized."""
     parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
     try:
         for part in parts:
             _parsed(part)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises plain Exception
         if "Custom" in str(error):
             return False
         raise
@@ -44,7 +44,7 @@ def is_editable(tokenizer: Tokenizer) -> bool:
 
 
 def tokenizer_at(tokenizer: Tokenizer, left: Left, right: Right) -> Tokenizer:
-    """The tokenizer for pieces between ``left`` and ``right``: itself where nothing changes."""
+    """Return a tokenizer for pieces between ``left`` and ``right``; the same one if unchanged."""
     normalizer = _parsed(tokenizer.normalizer)
     pre_tokenizer = _parsed(tokenizer.pre_tokenizer)
     normalizers = _normalizers_at(normalizer, left, right)
@@ -52,8 +52,8 @@ def tokenizer_at(tokenizer: Tokenizer, left: Left, right: Right) -> Tokenizer:
     edited = [_pre_tokenizer_at(each, left) for each in pre_tokenizers]
     kinds = [each["type"] for each in pre_tokenizers]
     if kinds[:2] == ["WhitespaceSplit", "Metaspace"] and "text" in (left, right):
-        # The two give every word a space, whether one stood before it or not. Here the first word
-        # has only the one that the text has.
+        # Together they put a space before every word. Here the first word keeps only the space
+        # that the text has.
         normalizers.append(_ANY_SPACE)
         scheme = "never" if left == "text" else "first"
         edited = [pre_tokenizers[1] | {"prepend_scheme": scheme, "split": True}, *edited[2:]]
@@ -94,7 +94,7 @@ def _pre_tokenizer_at(component: _Component, left: Left) -> _Component:
 
 
 def _flat(component: _Component | None, within: str) -> list[_Component]:
-    """The components of a sequence, of sequences in it too."""
+    """Return the components of a sequence, flattened recursively."""
     if component is None:
         return []
     if component["type"] != "Sequence":
@@ -107,15 +107,15 @@ def _parsed(component: Any) -> _Component | None:
 
 
 def _tokenizer_of(**components: _Component) -> Tokenizer:
-    """A tokenizer made of components, which can be taken from it as objects."""
+    """Make a tokenizer of JSON components, from which they can be taken as objects."""
     model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     return Tokenizer.from_str(json.dumps({"added_tokens": [], **components, "model": model}))
 
 
 def ordinary_special_ids(model: Model) -> frozenset[int]:
-    """Tokens that a model gives to ordinary text even where they are flagged as special.
+    """Return the tokens that ordinary text may be encoded to even if they are flagged as special.
 
-    That is the token for what its vocabulary lacks, and those of single bytes.
+    These are the unknown token and the tokens of single bytes.
     """
     state = json.loads(model.__getstate__())
     if state["type"] == "Unigram":
@@ -127,19 +127,20 @@ def ordinary_special_ids(model: Model) -> frozenset[int]:
 
 
 def without_tokens(tokenizer: Tokenizer, contents: set[str], nonce: str) -> Tokenizer:
-    """A copy that does not find some tokens in a text; all ids stay.
+    """Return a copy that does not recognise some tokens in a text; all ids stay the same.
 
-    Not to match added tokens is not enough: the vocabulary of the model may hold them too, and a
-    word-level or Unigram model finds them there. So they are renamed to what no text holds.
+    Disabling the match of added tokens is not enough: the model's vocabulary may hold them too,
+    and a word-level or Unigram model finds them there. So they are renamed to text that does not
+    occur.
 
     Args:
-        tokenizer: What is copied.
+        tokenizer: The tokenizer to copy.
         contents: Texts of the tokens.
-        nonce: Text that stands in no other, before which they are put.
+        nonce: Random text, put before the names of the tokens.
     """
     whole = json.loads(tokenizer.to_str())
     model = whole["model"]
-    if model.get("byte_fallback"):  # which looks for these names in the vocabulary
+    if model.get("byte_fallback"):  # byte fallback looks up these names in the vocabulary
         added = [token for token in whole["added_tokens"] if token["content"] not in _BYTES]
         whole["added_tokens"], contents = added, contents.difference(_BYTES)
     names = {content: nonce + content for content in contents}
