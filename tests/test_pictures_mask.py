@@ -15,7 +15,7 @@ from flexmask.errors import OptionError
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.mask_mods import causal
 from flexmask.plugins.registry import make_strategy
-from flexmask.show.cells import Cell, cell_grid
+from flexmask.show.cells import CellState, cell_grid
 from flexmask.show.mask_picture import cell_side, draw_difference, draw_mask
 from flexmask.show.tile_mask import TILE, TileMask
 from flexmask.show.tokens import DrawnTokens, ShownRequest
@@ -132,14 +132,14 @@ def test_small_masks_are_drawn_token_by_token_and_large_ones_in_tiles():
 def test_cells_say_which_tiles_are_skipped():
     picture = draw_mask(make_strategy("causal", {}), ShownRequest.of_lengths(0, (10,), 2), 4)
     tokens = cell_grid(picture, 1).cells
-    assert tokens[0, 3] == Cell.MASKED
-    assert tokens[0, 4] == Cell.SKIPPED
-    assert tokens[4, 3] == Cell.SEEN
+    assert tokens[0, 3] == CellState.MASKED
+    assert tokens[0, 4] == CellState.SKIPPED
+    assert tokens[4, 3] == CellState.SEEN
     tiles = cell_grid(picture, 4).cells
     assert tiles.tolist() == [
-        [Cell.PARTIAL, Cell.SKIPPED, Cell.SKIPPED],
-        [Cell.FULL, Cell.PARTIAL, Cell.SKIPPED],
-        [Cell.FULL, Cell.FULL, Cell.PARTIAL],
+        [CellState.PARTIAL, CellState.SKIPPED, CellState.SKIPPED],
+        [CellState.FULL, CellState.PARTIAL, CellState.SKIPPED],
+        [CellState.FULL, CellState.FULL, CellState.PARTIAL],
     ]
 
 

@@ -1,1 +1,1 @@
-"""Pictures of who sees whom: in the terminal, as a figure, as a page, in a notebook."""
+"""Draws masks: in the terminal, as a figure, as an HTML page, in a notebook."""

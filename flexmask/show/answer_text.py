@@ -1,4 +1,4 @@
-"""What a run answered, with accepted answers marked."""
+"""Formats the answer of a run for the terminal, with accepted answers marked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 
 
 def answer_text(answer: Answer) -> Text:
-    """Write generation, prediction and accepted answers; where they occur they are marked.
+    """Format generation, prediction and accepted answers; accepted answers are marked.
 
-    Marks are underlined, and in brackets, which plain text keeps.
+    Marks are underlined and in brackets, which remain in plain text.
     """
     text = Text("generation  ", "bold")
     for piece, is_accepted in marked_pieces(answer.generation, answer.accepted):
@@ -40,7 +40,7 @@ def answer_text(answer: Answer) -> Text:
 
 
 def marked_pieces(text: str, accepted: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a text where accepted answers stand in it, as whole words in any case.
+    """Split a text at accepted answers: whole words, in upper or lower case.
 
     Yields:
         Each piece, and whether it is an accepted answer.

@@ -1,4 +1,4 @@
-"""Figures for papers and notebooks, with matplotlib: PNG, SVG and PDF."""
+"""Renders pictures as figures for papers and notebooks with matplotlib: PNG, SVG and PDF."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HEIGHT_IN = 3.35
-"""Height of a figure without its title and legend."""
+"""Height of a figure without title and legend."""
 LINE_IN = 0.14
 DPI = 400
 
 MAX_TOKENS = 1024
-"""Up to how many tokens are drawn one by one: about two dots each in a printed column."""
+"""Most tokens that are drawn one by one: about two dots each in a printed column."""
 MAX_SQUARES = 64
-"""Up to how many cells along an axis are drawn as squares with a gap between them."""
+"""Most cells along an axis that are drawn as squares with gaps between them."""
 MAX_CELLS = 512
 GAP_PT = 0.4
 IMAGE_DOTS = 1024
-"""At least how many dots the picture of a larger mask has along an axis. Viewers blur few."""
+"""Fewest dots along an axis in the image of a larger mask; viewers blur smaller images."""
 
 LINE_CHARACTERS = 44
-"""How many characters of titles and labels fit in a line."""
+"""Characters of titles and labels that fit in a line."""
 TITLE_PAD_PT = 25
-"""Room between axis and title for the bands and their labels."""
+"""Space between axis and title for the bands and their labels."""
 BAND = 0.045
 """Thickness of the bands of parts, as a share of the axis."""
 
@@ -62,7 +62,7 @@ def save_figure(picture: Picture, path: Path) -> None:
 
 
 def mask_figure(picture: Picture) -> Figure:
-    """Draw a figure of one column's width; no window shows it.
+    """Draw a figure one column wide, without opening a window.
 
     Raises:
         FlexMaskError: If matplotlib is not installed.
@@ -82,8 +82,8 @@ def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
     """Draw a mask, queries down and keys across.
 
     Args:
-        picture: What to draw.
-        ax: Where; None makes a figure that is one column wide.
+        picture: The picture to draw.
+        ax: The axes to draw on; None creates a figure one column wide.
 
     Raises:
         FlexMaskError: If matplotlib is not installed.
@@ -97,7 +97,7 @@ def plot_mask(picture: Picture, ax: Axes | None = None) -> Axes:
 
 
 def _height_in(picture: Picture, grid: CellGrid) -> float:
-    """Height of a figure of one column's width, so that title and legend have their room."""
+    """Return the height of a figure one column wide, with space for title and legend."""
     meanings = [_wrapped(meaning) for _, meaning in grid.legend(picture)]
     rows = -(-len(meanings) // _legend_columns(picture))
     texts = [_title(picture), _figures(picture, grid), *meanings]
@@ -110,7 +110,7 @@ def _legend_columns(picture: Picture) -> int:
 
 
 def _grid(picture: Picture) -> CellGrid:
-    if isinstance(picture, MaskDifference):  # no kernel computes it, so tiles mean nothing
+    if isinstance(picture, MaskDifference):  # not computed by any kernel, so it has no tiles
         return cell_grid(picture, cell_side(picture.size, 1, MAX_TOKENS, MAX_CELLS))
     return cell_grid(picture, cell_side(picture.size, picture.mask.tile, MAX_TOKENS, MAX_CELLS))
 
@@ -131,13 +131,13 @@ def _draw_cells(ax: Axes, picture: Picture, grid: CellGrid) -> None:
     else:
         dots = -(-IMAGE_DOTS // len(colours))
         image = colours.repeat(dots, 0).repeat(dots, 1)
-        extent = len(colours) * grid.side  # the last cell may stick out past the last token
+        extent = len(colours) * grid.side  # the last cell may extend past the last token
         ax.imshow(image, extent=(0, extent, extent, 0), interpolation="none")
     ax.set(xlim=(0, picture.size), ylim=(picture.size, 0), aspect="equal", anchor="N")
 
 
 def _draw_squares(ax: Axes, colours: NDArray[np.uint8], side: int) -> None:
-    """Draw cells as squares: one path for all of a colour, which keeps vector files small."""
+    """Draw cells as squares: one path per colour, which keeps vector files small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
@@ -145,7 +145,7 @@ def _draw_squares(ax: Axes, colours: NDArray[np.uint8], side: int) -> None:
     for colour in np.unique(colours.reshape(-1, 3), axis=0):
         if tuple(colour) == rgb(MASKED_COLOUR):
             continue  # the background
-        x0, y0, x1, y1 = (_runs((colours == colour).all(-1)) * side).T
+        x0, y0, x1, y1 = (_rectangles((colours == colour).all(-1)) * side).T
         points = np.stack((x0, y0, x1, y0, x1, y1, x0, y1, x0, y0), -1).reshape(-1, 2)
         outline = Outline(points, codes * len(x0))
         ax.add_patch(PathPatch(outline, facecolor=colour / 255, linewidth=0))
@@ -157,8 +157,8 @@ def _draw_squares(ax: Axes, colours: NDArray[np.uint8], side: int) -> None:
     ax.add_patch(PathPatch(outline, edgecolor=MASKED_COLOUR, fill=False, linewidth=GAP_PT))
 
 
-def _runs(shown: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rectangles around the cells of each row that stand together: (left, top, right, bottom)."""
+def _rectangles(shown: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Merge adjacent cells of each row into rectangles: (left, top, right, bottom)."""
     steps = np.diff(np.pad(shown, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     row, left = np.nonzero(steps == 1)
     _, right = np.nonzero(steps == -1)
@@ -195,11 +195,11 @@ def _draw_bands(ax: Axes, picture: Picture) -> None:
 def _labels(
     bands: Sequence[Band], half_width: Callable[[str], float]
 ) -> Iterator[tuple[float, str]]:
-    """The labels that have room along an axis, and where they go.
+    """Yield position and text of the labels that fit along an axis without overlap.
 
     Args:
-        bands: What is labelled.
-        half_width: Of a label, as a share of the axis.
+        bands: The bands to label.
+        half_width: Returns half the width of a label, as a share of the axis.
     """
     size, labelled = bands[-1].stop, 0.0
     for band in bands:

@@ -1,4 +1,4 @@
-"""One self-contained page: hover, step, switch strategies; nothing is loaded from anywhere."""
+"""Renders pictures as one self-contained, interactive HTML page that loads nothing."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from flexmask.show.tokens import DrawnTokens
 from flexmask.web_page import render_page
 
 SCRIPTS = ("tile_mask.js", "matrix.js", "token_list.js", "page.js")
-"""In the order in which they are joined: each uses names of those before it."""
+"""Scripts in the order in which they are joined: each uses names of the ones before it."""
 
 MAX_PAIRS = 2**27
-"""How many pairs of partial tiles a page holds at most, 16 MiB: those of 8,192 tiles of 128."""
+"""Most pairs of partial tiles that a page holds, 16 MiB: those of 8,192 tiles of 128."""
 
 _NO_PAIRS = -1
 
 
 def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
-    """Make the page.
+    """Return the HTML of the page.
 
     Args:
-        pictures: What to show side by side, over one request.
-        subject: The request, and what a run answered.
+        pictures: Pictures of one request, shown side by side.
+        subject: The request, and the answer of a run.
     """
     answer = subject.answer
     return render_page(
@@ -49,7 +49,7 @@ def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
 
 
 def save_page(pictures: Sequence[Picture], subject: Subject, path: Path) -> None:
-    """Write the page to a file; arguments as of `page_html`."""
+    """Write the page to a file; arguments as for `page_html`."""
     path.write_text(page_html(pictures, subject), encoding="utf-8")
 
 
@@ -95,8 +95,8 @@ def _tokens(tokens: DrawnTokens) -> dict[str, Any]:
             [band.label, _colour_name(band.segment_id, band.is_generated), band.start, band.stop]
             for band in tokens.bands
         ],
-        "positions": _runs(tokens.position_ids),
-        "origins": _runs(tokens.origins),
+        "positions": _consecutive(tokens.position_ids),
+        "origins": _consecutive(tokens.origins),
         "texts": tokens.texts,
     }
 
@@ -111,8 +111,8 @@ def _colour_name(segment_id: int, is_generated: bool) -> str:
     return f"segment-{(segment_id - 1) % len(palette.SEGMENT_COLOURS)}"
 
 
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Index and value of every number that is not one more than the number before it."""
+def _consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Compress consecutive numbers: index and value of each that does not continue the last."""
     return [
         (index, number)
         for index, number in enumerate(numbers)
@@ -121,7 +121,7 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _layer(name: str, colour: str, mask: TileMask) -> dict[str, Any]:
-    """Tile states, and which bitmap of pairs each partial tile has; equal ones are kept once."""
+    """Return tile states, and the bitmap of each partial tile; equal bitmaps are stored once."""
     tiles = mask.partial_tiles
     numbers = np.full(len(tiles), _NO_PAIRS, dtype="<i4")
     bitmaps: dict[bytes, int] = {}

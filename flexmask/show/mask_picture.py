@@ -1,4 +1,4 @@
-"""What is drawn: the mask that the engine uses for a request, or how two of them differ."""
+"""The pictures to draw: the engine's mask for a request, or the difference of two masks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class MaskPicture:
 
     Attributes:
         title: The strategy and its parameters.
-        tokens: What stands along both axes.
-        mask: Who sees whom.
+        tokens: The tokens along both axes.
+        mask: The mask.
     """
 
     title: str
@@ -52,7 +52,7 @@ class MaskPicture:
 
     @property
     def summary(self) -> str:
-        """Density and tiles, in a line."""
+        """Density and number of tiles, in one line."""
         report = self.mask.report
         return (
             f"{report.density:.1%} of {self.size**2:,} pairs allowed; tiles: "
@@ -61,26 +61,26 @@ class MaskPicture:
         )
 
     def figures(self) -> dict[str, str | int | float]:
-        """What its BlockMask holds, by name."""
+        """Return figures of the BlockMask, by name."""
         report = {name: getattr(self.mask.report, name) for name in FIGURES}
         return {"strategy": self.title, "tokens": self.size, **report}
 
 
 @dataclass(frozen=True)
 class MaskDifference:
-    """How the masks of two strategies differ on one request, token by token of the request.
+    """The difference between the masks of two strategies, by the tokens of one request.
 
-    Strategies may store a token more than once: then a token sees another if some copy of it
-    sees some copy of the other.
+    A strategy may store a token more than once. Then a token sees another if any copy of it sees
+    any copy of the other.
 
     Attributes:
-        first_title: The one strategy and its parameters.
-        second_title: The other.
+        first_title: The first strategy and its parameters.
+        second_title: The second strategy and its parameters.
         tokens: The request's tokens, each once.
-        both: Which pairs both masks allow.
-        only_first: Which pairs only the first allows.
-        only_second: Which pairs only the second allows.
-        moved_tokens: How many tokens stand at other positions under the second strategy.
+        both: The pairs that both masks allow.
+        only_first: The pairs that only the first mask allows.
+        only_second: The pairs that only the second mask allows.
+        moved_tokens: Number of tokens with other positions under the second strategy.
     """
 
     first_title: str
@@ -93,7 +93,7 @@ class MaskDifference:
 
     @property
     def title(self) -> str:
-        """Names both."""
+        """Titles of both strategies."""
         return f"{self.first_title} against {self.second_title}"
 
     @property
@@ -103,12 +103,12 @@ class MaskDifference:
 
     @property
     def pairs_that_differ(self) -> int:
-        """Pairs that one mask allows and the other does not."""
+        """Number of pairs that only one of the masks allows."""
         return self.only_first.report.allowed_pairs + self.only_second.report.allowed_pairs
 
     @property
     def summary(self) -> str:
-        """How many pairs and positions differ, in a line."""
+        """Number of pairs and positions that differ, in one line."""
         return (
             f"{self.pairs_that_differ:,} of {self.size**2:,} pairs differ; "
             f"{self.moved_tokens:,} of {self.size:,} tokens at other positions"
@@ -119,21 +119,21 @@ Picture = MaskPicture | MaskDifference
 
 
 def strategy_title(strategy: Strategy) -> str:
-    """Name a strategy with its parameters, as in ``prefix_segment (positions=restart)``."""
+    """Format a strategy with its parameters, such as ``prefix_segment (positions=restart)``."""
     values = strategy.parameter_values()
     listed = ", ".join(f"{name}={value}" for name, value in values.items())
     return f"{strategy.name} ({listed})" if listed else strategy.name
 
 
 def draw_mask(strategy: Strategy, shown: ShownRequest, tile: int = TILE) -> MaskPicture:
-    """Find the mask of a request, with the rows that generated tokens add.
+    """Build the mask of a request, including the queries of generated tokens.
 
-    Layout, buffers and mask are those that the engine makes: prompt tokens are loaded into a
+    Layout, buffers and mask are made as in the engine: prompt tokens are loaded into a
     `LayoutBatch`, and the slots after them opened as fusion tail.
 
     Args:
-        strategy: Who sees whom.
-        shown: What to draw it for.
+        strategy: The mask strategy.
+        shown: The request.
         tile: Tokens along a side of a tile.
 
     Raises:
@@ -148,11 +148,11 @@ def draw_mask(strategy: Strategy, shown: ShownRequest, tile: int = TILE) -> Mask
 def draw_difference(
     first: Strategy, second: Strategy, shown: ShownRequest, tile: int = TILE
 ) -> MaskDifference:
-    """Find where two strategies differ on a request; arguments as of `draw_mask`.
+    """Build the difference of two strategies on a request; arguments as for `draw_mask`.
 
     Raises:
-        OptionError: If a strategy arranges tokens by their ids, so that there is no telling
-            which of its tokens is which of the other's.
+        OptionError: If a strategy arranges tokens by their ids, so that its tokens cannot be
+            matched with those of the other.
         MaskError: If a mask_mod breaks a rule of FlexAttention.
     """
     masks = []
@@ -183,16 +183,16 @@ def draw_difference(
 
 
 def cell_side(size: int, tile: int, max_tokens: int, max_cells: int) -> int:
-    """Choose how many tokens a drawn cell stands for.
+    """Choose the side of a cell in tokens.
 
-    One where there are few tokens; else a tile, or as many tiles as bring the number of cells
-    along an axis below ``max_cells``.
+    It is 1 for few tokens; otherwise one tile, or as many tiles as keep the number of cells along
+    an axis within ``max_cells``.
 
     Args:
-        size: Tokens to draw.
+        size: Number of tokens to draw.
         tile: Tokens along a side of a tile.
-        max_tokens: Up to how many tokens are drawn one by one.
-        max_cells: How many cells there may be otherwise.
+        max_tokens: Most tokens that are drawn one by one.
+        max_cells: Most cells along an axis otherwise.
     """
     if size <= max_tokens:
         return 1
@@ -222,7 +222,7 @@ def _over_request(mask_mod: MaskMod, tokens: DrawnTokens) -> MaskMod:
 
 
 def _copies(origins: Sequence[int]) -> list[Tensor]:
-    """Slots of the first copy of each token, of the second, …; the last stands in for others."""
+    """Return the slots of all first copies, of all second ones, …; a missing copy is the last."""
     slots: list[list[int]] = [[] for _ in range(max(origins) + 1)]
     for slot, origin in enumerate(origins):
         slots[origin].append(slot)
@@ -231,7 +231,7 @@ def _copies(origins: Sequence[int]) -> list[Tensor]:
 
 
 def _positions(tokens: DrawnTokens) -> list[set[int]]:
-    """Where the copies of each token of the request stand."""
+    """Return the positions of the copies of each token of the request."""
     positions: list[set[int]] = [set() for _ in range(max(tokens.origins) + 1)]
     for origin, position in zip(tokens.origins, tokens.position_ids, strict=True):
         positions[origin].add(position)
@@ -246,7 +246,7 @@ def _negated(mask_mod: MaskMod) -> MaskMod:
 
 
 def _each_once(tokens: DrawnTokens, shown: ShownRequest) -> DrawnTokens:
-    """The request's tokens in its own order, with the texts and positions of first copies."""
+    """Return the request's tokens in its order, with the texts and positions of first copies."""
     first_slot: dict[int, int] = {}
     for slot, origin in enumerate(tokens.origins):
         first_slot.setdefault(origin, slot)

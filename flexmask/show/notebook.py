@@ -1,4 +1,4 @@
-"""What notebooks show of layouts, strategies and explained masks: HTML without scripts."""
+"""Renders layouts, strategies and explained masks for notebooks, as HTML without scripts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from flexmask.strategy import Strategy
 
 SMALL = ShownRequest.of_lengths(prefix=6, segments=(8, 6, 7), suffix=3)
-"""The request on which strategies are shown."""
+"""The request for which strategies are drawn."""
 
 MAX_CELLS = 128
 SIDE_PX = 300
 
 
 def layout_html(layout: Layout) -> str:
-    """A bar of the layout's parts, and a table of their slots and positions."""
+    """Return a bar of the layout's parts, and a table of their slots and positions."""
     tokens = DrawnTokens.of_layout(layout)
     rows = []
     for band in tokens.bands:
@@ -43,7 +43,7 @@ def layout_html(layout: Layout) -> str:
 
 
 def strategy_html(strategy: Strategy) -> str:
-    """The strategy's mask on a small request."""
+    """Return the strategy's mask for a small request."""
     picture = draw_mask(strategy, SMALL)
     side = cell_side(picture.size, picture.mask.tile, MAX_CELLS, MAX_CELLS)
     grid = cell_grid(picture, side)
@@ -52,7 +52,7 @@ def strategy_html(strategy: Strategy) -> str:
 
 
 def report_html(report: MaskReport) -> str:
-    """The tiles of an explained mask, for its first batch row and head."""
+    """Return the tiles of an explained mask, for its first batch row and head."""
     colours, _ = report_colours(report, MAX_CELLS)
     caption = (
         f"{report.tiles_full:,} full tiles (blue), {report.tiles_partial:,} partial (orange), "
@@ -81,12 +81,12 @@ def _bar(tokens: DrawnTokens) -> str:
 
 
 def _svg(colours: Tensor, label: str) -> str:
-    """Draw cells as rectangles around runs of one colour."""
+    """Draw cells as rectangles, one for adjacent cells of one colour."""
     rows, columns = colours.shape[:2]
     drawn = "".join(
         f'<rect x="{start}" y="{row}" width="{stop - start}" height="1" fill="{colour}"/>'
         for row, line in enumerate(_hex_colours(colours))
-        for start, stop, colour in _runs(line)
+        for start, stop, colour in _same_colour(line)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(label)}" '
@@ -100,7 +100,7 @@ def _hex_colours(colours: Tensor) -> Iterator[list[str]]:
         yield ["#{:02x}{:02x}{:02x}".format(*colour) for colour in row]
 
 
-def _runs(line: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+def _same_colour(line: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     start = 0
     for stop in range(1, len(line) + 1):
         if stop == len(line) or line[stop] != line[start]:

@@ -1,7 +1,7 @@
-"""Colours that readers with any colour vision tell apart, and that print in grey.
+"""Colours that are distinct with any colour vision, and when printed in grey.
 
-Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), without its yellow, which is lost on
-white.
+Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), without its yellow, which is hardly
+visible on white.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from flexmask.layout import PREFIX, TAIL
 
 SEGMENT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Colours of segments 1, 2, …; they repeat after the last."""
+"""Colours of segments 1, 2, …, repeated from the start after the last."""
 PREFIX_COLOUR = "#9A9A9A"
 TAIL_COLOUR = "#5E5E5E"
 GENERATED_COLOUR = "#AA4499"
@@ -26,7 +26,7 @@ EITHER_COLOUR = "#AA4499"
 
 
 def part_colour(segment_id: int, is_generated: bool = False) -> str:
-    """Colour of a part of a request, as ``#RRGGBB``."""
+    """Return the colour of a part of a request, as ``#RRGGBB``."""
     if is_generated:
         return GENERATED_COLOUR
     if segment_id == PREFIX:
@@ -37,12 +37,12 @@ def part_colour(segment_id: int, is_generated: bool = False) -> str:
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
-    """Red, green and blue of ``#RRGGBB``, 0 to 255."""
+    """Return red, green and blue of ``#RRGGBB``, 0 to 255."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever contrasts more with ``#RRGGBB`` (WCAG 2's luminance)."""
+    """Return black or white, whichever contrasts more with ``#RRGGBB`` (WCAG 2's luminance)."""
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in (number / 255 for number in rgb(colour))

@@ -1,4 +1,4 @@
-"""Pictures as files: which formats there are, and whether a file can be written."""
+"""The file formats of pictures, and a check that a file can be written."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ FIGURE_EXTENSIONS = (".png", ".svg", ".pdf")
 
 
 def is_page(path: Path) -> bool:
-    """Whether a path asks for a page, and not for a figure."""
+    """Return True if the extension is that of a page, False for a figure."""
     return path.suffix.lower() in PAGE_EXTENSIONS
 
 
 def check_picture_path(path: Path) -> None:
-    """Find out whether a picture could be written, before anything is computed.
+    """Check that a picture can be written, before anything is computed.
 
     A missing folder is created.
 
     Raises:
-        OutputError: If the extension is unknown or nothing can be written there.
-        FlexMaskError: If the format needs matplotlib, and that is not installed.
+        OutputError: If the extension is unknown or the file cannot be written.
+        FlexMaskError: If the format needs matplotlib, which is not installed.
     """
     if path.suffix.lower() not in (*PAGE_EXTENSIONS, *FIGURE_EXTENSIONS):
         known = ", ".join((".html", *FIGURE_EXTENSIONS))

@@ -1,4 +1,4 @@
-"""The request that a picture shows: of given lengths, of an input, or as a run answered it."""
+"""Loads the subject of a picture: a request of given lengths, from a file, or from a result."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ RUN_KEYS = {
     "chat_template": bool,
     "fusion": dict,
 }
-"""Entries of a run that a picture needs, and their types."""
+"""Entries of a run configuration that a picture needs, and their types."""
 
 MOST_TOKENS = 1 << 24
-"""Of a request that only lengths are known of."""
+"""Size limit of a request of which only lengths are known."""
 
 DEMO = "demo"
-"""How a run records the bundled model."""
+"""Name of the bundled model in run configurations."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a run generated for a request.
+    """The answer of a run to a request.
 
     Attributes:
         prediction: The answer.
-        generation: All generated text.
-        accepted: Accepted answers; empty where there are none.
-        is_correct: Whether the prediction is one of them; None where there are none.
-        finish_reason: Why generation ended.
+        generation: The whole generated text.
+        accepted: Accepted answers; may be empty.
+        is_correct: Whether the prediction is an accepted answer; None if there are none.
+        finish_reason: Reason why generation ended.
         model: The model.
-        strategy: Gives the strategy with the parameters of the run, and runs its file if it is of
-            one; raises a `StrategyError` where it cannot be found any more.
+        strategy: Returns the strategy with the parameters of the run; if it comes from a file,
+            that file is executed. Raises `StrategyError` if it cannot be found any more.
     """
 
     prediction: str
@@ -64,12 +64,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a picture is of.
+    """The subject of a picture: a request, and perhaps the answer of a run.
 
     Attributes:
-        heading: Names it.
-        shown: Its tokens.
-        answer: What a run generated; None where nothing was.
+        heading: One-line description.
+        shown: Tokens of the request.
+        answer: Answer of a run; None if the request was not run.
     """
 
     heading: str
@@ -77,12 +77,12 @@ class Subject:
     answer: Answer | None = None
 
     def with_new_tokens(self, count: int) -> Subject:
-        """The same with rows for ``count`` generated tokens."""
+        """Return a copy with ``count`` generated tokens."""
         return replace(self, shown=replace(self.shown, new_tokens=count))
 
 
 def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Subject:
-    """A request of which only lengths are known.
+    """Return a request of which only lengths are known.
 
     Raises:
         OptionError: If a length is not positive, or all together are too many.
@@ -103,12 +103,12 @@ def subject_of_lengths(prefix: int, segments: Sequence[int], suffix: int) -> Sub
 
 
 def subject_of_request(request: Request, tokenize: RequestTokenizer, heading: str) -> Subject:
-    """A request as the engine gets it.
+    """Take a request as the engine gets it.
 
     Args:
         request: The request.
-        tokenize: Makes tokens of it, in a chat template or not.
-        heading: Names it.
+        tokenize: Tokenizes it, in a chat template or not.
+        heading: The heading of the picture.
 
     Raises:
         RequestError: If it cannot be tokenized.
@@ -120,24 +120,24 @@ def subject_of_request(request: Request, tokenize: RequestTokenizer, heading: st
 def subject_of_result(
     source: str, row: int, *, model: str | None = None, trust_remote_code: bool = False
 ) -> Subject:
-    """A row of a result file as it was run, with its generation.
+    """Load a row of a result file as it was run, with its generation.
 
     Args:
         source: Path of the file.
-        row: Which, from 1.
-        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the one that made
-            the file.
+        row: Number of the row, from 1.
+        model: Hub id, folder or GGUF file whose tokenizer is used. Default: the model of the run
+            that wrote the file.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
         RequestError: If there is no such row, or it failed.
         OutputError: If the file cannot be read.
-        OptionError: If its prompts ran apart, with no mask between them.
+        OptionError: If its segments ran as separate prompts.
         ModelError: If the tokenizer cannot be loaded.
     """
     config = read_run_config(source)
     run = config.run
-    recorded = {"fusion": {}, **run}  # early versions had one way only
+    recorded = {"fusion": {}, **run}  # early versions had no fusions
     if missing := [
         key for key, kind in RUN_KEYS.items() if not isinstance(recorded.get(key), kind)
     ]:
@@ -145,8 +145,8 @@ def subject_of_result(
     fusion = recorded["fusion"].get("name", "attention")
     if fusion not in ("attention", "none", "each"):
         raise OptionError(
-            f"{source}: its prompts ran apart (fusion {fusion!r}), with no mask between them to "
-            "draw; name the file of the requests"
+            f"{source}: its segments ran as separate prompts (fusion {fusion!r}), with no mask "
+            "between them to draw; name the file of the requests"
         )
     rows = read_finished_rows(source)
     if not 1 <= row <= rows.num_rows:
@@ -201,8 +201,8 @@ def _strategy_of_run(config: RunConfig) -> Strategy:
 def _generated_texts(tokenize: RequestTokenizer, generation: str, count: int) -> tuple[str, ...]:
     """Split generated text into ``count`` tokens.
 
-    A result file holds the text and the number of tokens. Tokens that the text leaves out, as
-    that which ended the sequence, stay blank; should it tokenize into more, the last has the rest.
+    A result file holds the text and the number of tokens. Tokens without text, such as the
+    end-of-sequence token, stay blank; if the text gives more tokens, the last one gets the rest.
     """
     texts = tokenize.token_texts(generation)
     if len(texts) > count:

@@ -1,4 +1,4 @@
-"""A request's tokens as text in the terminal: by part, positions under them."""
+"""Formats a request's tokens for the terminal: by part, with positions under them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flexmask.show.palette import part_colour
 from flexmask.show.tokens import Band, DrawnTokens
 
 MAX_LINES = 3
-"""How many lines of tokens a part may take; what is between its ends is left out."""
+"""Most lines of tokens per part; of longer parts the middle is left out."""
 
 INDENT = 4
 
 
 def prompt_text(tokens: DrawnTokens, columns: int) -> Text:
-    """Write every part in its colour, with the positions of its tokens.
+    """Format every part in its colour, with the positions of its tokens.
 
     Args:
         tokens: The tokens.
-        columns: Width of the window.
+        columns: Width of the terminal in characters.
     """
     lines = []
     for band in tokens.bands:
@@ -67,7 +67,7 @@ def _token_lines(tokens: DrawnTokens, band: Band, columns: int) -> Iterator[Text
 def _wrapped(
     tokens: DrawnTokens, band: Band, columns: int
 ) -> Iterator[list[tuple[int, str, str]]]:
-    """Lines of (number, text, position) that fit into ``columns``."""
+    """Yield lines of (slot, text, position) that fit into ``columns``."""
     line: list[tuple[int, str, str]] = []
     used = 0
     for slot in range(band.start, band.stop):

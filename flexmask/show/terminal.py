@@ -1,58 +1,58 @@
-"""Pictures in the terminal: half blocks in colour or without, or plain ASCII."""
+"""Renders pictures in the terminal: half blocks, coloured or not, or plain ASCII."""
 
 from __future__ import annotations
 
 from rich.style import Style
 from rich.text import Text
 
-from flexmask.show.cells import COLOURS, Cell, CellGrid, cell_grid
+from flexmask.show.cells import COLOURS, CellGrid, CellState, cell_grid
 from flexmask.show.mask_picture import Picture
 from flexmask.show.palette import ink_on, part_colour
 from flexmask.show.tokens import Band, DrawnTokens
 
 ASCII = {
-    Cell.MASKED: ".",
-    Cell.SKIPPED: ".",
-    Cell.SEEN: "#",
-    Cell.PARTIAL: "+",
-    Cell.FULL: "#",
-    Cell.SAME: "=",
-    Cell.ONLY_FIRST: "<",
-    Cell.ONLY_SECOND: ">",
-    Cell.EITHER: "x",
+    CellState.MASKED: ".",
+    CellState.SKIPPED: ".",
+    CellState.SEEN: "#",
+    CellState.PARTIAL: "+",
+    CellState.FULL: "#",
+    CellState.SAME: "=",
+    CellState.ONLY_FIRST: "<",
+    CellState.ONLY_SECOND: ">",
+    CellState.EITHER: "x",
 }
-"""One character for each cell; a pair that is masked looks the same in every tile."""
+"""The character of each state; masked pairs look the same in computed and skipped tiles."""
 
-BLANK = (Cell.MASKED, Cell.SKIPPED)
-"""Cells that show the terminal's own background."""
+BLANK = (CellState.MASKED, CellState.SKIPPED)
+"""States drawn as the terminal's background."""
 
 MIN_CELLS = 16
 MARGIN = 4
-"""Columns of the labels beside the rows."""
+"""Width of the row labels in columns."""
 OTHER_LINES = 4
-"""Lines of the title, of the labels above, of the key and of the prompt that follows."""
+"""Lines besides the picture: title, column labels, legend, and the shell's next prompt."""
 
 
 def ascii_picture(picture: Picture, columns: int) -> str:
-    """Draw one character per cell, with the part that each row's first token belongs to."""
+    """Draw one character per cell, with the part of the first token of each row and column."""
     grid = cell_grid(picture, _side(picture, columns - MARGIN))
     labels = [band.label.removeprefix("S") for band in _first_bands(picture.tokens, grid.side)]
     lines = ["   " + "".join(label[-1] for label in labels)]
     for label, row in zip(labels, grid.cells.tolist(), strict=True):
-        lines.append(f"{label[-2:]:>2} " + "".join(ASCII[Cell(cell)] for cell in row))
+        lines.append(f"{label[-2:]:>2} " + "".join(ASCII[CellState(cell)] for cell in row))
     meanings = {ASCII[cell]: meaning for cell, meaning in reversed(grid.legend(picture))}
     key = ", ".join(f"{mark} {meaning}" for mark, meaning in reversed(meanings.items()))
     return "\n".join([*lines, f"{_unit(grid)}: {key}"])
 
 
 def block_picture(picture: Picture, columns: int, lines: int, *, is_coloured: bool) -> Text:
-    """Draw two rows of cells per line as half blocks, the parts above and beside them.
+    """Draw two rows of cells per line as half blocks, with labels above and on the left.
 
     Args:
-        picture: What to draw.
-        columns: Width of the window.
-        lines: Height of the window.
-        is_coloured: Whether it shows colours.
+        picture: The picture to draw.
+        columns: Width of the terminal in characters.
+        lines: Height of the terminal in lines.
+        is_coloured: Whether the terminal shows colours.
     """
     room = min(columns - MARGIN, 2 * (lines - OTHER_LINES))
     grid = cell_grid(picture, _side(picture, room))
@@ -73,12 +73,12 @@ def block_picture(picture: Picture, columns: int, lines: int, *, is_coloured: bo
 
 
 def _side(picture: Picture, room: int) -> int:
-    """How many tokens a cell stands for, so that the picture fits."""
+    """Return the side of a cell in tokens at which the picture fits."""
     return -(-picture.size // max(MIN_CELLS, room))
 
 
 def _cell_styles(picture: Picture, grid: CellGrid) -> list[list[str | None]]:
-    """Colour of each cell, None for the terminal's background."""
+    """Return the colour of each cell; None for the terminal's background."""
     cells, colours = grid.cells.tolist(), grid.colours(picture).tolist()
     return [
         [
@@ -90,13 +90,13 @@ def _cell_styles(picture: Picture, grid: CellGrid) -> list[list[str | None]]:
 
 
 def _filled_cells(grid: CellGrid) -> list[list[str | None]]:
-    """Without colours: the terminal's own for what is seen, or differs."""
-    blank = (*BLANK, Cell.SAME)
+    """Without colours: the terminal's foreground for cells that are seen, or that differ."""
+    blank = (*BLANK, CellState.SAME)
     return [[None if cell in blank else "default" for cell in row] for row in grid.cells.tolist()]
 
 
 def _half_blocks(upper: str | None, lower: str | None) -> tuple[str, str]:
-    """One character for two cells, and its style."""
+    """Return one character for two cells, and its style."""
     if upper == lower:
         return ("█", upper) if upper else (" ", "")
     if not upper:
@@ -105,7 +105,7 @@ def _half_blocks(upper: str | None, lower: str | None) -> tuple[str, str]:
 
 
 def _first_bands(tokens: DrawnTokens, side: int) -> list[Band]:
-    """The band of each cell's first token."""
+    """Return the band of each cell's first token."""
     bands = iter(tokens.bands)
     band = next(bands)
     firsts = []
@@ -117,13 +117,13 @@ def _first_bands(tokens: DrawnTokens, side: int) -> list[Band]:
 
 
 def _letter(bands: list[Band], cell: int) -> str:
-    """The label of a band where it begins, a letter a cell; then blanks."""
+    """Return a cell's character of the band's label: one per cell from its start, then blank."""
     offset = cell - bands.index(bands[cell])
     return bands[cell].label[offset : offset + 1] or " "
 
 
 def _row_label(bands: list[Band], row: int) -> str:
-    """The label of a band on the first line that begins with it."""
+    """Return the label of a band on the first line where it starts."""
     first = bands.index(bands[row])
     label = bands[row].label if first >= row - 1 else ""
     return f"{label:<{MARGIN - 1}}"[: MARGIN - 1]
@@ -143,7 +143,7 @@ def _key(picture: Picture, grid: CellGrid) -> Text:
 
 
 def _filled_key(grid: CellGrid) -> Text:
-    is_difference = bool((grid.cells == Cell.SAME).any())
+    is_difference = bool((grid.cells == CellState.SAME).any())
     filled = "the masks differ" if is_difference else "something is seen"
     return Text(f"{_unit(grid)}; where it is filled, {filled}")
 

@@ -1,4 +1,4 @@
-"""A mask as its BlockMask holds it: tiles, and the pairs of those that are partial."""
+"""A mask as tiles of its BlockMask, and the pairs of partial tiles."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from flexmask.errors import OptionError
 from flexmask.mod_types import MaskMod
 
 TILE = 128
-"""Tokens along a side of a tile, as the engine and FlexAttention have it."""
+"""Tokens along a side of a tile, as in the engine and in FlexAttention."""
 
 MAX_TILES = 8192
-"""Along an axis: a million tokens in tiles of 128."""
+"""Most tiles along an axis: a million tokens in tiles of 128."""
 
 PAIRS_AT_ONCE = 2**20
-"""How many pairs are evaluated at once; each takes some tens of bytes."""
+"""Pairs evaluated at once; each takes some tens of bytes."""
 
 
 @dataclass(frozen=True)
 class TileMask:
-    """One mask over ``size`` tokens, whose pairs are only looked at tile by tile.
+    """A mask over ``size`` tokens, whose pairs are evaluated tile by tile.
 
     Attributes:
         mask_mod: The mask.
-        size: Queries, and keys.
+        size: Number of queries, and of keys.
         tile: Tokens along a side of a tile.
-        report: Its BlockMask, and what that holds.
+        report: Its BlockMask, with counts of tiles and pairs.
     """
 
     mask_mod: MaskMod
@@ -59,12 +59,12 @@ class TileMask:
         return cls(mask_mod, size, tile, report)
 
     def at(self, tile: int) -> TileMask:
-        """The same mask in tiles of another size."""
+        """Return the same mask in tiles of another size."""
         return self if tile == self.tile else TileMask.build(self.mask_mod, self.size, tile)
 
     @property
     def states(self) -> Tensor:
-        """EMPTY, PARTIAL or FULL for each tile, ``(tiles, tiles)`` uint8."""
+        """State of each tile (EMPTY, PARTIAL or FULL): ``(tiles, tiles)`` uint8."""
         return self.report.states[0, 0]
 
     @property
@@ -73,13 +73,13 @@ class TileMask:
         return (self.states == PARTIAL).nonzero()
 
     def pairs(self, tiles: Tensor) -> Iterator[Tensor]:
-        """Evaluate the mask on all pairs of some tiles, some tiles at a time.
+        """Evaluate the mask on all pairs of the given tiles, in chunks.
 
         Args:
-            tiles: Row and column of each, ``(N, 2)``.
+            tiles: Row and column of each tile: ``(N, 2)``.
 
         Yields:
-            ``(n, tile, tile)`` bool; pairs past the last token are false.
+            ``(n, tile, tile)`` bool; pairs past the last token are False.
         """
         evaluator = MaskEvaluator(self.mask_mod, torch.device("cpu"))
         step = torch.arange(self.tile)
@@ -100,7 +100,7 @@ class TileMask:
 
     @cached_property
     def dense(self) -> Tensor:
-        """Every pair, ``(size, size)`` bool; for masks that are drawn token by token."""
+        """The dense mask, ``(size, size)`` bool; for masks that are drawn token by token."""
         states = self.states
         square = states.repeat_interleave(self.tile, 0).repeat_interleave(self.tile, 1) == FULL
         blocks = square.view(len(states), self.tile, len(states), self.tile)
@@ -114,7 +114,7 @@ class TileMask:
 
     @cached_property
     def is_skipped(self) -> Tensor:
-        """Which pairs lie in tiles that kernels skip: ``(size, size)`` bool."""
+        """True for pairs in tiles that kernels skip: ``(size, size)`` bool."""
         empty = self.states == EMPTY
         square = empty.repeat_interleave(self.tile, 0).repeat_interleave(self.tile, 1)
         return square[: self.size, : self.size]

@@ -1,4 +1,4 @@
-"""Tiles of an explained mask, whatever it is a mask of."""
+"""Plots the tiles of an explained mask (`flexmask.explain_mask`)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def plot_report(report: MaskReport, ax: Axes | None = None, *, b: int = 0, h: in
     """Draw the tiles of an explained mask.
 
     Args:
-        report: What `explain_mask` found.
-        ax: Where; None makes a figure that is one column wide.
+        report: Result of `explain_mask`.
+        ax: The axes to draw on; None creates a figure one column wide.
         b: Batch row.
         h: Head.
 
@@ -71,17 +71,17 @@ def plot_report(report: MaskReport, ax: Axes | None = None, *, b: int = 0, h: in
 def report_colours(
     report: MaskReport, max_cells: int, b: int = 0, h: int = 0
 ) -> tuple[Tensor, int]:
-    """Colours of the tiles of one batch row and head.
+    """Return the colours of the tiles of one batch row and head.
 
     Args:
-        report: What `explain_mask` found.
-        max_cells: Most cells along an axis; where there are more tiles, several share a cell,
-            which counts as partial unless they are all alike.
+        report: Result of `explain_mask`.
+        max_cells: Most cells along an axis; if there are more tiles, several share a cell, which
+            is partial unless they all have the same state.
         b: Batch row.
         h: Head.
 
     Returns:
-        Red, green and blue, ``(rows, columns, 3)`` uint8, and how many tiles a cell is wide.
+        Red, green and blue, ``(rows, columns, 3)`` uint8, and the side of a cell in tiles.
     """
     states = report.states[b, h].cpu()
     step = -(-max(states.shape) // max_cells)

@@ -1,4 +1,4 @@
-"""The tokens along both axes of a picture: what they read, and to what they belong."""
+"""The tokens along the axes of a picture: their texts, positions and parts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from flexmask.layout import PREFIX, TAIL, Layout, TokenizedRequest
 from flexmask.strategy import Strategy
 
 PLACEHOLDER = 5
-"""Stands for every token of a request of which only lengths are known."""
+"""Token id used for all tokens of a request of which only lengths are known."""
 
 
 @dataclass(frozen=True)
 class ShownRequest:
-    """A request to draw, and what is generated for it.
+    """A request to draw, with the tokens generated for it.
 
     Attributes:
         tokens: The request's token ids.
-        new_tokens: How many tokens are generated after the prompt.
-        text_of: Text of a token id; None where only lengths are known.
-        new_texts: Text of each generated token, where there is a generation.
+        new_tokens: Number of tokens generated after the prompt.
+        text_of: Returns the text of a token id; None if only lengths are known.
+        new_texts: Text of each generated token; empty without a generation.
     """
 
     tokens: TokenizedRequest
@@ -34,7 +34,7 @@ class ShownRequest:
     def of_lengths(
         cls, prefix: int, segments: Sequence[int], suffix: int, new_tokens: int = 0
     ) -> ShownRequest:
-        """A request of which only lengths are known: a mask depends on nothing else."""
+        """Make a request of placeholder tokens; a mask depends on lengths only."""
         token = (PLACEHOLDER,)
         bodies = tuple(token * length for length in segments)
         return cls(TokenizedRequest(token * prefix, bodies, token * suffix), new_tokens)
@@ -42,13 +42,13 @@ class ShownRequest:
 
 @dataclass(frozen=True)
 class Band:
-    """A run of tokens of one part: drawn in one colour, with one label.
+    """Consecutive tokens of one part, drawn in one colour with one label.
 
     Attributes:
-        label: ``P``, ``S1``, ``S2``, …, ``T``, and ``G`` for what is generated.
-        segment_id: As in a layout.
-        start: Its first token.
-        stop: The token after its last.
+        label: ``P``, ``S1``, ``S2``, …, ``T``, and ``G`` for generated tokens.
+        segment_id: Segment id, as in a layout.
+        start: Index of the first token.
+        stop: Index after the last token.
     """
 
     label: str
@@ -61,7 +61,7 @@ class Band:
 
     @property
     def is_generated(self) -> bool:
-        """Whether its tokens are generated ones."""
+        """True if its tokens are generated."""
         return self.label == "G"
 
 
@@ -70,13 +70,13 @@ class DrawnTokens:
     """Tokens in the order in which they are drawn.
 
     Attributes:
-        segment_ids: Part of each, as in a layout; generated ones are `TAIL`.
-        position_ids: Position of each.
-        prompt_tokens: How many stand there before generation.
-        texts: What each reads; empty where only lengths are known.
-        origins: The number, in the request, of the token that each is a copy of: prefix,
-            segments, tail and generated tokens are counted in this order. Empty where the
-            strategy arranges tokens by their ids, so that copies cannot be told.
+        segment_ids: Segment id of each token, as in a layout; `TAIL` for generated ones.
+        position_ids: Position of each token.
+        prompt_tokens: Number of tokens before generation.
+        texts: Text of each token; empty if only lengths are known.
+        origins: Index, in the request, of the token that each is a copy of, counting prefix,
+            segments, tail and generated tokens in this order. Empty if the strategy arranges
+            tokens by their ids, so that copies cannot be identified.
     """
 
     segment_ids: tuple[int, ...]
@@ -90,12 +90,12 @@ class DrawnTokens:
 
     @classmethod
     def of_layout(cls, layout: Layout) -> DrawnTokens:
-        """The tokens of a layout, without texts."""
+        """Make the tokens of a layout, without texts."""
         return cls(layout.segment_ids, layout.position_ids, len(layout))
 
     @classmethod
     def of_request(cls, strategy: Strategy, layout: Layout, shown: ShownRequest) -> DrawnTokens:
-        """The tokens of a request as a strategy lays them out, generated ones included."""
+        """Make the tokens of a request in a strategy's layout, including generated ones."""
         grown = layout.extended(shown.new_tokens) if shown.new_tokens else layout
         texts: tuple[str, ...] = ()
         if shown.text_of is not None:
@@ -116,16 +116,16 @@ class DrawnTokens:
             (segment_id, slot >= self.prompt_tokens)
             for slot, segment_id in enumerate(self.segment_ids)
         ]
-        runs = [(key, len(list(group))) for key, group in groupby(keys)]
-        stops = accumulate(length for _, length in runs)
+        lengths = [(key, len(list(group))) for key, group in groupby(keys)]
+        stops = accumulate(length for _, length in lengths)
         return tuple(
             Band(_label(*key), key[0], stop - length, stop)
-            for (key, length), stop in zip(runs, stops, strict=True)
+            for (key, length), stop in zip(lengths, stops, strict=True)
         )
 
     @property
     def tail_start(self) -> int:
-        """The first token of the fusion tail; the number of tokens where there is none."""
+        """Index of the first token of the fusion tail; the number of tokens if there is none."""
         return next((b.start for b in self.bands if b.segment_id == TAIL), len(self))
 
 
@@ -136,7 +136,7 @@ def _label(segment_id: int, is_generated: bool) -> str:
 
 
 def _origins(strategy: Strategy, layout: Layout, shown: ShownRequest) -> tuple[int, ...]:
-    """Find which token of the request each slot holds, by laying out numbers in their place."""
+    """Find the token of the request that each slot holds, by laying out indices as token ids."""
     tokens = shown.tokens
     parts, start = [], 0
     for part in (tokens.prefix, *tokens.segments, tokens.tail):

@@ -13,7 +13,7 @@ function makeCanvas(width, height) {
 
 /** The matrix of a panel on a canvas: queries down, keys across. */
 class Matrix {
-  /** `onPoint(q, k)` and `onPick(q, k)` are told where the pointer is, and was pressed. */
+  /** `onPoint(q, k)` and `onPick(q, k)` are called when the pointer moves and is pressed. */
   constructor(canvas, panel, state, { onPoint, onPick }) {
     Object.assign(this, { canvas, panel, state, onPoint, onPick });
     this.view = { q: 0, k: 0, span: panel.size };
@@ -25,7 +25,7 @@ class Matrix {
     this.#listen();
   }
 
-  /** Draw everything anew with the next frame. */
+  /** Redraw everything with the next frame. */
   redraw() {
     this.isStale = true;
     this.images.clear();
@@ -113,7 +113,7 @@ class Matrix {
     if (drag.isMoved) this.#look(drag.view.q - dy / scale, drag.view.k - dx / scale, this.view.span);
   }
 
-  /** Where the cells are on the screen, and CSS pixels per token. */
+  /** The screen coordinates of the cells, and CSS pixels per token. */
   #place() {
     const box = this.canvas.getBoundingClientRect();
     const side = box.width - MARGIN;
@@ -228,7 +228,7 @@ class Matrix {
     context.drawImage(this.ink, margin, margin, side, side, margin, margin, side, side);
   }
 
-  /** Fill the columns of each part in its colour; one fill, for others would erase each other. */
+  /** Fill the columns of each part in its colour; in one fill, because several would erase each other. */
   #fillByKey(ink) {
     const { margin, side, scale, view } = this;
     const gradient = ink.createLinearGradient(margin, 0, margin + side, 0);
@@ -324,7 +324,7 @@ class Matrix {
     context.restore();
   }
 
-  /** Hide the rows and columns of tokens that are not there yet. */
+  /** Hide the rows and columns of tokens that are not generated yet. */
   #drawFuture(context) {
     const { margin, side, scale, view } = this;
     const visible = this.state.visible(this.panel);

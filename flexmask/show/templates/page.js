@@ -1,6 +1,6 @@
 const PART_NAMES = { P: "prefix", T: "fusion tail", G: "generated" };
 
-/** What the user has chosen; every panel draws itself from it. */
+/** The state that the user has chosen; every panel draws itself from it. */
 class State {
   constructor(panels) {
     this.panels = panels;
@@ -13,7 +13,7 @@ class State {
     this.pointed = null;
   }
 
-  /** How many tokens are there at this step. */
+  /** The number of tokens at this step. */
   visible(panel) {
     return panel.promptTokens + this.step;
   }
@@ -147,7 +147,7 @@ class Page {
     this.pick(panel, Math.min(Math.max(targets[event.key], 0), last), true);
   }
 
-  /** Show what a token sees for as long as it is pointed at. */
+  /** Show what a token sees while it is pointed at. */
   point(panel, token) {
     this.state.pointed = this.state.everywhere(panel, token);
     this.refresh();

@@ -3,7 +3,7 @@ const EMPTY = 0;
 const PARTIAL = 1;
 const FULL = 2;
 
-/** What is known of a pair. UNKNOWN: its tile is partial and the page does not hold its pairs. */
+/** The state of a pair. UNKNOWN: its tile is partial and the page does not hold its pairs. */
 const MASKED = 0;
 const SEEN = 1;
 const UNKNOWN = 2;
@@ -23,7 +23,7 @@ class TileMask {
     this.states = bytesOf(layer.states);
     this.bitmaps = layer.bitmaps.map(bytesOf);
     const numbers = new Int32Array(bytesOf(layer.bitmapOfTile).buffer);
-    /** Index of each partial tile → number of its bitmap, -1 where the page holds none. */
+    /** Index of each partial tile → number of its bitmap, -1 if the page holds none. */
     this.bitmapOf = new Map();
     this.states.forEach((state, index) => {
       if (state === PARTIAL) this.bitmapOf.set(index, numbers[this.bitmapOf.size]);
@@ -45,12 +45,12 @@ class TileMask {
     return (bitmap[bit >> 3] >> (bit & 7)) & 1;
   }
 
-  /** What query `q` sees: MASKED, SEEN or UNKNOWN for each key. */
+  /** The states of the pairs of query `q`: MASKED, SEEN or UNKNOWN for each key. */
   keysOf(q) {
     return this.#along((k) => [q, k]);
   }
 
-  /** Who sees key `k`, likewise. */
+  /** The states of the pairs of key `k`, likewise. */
   queriesOf(k) {
     return this.#along((q) => [q, k]);
   }
@@ -101,7 +101,7 @@ class Panel {
     return this.texts.length ? this.texts[token] : String(token);
   }
 
-  /** The token here that `token` of another panel is; the copy in the same part if there are several. */
+  /** The token of this panel that is `token` of another; of several copies, the one in the same part. */
   counterpart(other, token) {
     if (!this.originOf || !other.originOf) return Math.min(token, this.size - 1);
     const origin = other.originOf[token];

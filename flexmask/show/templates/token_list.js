@@ -1,4 +1,4 @@
-const CHUNK = 256; // tokens that are put into the page together
+const CHUNK = 256; // tokens that are added to the page at once
 
 /** The text of a panel: a list of tokens by part, filled as it is scrolled into view. */
 class TokenList {
