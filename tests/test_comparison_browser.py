@@ -127,7 +127,7 @@ def test_questions_are_listed_on_which_two_chosen_cells_differ(open_page):
 def test_a_question_shows_prompts_both_answers_and_what_is_accepted_as_plain_text(open_page):
     page = open_page()
     page.locator("#second").select_option("causal (3)")
-    page.locator("#kind").select_option("other answers")
+    page.locator("#kind").select_option("answers differ")
     question = page.locator(".question").first
     assert question.locator(".segments li").all_text_contents() == [
         "Q: who is 0?",

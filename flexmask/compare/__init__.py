@@ -1,1 +1,1 @@
-"""Strategies and fusions side by side on one data set. docs/compare.md says what is compared."""
+"""Compares strategies and fusions on one data set; explained in docs/compare.md."""

@@ -1,4 +1,4 @@
-"""What a comparison is made of: strategies, fusions and numbers of segments, as cells."""
+"""The cells of a comparison: combinations of strategy, fusion and number of segments."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from flexmask.results.output_path import path_safe
 from flexmask.strategy import Strategy
 
 ATTENTION = Fusion("attention")
-"""The fusion that a strategy itself is: all segments in one prompt, under its mask."""
+"""The fusion done by a strategy's mask itself: all segments in one prompt."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A strategy as it was asked for.
+    """A strategy to compare, as the user named it.
 
     Attributes:
         reference: Its registered name, or ``path/to/file.py:name``.
@@ -28,7 +28,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Reference and parameters other than the defaults, as the command line takes them."""
+        """Reference and non-default parameters, in the syntax of the command line."""
         defaults = {item.name: item.default for item in self.strategy.parameters()}
         values = self.strategy.parameter_values().items()
         own = [f":{name}={value}" for name, value in values if value != defaults[name]]
@@ -40,9 +40,9 @@ class Way:
     """One way to answer every request.
 
     Attributes:
-        contender: Who sees whom within a prompt.
-        fusion: How several segments become one answer.
-        num_segments: How many segments of each request are used; None for all.
+        contender: The strategy within a prompt.
+        fusion: The fusion of several segments into one answer.
+        num_segments: Number of segments used of each request; None for all.
     """
 
     contender: Contender
@@ -51,24 +51,24 @@ class Way:
 
     @property
     def name(self) -> str:
-        """What is compared, without the number of segments."""
+        """Names of fusion and strategy, without the number of segments."""
         if self.fusion == ATTENTION:
             return self.contender.name
         return f"{self.fusion} of {self.contender.name}"
 
     @property
     def segments(self) -> str:
-        """The number of segments as text."""
+        """Number of segments as text."""
         return "all" if self.num_segments is None else str(self.num_segments)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A way that is run, and the others that would run the same.
+    """A way to run, with the other ways that would run the same prompts.
 
     Attributes:
-        way: What runs.
-        name: Names it in tables; no strategy stands in it where the fusion is the same for all.
+        way: The way to run.
+        name: Its name in tables; without a strategy if all strategies give the same prompts.
         same: The other ways, as text.
     """
 
@@ -83,7 +83,7 @@ class Cell:
 
     @property
     def stem(self) -> str:
-        """Its files' name in the report folder, without extension."""
+        """Name of its files in the report folder, without extension."""
         return path_safe(f"{self.name}-{self.way.segments}")
 
 
@@ -92,18 +92,18 @@ def plan_ways(
     fusions: Sequence[Fusion],
     segment_counts: Sequence[int | None],
 ) -> list[Way]:
-    """All that is to be compared, in the order of the table.
+    """Return all ways to compare, in the order of the table.
 
-    Every strategy is there with the fusion that it is. The other fusions run each segment as a
-    prompt of its own.
+    Every strategy is listed with `ATTENTION`. The other fusions run each segment as a prompt of
+    its own.
 
     Args:
         contenders: The strategies.
-        fusions: The other fusions; `ATTENTION` may be among them.
-        segment_counts: How many segments of each request; None for all.
+        fusions: The fusions; `ATTENTION` may be among them.
+        segment_counts: Numbers of segments of each request; None for all.
 
     Raises:
-        OptionError: If there is nothing to compare, or something stands twice.
+        OptionError: If there is no strategy, or something is given twice.
     """
     for what, names in (
         ("strategy", [contender.name for contender in contenders]),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flexmask.engine import Engine
 
 Watch = Callable[[DatasetRun, int], Iterable[Sequence[Generation]]]
-"""Passes the batches of a run on, and shows how far it is of so many rows."""
+"""Yields the batches of a run and shows its progress; takes the number of rows."""
 
 
 def cut_to_counts(
@@ -31,16 +31,17 @@ def cut_to_counts(
     segment_counts: Sequence[int | None],
     on_error: OnError = "stop",
 ) -> dict[int | None, list[Request | BadRow]]:
-    """Read requests once, and cut them to each number of segments.
+    """Read requests once, and shorten copies of them to each number of segments.
 
     Args:
-        requests: With all their segments.
-        segment_counts: How many to keep; None for all.
-        on_error: What a request with fewer does: raise, or become a row that says why.
+        requests: Requests with all their segments.
+        segment_counts: Numbers of segments to keep; None for all.
+        on_error: Effect of a request with fewer segments: ``stop`` raises, ``skip`` makes it a
+            bad row.
 
     Raises:
-        RequestError: If a request has fewer segments and rows are not skipped; if they cannot
-            be read.
+        RequestError: If a request has fewer segments and ``on_error`` is ``stop``, or if the
+            requests cannot be read.
     """
     every = list(requests)
     return {count: [_cut(each, count, on_error) for each in every] for count in segment_counts}
@@ -59,7 +60,7 @@ def _cut(request: Request | BadRow, count: int | None, on_error: OnError) -> Req
 
 
 def without_weights(requests: Iterable[Request | BadRow]) -> list[Request | BadRow]:
-    """The requests without their weights, for fusions that do not use them."""
+    """Return the requests without their weights, for fusions that do not use them."""
     return [
         replace(request, weights=()) if isinstance(request, Request) else request
         for request in requests
@@ -68,26 +69,26 @@ def without_weights(requests: Iterable[Request | BadRow]) -> list[Request | BadR
 
 @dataclass(frozen=True)
 class ReportFolder:
-    """Where a comparison is written: a result file and its times for each cell, and the page."""
+    """The folder of a report: for each cell a result file and its times, and the page."""
 
     path: Path
 
     @property
     def page(self) -> Path:
-        """The page."""
+        """Path of the page."""
         return self.path / "report.html"
 
     @property
     def record(self) -> Path:
-        """The table as JSON."""
+        """Path of the table as JSON."""
         return self.path / "report.json"
 
     def rows(self, cell: Cell) -> Path:
-        """The result file of a cell."""
+        """Return the path of a cell's result file."""
         return self.path / f"{cell.stem}.feather"
 
     def times(self, cell: Cell) -> Path:
-        """What was measured of a cell."""
+        """Return the path of a cell's measurement."""
         return self.path / f"{cell.stem}.times.json"
 
 
@@ -96,14 +97,14 @@ class CellRunner:
     """Runs cells.
 
     Attributes:
-        load_engine: Gives the engine; called when there is something to generate.
-        folder: Where they are written.
-        requests_of: The requests, by the number of segments that they are cut to.
-        config_of: What a result file records.
-        judge: Cuts and judges answers.
-        mode: What to do where a result stands.
-        machine: Where it runs, for the times.
-        options: Those of `DatasetRun`.
+        load_engine: Returns the engine; called only if there is something to generate.
+        folder: Folder of the report.
+        requests_of: The requests, by their number of segments.
+        config_of: Returns the configuration to record in a result file.
+        judge: Extracts answers from generations and scores them.
+        mode: What to do if there is a result already.
+        machine: Device and versions, recorded with the times.
+        options: Options of `DatasetRun`.
     """
 
     load_engine: Callable[[], Engine]
@@ -116,10 +117,10 @@ class CellRunner:
     options: Mapping[str, Any]
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """Find out whether all can be written, before anything costly.
+        """Check that all cells can be written, before anything costly.
 
         Raises:
-            OutputError: If not; if results stand in the way, or are those of other runs.
+            OutputError: If a result cannot be written, exists already, or is of another run.
             OptionError: If two cells would be written to one file.
         """
         by_stem: dict[str, Cell] = {}
@@ -133,11 +134,11 @@ class CellRunner:
             check_output(self.folder.rows(cell), self.mode, self.config_of(cell.way))
 
     def has_result(self, cell: Cell) -> bool:
-        """Whether a result file stands there that is not to be replaced."""
+        """Return True if the cell has a result file that is not to be replaced."""
         return self.mode != "overwrite" and self.folder.rows(cell).exists()
 
     def run(self, cell: Cell, watch: Watch) -> None:
-        """Generate what is left to do of a cell, and measure it.
+        """Generate for the remaining requests of a cell, and measure it.
 
         Times of an earlier run that this one resumes are kept.
 
@@ -171,7 +172,7 @@ class CellRunner:
             self._keep(cell, self._time_again(cell, writer))
 
     def _keep(self, cell: Cell, measured: Measurement) -> Measurement:
-        """Add what was measured to what is known of the cell."""
+        """Add a measurement to the earlier ones of the cell."""
         path = self.folder.times(cell)
         earlier = Measurement.read(path)
         if earlier is not None:
@@ -181,7 +182,7 @@ class CellRunner:
         return measured
 
     def _time_again(self, cell: Cell, writer: ResultWriter) -> Measurement:
-        """Time what compiled in its only batch, by running it once more; nothing is written."""
+        """Time a cell again whose only batch compiled something; no rows are written."""
         options = {name: value for name, value in self.options.items() if name != "on_error"}
         run = self.load_engine().generate(
             writer.remaining,

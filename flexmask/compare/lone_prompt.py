@@ -1,9 +1,9 @@
-"""Under which strategies a prompt of one segment says something of a fusion.
+"""Finds strategies under which prompts of a single segment are not meaningful.
 
-A fusion runs each segment as a prompt of its own. Causal attention or a sliding window read such a
-prompt as they read any text. A strategy that treats prefix, segment and tail of it differently,
-as block attention does, whose segments see no prefix, is made for several segments in one
-prompt: alone, they are prompts without their instruction, and a fusion of those says nothing.
+A fusion runs each segment as a prompt of its own. Causal attention or a sliding window treat such
+a prompt like any text. Other strategies treat its prefix, segment and tail differently: under
+block attention, segments do not see the prefix. They are made for several segments in one prompt;
+a single segment would be a prompt without its instruction, and its fusion meaningless.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from flexmask.plugins.registry import make_strategy
 from flexmask.strategy import Strategy
 
 _MASKED, _SCORED = (1500, 3000, 100), (10, 20, 5)
-"""Tokens of prefix, segment and tail: longer than windows are, and few enough for every pair."""
+"""Tokens of prefix, segment and tail: longer than usual windows, or few enough for all pairs."""
 
 _NEW_TOKENS = 3
 _CPU = torch.device("cpu")
 
 
 def with_plain_prompts(ways: Sequence[Way]) -> list[Way]:
-    """Run fusions under plain causal prompts instead of strategies that tell parts of one apart.
+    """Replace strategies that `tells_parts_apart` finds by ``causal`` in ways that fuse prompts.
 
-    Ways that become the same stand once, where the first of them stood.
+    Of ways that become equal, the first is kept.
 
     Raises:
-        StrategyError: If that is needed, and there is no strategy ``causal``.
+        StrategyError: If the strategy ``causal`` is needed and not registered.
     """
     tells_parts_apart_ = cache(tells_parts_apart)
 
@@ -50,14 +50,14 @@ def with_plain_prompts(ways: Sequence[Way]) -> list[Way]:
 
 
 def tells_parts_apart(strategy: Strategy) -> bool:
-    """Whether a prompt of one segment depends on which of its tokens are the segment.
+    """Return True if a prompt of one segment depends on which of its tokens are the segment.
 
-    The same tokens are laid out twice, with a prefix and with none. Layouts, masks and changes of
-    scores must be the same. A strategy that fails at one segment cannot run such prompts at all.
+    The same tokens are laid out twice, with and without a prefix. False requires equal layouts,
+    masks and score changes. A strategy that raises at one segment cannot run such prompts at all.
     """
     try:
         return _masks_differ(strategy) or _scores_differ(strategy)
-    except Exception:  # a strategy's own; its cell will say so
+    except Exception:  # raised by the strategy; its cell reports it
         return True
 
 
@@ -76,7 +76,7 @@ def _scores_differ(strategy: Strategy) -> bool:
 
 
 def _layouts(strategy: Strategy, *lengths: int) -> tuple[Layout, Layout]:
-    """The same tokens with a prefix, and with none: all of it belongs to the segment."""
+    """Return layouts of the same tokens with a prefix, and without: all belong to the segment."""
     first, second, end = accumulate(lengths)
     prefix, segment, tail = range(first), range(first, second), range(second, end)
     return (
@@ -93,7 +93,7 @@ def _batch(layout: Layout) -> LayoutBatch:
 
 
 def _changed_scores(strategy: Strategy, layout: Layout) -> Tensor:
-    """Made-up scores as changed, and scales of the log-sum-exp: ``(2, 1, 1, Q, K)``."""
+    """Return synthetic scores as changed, and scales of the log-sum-exp: ``(2, 1, 1, Q, K)``."""
     batch, size = _batch(layout), len(layout) + _NEW_TOKENS
     b = h = torch.zeros(1, 1, 1, 1, dtype=torch.long)
     q_idx, kv_idx = torch.arange(size).view(1, 1, -1, 1), torch.arange(size).view(1, 1, 1, -1)
@@ -103,6 +103,6 @@ def _changed_scores(strategy: Strategy, layout: Layout) -> Tensor:
         scores = score_mod(scores, b, h, q_idx, kv_idx)
     if part := strategy.scaled_part(batch):
         scales = torch.where(part.queries(b, q_idx) & part.keys(b, kv_idx), part.scale, scales)
-    # Pairs that are masked have no score.
+    # Masked pairs have no score.
     visible = strategy_mask(strategy, batch)(b, h, q_idx, kv_idx)
     return torch.stack([scores, scales]).masked_fill(~visible, 0)

@@ -1,4 +1,4 @@
-"""What a cell costs: measured while it runs, kept beside its rows."""
+"""Measures the cost of a cell while it runs, and stores it beside the result file."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ _TOKEN_COUNTS = ("prompt_tokens", "computed_tokens", "generated_tokens")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Counts and times of one cell; of several runs where it was interrupted.
+    """Counts and times of one cell, summed over the runs that completed it.
 
-    Batches in which something was compiled, the first among them, are counted and not timed.
+    Batches in which something was compiled, such as the first, are counted but not timed.
 
     Attributes:
-        machine: Where it ran: device and versions. Times taken elsewhere are not added.
-        batch_size: Prompts that ran together.
+        machine: Device and versions; times measured on another machine are not added.
+        batch_size: Prompts per batch.
         rows: Rows generated.
-        prompt_tokens: Slots of their prompts, copies of the prefix counted.
-        computed_tokens: Those of them that prefill computed; the others were copied.
+        prompt_tokens: Prompt tokens, including copies of the prefix.
+        computed_tokens: Prompt tokens that prefill computed; the others were reused from the
+            prefix cache.
         generated_tokens: Tokens generated.
         compiling_s: Seconds of the batches that were not timed.
-        timed_rows: Rows of the batches that were.
-        timed_tokens: Tokens generated in them.
-        timed_s: Their seconds of prefill and decode.
-        first_token_s: For each of them, seconds from its start until its first tokens were there.
-        peak_bytes: Most device memory in use, weights included; 0 on a CPU.
+        timed_rows: Rows of the timed batches.
+        timed_tokens: Tokens generated in the timed batches.
+        timed_s: Seconds of prefill and decode of the timed batches.
+        first_token_s: For each timed batch, seconds from its start to its first tokens.
+        peak_bytes: Peak device memory, including weights; 0 on a CPU.
     """
 
     machine: Mapping[str, Any]
@@ -54,21 +55,21 @@ class Measurement:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generated tokens per second; None where nothing was timed."""
+        """Generated tokens per second; None if nothing was timed."""
         return self.timed_tokens / self.timed_s if self.timed_s else None
 
     @property
     def ms_per_row(self) -> float | None:
-        """Milliseconds per row; None where nothing was timed."""
+        """Milliseconds per row; None if nothing was timed."""
         return 1e3 * self.timed_s / self.timed_rows if self.timed_rows else None
 
     @property
     def first_token_ms(self) -> float | None:
-        """Milliseconds that a batch waits for its first tokens: the median."""
+        """Median milliseconds from the start of a batch to its first tokens."""
         return 1e3 * median(self.first_token_s) if self.first_token_s else None
 
     def plus(self, later: Measurement) -> Measurement:
-        """Both runs: counts of both, and times of both if they were taken the same way."""
+        """Add a later run: its counts, and its times if machine and batch size are the same."""
         names = ["rows", *_TOKEN_COUNTS, "compiling_s"]
         if (self.machine, self.batch_size) == (later.machine, later.batch_size):
             names += ["timed_rows", "timed_tokens", "timed_s", "first_token_s"]
@@ -76,15 +77,15 @@ class Measurement:
         return replace(later, peak_bytes=max(self.peak_bytes, later.peak_bytes), **sums)
 
     def without_counts(self) -> Measurement:
-        """The times alone, of rows that are counted elsewhere."""
+        """Return the times only, for rows that are counted already."""
         return replace(self, rows=0, prompt_tokens=0, computed_tokens=0, generated_tokens=0)
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Read what `write` wrote; None where there is nothing.
+        """Read a file that `write` wrote; return None if there is none.
 
         Raises:
-            OutputError: If something else stands there.
+            OutputError: If the file is something else.
         """
         try:
             values = json.loads(path.read_bytes())
@@ -95,31 +96,31 @@ class Measurement:
             raise OutputError(f"{path}: not the times of a cell ({error}); remove it") from None
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; a killed process leaves the old or the new.
+        """Write the measurement as JSON, atomically.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the file cannot be written.
         """
         with replacing(path) as file:
             file.write(json.dumps(asdict(self), indent=2).encode() + b"\n")
 
 
 class Stopwatch:
-    """Makes a measurement of the statistics of a run, batch by batch."""
+    """Collects a measurement from the statistics of a run, batch by batch."""
 
     def __init__(self, machine: Mapping[str, Any], *, is_warm: bool = False) -> None:
         """Start before the first batch.
 
         Args:
-            machine: Where it runs.
-            is_warm: Whether the same has run before, so that the first batch is timed too.
+            machine: Device and versions.
+            is_warm: Whether everything is compiled already, so that the first batch is timed too.
         """
         self.measurement = Measurement(machine)
         self._last: RunStats | None = None
         self._is_warm = is_warm
 
     def note(self, stats: RunStats) -> None:
-        """Add the batch that has just ended."""
+        """Add the batch that has just ended, given the run's statistics so far."""
         last, self._last = self._last, stats
 
         def added(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Writes a comparison: the page, and the table as JSON."""
+"""Writes the report of a comparison: the page, and the table as JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judg
 
     Args:
         results: Rows of the table.
-        folder: Where they go.
-        judge: How answers were judged.
+        folder: Folder of the report.
+        judge: The judge that scored the answers.
 
     Raises:
         OutputError: If they cannot be written.
@@ -34,7 +34,7 @@ def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judg
 
 
 def _heading(results: Sequence[CellResult], folder: ReportFolder) -> tuple[str, dict[str, str]]:
-    """A title, and what all cells share as the first result file records it."""
+    """Return a title, and the facts that all cells share, from the first result file."""
     finished = [result.cell for result in results if not result.error]
     if not finished:
         return "Comparison", {}

@@ -1,4 +1,4 @@
-"""The report as one self-contained page: table, plot, and the questions on which two differ."""
+"""Renders the report as one self-contained page: table, plot, and the answers of two cells."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ METRIC_NAMES = {"exact": "accuracy", "f1": "F1", "lemma": "lemma match"}
 
 NOTES = (
     "Intervals: 95%, bootstrap over questions; differences are paired with the first row.",
-    "Times leave out batches in which something was compiled. First token: how long a batch waits "
-    "from its start until its first tokens are there.",
-    "Computed: prompt tokens that were not copied from a beginning that prompts share.",
+    "Times exclude batches in which something was compiled. First token: time from the start of a "
+    "batch to its first tokens.",
+    "Computed: prompt tokens that were not reused from the prefix cache.",
 )
 CPU_NOTE = "Peak memory is measured on a GPU."
 
@@ -32,14 +32,14 @@ def report_html(
     folder: ReportFolder,
     judge: Judge,
 ) -> str:
-    """Make the page.
+    """Return the HTML of the page.
 
     Args:
-        title: Names the comparison.
-        facts: What was compared, by name.
+        title: Title of the comparison.
+        facts: Model, input, generation and machine, by name.
         results: Rows of the table.
-        folder: Where the result files are.
-        judge: How answers were judged.
+        folder: Folder of the result files.
+        judge: The judge that scored the answers.
     """
     has_peak = any(each.measurement and each.measurement.peak_bytes for each in results)
     notes = [*NOTES, *([] if has_peak else [CPU_NOTE])]
@@ -64,7 +64,7 @@ def _colours() -> str:
 
 
 class _Numbers:
-    """Numbers texts in the order in which they come; equal ones are kept once."""
+    """Assigns numbers to texts in order of appearance; equal texts share a number."""
 
     def __init__(self) -> None:
         self.of: dict[str, int] = {}
@@ -112,7 +112,7 @@ def _answers(
     questions: dict[str, dict[str, Any]],
     shared: _Numbers,
 ) -> dict[str, tuple[str, float | None]]:
-    """Answer and score of each question; new questions, and more of their segments, are noted."""
+    """Return answer and score of each question; add new questions and segments to the dict."""
     if result.error:
         return {}
     rows_of: dict[str, list[dict[str, Any]]] = {}
@@ -137,7 +137,7 @@ def _question(row: Mapping[str, Any], shared: _Numbers) -> dict[str, Any]:
 
 
 def _text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The answer; where each prompt has one, all of them."""
+    """Return the answer; if each prompt has its own, all of them."""
     return " | ".join(f"({row['error']})" if row["error"] else row["prediction"] for row in rows)
 
 

@@ -1,7 +1,7 @@
-"""Which ways are the same, proved: their prompts have equal tokens, positions and masks.
+"""Finds ways that run the same prompts: equal tokens and positions, and masks checked as equal.
 
-With one segment, or where each segment is a prompt of its own, strategies that differ only in
-which segments see each other make the same prompts. Such ways are run once.
+With one segment, or with each segment as a prompt of its own, strategies that differ only in
+which segments see each other give the same prompts. Such ways are run once.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flexmask.tasks.request_source import BadRow
 
 CPU = torch.device("cpu")
 PROMPTS_AT_ONCE = 256
-"""How many masks are compared in one go."""
+"""Number of masks compared at once."""
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """All prompts of a way by content; equal where its contender makes the same of them.
+    """Digests of all prompts of a way.
 
     Attributes:
-        fusion: How several become one answer; empty where each generation is of one.
-        tokens: Identifies their tokens and positions, and what seeds sampling.
-        segments: Identifies their segments, on which a mask may depend.
+        fusion: Name of the fusion; empty if each generation has a single prompt.
+        tokens: Digest of tokens and positions, and of the seeds of sampling.
+        segments: Digest of the layouts, on which a mask may depend.
     """
 
     fusion: str
@@ -43,7 +43,7 @@ class _Prompts:
 
 
 class Sameness:
-    """Compares ways over the requests that they are run on."""
+    """Compares ways on the requests that they run on."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class Sameness:
         """Prepare to compare.
 
         Args:
-            requests_of: The requests, by the number of segments that they were cut to.
-            tokenizer: Makes tokens of texts.
-            max_new_tokens: Most tokens that are generated per request.
-            is_greedy: Whether tokens are not drawn; else ways that draw with other seeds differ.
+            requests_of: The requests, by their number of segments.
+            tokenizer: Tokenizes requests.
+            max_new_tokens: Maximum number of generated tokens per request.
+            is_greedy: Whether decoding is greedy; with sampling, ways with other seeds differ.
         """
         self._is_greedy = is_greedy
         self._requests_of = requests_of
@@ -70,7 +70,7 @@ class Sameness:
         self._equal: dict[tuple[Contender, Contender, bytes, bytes], bool] = {}
 
     def cells(self, ways: Sequence[Way]) -> list[Cell]:
-        """Join ways that are the same; each cell stands where its first way stood."""
+        """Group equal ways into cells, in the order of their first ways."""
         groups: list[list[Way]] = []
         for way in ways:
             for group in groups:
@@ -92,7 +92,7 @@ class Sameness:
                     way, other
                 )
             return self._equal[key]
-        except Exception:  # a strategy's own; its cell will say so
+        except Exception:  # raised by the strategy; its cell reports it
             return False
 
     def _find_prompts(self, way: Way) -> _Prompts:
@@ -117,7 +117,7 @@ class Sameness:
         return blake2b(tokens, digest_size=16).digest(), layout.digest
 
     def _requests(self, way: Way) -> Iterator[tuple[Request, list[Request]]]:
-        """The request of each generation, and its prompts."""
+        """Yield each request that gets a generation, with its prompts."""
         for request in self._requests_of[way.num_segments]:
             if isinstance(request, Request):
                 yield from way.fusion.prompts(request)
@@ -154,9 +154,9 @@ def _texts(prompt: Request) -> tuple[str, tuple[str, ...], str]:
 
 
 def _cell(group: Sequence[Way], ways: Sequence[Way]) -> Cell:
-    """The cell of ways that are the same.
+    """Make the cell of a group of equal ways.
 
-    Where it holds a fusion with every strategy, no strategy is named.
+    If the group contains a fusion with every strategy, its name has no strategy.
     """
     names: dict[str, None] = {}
     for way in group:

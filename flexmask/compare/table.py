@@ -1,4 +1,4 @@
-"""What came of each cell: how right, how much better than the first, at what cost."""
+"""The table of a comparison: score, difference from the first cell, and cost of each cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COSTS = (
     *("tokens_per_s", "ms_per_question", "first_token_ms"),
     *("prompt_tokens", "computed_tokens", "peak_bytes"),
 )
-"""Figures of a cell that say what it costs."""
+"""Figures of a cell that measure its cost."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class CellResult:
     """A row of the table.
 
     Attributes:
-        cell: What was run.
-        error: Why it failed; empty where it did not.
-        rows: Rows of its result file.
-        questions: Questions that they are about: fewer where each prompt has a row.
-        evaluation: How right they are; None where it failed or no request has answers.
-        against_first: The first cell and this one, question by question; None for the first.
-        measurement: What it cost; None where nothing was generated.
+        cell: The cell.
+        error: Reason of failure; empty if it did not fail.
+        rows: Number of rows of its result file.
+        questions: Number of questions; less than ``rows`` if each prompt has a row.
+        evaluation: Scores of its answers; None if it failed or no request has accepted answers.
+        against_first: Comparison of the first cell with this one; None for the first.
+        measurement: Its cost; None if nothing was generated.
     """
 
     cell: Cell
@@ -43,7 +43,7 @@ class CellResult:
     measurement: Measurement | None
 
     def figures(self) -> dict[str, Any]:
-        """All of it as JSON values; costs are per question."""
+        """Return all values as JSON values; costs are per question."""
         way, against, evaluation = self.cell.way, self.against_first, self.evaluation
         return {
             "name": self.cell.name,
@@ -82,7 +82,7 @@ class CellResult:
 
     @property
     def score(self) -> Estimate | None:
-        """The mean score of its answers."""
+        """Mean score of its answers; None without an evaluation."""
         if self.evaluation is None:
             return None
         (estimate,) = self.evaluation.estimates.values()
@@ -92,13 +92,13 @@ class CellResult:
 def tabulate(
     cells: Sequence[Cell], folder: ReportFolder, judge: Judge, errors: Mapping[Cell, str]
 ) -> list[CellResult]:
-    """Judge the result files of cells and compare each with the first.
+    """Score the result files of cells and compare each with the first.
 
     Args:
-        cells: Those that were run, failed ones included.
-        folder: Where they are.
-        judge: Says by which metric.
-        errors: Why cells failed, of those that did.
+        cells: The cells that were run, including failed ones.
+        folder: Folder of their files.
+        judge: Scores the answers.
+        errors: Reasons of the cells that failed.
     """
     evaluations = {cell: _evaluate(cell, folder, judge) for cell in cells if cell not in errors}
     first = evaluations.get(cells[0])
@@ -123,7 +123,7 @@ def tabulate(
 
 
 def _evaluate(cell: Cell, folder: ReportFolder, judge: Judge) -> Evaluation | None:
-    """How right its rows are; None where none has answers to judge by."""
+    """Score a cell's rows; return None if none has accepted answers."""
     path = folder.rows(cell)
     verdicts = read_finished_rows(path)["correct"]
     if verdicts.null_count == len(verdicts):

@@ -1,16 +1,16 @@
-"""A small model that the package carries, and the questions it was made to be asked.
+"""Paths of the bundled demo model and of its questions.
 
-How they are made: ``world`` → ``corpus`` → ``train`` → ``evaluate``.
+``benchmarks/demo_model`` made them: ``world`` → ``corpus`` → ``train`` → ``evaluate``.
 """
 
 from pathlib import Path
 
 
 def model_path() -> Path:
-    """Folder of the demo model, for ``AutoModelForCausalLM.from_pretrained``."""
+    """Return the folder of the demo model, for ``AutoModelForCausalLM.from_pretrained``."""
     return Path(__file__).parent / "model"
 
 
 def questions_path() -> Path:
-    """File of the demo questions, one JSON object per line."""
+    """Return the file of the demo questions, one JSON object per line."""
     return Path(__file__).parent / "questions.jsonl"

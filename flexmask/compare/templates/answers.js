@@ -5,7 +5,7 @@ const KINDS = [
   ["one", "only one is right", (a, b) => a.score !== null && a.score !== b.score],
   ["a", "A is right, B is not", (a, b) => a.score > b.score],
   ["b", "B is right, A is not", (a, b) => b.score > a.score],
-  ["other", "other answers", (a, b) => a.text !== b.text],
+  ["other", "answers differ", (a, b) => a.text !== b.text],
   ["wrong", "both are wrong", (a, b) => a.score === 0 && b.score === 0],
   ["all", "all", () => true],
 ];

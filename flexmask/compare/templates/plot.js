@@ -22,7 +22,7 @@ function svg(name, attributes = {}, text = "") {
   return made;
 }
 
-/** Round numbers from low to high, about so many. */
+/** About `count` round numbers from low to high. */
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -91,13 +91,13 @@ class Plot {
     this.root.replaceChildren(picture);
   }
 
-  /** A place for a label beside a point that no other label takes. */
+  /** A free position for a label beside a point. */
   #free(x, y) {
-    const places = [[8, -6], [8, 15], [-16, -6], [-16, 15], [20, 4], [-28, 4]].map(([dx, dy]) => ({ x: x + dx, y: y + dy }));
-    const isFree = (place) => this.labels.every((other) => Math.abs(other.x - place.x) > 10 || Math.abs(other.y - place.y) > 11);
-    const place = places.find(isFree) ?? places[0];
-    this.labels.push(place);
-    return place;
+    const points = [[8, -6], [8, 15], [-16, -6], [-16, 15], [20, 4], [-28, 4]].map(([dx, dy]) => ({ x: x + dx, y: y + dy }));
+    const isFree = (point) => this.labels.every((other) => Math.abs(other.x - point.x) > 10 || Math.abs(other.y - point.y) > 11);
+    const point = points.find(isFree) ?? points[0];
+    this.labels.push(point);
+    return point;
   }
 
   #point(cell, x, y, title, name) {

@@ -1,4 +1,4 @@
-/** Makes an element with a class and a text. */
+/** Create an element with a class and a text. */
 function element(name, className = "", text = "") {
   const made = document.createElement(name);
   if (className) made.className = className;
@@ -6,7 +6,7 @@ function element(name, className = "", text = "") {
   return made;
 }
 
-/** A name with places at which a narrow column may break it. */
+/** A name with line-break opportunities for narrow columns. */
 function breakable(name) {
   const made = element("span");
   for (const part of name.split(/(?<=[_:=])/)) made.append(part, element("wbr"));
@@ -20,7 +20,7 @@ const percent = (value, sign) =>
     signDisplay: sign ? "exceptZero" : "auto",
   }).format(100 * value);
 
-/** A number in as many digits as it takes to tell values apart. */
+/** A number with at most two decimals, fewer for larger numbers. */
 function figure(value) {
   const digits = value >= 100 ? 0 : value >= 10 ? 1 : 2;
   return value.toLocaleString("en", { maximumFractionDigits: digits });
@@ -32,7 +32,7 @@ function estimate(cell, value, sign) {
   cell.append(element("span", "interval", `${percent(value.low, sign)} to ${percent(value.high, sign)}`));
 }
 
-/** What the table shows: a heading, the value by which a column is sorted, how it is written. */
+/** The columns of the table: heading, value to sort by, and how to fill a cell. */
 function columnsOf(data) {
   const number = (name, title, hint, write = figure) => ({
     title,
@@ -47,16 +47,16 @@ function columnsOf(data) {
     fill: (td, cell) => estimate(td, cell[name], sign),
   });
   const columns = [
-    { title: "strategy or fusion", hint: "What answered", isText: true, value: (cell) => cell.name },
-    { title: "segments", hint: "Of each request", isText: true, value: (cell) => cell.segments, fill: (td, cell) => td.append(cell.segments) },
-    mean("score", data.metric, "Over the questions, with its 95% interval", false),
-    mean("difference", "against the first", "Percentage points more than the first, question by question", true),
+    { title: "strategy or fusion", hint: "Strategy or fusion that answered", isText: true, value: (cell) => cell.name },
+    { title: "segments", hint: "Segments used of each request", isText: true, value: (cell) => cell.segments, fill: (td, cell) => td.append(cell.segments) },
+    mean("score", data.metric, "Mean over the questions, with its 95% interval", false),
+    mean("difference", "against the first", "Difference from the first row in percentage points, paired by question", true),
     number("tokens_per_s", "tokens/s", "Generated tokens per second"),
     number("ms_per_question", "ms/question", "Milliseconds per question"),
-    number("first_token_ms", "first token, ms", "How long a batch waits for its first tokens"),
-    number("prompt_tokens", "prompt tokens", "Per question, copies counted"),
-    number("computed_tokens", "computed", "Prompt tokens per question that were computed and not copied"),
-    number("peak_bytes", "peak GB", "Most device memory in use", (value) => figure(value / 1e9)),
+    number("first_token_ms", "first token, ms", "Time from the start of a batch to its first tokens"),
+    number("prompt_tokens", "prompt tokens", "Per question, including copies of the prefix"),
+    number("computed_tokens", "computed", "Prompt tokens per question that were not reused from the prefix cache"),
+    number("peak_bytes", "peak GB", "Peak device memory", (value) => figure(value / 1e9)),
   ];
   return columns.filter((column) => data.cells.some((cell) => column.value(cell) !== null));
 }
