@@ -1,6 +1,6 @@
 """Segments see the few before them: between ``prefix_segment`` (none) and ``causal`` (all).
 
-Suits segments in order, such as the turns of a conversation or the chunks of a long document.
+Suits ordered segments, such as the turns of a conversation or the chunks of a long document.
 ``q`` down, ``kv`` across, prefix P, segments 1 to 3, tail T, with ``reach=1``::
 
         P 1 1 2 2 3 3 T
@@ -32,7 +32,9 @@ if TYPE_CHECKING:  # torch stays out of listings, which load plugins too
 def recent_segments(
     batch: LayoutBatch,
     *,
-    reach: int = parameter(1, help="How many segments before its own a token sees.", minimum=0),
+    reach: int = parameter(
+        1, help="Number of segments before its own that a token sees.", minimum=0
+    ),
 ) -> MaskMod:
     """Each segment sees the prefix, itself and the few before it; the tail sees everything."""
     segment_ids = batch.segment_ids

@@ -1,4 +1,4 @@
-"""Holds the strategy to flexmask's rules, and its picture and parameter to what they say."""
+"""Checks the strategy against flexmask's rules, and its mask against the docstring's picture."""
 
 import re
 

@@ -1,1 +1,1 @@
-"""flexmask's own mask strategies, one a file, registered as any plugin's are."""
+"""The built-in mask strategies, one per file, registered through the same hook as plugins."""

@@ -1,10 +1,10 @@
-"""Documents do not see each other; what follows sees them with a temperature and a scale.
+"""Documents do not see each other; the tail sees them with a temperature and a scale.
 
 APE, adaptive parallel encoding (Yang et al., ICLR 2025, arXiv:2502.05431). The shared prefix is
 stored once, every document starts right after it, and the tail continues after the longest. When
-the tail attends, scores of documents are divided by ``temperature``, and the log-sum-exp of all of
-them is multiplied by ``scale * temperature``, as in the authors' program; the other scores stay.
-``q`` down, ``kv`` across, prefix P, documents 1 and 2, tail T, positions on top::
+the tail attends, scores of documents are divided by ``temperature``, and their log-sum-exp is
+multiplied by ``scale * temperature``, as in the authors' code; other scores are unchanged. ``q``
+down, ``kv`` across, prefix P, documents 1 and 2, tail T, positions on top::
 
         0 1 2 3 2 3 4
         P P 1 1 2 2 T
@@ -41,8 +41,8 @@ class AdaptiveParallel(Strategy):
     """Documents see the prefix and themselves; the tail sees all, tempered and scaled."""
 
     name = "adaptive_parallel"
-    temperature: float = parameter(0.9, help="Of the tail's scores of documents; above 0.")
-    scale: float = parameter(0.9, help="Of the documents' weight as a whole; above 0.")
+    temperature: float = parameter(0.9, help="Divides the tail's scores of documents; above 0.")
+    scale: float = parameter(0.9, help="Factor of the documents' log-sum-exp; above 0.")
 
     def __post_init__(self) -> None:
         for name, value in self.parameter_values().items():

@@ -1,10 +1,10 @@
-"""Each block sees itself alone, the prefix being one; the last block, the tail, sees all.
+"""Prefix and segments are blocks that see only themselves; the tail sees all.
 
-Block-Attention (Ma et al., ICLR 2025, arXiv:2409.15355). There the keys of a block are computed
-once, at positions from 0 on, and re-encoded to where the block stands in a prompt; rotary
-embeddings being relative, that is what isolated blocks at consecutive positions give. Made for
-weights fine-tuned with this mask. ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T,
-positions on top::
+Block-Attention (Ma et al., ICLR 2025, arXiv:2409.15355). The paper computes the keys of a block
+once, at positions from 0 on, and re-encodes them to the block's positions in a prompt. Because
+rotary embeddings are relative, isolated blocks at consecutive positions give the same result.
+Needs weights fine-tuned with this mask. ``q`` down, ``kv`` across, prefix P, segments 1 and 2,
+tail T, positions on top::
 
         0 1 2 3 4 5 6
         P P 1 1 2 2 T
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockAttention(Strategy):
-    """Prefix and segments see themselves alone; the tail sees everything."""
+    """The prefix and each segment see only themselves; the tail sees everything."""
 
     name = "block_attention"
 

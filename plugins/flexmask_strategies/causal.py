@@ -1,7 +1,7 @@
 """Plain causal attention over prefix, segments and tail, one after another.
 
-The baseline: what a model does with the segments simply concatenated. ``q`` down, ``kv`` across,
-prefix P, segments 1 and 2, tail T::
+The baseline: the segments are simply concatenated. ``q`` down, ``kv`` across, prefix P, segments 1
+and 2, tail T::
 
         P P 1 1 2 2 T
       P #

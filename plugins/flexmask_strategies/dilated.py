@@ -1,8 +1,8 @@
 """Every token sees a window with gaps: itself and every ``dilation``-th token before it.
 
-The dilated sliding window of Longformer (Beltagy et al., 2020, arXiv:2004.05150), as its
-autoregressive models have it: ``window`` tokens, ``dilation`` apart. ``window=3``,
-``dilation=2``, ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T::
+The dilated sliding window of Longformer (Beltagy et al., 2020, arXiv:2004.05150), as in its
+autoregressive models: ``window`` tokens, ``dilation`` apart. ``window=3``, ``dilation=2``, ``q``
+down, ``kv`` across, prefix P, segments 1 and 2, tail T::
 
         P P 1 1 2 2 T
       P #
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dilated(Strategy):
-    """Every token sees itself and every dilation-th token before it, a window of them."""
+    """Every token sees itself and every dilation-th token before it, up to window tokens."""
 
     name = "dilated"
-    window: int = parameter(512, help="Tokens a token sees, itself included.", minimum=1)
+    window: int = parameter(512, help="Tokens that a token sees, including itself.", minimum=1)
     dilation: int = parameter(2, help="Distance between them; 1 leaves no gaps.", minimum=1)
 
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:

@@ -1,10 +1,9 @@
 """Independent documents packed into one row; the tail continues the last of them.
 
 Sequence packing with a document mask and restarted positions (Krell et al., 2021,
-arXiv:2107.02027). Each document is headed by its own copy of the prefix, where the
-beginning-of-sequence token stands. Nothing is fused: generation is that of the last document
-alone. ``q`` down, ``kv`` across, documents 1 and 2 with a prefix of one token, tail T, positions
-on top::
+arXiv:2107.02027). Each document starts with its own copy of the prefix, including the
+beginning-of-sequence token. Nothing is fused: generation continues the last document alone. ``q``
+down, ``kv`` across, documents 1 and 2 with a prefix of one token, tail T, positions on top::
 
         0 1 2 0 1 2 3
         1 1 1 2 2 2 T
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document(Strategy):
-    """Each document sees itself alone, from position 0; the tail continues the last one."""
+    """Each document sees only itself, from position 0; the tail continues the last one."""
 
     name = "document"
 
@@ -49,7 +48,7 @@ class Document(Strategy):
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:
         position_ids = batch.position_ids
 
-        # A document's tokens, the tail that continues it included, share its first slot.
+        # Slot minus position is the same for a document's tokens and the tail that continues it.
         def same_start(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return q_idx - position_ids[b, q_idx] == kv_idx - position_ids[b, kv_idx]
 

@@ -1,6 +1,6 @@
 """Each segment runs as if it were alone, with its own copy of the prefix; the tail fuses them.
 
-``q`` down, ``kv`` across, segments 1 and 2 (each headed by a copy of the prefix), tail T, with
+``q`` down, ``kv`` across, segments 1 and 2 (each starts with a copy of the prefix), tail T, with
 the positions of ``positions=restart`` on top::
 
         0 1 2 0 1 2 3

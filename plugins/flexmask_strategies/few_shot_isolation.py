@@ -1,9 +1,9 @@
-"""Examples and paraphrases of the question, none of which sees its like; questions see examples.
+"""Examples do not see each other, nor do paraphrases of the question, which see all examples.
 
-A few-shot prompt whose examples come in several paraphrases, as scripts around MyriadLAMA (Zhao
-et al., 2024, arXiv:2406.12277) have it. The first ``examples`` times ``paraphrases`` segments
-are examples, those after them paraphrases of the question, which see every example and not each
-other; with none after them, the question stands in the tail. Examples start after the prefix,
+A few-shot prompt whose examples come in several paraphrases, as in scripts around MyriadLAMA (Zhao
+et al., 2024, arXiv:2406.12277). The first ``examples`` times ``paraphrases`` segments are
+examples; the segments after them are paraphrases of the question, which see every example but not
+each other. Without such segments, the question is in the tail. Examples start after the prefix,
 paraphrases of the question after the longest example. ``examples=2``, ``q`` down, ``kv`` across,
 prefix P, segments 1 to 4, tail T, positions on top::
 
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FewShotIsolation(Strategy):
-    """Examples see themselves, paraphrases of the question also all examples; the tail all."""
+    """Examples see only themselves, paraphrases of the question all examples too; the tail all."""
 
     name = "few_shot_isolation"
-    examples: int = parameter(1, help="Few-shot examples; they come first.", minimum=0)
-    paraphrases: int = parameter(1, help="Segments that each example takes.", minimum=1)
+    examples: int = parameter(1, help="Number of few-shot examples; they come first.", minimum=0)
+    paraphrases: int = parameter(1, help="Number of segments of each example.", minimum=1)
     positions: Positions = parameter(
         "restart",
         help="restart: examples start after the prefix, paraphrases of the question after the "
@@ -59,7 +59,7 @@ class FewShotIsolation(Strategy):
 
     @property
     def num_example_segments(self) -> int:
-        """Segments that hold examples; the others are paraphrases of the question."""
+        """Number of segments that hold examples; the others are paraphrases of the question."""
         return self.examples * self.paraphrases
 
     def layout(self, request: TokenizedRequest) -> Layout:

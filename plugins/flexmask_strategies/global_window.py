@@ -1,7 +1,7 @@
 """Every token sees a window and the prefix; the tail sees everything.
 
-Sliding window with global attention, Longformer (Beltagy et al., 2020, arXiv:2004.05150), under
-causality: the global tokens are the prefix, which all see, and the tail, which sees all.
+Longformer's sliding window with global attention (Beltagy et al., 2020, arXiv:2004.05150), made
+causal: the global tokens are the prefix, which all tokens see, and the tail, which sees all.
 ``window=2``, ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T::
 
         P P 1 1 2 2 T
@@ -42,7 +42,7 @@ class GlobalWindow(Strategy):
     """Every token sees a window and the prefix; the tail sees everything."""
 
     name = "global_window"
-    window: int = parameter(512, help="Tokens of the window, its own included.", minimum=1)
+    window: int = parameter(512, help="Tokens in the window, including the token.", minimum=1)
 
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:
         near = within_window(batch, self.window)

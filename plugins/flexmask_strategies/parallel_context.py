@@ -1,10 +1,10 @@
 """Windows of context do not see each other and reuse the same positions; the tail sees all.
 
 Parallel Context Windows (Ratner et al., ACL 2023, arXiv:2212.10947). A window holds one segment,
-or with ``n_windows`` several in a row, which see those before them. The prefix, which is the
-beginning-of-sequence token there, is stored once; the tail holds the task tokens, which continue
-after the longest window. ``q`` down, ``kv`` across, prefix P, windows 1 and 2, tail T, positions
-on top::
+or with ``n_windows`` several consecutive ones, which see the ones before them. The prefix (in the
+paper the beginning-of-sequence token) is stored once; the tail holds the task tokens, which
+continue after the longest window. ``q`` down, ``kv`` across, prefix P, windows 1 and 2, tail T,
+positions on top::
 
         0 1 2 3 2 3 4
         P P 1 1 2 2 T
@@ -43,7 +43,7 @@ class ParallelContext(Strategy):
 
     name = "parallel_context"
     n_windows: int = parameter(
-        0, help="Windows that segments are spread over in order; 0: one for each.", minimum=0
+        0, help="Number of windows that share the segments, in order; 0: one each.", minimum=0
     )
 
     def layout(self, request: TokenizedRequest) -> Layout:
@@ -51,7 +51,7 @@ class ParallelContext(Strategy):
         return shared_prefix_layout(replace(request, segments=windows), "restart")
 
     def _windows(self, request: TokenizedRequest) -> list[Segments]:
-        """The segments of each window, as many in one as in another, or one more."""
+        """Divide the segments among the windows; their numbers differ by one at most."""
         segments = request.segments
         count = self.n_windows or len(segments)
         if count > len(segments):

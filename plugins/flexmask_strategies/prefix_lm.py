@@ -1,6 +1,6 @@
 """Tokens of the prefix see the whole prefix; all after it is causal.
 
-The prefix LM of T5 (Raffel et al., JMLR 2020, arXiv:1910.10683), whose inputs are the request's
+The prefix LM of T5 (Raffel et al., JMLR 2020, arXiv:1910.10683); T5's input is the request's
 prefix. ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T::
 
         P P 1 1 2 2 T

@@ -1,7 +1,7 @@
 """Segments share one prefix and do not see each other; the tail sees everything.
 
-The prefix is stored and computed once. ``q`` down, ``kv`` across, prefix P, segments 1 and 2,
-tail T, with the positions of ``positions=restart`` on top::
+The prefix is stored and computed once. ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail
+T, with the positions of ``positions=restart`` on top::
 
         0 1 2 3 2 3 4
         P P 1 1 2 2 T

@@ -1,9 +1,9 @@
-"""Every token sees a window that ends with it and, if asked for, the first tokens of the row.
+"""Every token sees a window that ends with it and, optionally, the first tokens (sinks).
 
 The sliding window is Mistral 7B's (Jiang et al., 2023, arXiv:2310.06825); sinks are those of
-StreamingLLM (Xiao et al., ICLR 2024, arXiv:2309.17453), which also numbers tokens by their place
-in its cache: here they keep their places in the text. ``window=3``, ``sinks=1``, ``q`` down,
-``kv`` across, prefix P, segments 1 and 2, tail T::
+StreamingLLM (Xiao et al., ICLR 2024, arXiv:2309.17453), which also numbers positions within its
+cache; here tokens keep their positions in the text. ``window=3``, ``sinks=1``, ``q`` down, ``kv``
+across, prefix P, segments 1 and 2, tail T::
 
         P P 1 1 2 2 T
       P #
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlidingWindow(Strategy):
-    """Every token sees the window that ends with it, and the first few tokens if asked for."""
+    """Every token sees the window that ends with it, and optionally the first tokens (sinks)."""
 
     name = "sliding_window"
-    window: int = parameter(4096, help="Tokens a token sees, itself included.", minimum=1)
-    sinks: int = parameter(0, help="First tokens of the row, which all see.", minimum=0)
+    window: int = parameter(4096, help="Tokens that a token sees, including itself.", minimum=1)
+    sinks: int = parameter(0, help="Number of first tokens that all tokens see.", minimum=0)
 
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:
         position_ids, sinks = batch.position_ids, self.sinks

@@ -1,6 +1,6 @@
 """Every token sees the last ``stride`` tokens, and every ``stride``-th one before them.
 
-The strided pattern of Sparse Transformers (Child et al., 2019, arXiv:1904.10509), both of its
+The strided pattern of Sparse Transformers (Child et al., 2019, arXiv:1904.10509), with both of its
 halves in one head. ``stride=3``, ``q`` down, ``kv`` across, prefix P, segments 1 and 2, tail T::
 
         P P 1 1 2 2 T
@@ -34,7 +34,9 @@ class Strided(Strategy):
     """Every token sees the last stride tokens, and every stride-th one before them."""
 
     name = "strided"
-    stride: int = parameter(128, help="Length of the window, and distance beyond it.", minimum=1)
+    stride: int = parameter(
+        128, help="Length of the window, and distance of the tokens before it.", minimum=1
+    )
 
     def mask_mod(self, batch: LayoutBatch) -> MaskMod:
         near = within_window(batch, self.stride)

@@ -2,8 +2,8 @@
 
 Tree attention, as Medusa (Cai et al., ICML 2024, arXiv:2401.10774) and SpecInfer (Miao et al.,
 ASPLOS 2024, arXiv:2305.09781) verify many candidates in one pass. ``parents`` is the tree: the
-parent of each segment in order, 0 for the prefix. Positions continue those of the parent, so
-that each path reads as one text; the tail sees all paths and continues after the longest.
+parent of each segment in order, 0 for the prefix. Positions continue those of the parent, so that
+each path reads as one text; the tail sees all paths and continues after the longest.
 ``parents=0,0,1,1``, ``q`` down, ``kv`` across, prefix P, segments 1 to 4, tail T, positions on
 top::
 
@@ -51,7 +51,7 @@ class Tree(Strategy):
         self._parents()
 
     def _parents(self) -> list[int]:
-        """The parent of each segment, as a number."""
+        """Parse the parent of each segment."""
         try:
             parents = [int(number) for number in self.parents.split(",")]
         except ValueError:
@@ -67,8 +67,8 @@ class Tree(Strategy):
         segments, parents = request.segments, self._parents()
         if len(segments) > len(parents):
             raise RequestError(
-                f"parents={self.parents} places {len(parents)} segments, got {len(segments)}; "
-                "name the parent of each"
+                f"parents={self.parents} names the parents of {len(parents)} segments, got "
+                f"{len(segments)}; name the parent of each"
             )
         ends = [len(request.prefix)]
         for segment, parent in zip(segments, parents, strict=False):
@@ -85,9 +85,10 @@ class Tree(Strategy):
         return and_masks(causal, or_masks(is_on_path, is_fusion_tail(batch)))
 
     def _paths(self) -> list[list[bool]]:
-        """Whether the path to one node holds another, by segment id from `PADDING` on.
+        """Return a table of whether the path to one node contains another.
 
-        What is no segment is taken for the prefix, the root.
+        Its indices are segment ids from `PADDING` on; ids of the prefix, the tail and padding
+        stand for the root.
         """
         paths: list[set[int]] = [{0}]
         for number, parent in enumerate(self._parents(), start=1):
