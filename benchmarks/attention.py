@@ -1,10 +1,10 @@
-"""Attention alone: prefill under a mask of five isolated segments, and one decoded token.
+"""Measures attention alone: prefill under a mask of five isolated segments, and a decode step.
 
 Every way computes the same layer (24 query heads over 8 key heads of 128, bf16) in one run,
-captured as a CUDA graph so that launching from the host does not count. TFLOP/s count the pairs
-that the mask allows, or for causal peers the pairs before each query, not the tiles computed. The
-floor of prefill is the time of these pairs at the rate of a large matrix product, that of decode
-the time to read keys and values once; both rates are measured in the same run.
+captured as a CUDA graph so that launch overhead on the host does not count. TFLOP/s count the
+pairs that the mask allows, or for causal peers the pairs before each query, not the tiles. The
+floor of prefill is the time of these pairs at the rate of a large matrix product; that of decode
+is the time to read keys and values once. Both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ DECODE_CASES = ["1x1024", "1x16384", "8x1024", "64x1024"]
 
 @dataclass(frozen=True)
 class Timing:
-    """One way, measured.
+    """Results for one way.
 
     Attributes:
-        case: Rows and tokens.
-        way: What ran.
-        ms: Milliseconds a call, median.
-        tflops: Of the pairs that count, 10¹² a second; None for decode.
-        relative_error: Against attention in float32 with the dense mask; None where that is too
-            large to make.
+        case: Phase, rows and tokens.
+        way: The implementation that ran.
+        ms: Median milliseconds per call.
+        tflops: 10¹² operations per second on the counted pairs; None for decode.
+        relative_error: Error against attention in float32 with the dense mask; None if that mask
+            is too large.
     """
 
     case: str
@@ -63,18 +63,18 @@ class Timing:
 
 
 def graph_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds of ``call`` on the device, launches left out."""
+    """Return the median milliseconds of ``call`` on the device, without launch overhead."""
     return time_call(call, torch.device("cuda"), repeats=10).median
 
 
 def segments_mask(length: int) -> Callable[..., Tensor]:
-    """A prefix that all see, isolated segments, and a tail that sees everything."""
+    """Return the mask of a prefix that all see, isolated segments, and a tail that sees all."""
     prefix = length // 16
     segment = torch.full((length,), SEGMENTS + 1, dtype=torch.int32)
     body = torch.arange(length - TAIL - prefix) * SEGMENTS // (length - TAIL - prefix) + 1
     segment[: length - TAIL] = torch.cat((torch.zeros(prefix, dtype=torch.int64), body)).int()
     segment = segment.cuda()
-    mark_static(segment)  # FLASH takes no captured tensor of symbolic size
+    mark_static(segment)  # FLASH does not take captured tensors of symbolic size
 
     def five_segments(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         seen = (segment[kv_idx] == 0) | (segment[q_idx] == segment[kv_idx])
@@ -84,7 +84,7 @@ def segments_mask(length: int) -> Callable[..., Tensor]:
 
 
 def compiled_flex(options: dict[str, Any] | None, dynamic: bool) -> Callable[..., Tensor]:
-    """FlexAttention with kernel options, compiled anew."""
+    """Return FlexAttention with kernel options, not compiled yet."""
     kernel_options = cast("FlexKernelOptions | None", options)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
@@ -96,7 +96,7 @@ def compiled_flex(options: dict[str, Any] | None, dynamic: bool) -> Callable[...
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Return the norm of the difference divided by the norm of ``want``."""
     return float((got.float() - want).norm() / want.norm())
 
 
@@ -105,11 +105,11 @@ class Way:
     """One way to compute a prefill.
 
     Attributes:
-        name: Its name.
-        pairs: What its TFLOP/s count: those that the ``mask`` allows, or the ``causal`` ones.
-        call: Computes it.
-        order: Which query each of its results belongs to, ``(Q,)``; None for the queries' own
-            order.
+        name: Name of the implementation.
+        pairs: Pairs that its TFLOP/s count: ``mask`` for allowed pairs, ``causal`` for all causal
+            ones.
+        call: Computes attention.
+        order: The query that each row of the result belongs to, ``(Q,)``; None if not reordered.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Queries, keys and values, ``(B, H, length, D)`` each, and who sees whom."""
+    """Queries, keys and values, ``(B, H, length, D)`` each, and their mask."""
 
     query: Tensor
     key: Tensor
@@ -130,14 +130,14 @@ class Prefill:
 
     @classmethod
     def random(cls, rows: int, length: int) -> Prefill:
-        """Make random ones."""
+        """Make random queries, keys and values."""
         torch.manual_seed(0)
         shapes = [(rows, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
         return cls(query, key, value, length, segments_mask(length))
 
     def causal_ways(self) -> list[Way]:
-        """What computes every pair before a query."""
+        """Return the causal peers, which compute every pair before a query."""
 
         def causal() -> Tensor:
             inputs = (self.query, self.key, self.value)
@@ -150,7 +150,7 @@ class Prefill:
         return [Way("SDPA causal", "causal", causal), Way("SDPA causal, cuDNN", "causal", cudnn)]
 
     def flex_way(self) -> Way:
-        """FlexAttention as torch offers it."""
+        """Return FlexAttention with torch's default options."""
         mask = create_block_mask(self.mask_mod, None, None, self.length, self.length, "cuda", TILE)
         attend = compiled_flex(None, dynamic=False)
         return Way(
@@ -158,7 +158,7 @@ class Prefill:
         )
 
     def flexmask_ways(self) -> list[Way]:
-        """Triton's kernel with each tile, and FLASH where it is installed."""
+        """Return Triton's kernel with each tile size, and FLASH if it is installed."""
         ways = [
             self._flexmask_way(f"Triton, {tile[0]}x{tile[1]}", {"IS_DIVISIBLE": True} | own, tile)
             for tile, own in TRITON_OPTIONS.items()
@@ -169,7 +169,7 @@ class Prefill:
         return ways
 
     def _flexmask_way(self, kernel: str, options: dict[str, Any], tile: Tile) -> Way:
-        """As in the engine, whose layers put queries in this order."""
+        """Return a kernel of flexmask, with queries reordered as in the engine."""
         length = self.length
         order = last_tile_first(length, length, tile[0]).queries.int().cuda()
         mark_static(order)
@@ -187,7 +187,7 @@ class Prefill:
         )
 
     def dense_way(self) -> tuple[Way, Tensor]:
-        """SDPA with the mask of all pairs, and its result in float32."""
+        """Return SDPA with the dense mask, and its result in float32."""
         index = torch.arange(self.length, device="cuda")
         dense = self.mask_mod(None, None, index[:, None], index[None])
         key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (self.key, self.value))
@@ -202,7 +202,7 @@ class Prefill:
 
 
 def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
-    """All ways for ``rows`` prompts of ``length`` tokens, and the floor."""
+    """Time all ways for ``rows`` prompts of ``length`` tokens, and compute the floor."""
     prefill = Prefill.random(rows, length)
     report = explain_mask(prefill.mask_mod, None, None, length, length, "cuda")
     pairs = {"mask": report.density * length**2, "causal": length * (length + 1) / 2}
@@ -228,7 +228,7 @@ def prefill_timings(rows: int, length: int, flops_per_s: float) -> list[Timing]:
 
 
 def decode_timings(rows: int, length: int, bandwidth: float) -> list[Timing]:
-    """All ways to attend from one token to ``length`` keys, and the floor."""
+    """Time all ways to attend from one token to ``length`` keys, and compute the floor."""
     torch.manual_seed(0)
     query = torch.randn(rows, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, rows, KV_HEADS, length, DIM, device="cuda", dtype=torch.bfloat16)

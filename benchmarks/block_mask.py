@@ -1,9 +1,8 @@
-"""How long a BlockMask takes to build, and how much memory: torch's builders and ours.
+"""Measures time and memory of building a BlockMask, with torch's builders and flexmask's.
 
-Every case runs in a process of its own, so that its first call is a first call and its peak
-memory its own, and is stopped at the time limit. Results are compared with torch's: all tiles
-where torch can build the mask, and else three rows of tiles, which torch builds as masks of 128
-queries.
+Every case runs in a process of its own, so that first-call time and peak memory are its own, and
+is stopped at the time limit. Results are compared with torch's: all tiles if torch can build the
+mask, otherwise three rows of tiles, which torch builds as masks of 128 queries.
 
     python benchmarks/block_mask.py                  # on CPU, about five minutes
     python benchmarks/block_mask.py --device cuda    # torch compiled too
@@ -39,12 +38,12 @@ LENGTHS = {"cpu": (32_768, 131_072, 1_048_576), "cuda": (16_384, 131_072, 1_048_
 COMPILED_LENGTHS = {"cpu": (), "cuda": (16_384, 131_072)}
 DECODE_LENGTH = 131_072
 WARM_S = 3.0
-"""How long a case repeats its call."""
+"""Seconds for which a case repeats its call."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """A case: the builder, mask, length and device that one process measures."""
 
     builder: str
     mask: str
@@ -54,18 +53,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What it found.
+    """Results for one case.
 
     Attributes:
-        status: "ok", or why there is no figure.
-        first_ms: The first call of the process, compilation included.
-        median_ms: Later calls, each waited for; in a CUDA graph for decode rows.
-        fastest_ms: The fastest of them.
-        slowest_ms: The slowest of them.
-        peak_bytes: Memory at most, above what was there before; the BlockMask included.
+        status: "ok", or the reason why there is no figure.
+        first_ms: Time of the first call of the process, including compilation.
+        median_ms: Median time of later synchronised calls; in a CUDA graph for decode rows.
+        fastest_ms: Fastest later call.
+        slowest_ms: Slowest later call.
+        peak_bytes: Peak memory above that before the call, including the BlockMask.
         mask_bytes: Size of the BlockMask.
         is_exact: Whether three rows of tiles equal torch's.
-        digest: Of all listed tiles.
+        digest: Digest of all listed tiles.
     """
 
     case: Case
@@ -84,12 +83,12 @@ class Result:
 
 
 def causal(length: int, device: str) -> Callable[..., Tensor]:
-    """Each token sees itself and those before."""
+    """Each token sees itself and the tokens before it."""
     return lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
 
 
 def ensemble(length: int, device: str) -> Callable[..., Tensor]:
-    """Five isolated segments behind a shared prefix, and a tail that sees everything."""
+    """Five isolated segments after a shared prefix, and a tail that sees everything."""
     prefix, tail, count = length // 16, 128, 5
     segment_ids = torch.zeros(length, dtype=torch.int32)
     size = (length - prefix - tail) // count
@@ -140,7 +139,7 @@ def build(case: Case, mask_mod: Callable[..., Tensor]) -> BlockMask:
 
 
 def digest(block_mask: BlockMask) -> str:
-    """Hash what kernels read: the listed tiles of each row."""
+    """Hash the part of a BlockMask that kernels read: the listed tiles of each row."""
     sha = hashlib.sha256()
     lists = [
         (block_mask.kv_num_blocks, block_mask.kv_indices),
@@ -150,10 +149,10 @@ def digest(block_mask: BlockMask) -> str:
         assert counts is not None
         assert indices is not None
         counts, indices = counts.cpu(), indices.cpu()
-        place = torch.arange(indices.shape[-1], dtype=torch.int32)
+        columns = torch.arange(indices.shape[-1], dtype=torch.int32)
         sha.update(counts.numpy().tobytes())
         for row, count in zip(indices.flatten(0, 2), counts.flatten(), strict=True):
-            sha.update(row[place < count].numpy().tobytes())
+            sha.update(row[columns < count].numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -180,7 +179,7 @@ def _shifted(mask_mod: Callable[..., Tensor], start: Tensor) -> Callable[..., Te
 
 
 def timed_ms(call: Callable[[], Any], device: str) -> float:
-    """Run a call to its end on the device."""
+    """Time a call, including its work on the device, in milliseconds."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -195,14 +194,14 @@ def synchronize(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Return the most memory used so far."""
+    """Return the peak memory so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def repeated_ms(call: Callable[[], Any], device: str, repeats: int) -> list[float]:
-    """Repeat a call for a while; once at least."""
+    """Time a call repeatedly for `WARM_S` seconds, at least once."""
     times: list[float] = []
     stop = time.perf_counter() + WARM_S
     while not times or (len(times) < repeats and time.perf_counter() < stop):
@@ -211,7 +210,7 @@ def repeated_ms(call: Callable[[], Any], device: str, repeats: int) -> list[floa
 
 
 def measure_builder(case: Case, repeats: int) -> Result:
-    """Measure how a mask is built."""
+    """Measure the building of a mask."""
     if case.builder == "torch eager" and not has_memory(case):
         return Result(case, "needs more memory than there is")
     mask_mod = MASKS[case.mask](case.length, case.device)
@@ -239,7 +238,7 @@ def measure_builder(case: Case, repeats: int) -> Result:
 
 
 def measure_decode_rows(case: Case, repeats: int) -> Result:
-    """Measure the update of one row, inside a CUDA graph on CUDA."""
+    """Measure the update of a decode row; on CUDA within a CUDA graph."""
     mask_mod = MASKS[case.mask](case.length, case.device)
     started = time.perf_counter()
     rows = DecodeRowMask(mask_mod, 1, case.length, case.device)
@@ -263,7 +262,7 @@ def measure_decode_rows(case: Case, repeats: int) -> Result:
 
 
 def graph_ms(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Time a call inside a CUDA graph that holds it 20 times over."""
+    """Time a call within a CUDA graph that contains it 20 times."""
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -293,7 +292,7 @@ def decode_rows_are_exact(
 
 
 def has_memory(case: Case) -> bool:
-    """Whether torch's eager builder may finish."""
+    """Return True if there may be enough memory for torch's eager builder."""
     if case.device == "cuda":
         available, _ = torch.cuda.mem_get_info()
     else:
@@ -323,7 +322,7 @@ def run(case: Case, repeats: int, time_limit_s: float) -> Result:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """List what to measure."""
+    """List the cases to measure."""
     device = arguments.device
     lengths = arguments.lengths or LENGTHS[device]
     compiled = COMPILED_LENGTHS[device] if arguments.compiled is None else arguments.compiled
@@ -352,7 +351,7 @@ def row(result: Result, agrees: str) -> str:
 
 
 def agreement(result: Result, results: list[Result]) -> str:
-    """Say with what of torch a result agrees."""
+    """Describe how a result agrees with torch's."""
     if not result.is_exact:
         return "DIFFERS from torch"
     twins = [

@@ -1,4 +1,4 @@
-"""Draw which tiles of a mask were decided how: docs/block-masks.svg.
+"""Draw the tiles of a mask by state and by how each was decided: docs/block-masks.svg.
 
 python benchmarks/block_mask_picture.py docs/block-masks.svg
 """
@@ -78,7 +78,7 @@ def tile(x: int, y: int, state: int, how: int) -> str:
 
 
 def legend(report: MaskReport, x: int) -> list[str]:
-    """Say what colours and marks mean, and how many tiles have them."""
+    """Draw the legend of colours and marks, with the number of tiles of each."""
     lines: list[tuple[str, str]] = []
     for state, name in NAMES.items():
         lines.append((tile(x, 0, state, Decided.BY_INTERVALS), f"{name}: {count(report, state)}"))

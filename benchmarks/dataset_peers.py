@@ -1,4 +1,4 @@
-"""Other ways to run rows of a data set: what ``dataset_run.py`` compares with."""
+"""Other ways to run rows of a data set, as peers for ``dataset_run.py``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexmask.mask_mods import strategy_mask
 def rerun_rows_per_s(
     engine: Engine, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
 ) -> float:
-    """Run one row at a time, its mask made anew and its whole sequence run again for every token.
+    """Run one row at a time, rebuilding its mask and recomputing the sequence for every token.
 
-    That is what a patched attention without a cache comes to.
+    This is the cost of a patched attention without a key-value cache.
     """
     engine.model.set_attn_implementation("sdpa")
     tokenizer = RequestTokenizer(engine.tokenizer)
@@ -31,7 +31,7 @@ def rerun_rows_per_s(
 
 
 def rerun(engine: Engine, strategy: Strategy, layout: Layout, max_new_tokens: int) -> list[int]:
-    """Generate for one layout under a dense mask."""
+    """Generate for one layout under a dense mask, without a cache; return the new tokens."""
     device, dtype = engine.model.device, engine.model.dtype
     tokens = list(layout.token_ids)
     for count in range(max_new_tokens):
@@ -54,7 +54,7 @@ def rerun(engine: Engine, strategy: Strategy, layout: Layout, max_new_tokens: in
 def separate_rows_per_s(
     engine: Engine, requests: Sequence[Request], max_new_tokens: int, batch_size: int
 ) -> float:
-    """Run transformers' generate over every paraphrase by itself, in batches of like length."""
+    """Run transformers' generate on every paraphrase separately, in batches of similar length."""
     tokenizer = engine.tokenizer
     model: Any = engine.model  # to mypy its generate is a submodule or a tensor
     model.set_attn_implementation("sdpa")

@@ -1,9 +1,9 @@
-"""A whole file of requests through a model of random weights, and other ways to run it.
+"""Measures a whole file of requests through a model of random weights, beside its peers.
 
-Random weights at a real shape cost what trained ones cost; answers mean nothing. The bundled
-tokenizer stands in for the model's own, and cuts real text into more tokens than that would.
+Random weights at a real shape cost as much as trained ones; the answers are meaningless. The
+bundled tokenizer replaces the model's own; it splits real text into more tokens.
 
-The third run computes what the prompts begin with in every row. Some of the same rows run in
+The third run computes the shared beginning of the prompts in every row. Some of the rows run in
 other ways too (``dataset_peers.py``).
 """
 
@@ -62,7 +62,7 @@ SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "100m": SMALL, "tiny": TINY}
 
 
 def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
-    """Make an engine around a model of random weights."""
+    """Return an engine with a model of random weights."""
     register_attention()
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], eos_token_id=None, bos_token_id=None)
@@ -83,7 +83,7 @@ def timed_run(
     arguments: argparse.Namespace,
     config: RunConfig,
 ) -> dict[str, Any]:
-    """Run the whole data set, from requests to the result file."""
+    """Run the whole data set, from requests to the result file; return times and counts."""
     started = time.perf_counter()
     run = engine.generate(
         requests,
@@ -112,7 +112,7 @@ def timed_run(
 def peers_rows_per_s(
     engine: Engine, requests: list[Request], strategy: Strategy, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Run some of the rows in other ways."""
+    """Run some of the rows in other ways; return rows per second."""
     count = arguments.max_new_tokens
     rows = requests[: arguments.separate_rows]
     peers = {
@@ -136,7 +136,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rerun-rows", type=int, default=20, help="rows run again per token")
+    parser.add_argument(
+        "--rerun-rows", type=int, default=20, help="rows recomputed for every token"
+    )
     parser.add_argument("--separate-rows", type=int, default=128, help="rows for generate")
     parser.add_argument("--separate-batches", type=int, nargs="*", default=[64, 128, 256])
     arguments = parser.parse_args()

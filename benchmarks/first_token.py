@@ -1,10 +1,10 @@
-"""How long a process takes to its first token: with empty compile caches, and again.
+"""Measures the time of a process to its first token, with empty and with filled compile caches.
 
 A model of random weights is saved to a folder; then ``flexmask warmup`` loads it and runs one row
-of 1,024 slots through prefill and one decoded token. The first process finds no compiled code at
-all, Python's bytecode included, which an installer would have left there; the second finds the
-bytecode, and the others what the second left. Peers are processes of transformers' generate with
-a static cache (``start_peer.py``), and between them one that imports what all of them do and ends.
+of 1,024 slots through prefill and one decoded token. The first process finds neither compiled code
+nor Python bytecode, which an installer would have written; the second finds bytecode only, and
+later ones also the caches of the second. Peers are processes of transformers' generate with a
+static cache (``start_peer.py``), and a process that only imports the modules they all import.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ PEERS = {
     "transformers sdpa static": "sdpa",
     "transformers flex_attention static": "flex_attention",
 }
-"""Attention of each."""
+"""Attention implementation of each peer."""
 IMPORTS = "imports alone"
 
 
 @dataclass(frozen=True)
 class Start:
-    """How long a process took.
+    """Times of one process.
 
     Attributes:
-        way: What ran.
-        caches: What it found: ``nothing``, Python's bytecode (``cold``), or compiled code as well
-            (``again``).
+        way: The program that ran.
+        caches: Caches that it found: ``nothing``, Python's bytecode (``cold``), or compiled code
+            as well (``again``).
         first_token_s: Seconds to its first token.
-        after_loading_s: Of these, from the loaded model on.
+        after_loading_s: The part of these seconds after the model was loaded.
         total_s: Seconds to its end.
-        loop_s: Seconds that a loop of Python took just before, as the machine's speed varies.
+        loop_s: Seconds of a reference loop in Python just before, as the machine's speed varies.
     """
 
     way: str
@@ -66,8 +66,8 @@ class Processes:
     """Processes that load one model.
 
     Attributes:
-        model: Its folder.
-        device: Where it runs.
+        model: Folder of the model.
+        device: Device to run on.
         caches: Folder of all caches.
     """
 
@@ -76,10 +76,10 @@ class Processes:
     caches: Path
 
     def starts(self, peers: Sequence[str], repeats: int) -> Iterator[Start]:
-        """Time flexmask with nothing there, then each way cold, then all in turn."""
+        """Time flexmask without any cache, then each way cold, then all ways alternately."""
         yield self._start("flexmask", "nothing", self.caches / "other")
         ways = ["flexmask", *peers]
-        # Names without spaces, with which inductor cannot compile for a CPU.
+        # Without spaces, because inductor cannot compile for a CPU in paths with spaces.
         compiled = {way: self.caches / way.replace(" ", "-") for way in (IMPORTS, *ways)}
         for way in ways:
             yield self._start(way, "cold", compiled[way])
@@ -121,7 +121,7 @@ class Processes:
 
 
 def time_loop() -> float:
-    """Time a loop of Python; return seconds."""
+    """Time a reference loop in Python; return seconds."""
     started = time.perf_counter()
     total = 0
     for number in range(3_000_000):
@@ -138,16 +138,16 @@ def save_model(shape: str, device: str, folder: Path) -> None:
 
 
 def print_medians(starts: Sequence[Start]) -> None:
-    """Print what processes took that found compiled code."""
+    """Print the median times of processes that found compiled code."""
     for way in dict.fromkeys(start.way for start in starts if start.caches == "again"):
         times = [s.first_token_s for s in starts if (s.way, s.caches) == (way, "again")]
         print(f"{way:36} again, median of {len(times)}: {statistics.median(times):6.1f} s")
 
 
 def main() -> None:
-    """Print each, then a JSON line."""
+    """Print a line for each process, then a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, help="file for what has been measured so far")
+    parser.add_argument("--record", type=Path, help="file that receives the results so far")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3, help="processes after the first")
@@ -155,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        # In a process of its own, so that none but the one that is timed holds the GPU.
+        # In a separate process, so that only the timed process holds a CUDA context.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(save_model, arguments.shape, arguments.device, model).result()
             environment = pool.submit(environment_stamp).result()

@@ -1,9 +1,9 @@
-"""Decode speed against the memory-bandwidth floor, beside transformers' own ways.
+"""Measures decode speed against the memory-bandwidth floor, beside ``transformers.generate``.
 
-One model of random weights at the Llama-3.2-3B shape; prompts of one length. The floor of a step
-is the time to read all weights and the keys and values so far once, at the read bandwidth that
-this program measures. Peers are ``model.generate`` with SDPA and FlexAttention, dynamic and
-static cache; their time per step is the difference of a long and a short generation.
+One model of random weights at the Llama-3.2-3B shape; prompts of equal length. The floor of a
+step is the time to read all weights and the keys and values so far once, at the read bandwidth
+that this program measures. Peers are ``model.generate`` with SDPA and FlexAttention, with dynamic
+and static cache; their time per step is the difference between a long and a short generation.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_attention dynamic": ("flex_attention", {"cache_implementation": "dynamic"}),
     "flex_attention static": ("flex_attention", {"cache_implementation": "static"}),
 }
-"""Attention, and how generate keeps keys and values."""
+"""Attention implementation and cache options of each peer."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One way to decode, measured.
+    """Results for one way to decode.
 
     Attributes:
-        way: What ran.
-        batch_size: Rows.
+        way: The implementation that ran.
+        batch_size: Number of rows.
         context: Slots before the first generated token.
-        first_s: Seconds to the first token of a cold start, compilation included.
-        ms_per_step: Milliseconds per decode step, median.
+        first_s: Seconds to the first token of a cold start, including compilation.
+        ms_per_step: Median milliseconds per decode step.
         tokens_per_s: Tokens of all rows per second of decoding.
         floor_share: The floor as a share of `ms_per_step`.
         peak_gb: Peak device memory in 10⁹ bytes; 0 on a CPU.
@@ -80,7 +80,7 @@ def synchronize() -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Time ``run`` on the device."""
+    """Time ``run`` including its work on the device; return seconds."""
     synchronize()
     started = time.perf_counter()
     run()
@@ -89,13 +89,13 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Count the GPU's peak memory from here on."""
+    """Reset the GPU's peak memory counter."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: float) -> float:
-    """Seconds to read the weights and the keys and values of ``context`` slots once."""
+    """Return the seconds to read the weights and the keys and values of ``context`` slots once."""
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     per_slot = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
@@ -103,7 +103,7 @@ def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: fl
 
 
 def random_layout(strategy: Strategy, context: int, vocab_size: int) -> Layout:
-    """A request of five segments that takes ``context`` slots."""
+    """Return the layout of a random request of five segments that takes ``context`` slots."""
     tail, prefix = 8, 32
     copies = SEGMENTS if strategy.name == "ensemble_isolation" else 1
     length, rest = divmod(context - tail - copies * prefix, SEGMENTS)
@@ -119,7 +119,7 @@ def random_layout(strategy: Strategy, context: int, vocab_size: int) -> Layout:
 def measured(
     way: str, batch_size: int, context: int, first_s: float, step_s: float, floor: float
 ) -> Decode:
-    """Put what was measured, and the peak memory since it was reset, into a record."""
+    """Make a record of the measurements and the peak memory since its last reset."""
     return Decode(
         way=way,
         batch_size=batch_size,
@@ -172,7 +172,7 @@ def decode_peer(
 ) -> Decode:
     """Decode with transformers' generate."""
     implementation, cache = PEERS[way]
-    # Without a compiled graph of another peer among those that dynamo tries first.
+    # Otherwise dynamo would first check the guards of graphs that another peer compiled.
     torch.compiler.reset()
     model.set_attn_implementation(implementation)
     prompt = torch.randint(5, model.config.vocab_size, (batch_size, context))
@@ -202,7 +202,7 @@ def print_row(result: Decode) -> None:
 
 
 def main() -> None:
-    """Print a table, then a JSON line, which can be had in a file as it grows."""
+    """Print a table, then a JSON line; ``--record`` writes it to a file after each result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="llama-3.2-3b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
     parser.add_argument("--peer-cases", nargs="*", default=["1x1024"])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--record", type=Path, help="file for what has been measured so far")
+    parser.add_argument("--record", type=Path, help="file that receives the results so far")
     arguments = parser.parse_args()
 
     bandwidth = read_bandwidth(torch.device(arguments.device))

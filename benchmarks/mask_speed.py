@@ -1,7 +1,7 @@
-"""What makes a mask fast or slow: tiles, captures, and numbers that change.
+"""Measures the effects of tiles, captures and changing numbers on the speed of a mask.
 
-Compiled FlexAttention under one mask at a time, as the engine runs prefill. Reported apart: the
-tiles of the BlockMask, its build, attention, and what another layout compiles.
+Compiled FlexAttention under one mask at a time, as in the engine's prefill. Tiles of the
+BlockMask, its build time, attention time, and compilation for another layout are reported apart.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ Factory = Callable[[LayoutBatch], MaskMod]
 
 @dataclass(frozen=True)
 class Measured:
-    """One mask.
+    """Results for one mask.
 
     Attributes:
         density: Allowed pairs as a share of all.
-        tiles_computed: Tiles that are partial or full, as a share of all.
-        tiles_partial: Tiles in which the mask is evaluated, as a share of all.
-        build_ms: Building the BlockMask, the second time.
-        attention_ms: One call of compiled attention, the fastest.
-        median_ms: The median call.
-        recompiled_s: What the first call under the next layout took to compile; 0 if nothing.
+        tiles_computed: Partial and full tiles, as a share of all.
+        tiles_partial: Partial tiles, in which the mask is evaluated, as a share of all.
+        build_ms: Time of the second build of the BlockMask.
+        attention_ms: Time of the fastest call of compiled attention.
+        median_ms: Time of the median call.
+        recompiled_s: Seconds that the first call under the next layout compiled; 0 if nothing.
     """
 
     mask: str
@@ -66,13 +66,13 @@ class Measured:
 
 
 def layout_of(length: int, boundary: int, interleaved: bool = False) -> Layout:
-    """Eight segments behind a prefix of 128 tokens, and a tail of 16.
+    """Return a layout of a prefix of 128 tokens, eight segments and a tail of 16 tokens.
 
     Args:
-        length: Tokens in all.
-        boundary: By how many tokens the first segment is longer than an even share, and the
-            last one shorter.
-        interleaved: Whether the tokens of the segments take turns.
+        length: Total number of tokens.
+        boundary: Number of tokens by which the first segment is longer than an even share, and
+            the last one shorter.
+        interleaved: Whether the tokens of the segments alternate.
     """
     share, prefix, tail = (length - 144) // SEGMENTS, 128, 16
     sizes = [share] * SEGMENTS
@@ -88,33 +88,33 @@ def layout_of(length: int, boundary: int, interleaved: bool = False) -> Layout:
 
 
 def isolated(batch: LayoutBatch) -> MaskMod:
-    """Segments behind a shared prefix, fused by the tail."""
+    """Isolated segments after a shared prefix, fused by the tail."""
     visible = or_masks(same_segment(batch), is_prefix(batch), is_fusion_tail(batch))
     return and_masks(causal, visible)
 
 
 def everything(batch: LayoutBatch) -> MaskMod:
-    """No mask at all: every pair."""
+    """No mask: every pair is allowed."""
     return lambda b, h, q_idx, kv_idx: q_idx >= 0
 
 
 def window(batch: LayoutBatch) -> MaskMod:
-    """The last 512 positions, by a table of positions."""
+    """A window of the last 512 positions, looked up in a table of positions."""
     return and_masks(causal, within_window(batch, 512))
 
 
 def window_of_slots(batch: LayoutBatch) -> MaskMod:
-    """The last 512 slots, by arithmetic alone."""
+    """A window of the last 512 slots, by arithmetic only."""
     return and_masks(causal, lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 512)
 
 
 def dilated(batch: LayoutBatch) -> MaskMod:
-    """Every eighth token before."""
+    """Every eighth token before the query."""
     return and_masks(causal, lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % 8 == 0)
 
 
 def dense_table(batch: LayoutBatch) -> MaskMod:
-    """The isolation mask, read from a table of all pairs."""
+    """The isolation mask, looked up in a dense table of all pairs."""
     slots = torch.arange(batch.segment_ids.shape[1], device=batch.device)
     zero = slots.new_zeros(())
     table = batch.table(isolated(batch)(zero, zero, slots[:, None], slots[None, :]))
@@ -148,15 +148,15 @@ MASKS: dict[str, tuple[Factory, bool]] = {
 
 
 class MaskRun:
-    """One mask over a batch of its own."""
+    """Measures one mask on its own batch."""
 
     def __init__(self, name: str, length: int, device: torch.device) -> None:
-        """Build the BlockMask, and compile attention under it."""
+        """Build the BlockMask and compile attention with it."""
         self.name, self.length = name, length
         self.factory, self.interleaved = MASKS[name]
         self.batch = LayoutBatch(1, length, device)
         self.inputs = random_inputs(length, device)
-        self.explain(boundary=0)  # the first build of a process loads what later ones find
+        self.explain(boundary=0)  # warm-up: the first build of a process loads modules
         self.report = self.explain(boundary=0)
         self.times_ms: list[float] = []
         self.attend_ms(self.report)
@@ -170,7 +170,7 @@ class MaskRun:
 
     @torch.no_grad()
     def attend_ms(self, report: MaskReport) -> float:
-        """One call of compiled attention, in milliseconds."""
+        """Time one call of compiled attention, in milliseconds."""
         query, key, value = self.inputs
         synchronize(query.device)
         started = time.perf_counter()
@@ -179,7 +179,7 @@ class MaskRun:
         return (time.perf_counter() - started) * 1e3
 
     def measured(self) -> Measured:
-        """What was measured, and what another layout compiles."""
+        """Return the results, after a call under another layout to see what it compiles."""
         report = self.report
         other = self.explain(boundary=40)
         graphs = compiled_graphs()
@@ -199,7 +199,7 @@ class MaskRun:
 
 
 def random_inputs(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, ``(1, H, length, D)`` each; bfloat16 on a GPU."""
+    """Return random query, key and value, ``(1, H, length, D)`` each; bfloat16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def random(heads: int) -> Tensor:
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:  # so that what compiles is compiled here
+    with tempfile.TemporaryDirectory() as folder:  # an empty compile cache
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         report(arguments.length, arguments.repeats, torch.device(arguments.device))
 
@@ -230,7 +230,7 @@ def report(length: int, repeats: int, device: torch.device) -> None:
     """Measure and print."""
     torch.manual_seed(0)
     runs = [MaskRun(name, length, device) for name in MASKS]
-    for _ in range(repeats):  # in turns, so that a busy moment of the machine falls on all
+    for _ in range(repeats):  # alternately, so that other load on the machine affects all masks
         for run in runs:
             run.times_ms.append(run.attend_ms(run.report))
     print(f"{'mask':26}  pairs  tiles  partial  build ms  attention ms (median)  recompiled s")

@@ -1,6 +1,6 @@
-"""What each strategy and each fusion costs on one file, with a model of random weights.
+"""Measures the cost of each strategy and fusion on one file, with a model of random weights.
 
-Answers of random weights mean nothing; times and counts are those of trained ones
+The answers are meaningless, but times and counts are those of trained weights
 (``dataset_run.py``). Each way runs a batch to compile, and then the whole file.
 """
 
@@ -31,18 +31,18 @@ FUSIONS = (
     Fusion("weighted_max", "confidence"),
     Fusion("vote"),
 )
-"""Those of which every segment is a prompt of its own."""
+"""Fusions that run every segment as a prompt of its own."""
 
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What one way took for all requests.
+    """Time and counts of one way for all requests.
 
     Attributes:
         way: Strategy, or fusion of prompts under `causal`.
-        total_s: From the requests to the last generation.
-        first_s: The batch that compiled.
-        stats: What the engine counted.
+        total_s: Seconds from the requests to the last generation.
+        first_s: Seconds of the batch that compiled.
+        stats: Counts of the engine.
     """
 
     way: str
@@ -51,7 +51,7 @@ class MethodCost:
     stats: RunStats
 
     def row(self) -> str:
-        """A line of the table."""
+        """Return a line of the table."""
         stats = self.stats
         return (
             f"{self.way:28} {self.total_s:7.2f} {stats.tokens_per_s:9,.0f} "
@@ -81,7 +81,7 @@ def measure(
             pass
         return time.perf_counter() - started, results.stats
 
-    # The longest need the largest cache, which is what all need.
+    # The longest requests decide the cache size that the whole file needs.
     longest = sorted(requests, key=lambda r: -sum(map(len, r.segments)))
     first_s, _ = run(longest[:128])
     total_s, stats = run(requests)

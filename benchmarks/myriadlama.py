@@ -1,7 +1,7 @@
 """Turns MyriadLAMA rows into requests: ``python benchmarks/myriadlama.py ROWS PREFIX > REQUESTS``.
 
-Each row becomes a request of its manual and then automatic paraphrases, five of them, behind the
-instruction and few-shot examples of PREFIX.
+Each row becomes a request whose segments are the first five of its manual and automatic
+paraphrases. Its prefix is the instruction and few-shot examples in the file PREFIX.
 """
 
 from __future__ import annotations

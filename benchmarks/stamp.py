@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran."""
+"""Hardware, versions and commit of a benchmark run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexmask.bench.machine import machine_stamp
 
 
 def environment_stamp() -> dict[str, str | int | None]:
-    """Machine, versions and commit, for the JSON line of a result."""
+    """Return machine, versions and commit, for the JSON line of a result."""
     return machine_stamp() | {"commit": _commit()}
 
 

@@ -1,7 +1,7 @@
-"""One process of transformers' generate, from its start to two tokens: a prefill and one step.
+"""Runs transformers' generate in one process until it has two tokens: a prefill and one step.
 
-With ``--imports`` no model is loaded, and nothing but what any process that compiles a model of
-transformers imports.
+With ``--imports`` no model is loaded; the process only imports the modules that every process
+imports which compiles a transformers model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, count: int, **cache: Any) -> Tensor:
-    """Generate ``count`` tokens for a prompt ``(B, T)``, all of them.
+    """Generate exactly ``count`` tokens per row, with end-of-sequence tokens suppressed.
 
     Args:
-        model: Who generates.
-        prompt: Token ids without padding.
-        count: Tokens of each row.
-        cache: How generate keeps keys and values.
+        model: The model.
+        prompt: Token ids without padding, ``(B, T)``.
+        count: Tokens to generate per row.
+        cache: Cache options of ``model.generate``.
     """
     untyped: Any = model  # to mypy its generate is a submodule or a tensor
     tokens: Tensor = untyped.generate(
@@ -52,7 +52,7 @@ def load_and_generate(model_path: str, device: str, attention: str, prompt_token
 
 
 def main() -> None:
-    """Print a line when it is done."""
+    """Print a line when done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--imports", action="store_true")
     parser.add_argument("--model")

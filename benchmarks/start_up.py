@@ -1,6 +1,6 @@
-"""How long the command line takes: ``--help``, the first run of the demo, and the next.
+"""Measures the start of the command line: ``--help``, the first run of the demo, and the next.
 
-The first run starts with empty compile caches, the next with those that the first left.
+The first run starts with empty compile caches; later runs use the caches it has filled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "flexmask_cli"]
 
 @dataclass(frozen=True)
 class StartUp:
-    """Seconds of whole processes."""
+    """Wall time of whole processes in seconds."""
 
     help_s: float
     cold_demo_s: float
@@ -31,14 +31,14 @@ class StartUp:
 
 
 def seconds(arguments: list[str], environment: dict[str, str]) -> float:
-    """Run a command to its end."""
+    """Run a command and return its wall time in seconds."""
     started = time.perf_counter()
     subprocess.run([*COMMAND, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def measure(rows: int, repeats: int) -> StartUp:
-    """Measure with caches and output in a temporary folder."""
+    """Measure all commands, with caches and output in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         demo = ["generate", "--limit", str(rows), "--stop", "\\n", "--overwrite"]

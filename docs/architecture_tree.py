@@ -14,14 +14,14 @@ NAME_WIDTH = 32
 
 
 def page(text: str) -> str:
-    """``text`` with the tree between its marks written again."""
+    """Return ``text`` with the tree between its markers replaced."""
     tree = "\n".join(line for package in PACKAGES for line in lines(ROOT / package, package))
     written = f"<!-- tree -->\n```text\n{tree}\n```\n<!-- end -->"
     return re.sub(r"<!-- tree -->.*<!-- end -->", lambda _: written, text, flags=re.DOTALL)
 
 
 def lines(folder: Path, shown: str, depth: int = 0) -> Iterator[str]:
-    """A line for a package and for each module and package in it."""
+    """Yield a line for a package and for each module and package in it."""
     yield line(f"{shown}/", summary(folder / "__init__.py"), depth)
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         if (path / "__init__.py").exists():
@@ -31,12 +31,12 @@ def lines(folder: Path, shown: str, depth: int = 0) -> Iterator[str]:
 
 
 def line(name: str, text: str, depth: int) -> str:
-    """A line of the tree."""
+    """Format a line of the tree."""
     return f"{'  ' * depth + name:<{NAME_WIDTH}} {text}".rstrip()
 
 
 def summary(module: Path) -> str:
-    """The first line of a module's docstring, without its full stop."""
+    """Return the first line of a module's docstring, without its full stop."""
     docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
     return (docstring or "").partition("\n")[0].removesuffix(".")
 

@@ -14,18 +14,18 @@ RESULTS = {
     "compare-real": ROOT / "benchmarks" / "results" / "compare-h100-smollm2.json",
     "compare": ROOT / "benchmarks" / "results" / "compare-cpu-demo.json",
 }
-"""Results shown in tables, by the mark before each."""
+"""Results shown in tables, by the marker before each table."""
 PLAIN = " of causal"
 COUNTS = (1, 3, 5)
 HEAD = ("", "1", "3", "5", "5 less the first alone", "prompt tokens", "computed", "ms/question")
 NUM_COLUMNS = {README: 5}
-"""How many columns of HEAD a document shows; all, if it is not named."""
+"""Number of columns of HEAD that a document shows; documents not listed show all."""
 
 
 def table(result: Path, num_columns: int) -> str:
-    """A line for each strategy and fusion; the last columns are those of most paraphrases.
+    """Return a table with a line for each strategy, and for each fusion under ``causal``.
 
-    Of fusions, those of plain prompts are shown.
+    The last columns are those of the highest number of paraphrases.
     """
     cells = json.loads(result.read_text())["cells"]
     for cell in cells:
@@ -41,7 +41,7 @@ def table(result: Path, num_columns: int) -> str:
 
 
 def page(target: Path) -> str:
-    """The text of a document with its tables written again."""
+    """Return the text of a document with its tables replaced."""
     num_columns = NUM_COLUMNS.get(target, len(HEAD))
     text = target.read_text()
     for mark, result in RESULTS.items():

@@ -1,8 +1,8 @@
 """Runs small models of transformers' decoder families and writes the table of docs/models.md.
 
 Each family gets a small configuration and random weights; `flexmask doctor --model` checks a real
-model in the same way. Layers are traced as the engine traces them, and run by torch operation by
-operation, without the compiler behind (`--compile` uses it, which takes several times as long).
+model in the same way. Layers are traced as in the engine, but executed eagerly, without inductor
+(`--compile` uses it, which takes several times as long).
 
 Usage::
 
@@ -28,7 +28,7 @@ from typing import Any
 
 PAGE = Path(__file__).parent / "models.md"
 WORDS = {"ok": "right", "unavailable": "refused", "broken": "wrong"}
-"""States of checks, in the words of the page."""
+"""Words of the page for the states of checks."""
 MOST_PARAMETERS = 20_000_000
 BEGIN, END = "<!-- families -->", "<!-- end -->"
 
@@ -57,12 +57,12 @@ SIZES: dict[str, int] = {
     "pad_token_id": 2,
     "bos_token_id": 0,
 }
-"""Small values of the attributes that configurations have."""
+"""Small values for attributes of configurations."""
 
 _LATENT = {
     "num_key_value_heads": 4,
     "head_dim": 4,
-}  # heads of rotary dimensions, as many as there are
+}  # as many key heads as query heads, as long as the rotary dimensions
 _DECODER = {"is_decoder": True}
 SPECIAL: dict[str, dict[str, Any]] = {
     **{key: {"num_key_value_heads": 4} for key in ("minicpm3", "hrm_text")},
@@ -100,7 +100,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
-"""Values that single families need in addition, or for their sizes to fit each other."""
+"""Additional values that single families need, for example to make their sizes consistent."""
 
 
 def small_config(family: str, vocab_size: int) -> Any:
@@ -117,7 +117,7 @@ def small_config(family: str, vocab_size: int) -> Any:
     }
     if isinstance(vars(default).get("num_attention_heads"), list):
         del values["num_attention_heads"]
-    if getattr(default, "kv_lora_rank", None):  # latent attention: a key head for each query head
+    if getattr(default, "kv_lora_rank", None):  # latent attention has a key head per query head
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
         values["head_dim"] = SIZES["qk_rope_head_dim"]
     types = getattr(default, "layer_types", None)
@@ -136,8 +136,8 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
     """Check a small model of a family (`flexmask.doctor.model_checks.check_model`).
 
     Returns:
-        Name, state and detail of each check; a third one, under ``flexmask_dense``, where the
-        first is not right and attention backends are not supported.
+        Name, state and detail of each check; a third check, under ``flexmask_dense``, if the
+        first is not ok and the model does not support attention backends.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,7 +167,7 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=0.15)  # larger than usual: attention has to matter
+            parameter.normal_(std=0.15)  # larger than usual, so that attention affects the logits
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = SIZES["pad_token_id"]
     backend = None if compiled else "eager"
@@ -179,7 +179,7 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
 
 
 def _in_process(families: Sequence[str], compiled: bool) -> Iterator[dict[str, Any]]:
-    """Check families in another process, and in a new one after each that ends it."""
+    """Check families in another process; start a new one after a family that crashes it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     todo = list(families)
     while todo:
@@ -197,7 +197,7 @@ def _in_process(families: Sequence[str], compiled: bool) -> Iterator[dict[str, A
 
 
 def _here(families: Sequence[str], compiled: bool) -> None:
-    """Check families in this process, a line of JSON for each."""
+    """Check families in this process; print a line of JSON for each."""
     import torch
     from transformers.utils import logging
 
@@ -207,7 +207,7 @@ def _here(families: Sequence[str], compiled: bool) -> None:
     for family in families:
         try:
             outcome = {"family": family, "checks": check_family(family, compiled=compiled)}
-        except Exception as error:  # of any kind: that is what is asked
+        except Exception as error:  # any error is an outcome
             at = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             outcome = {"family": family, "error": f"{reason} ({at.filename}:{at.lineno})"}
@@ -216,14 +216,14 @@ def _here(families: Sequence[str], compiled: bool) -> None:
 
 
 def all_families() -> list[str]:
-    """Names of the decoder families that transformers has."""
+    """Return the names of the decoder families in transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def table(outcomes: Sequence[dict[str, Any]]) -> str:
-    """The table of the page: a row for each family that a small configuration could be made of."""
+    """Return the table of the page: a row for each family with a small configuration."""
     import torch
     import transformers
 

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def decode_table(gpu: str) -> str:
-    """Decode speed, flexmask's and that of its peers."""
+    """Return the table of decode speed, of flexmask and its peers."""
     rows = [
         [
             result["way"],
@@ -33,7 +33,7 @@ def decode_table(gpu: str) -> str:
 
 
 def attention_table() -> str:
-    """Attention alone, a row for each way and a column for each case."""
+    """Return the table of attention alone: a row for each way and a column for each case."""
     results = _result("attention-h100")["results"]
     cases = list(dict.fromkeys(result["case"] for result in results))
     ways = list(dict.fromkeys(result["way"] for result in results))
@@ -43,7 +43,7 @@ def attention_table() -> str:
 
 
 def first_token_table() -> str:
-    """A process until its first token."""
+    """Return the table of times to the first token of a process."""
     found = {
         "nothing": "no compiled code, Python's bytecode included",
         "cold": "empty compile caches",
@@ -66,7 +66,7 @@ def first_token_table() -> str:
 
 
 def block_mask_table() -> str:
-    """BlockMasks on a GPU, torch's builder and flexmask's."""
+    """Return the table of BlockMasks on a GPU, with torch's builder and flexmask's."""
     rows = []
     for result in _result("block-mask-h100")["results"]:
         case = result["case"]
@@ -79,7 +79,7 @@ def block_mask_table() -> str:
 
 
 def dataset_table() -> str:
-    """A whole data set, with compile caches empty and then full, and without a shared prefix."""
+    """Return the table of a data set: compile caches empty, then filled, and no shared prefix."""
     runs = _result("dataset-run-h100")["runs"]
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
         "total_s": ("seconds in all", "{:.1f}".format),
@@ -104,7 +104,7 @@ def dataset_table() -> str:
 
 
 def dataset_peers_table() -> str:
-    """Other ways to run rows of that data set, in the same run."""
+    """Return the table of other ways to run rows of that data set, in the same run."""
     record = _result("dataset-run-h100")
     own = record["runs"]["warm"]["rows_per_s"]
     rows = [["flexmask", f"{own:.0f}", ""]]
@@ -114,7 +114,7 @@ def dataset_peers_table() -> str:
 
 
 def methods_table() -> str:
-    """What each strategy and fusion costs on that data set."""
+    """Return the table of the cost of each strategy and fusion on that data set."""
     rows = []
     for cost in (cost for run in _result("method-cost-h100")["runs"] for cost in run["ways"]):
         stats = cost["stats"]
@@ -147,7 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def page(text: str) -> str:
-    """The page with its tables written anew."""
+    """Return the page with its tables replaced."""
     for name, table in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Draw the mask of every built-in strategy, and two of them side by side: ``make docs``."""
+"""Draws the mask of every built-in strategy, and two of them side by side: ``make docs``."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PARAMETERS: dict[str, dict[str, ParameterValue]] = {
     "strided": {"stride": 5},
     "global_window": {"window": 5},
 }
-"""Where the defaults reach beyond a request as small as this."""
+"""Parameters for strategies whose defaults are too large for so small a request."""
 
 
 def pictured(name: str) -> Strategy:
-    """The strategy as its picture has it."""
+    """Return the strategy with the parameters of its picture."""
     return make_strategy(name, PARAMETERS.get(name, {}))
 
 

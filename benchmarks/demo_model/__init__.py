@@ -1,1 +1,1 @@
-"""The program that trained the bundled model, and the synthetic world of its questions."""
+"""Trains the bundled model, and generates the synthetic world of its questions."""

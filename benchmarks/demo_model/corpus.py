@@ -1,4 +1,4 @@
-r"""Training text of the demo model: its tokenizer, and rows of packed pairs.
+r"""Makes the training data of the demo model: its tokenizer, and rows of packed pairs.
 
 A pair is ``("Q: …\nA:", " answer\n\n")``. A row is ``<bos>``, as many whole pairs as fit, and
 padding::
@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from demo_model.train_config import TrainConfig
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
-# A newline is always a token of its own, and so is each digit: then a prompt encoded piece by
-# piece has the tokens of the whole.
+# Newlines and digits are always separate tokens, so that the pieces of a prompt, encoded apart,
+# have the tokens of the whole.
 SPLIT_PATTERN = r"\n|\p{N}|'s| ?\p{L}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]"
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Tokens of all pairs, one after the other.
+    """Concatenated tokens of all pairs.
 
     Example: pairs of 3 and 2 tokens have ``lengths`` ``[3, 2]``; ``token_ids`` holds 5.
     """
@@ -73,14 +73,14 @@ def train_tokenizer(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of ``text`` alone, without ``<bos>``."""
+    """Return the token ids of ``text`` without ``<bos>``."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_pairs(
     tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> EncodedPairs:
-    """Encode ``(question, answer)`` pairs; questions and answers apart, which changes nothing."""
+    """Encode ``(question, answer)`` pairs, each part separately (with the same tokens)."""
     texts = [text for pair in pairs for text in pair]
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     part_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -99,10 +99,10 @@ def pack_rows(
     """Fill rows with ``<bos>`` and whole pairs, in ``order``.
 
     Returns:
-        Token ids and loss weights, each ``(rows, row_tokens)``; padding weighs nothing.
+        Token ids and loss weights, each ``(rows, row_tokens)``; padding has weight 0.
     """
     lengths = pairs.lengths[order]
-    rows, columns = _place(lengths.tolist(), config.row_tokens)
+    rows, columns = _assign_rows(lengths.tolist(), config.row_tokens)
     offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     starts = np.cumsum(pairs.lengths) - pairs.lengths
     source = np.repeat(starts[order], lengths) + offset
@@ -115,22 +115,24 @@ def pack_rows(
     return torch.from_numpy(token_ids), torch.from_numpy(weights)
 
 
-def _place(lengths: list[int], row_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and first column of each pair; column 0 is for ``<bos>``."""
-    places = np.empty((len(lengths), 2), np.int64)
+def _assign_rows(
+    lengths: list[int], row_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return row and first column of each pair; column 0 is for ``<bos>``."""
+    starts = np.empty((len(lengths), 2), np.int64)
     row, column = 0, 1
     for index, length in enumerate(lengths):
         if column + length > row_tokens:
             row, column = row + 1, 1
-        places[index] = row, column
+        starts[index] = row, column
         column += length
-    return places[:, 0], places[:, 1]
+    return starts[:, 0], starts[:, 1]
 
 
 def make_batches(
     pairs: EncodedPairs, config: TrainConfig, bos_id: int, pad_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches without end, ``(rows_per_step, row_tokens)``; each epoch has a new order."""
+    """Yield batches ``(rows_per_step, row_tokens)`` indefinitely; each epoch has a new order."""
     rng = np.random.default_rng(config.seed)
     while True:
         order = rng.permutation(len(pairs.lengths))

@@ -1,6 +1,6 @@
-"""How well the demo model answers one paraphrase of a question, and several in one prompt.
+"""Evaluates the demo model on one paraphrase of a question, and on several in one prompt.
 
-Prompts, masks and decoding are plain and dense, and share nothing with the engine.
+Prompts, dense masks and decoding are implemented here and share no code with the engine.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,10 +22,10 @@ class Arrangement:
     """A way to put several paraphrases into one prompt.
 
     Attributes:
-        name: As the table prints it.
+        name: Name in the table.
         segments: Number of paraphrases.
-        is_isolated: Whether each has its own copy of the prefix and sees nothing else; if not,
-            the prefix comes first and everything sees all that precedes it.
+        is_isolated: Whether each has its own copy of the prefix and sees nothing else; otherwise
+            the prefix comes first and the mask is causal.
         restarts_positions: Whether the positions of each isolated segment start at 0.
     """
 
@@ -87,7 +87,7 @@ def arrange(
 
 
 def dense_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Additive mask ``(B, 1, S, S)``: causal, within a segment; the tail sees everything."""
+    """Return an additive mask ``(B, 1, S, S)``: causal within a segment; the tail sees all."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
     is_allowed = (query == key) | ((query == TAIL) & (key != PADDING))
@@ -101,9 +101,9 @@ def dense_mask(segment_ids: torch.Tensor) -> torch.Tensor:
 def generate_greedily(
     model: LlamaForCausalLM, prompts: Sequence[Prompt], stop_id: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Continue each prompt until ``stop_id``, without a cache: the whole row runs for each token.
+    """Continue each prompt until ``stop_id``, without a cache: each token recomputes the row.
 
-    Rows are padded on the right and grow into their padding.
+    Rows are padded on the right; generated tokens overwrite the padding.
     """
     lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     width = int(lengths.max()) + max_new_tokens
@@ -148,7 +148,7 @@ def accuracy(
     batch_size: int = 40,
     max_new_tokens: int = 12,
 ) -> float:
-    """Share of questions whose first generated line is an accepted answer."""
+    """Return the share of questions whose first generated line is an accepted answer."""
     (newline_id,) = encode(tokenizer, "\n")
     correct = 0
     for start in range(0, len(questions), batch_size):
@@ -163,7 +163,7 @@ def accuracy(
 
 
 def single_paraphrases(questions: Iterable[Question]) -> list[Question]:
-    """Each paraphrase of each question as a question of its own."""
+    """Return each paraphrase of each question as a question of its own."""
     return [
         replace(question, segments=(segment,))
         for question in questions
@@ -177,7 +177,7 @@ def evaluate(
     questions: Sequence[Question],
     clean_questions: Sequence[Question],
 ) -> dict[str, float]:
-    """Accuracy of one paraphrase (mean of all), without noise and with it, and of several."""
+    """Return the accuracy of single paraphrases, without and with noise, and of several."""
 
     def measure(questions: Sequence[Question], arrangement: Arrangement) -> float:
         return accuracy(model, tokenizer, questions, arrangement)

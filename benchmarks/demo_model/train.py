@@ -1,8 +1,8 @@
 r"""Train the demo model: ``python -m demo_model.train --output DIR``, run in benchmarks/.
 
-Writes ``DIR/questions.jsonl`` and ``DIR/model``: a Llama, its tokenizer, and ``training.json``,
-which says how they were made and how well the model answers. Prints the accuracy table. One seed
-on one machine gives the same weights and questions.
+Writes ``DIR/questions.jsonl`` and ``DIR/model``: a Llama, its tokenizer, and ``training.json``
+with the configuration and the accuracy. Prints the accuracy table. The same seed on the same
+machine gives the same weights and questions.
 
 The model is a plain causal language model of few-shot text: rows of ``Q: …\nA: …`` pairs on facts
 drawn at random. It never sees several paraphrases of a question side by side.
@@ -40,7 +40,7 @@ from demo_model.world import (
 
 
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with fresh weights, whose generation also ends at a newline."""
+    """Return a Llama with initial weights, whose generation also ends at a newline."""
     config = LlamaConfig(
         **asdict(shape),
         tie_word_embeddings=True,
@@ -60,13 +60,13 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlamaF
 def weighted_loss(
     hidden: torch.Tensor, vocabulary: torch.Tensor, token_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mean next-token loss.
+    """Return the weighted mean of the next-token loss.
 
     Args:
         hidden: Last hidden states, ``(B, S, hidden_size)``.
         vocabulary: Weights of the output layer, ``(vocab_size, hidden_size)``.
         token_ids: ``(B, S)``.
-        weights: Weight of the loss at each of these tokens, ``(B, S)``.
+        weights: Weight of the loss at each token, ``(B, S)``.
     """
     logits = F.linear(hidden[:, :-1], vocabulary).float().flatten(0, 1)
     losses = F.cross_entropy(logits, token_ids[:, 1:].flatten(), reduction="none")
@@ -80,11 +80,12 @@ def train_model(
     config: TrainConfig,
     device: torch.device,
 ) -> None:
-    """Train in place: AdamW with a cosine schedule; on CUDA compiled, with bfloat16 products."""
+    """Train in place: AdamW with a cosine schedule; on CUDA compiled, in bfloat16 autocast."""
     is_cuda = device.type == "cuda"
     loss_function = weighted_loss
     if is_cuda:
-        # Layer by layer: compiled as a whole, the model builds a mask and loses the causal kernel.
+        # Layer by layer, because a model compiled as a whole builds a mask, which SDPA's causal
+        # kernel does not take.
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         loss_function = torch.compile(weighted_loss, dynamic=False)
@@ -118,7 +119,7 @@ def _learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:
 
 
 def run(config: TrainConfig, output: Path, device: torch.device) -> dict[str, float]:
-    """Make the world, train tokenizer and model, write everything, evaluate what was written.
+    """Make the world, train tokenizer and model, write everything, evaluate the written model.
 
     Returns:
         The evaluation table: accuracy by arrangement.

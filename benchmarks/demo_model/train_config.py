@@ -1,4 +1,4 @@
-"""What decides the outcome of a training run of the demo model."""
+"""The configuration of a training run of the demo model."""
 
 from dataclasses import dataclass, field
 
@@ -21,19 +21,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a training run produces.
+    """Everything that determines the result of a training run.
 
     Attributes:
         seed: Seed of the world, the text, the initial weights and the order of training.
         steps: Optimizer steps.
         rows_per_step: Rows in a batch.
-        row_tokens: Tokens in a row of whole question and answer pairs; long enough that no
-            position of an evaluated prompt is new to the model.
+        row_tokens: Tokens in a row of whole question and answer pairs; long enough that evaluated
+            prompts have no positions outside of training.
         pairs: Question and answer pairs that are generated; training shuffles and repeats them.
-        tokenizer_pairs: How many of them the tokenizer is trained on.
+        tokenizer_pairs: Number of pairs that the tokenizer is trained on.
         learning_rate: Peak of the cosine schedule.
         warmup_steps: Steps of linear warm-up.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         question_loss_weight: Weight of a question token's loss; an answer token's is 1.
         world: Size and noise of the world.
         shape: Dimensions of the model.

@@ -1,11 +1,11 @@
-"""The synthetic world of the demo model: invented people and towns, facts, and ways to ask.
+"""Generates the synthetic world of the demo model: people, towns, facts, and questions.
 
 A question is a *phrasing* of a relation set into a *frame*: the phrasing ``town of birth`` in the
 frame ``Tell me {entity}'s {noun}.`` asks ``Tell me Mirelo Vand's town of birth.`` Some pairs of
 phrasing and frame are held out: training text never uses them, and the shipped questions use no
 others. Noise then drops, misspells, replaces and inserts words.
 
-Everything follows from a seed, through ``random.Random`` alone.
+Everything is determined by a seed, through ``random.Random`` only.
 """
 
 import json
@@ -23,7 +23,7 @@ PAIR_END = "\n\n"
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be asked about one kind of entity.
+    """A relation that may be asked about one kind of entity.
 
     Attributes:
         name: Identifier, such as ``birthplace``.
@@ -39,7 +39,7 @@ class Relation:
     clauses: tuple[tuple[str, str], ...]
 
     def templates(self) -> list[str]:
-        """Every phrasing in every frame that fits it, each with an ``{entity}`` slot."""
+        """Return every phrasing in every matching frame, each with an ``{entity}`` slot."""
         with_nouns = [
             frame.format(noun=noun, entity="{entity}")
             for noun in self.nouns
@@ -55,7 +55,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is true in the world; ``answers`` are accepted, the first one is taught."""
+    """A fact of the world; all ``answers`` are accepted, the first one is used for training."""
 
     relation: str
     entity: str
@@ -64,13 +64,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Noise:
-    """Probability, per word, of each way in which a paraphrase goes wrong.
+    """Probabilities, per word, of the kinds of noise in a paraphrase.
 
     Attributes:
         drop: The word is left out.
         typo: One of its letters is dropped or doubled, or two are swapped.
-        replace: An unfamiliar word stands in its place.
-        insert: A filler word precedes it.
+        replace: The word is replaced by an unfamiliar one.
+        insert: A filler word is inserted before it.
     """
 
     drop: float = 0.0
@@ -79,7 +79,7 @@ class Noise:
     insert: float = 0.0
 
     def scaled(self, factor: float) -> "Noise":
-        """The same mixture, ``factor`` times as strong."""
+        """Return the noise with all probabilities multiplied by ``factor``."""
         return Noise(
             self.drop * factor, self.typo * factor, self.replace * factor, self.insert * factor
         )
@@ -87,7 +87,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Size of the world, and how noisy its text is.
+    """Size of the world, and noise of its text.
 
     Attributes:
         people: Number of people; each has one fact per relation of a person.
@@ -96,11 +96,11 @@ class WorldConfig:
         family_names: Number of family names that people share.
         names_per_answer_set: Number of invented languages, employers, rivers and founders.
         held_out_share: Share of the (phrasing, frame) pairs that training never uses.
-        training_noise: Strongest noise of training questions; each scales it by a random factor.
+        training_noise: Maximum noise of training questions; each scales it by a random factor.
         question_noise: Noise of the shipped questions.
         questions: Number of shipped questions.
-        paraphrases: Paraphrases of each.
-        examples: Few-shot examples in their prefix.
+        paraphrases: Number of paraphrases of each shipped question.
+        examples: Number of few-shot examples in their prefix.
     """
 
     people: int = 400
@@ -118,7 +118,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class World:
-    """Facts by relation, and the templates that ask for them, split into taught and held out."""
+    """Facts by relation, and the templates that ask for them, split into training and held out."""
 
     config: WorldConfig
     seed: int
@@ -139,7 +139,7 @@ class Question:
 
 
 def make_world(seed: int, config: WorldConfig | None = None) -> World:
-    """Invent a world; the same seed and configuration give the same one."""
+    """Generate a world; the same seed and configuration give the same one."""
     config = config or WorldConfig()
     rng = Random(f"{seed}-world")
     facts = _make_facts(config, rng)
@@ -154,7 +154,7 @@ def make_world(seed: int, config: WorldConfig | None = None) -> World:
 
 
 def make_training_pairs(world: World, count: int) -> Iterator[tuple[str, str]]:
-    r"""Yield ``("Q: …\nA:", " answer\n\n")``: what training text is joined from."""
+    r"""Yield ``("Q: …\nA:", " answer\n\n")`` pairs, from which training text is joined."""
     rng = Random(f"{world.seed}-training")
     names = list(world.facts)
     for _ in range(count):
@@ -167,11 +167,11 @@ def make_training_pairs(world: World, count: int) -> Iterator[tuple[str, str]]:
 
 
 def make_questions(world: World, noise: Noise | None = None) -> list[Question]:
-    """Held-out questions: distinct facts, each asked by held-out templates, with noise.
+    """Make held-out questions: distinct facts, each asked by held-out templates, with noise.
 
     Args:
         world: The world to ask about.
-        noise: Instead of the configuration's ``question_noise``.
+        noise: Replaces the configuration's ``question_noise``.
     """
     config = world.config
     noise = config.question_noise if noise is None else noise
@@ -194,7 +194,7 @@ def make_questions(world: World, noise: Noise | None = None) -> list[Question]:
 
 
 def add_noise(text: str, noise: Noise, rng: Random) -> str:
-    """Drop, misspell, replace and insert words of ``text``; at least one word stays."""
+    """Drop, misspell, replace and insert words of ``text``; at least one word remains."""
     typo, replace = noise.drop + noise.typo, noise.drop + noise.typo + noise.replace
     words = text.split(" ")
     noisy = []
@@ -212,12 +212,12 @@ def add_noise(text: str, noise: Noise, rng: Random) -> str:
 
 
 def format_questions(questions: Iterable[Question]) -> str:
-    """Text of a questions file: one JSON object per line."""
+    """Return the text of a questions file: one JSON object per line."""
     return "".join(json.dumps(asdict(question)) + "\n" for question in questions)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions of a file that ``format_questions`` wrote."""
+    """Read a file that ``format_questions`` wrote."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return [
         Question(
@@ -282,7 +282,7 @@ def _new_name(shapes: tuple[str, ...], taken: set[str], rng: Random) -> str:
 
 
 def _fill(shape: str, rng: Random) -> str:
-    """Fill the slots of a shape, its capital letters, with sounds; the rest stays."""
+    """Replace the slots of a shape, its capital letters, by sounds."""
     return "".join(rng.choice(SOUNDS[slot]) if slot in SOUNDS else slot for slot in shape)
 
 
@@ -300,12 +300,12 @@ def _misspell(word: str, rng: Random) -> str:
 
 
 def _subject(question: str) -> tuple[str, str]:
-    """A clause that asks for the subject, so that both its word orders are the same."""
+    """Return a clause that asks for the subject, whose two word orders are the same."""
     return question, question
 
 
 def _capitalise(text: str) -> str:
-    """Like ``str.capitalize``, with the rest of the text left as it is."""
+    """Capitalise the first letter; unlike ``str.capitalize``, keep the rest unchanged."""
     return text[0].upper() + text[1:]
 
 
