@@ -78,17 +78,17 @@ class Fusion:
 
     @property
     def is_of_logits(self) -> bool:
-        """Whether logits are fused, so that all rows of a request take the same tokens."""
+        """True if logits are fused, so that all rows of a request take the same tokens."""
         return self.is_mean or self.is_max
 
     @property
     def is_mean(self) -> bool:
-        """Whether logits are fused by their mean."""
+        """True if logits are fused by their mean."""
         return self.name in ("mean", "weighted_mean")
 
     @property
     def is_max(self) -> bool:
-        """Whether logits are fused by the largest probability of each token."""
+        """True if logits are fused by the largest probability of each token."""
         return self.name in ("max", "weighted_max")
 
     def check(self, request: Request) -> None:

@@ -42,18 +42,18 @@ PADDING = -2
 """Segment id of slots that hold no token."""
 
 Positions = Literal["restart", "sequential"]
-"""``restart``: every segment starts where its prefix ends. ``sequential``: slot numbers."""
+"""``restart`` starts every segment where its prefix ends; ``sequential`` counts slots."""
 
 
 @dataclass(frozen=True)
 class TokenizedRequest:
-    """The token ids of a request's parts, with the fusion tail settled.
+    """The token ids of a request: prefix, segments and fusion tail.
 
-    The logits that choose the first generated token come from the last prompt token, so that
-    token must see every segment: the tail is never empty.
+    The fusion tail is never empty. The logits of the first generated token come from the last
+    prompt token, so that token must see every segment.
 
     Attributes:
-        prefix: Token ids that stand before the segments.
+        prefix: Token ids before the segments.
         segments: Token ids of each segment.
         tail: Token ids of the fusion tail.
         special_text: Text of a special token that the request holds and that was tokenized as
@@ -72,11 +72,11 @@ class TokenizedRequest:
         segments: Sequence[Sequence[int]],
         suffix: Sequence[int] = (),
     ) -> TokenizedRequest:
-        """Settle the fusion tail.
+        """Make a tokenized request, and decide on its fusion tail.
 
-        It is the suffix; else the longest common token suffix of the segments, taken off each
-        of them; else the last token of the last segment, with a warning. Every segment keeps at
-        least one token.
+        The tail is the suffix. Without a suffix it is the longest common ending of the segments in
+        tokens, which is removed from each of them; if they have none, it is the last token of the
+        last segment, with a warning. Every segment keeps at least one token.
 
         Args:
             prefix: Token ids, with the beginning-of-sequence token where the model has one.
@@ -84,7 +84,7 @@ class TokenizedRequest:
             suffix: Token ids of the suffix.
 
         Raises:
-            RequestError: If a segment has no tokens, or none can be spared for the tail.
+            RequestError: If a segment has no tokens, or no token is left for the tail.
         """
         for number, segment in enumerate(segments, start=1):
             if not segment:
@@ -111,7 +111,7 @@ class TokenizedRequest:
         return cls(tuple(prefix), (*others, last[:-1]), last[-1:])
 
     def with_copied_prefix(self) -> TokenizedRequest:
-        """The request with a copy of the prefix at the head of every segment, and no other."""
+        """Return the request with a copy of its prefix in every segment, and no other prefix."""
         segments = tuple(self.prefix + segment for segment in self.segments)
         return TokenizedRequest((), segments, self.tail)
 
@@ -126,12 +126,18 @@ def _common_suffix_length(bodies: Sequence[tuple[int, ...]]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token belongs to which segment, and at which position it stands.
+    """The layout of a request: segment and position of every token, in storage order.
+
+    Strategies make it (`flexmask.Strategy.layout`).
 
     Attributes:
-        token_ids: Prompt tokens in storage order.
-        segment_ids: For each token `PREFIX`, its segment's number from 1, or `TAIL`.
-        position_ids: For each token the position that rotary embeddings see.
+        token_ids: ``S`` prompt tokens; the index of a token is its slot.
+        segment_ids: `PREFIX`, the number of a segment from 1, or `TAIL`, for each token.
+        position_ids: The position of each token, as rotary embeddings see it.
+
+    Raises:
+        LayoutError: If lengths differ, the fusion tail is missing or not at the end, or an id or
+            a position is out of range.
     """
 
     token_ids: tuple[int, ...]
@@ -176,9 +182,9 @@ class Layout:
 
     @cached_property
     def digest(self) -> bytes:
-        """Identifies segment ids and positions by content, 16 bytes.
+        """A digest of segment ids and positions, 16 bytes.
 
-        Token ids do not enter: a mask does not depend on them.
+        Token ids are left out, because a mask does not depend on them.
         """
         content = blake2b(digest_size=16)
         for tensor in (self.segment_tensor, self.position_tensor):
@@ -201,7 +207,7 @@ class Layout:
         return _tensor(self.position_ids)
 
     def extended(self, num_tokens: int) -> Layout:
-        """The layout after ``num_tokens`` generated tokens, whose ids are 0."""
+        """Return the layout with ``num_tokens`` generated tokens added, whose ids are 0."""
         generated = range(self.next_position, self.next_position + num_tokens)
         return Layout(
             (*self.token_ids, *(0,) * num_tokens),
@@ -220,31 +226,43 @@ class Layout:
 def _tensor(values: tuple[int, ...]) -> Tensor:
     import torch
 
-    # Through an array: torch.tensor looks at every element of a tuple.
+    # Through an array, because torch.tensor reads a tuple element by element.
     return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
-    """Store the prefix once, then the segments, then the tail."""
+    """Lay out a request with one prefix, then the segments, then the tail.
+
+    Args:
+        request: The request.
+        positions: ``restart`` starts every segment where the prefix ends; ``sequential`` counts
+            slots.
+    """
     if positions == "sequential":
         return placed_layout(request, consecutive_starts(request))
     return placed_layout(request, [len(request.prefix)] * len(request.segments))
 
 
 def copied_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:
-    """Store a copy of the prefix at the head of every segment, then the tail."""
+    """Lay out a request with a copy of the prefix before every segment, then the tail.
+
+    Args:
+        request: The request.
+        positions: ``restart`` starts every copy of the prefix at 0; ``sequential`` counts slots.
+    """
     return shared_prefix_layout(request.with_copied_prefix(), positions)
 
 
 def placed_layout(
     request: TokenizedRequest, starts: Sequence[int], tail_start: int | None = None
 ) -> Layout:
-    """Store prefix, segments and tail one after another, at positions as asked.
+    """Lay out prefix, segments and tail in this order, at chosen positions.
 
     Args:
-        request: What is laid out; its prefix stands at 0, 1 and so on.
+        request: The request; its prefix gets the positions 0, 1 and so on.
         starts: Position of the first token of each segment.
-        tail_start: Position of the tail's first token; None for the one after the highest.
+        tail_start: Position of the first token of the tail; None for the highest position so far
+            plus one.
     """
     token_ids, segment_ids = list(request.prefix), [PREFIX] * len(request.prefix)
     position_ids = list(range(len(request.prefix)))
@@ -260,5 +278,5 @@ def placed_layout(
 
 
 def consecutive_starts(request: TokenizedRequest) -> list[int]:
-    """Position of each segment's first token where positions are slot numbers."""
+    """Return the position of the first token of each segment if positions count slots."""
     return list(accumulate(map(len, request.segments), initial=len(request.prefix)))[:-1]

@@ -1,7 +1,7 @@
 """A batch of layouts on the device, in buffers that masks capture.
 
-The buffers stay in place while their content changes from batch to batch: a compiled kernel that
-captured them is never compiled again.
+The buffers stay in place while their content changes from batch to batch, so a compiled kernel
+that captured them is not compiled again.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from flexmask.torch_internals import mark_static
 
 
 class LayoutBatch:
-    """Segment ids and positions of ``B`` rows of ``capacity`` slots.
+    """Segment ids and positions of a batch of ``B`` rows of ``capacity`` slots.
 
     Attributes:
         segment_ids: ``(B, capacity)`` int32; `PADDING` where a slot holds no token.
-        position_ids: ``(B, capacity)`` int32; they run on past the prompt, for generated tokens.
+        position_ids: ``(B, capacity)`` int32; after the prompt, those of generated tokens.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
-        """Allocate the buffers, all padding."""
+        """Allocate the buffers, with padding in every slot."""
         shape = (batch_size, capacity)
         self.segment_ids = torch.full(shape, PADDING, dtype=torch.int32, device=device)
         self.position_ids = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -36,16 +36,16 @@ class LayoutBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are, and where tensors that a mask captures belong."""
+        """Device of the buffers, and of all tensors that a mask may capture."""
         return self.segment_ids.device
 
     def table(self, values: Sequence[Any] | Tensor) -> Tensor:
         """Make a constant table for a mask to capture and index.
 
-        Its sizes are constants of the compiled kernel, as those of the buffers are.
+        The sizes of the table are constants of the compiled kernel, as those of the buffers are.
 
         Args:
-            values: Numbers or bools, nested as deep as the table has dimensions.
+            values: Numbers or bools, as a tensor or as nested lists.
         """
         table = torch.as_tensor(values, device=self.device)
         mark_static(table)
@@ -54,26 +54,26 @@ class LayoutBatch:
     def load(
         self, layouts: Sequence[Layout], num_tokens: Sequence[int], starts: Sequence[int]
     ) -> None:
-        """Place the first ``num_tokens[b]`` tokens of each layout from slot ``starts[b]`` on.
+        """Load the first ``num_tokens[b]`` tokens of each layout, from slot ``starts[b]`` on.
 
         Rows without a layout are all padding.
 
         Raises:
-            LayoutError: If there are more than ``B`` layouts, or one does not fit.
+            LayoutError: If there are more than ``B`` layouts, or one needs more slots.
         """
         self.copy_from(layout_tables(layouts, num_tokens, starts, *self.segment_ids.shape))
 
     def copy_from(self, tables: LayoutTables) -> None:
-        """Place what `layout_tables` made for batches of this shape."""
+        """Load tables that `layout_tables` made for a batch of this shape."""
         self.segment_ids.copy_(tables.segment_ids)
         self.position_ids.copy_(tables.position_ids)
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
-        """Make the slots from ``first_slots[b]`` on the fusion tail, ready for new tokens."""
+        """Mark the slots from ``first_slots[b]`` on as fusion tail, for tokens to be generated."""
         self._fill_from(first_slots, TAIL)
 
     def close_tail(self, first_slots: Sequence[int] | Tensor) -> None:
-        """Make the slots from ``first_slots[b]`` on padding again."""
+        """Mark the slots from ``first_slots[b]`` on as padding again."""
         self._fill_from(first_slots, PADDING)
 
     def _fill_from(self, first_slots: Sequence[int] | Tensor, segment_id: int) -> None:
@@ -82,12 +82,12 @@ class LayoutBatch:
         self.segment_ids.masked_fill_(slots >= first[:, None], segment_id)
 
     def positions_at(self, slots: Tensor) -> Tensor:
-        """Position of one slot per row: ``(B,)`` slots to ``(B, 1)`` positions."""
+        """Return the position of one slot per row: ``(B, 1)`` positions of ``(B,)`` slots."""
         return self.position_ids.gather(1, slots[:, None]).long()
 
 
 class LayoutTables(NamedTuple):
-    """What a `LayoutBatch` holds, on the CPU.
+    """The content of a `LayoutBatch`, on the CPU.
 
     Attributes:
         segment_ids: ``(B, capacity)`` int32.
@@ -105,10 +105,17 @@ def layout_tables(
     batch_size: int,
     capacity: int,
 ) -> LayoutTables:
-    """Make what `LayoutBatch.load` places, for ``batch_size`` rows of ``capacity`` slots.
+    """Make the content of a `LayoutBatch` of ``batch_size`` rows of ``capacity`` slots.
+
+    Args:
+        layouts: The layouts of the first rows.
+        num_tokens: Tokens of each layout to load, from its first one on.
+        starts: Slot of the first token of each layout.
+        batch_size: Rows.
+        capacity: Slots per row.
 
     Raises:
-        LayoutError: If there are more layouts than rows, or one does not fit.
+        LayoutError: If there are more layouts than rows, or one needs more slots.
     """
     if len(layouts) > batch_size:
         raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")

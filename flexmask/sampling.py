@@ -47,5 +47,5 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken."""
+        """True if the most likely token is taken."""
         return self.temperature == 0.0

@@ -52,7 +52,7 @@ class BatchRow:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the row takes no more tokens."""
+        """True if the row takes no more tokens."""
         return bool(self.finish_reason or self.fault)
 
     def append(self, token_id: int) -> None:

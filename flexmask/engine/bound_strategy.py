@@ -48,7 +48,7 @@ class BoundStrategy:
         decode_score_mod: As `query_score_mod`, for the token that is decoded next.
         decode_part: As `query_part`, for the token that is decoded next.
         key_table: Slots from which decoding reads the keys of each row; None if it reads all.
-        changes_scores: Whether the strategy has a score_mod or a scaled part.
+        changes_scores: True if the strategy has a score_mod or a scaled part.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BoundStrategy:
             capacity: Slots per row.
             device: Device of the buffers.
             windows: Sliding window of each kind of layer, in tokens; None for no window.
-            with_key_table: Whether decoding reads keys through a table.
+            with_key_table: Let decoding read keys through a table.
         """
         self.strategy = strategy
         self.batch_size = batch_size
@@ -164,7 +164,7 @@ class BoundStrategy:
     def see_only_themselves(
         self, starts: Sequence[Sequence[int]], length: int, kv_length: int
     ) -> bool:
-        """Whether spans of slots are proved to see themselves, causally, and no other slot.
+        """Return whether spans of slots are proved to see themselves, causally, and nothing else.
 
         Args:
             starts: First slots of the spans in each row.

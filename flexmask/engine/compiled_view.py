@@ -59,7 +59,7 @@ def compiled_view(
     Args:
         model: The model.
         attention_names: Names of its attention modules; a module that holds one is a layer.
-        dynamic: Whether one graph serves any length; else each shape is compiled by itself.
+        dynamic: Compile one graph for any length, and not one for each shape.
         backend: The backend of torch.compile.
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]

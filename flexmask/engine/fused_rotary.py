@@ -79,7 +79,7 @@ def _factors(product: Any) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _is_rotate_half(node: fx.Node, x: fx.Node) -> bool:
-    """Whether a node is ``cat((-x[..., half:], x[..., :half]), dim=-1)``."""
+    """Return whether a node is ``cat((-x[..., half:], x[..., :half]), dim=-1)``."""
     if node.target is not torch.cat or node.kwargs.get("dim", node.args[-1]) != -1:
         return False
     parts = node.args[0]
@@ -105,7 +105,7 @@ def _is_part(node: Any, x: fx.Node, part: slice) -> bool:
 
 
 def _are_angles(cos: fx.Node, sin: fx.Node, x: fx.Node) -> bool:
-    """Whether both are ``(B, 1, 1, D)`` of the heads' dtype: one token per row."""
+    """Return whether both are ``(B, 1, 1, D)`` of the heads' dtype: one token per row."""
     rows, _, _, dim = _shape(x)
     is_alike = _value(cos).dtype == _value(sin).dtype == _value(x).dtype
     return is_alike and _shape(cos) == _shape(sin) == (rows, 1, 1, dim)

@@ -118,7 +118,7 @@ class GenerationRules:
 
     @property
     def keeps_invalid_values(self) -> bool:
-        """Whether NaN and infinite logits are kept, so that they become an error."""
+        """True if NaN and infinite logits are kept, so that they become an error."""
         return self.config is None or self.config.remove_invalid_values is not True
 
     def processors(

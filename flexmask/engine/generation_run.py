@@ -37,7 +37,7 @@ class GenerationRun(Iterator[Generation]):
     yields them in that order. Several threads may share one run, and several runs one engine.
 
     Attributes:
-        rules: What the model's generation config asks for in this run.
+        rules: The rules of the model's generation config, as they apply to this run.
     """
 
     def __init__(

@@ -133,8 +133,8 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bo
     Args:
         kernel: The kernel that computes prompts; None on a CPU.
         capacity: Slots per row.
-        has_options: Whether there are `TRITON_OPTIONS` for the model's heads. FlexAttention's own
-            options may be wider than the smallest tile.
+        has_options: True if there are `TRITON_OPTIONS` for the model's heads. The blocks that
+            FlexAttention chooses by itself may be larger than the smallest tile.
     """
     if kernel is None:
         return CPU_TILE
@@ -146,13 +146,13 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bo
 
 
 def has_flash() -> bool:
-    """Whether flash-attn-4 is installed."""
+    """Return whether flash-attn-4 is installed."""
     # find_spec of a name in a package raises where the package is missing.
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
 def flash_can_attend(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FlexAttention's FLASH backend is installed and supports heads of this shape."""
+    """Return whether FlexAttention's FLASH backend is installed and supports these heads."""
     return (
         has_flash()
         and torch.cuda.get_device_capability(device) >= (9, 0)

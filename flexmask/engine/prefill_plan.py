@@ -93,7 +93,7 @@ def plan_prefill(
         batch_size: Rows of the cache.
         capacity: Slots per row.
         tile: Queries and keys of a tile.
-        with_key_table: Whether decoding reads keys through a table.
+        with_key_table: Let decoding read keys through a table.
 
     Raises:
         LayoutError: If there are more layouts than rows, or one does not fit.

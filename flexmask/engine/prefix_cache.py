@@ -57,7 +57,7 @@ def common_prefix_length(layouts: Sequence[Layout]) -> int:
 
 
 def pays_off(layouts: Sequence[Layout], length: int, batch_size: int) -> bool:
-    """Whether the first ``length`` tokens occur so often that copying them saves time.
+    """Return whether the first ``length`` tokens occur often enough for copying to save time.
 
     Computing them once takes as long as a batch of prompts of that length.
     """

@@ -27,7 +27,7 @@ class RunStats:
         mask_misses: BlockMasks built.
         prefill_peak_bytes: Most device memory in use during prefill; 0 on CPU.
         decode_peak_bytes: Most device memory in use during decode; 0 on CPU.
-        halvings: How often batches were halved because memory ran out.
+        halvings: Times that batches were halved because memory ran out.
     """
 
     batch_size: int

@@ -33,7 +33,7 @@ class Sampler:
     Its buffers stay in place, so a captured step can use it.
 
     Attributes:
-        is_greedy: Whether the most likely token is chosen.
+        is_greedy: True if the most likely token is chosen.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The scheduler of a run: which prompts share a batch, and what happens if memory runs out."""
+"""The scheduler of a run: groups prompts into batches, and halves these if memory runs out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scheduler:
 
     Attributes:
         stats: Counts and times of the batches finished so far; generations are not counted here.
-        overlaps: Whether a batch is started before the one before it is handed out.
+        overlaps: True if a batch is started before the results of the one before are handed out.
     """
 
     def __init__(

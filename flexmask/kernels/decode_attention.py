@@ -38,7 +38,7 @@ class KeyTable(NamedTuple):
 
 
 def pays_key_table(pairs: int) -> bool:
-    """Whether a `KeyTable` makes decoding faster.
+    """Return whether a `KeyTable` makes decoding faster.
 
     With few pairs, a program prefetches its keys while the kernel before it still runs, and
     looking their slots up first would cost more than it saves.

@@ -39,7 +39,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def weight_comes_first(rows: int, outputs: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether weight times columns is faster than rows times weight."""
+    """Return whether weight times columns is faster than rows times weight."""
     most = 32 if outputs >= MANY_OUTPUTS else FEW_ROWS
     return dtype == torch.float32 and rows <= most and width <= WIDEST
 

@@ -24,7 +24,7 @@ def tile_bytes(device: torch.device) -> int:
 
 @cache
 def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can start while the one before it still runs: on Hopper and later."""
+    """Return whether kernels can start while the one before still runs: on Hopper and later."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
