@@ -206,7 +206,7 @@ def test_show_draws_the_prompt_that_generate_would_run(
     written = flexmask("generate", *options, "--dry-run").split("== ")[2]
     drawn = []
     monkeypatch.setattr(
-        "flexmask_cli.commands.show.render.print_pictures",
+        "flexmask_cli.commands.show.print_pictures",
         lambda subject, pictures, **_: drawn.append(subject),
     )
     flexmask("show", *options, "--row", "2")
@@ -479,6 +479,24 @@ def test_a_terminal_gets_a_bar(clock, monkeypatch):
         pass
     assert "compiling, then the first batch" in terminal.getvalue()
     assert "8 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:00 left" in terminal.getvalue()
+
+
+def test_a_run_of_several_is_named_in_the_bar_or_in_a_line(clock, monkeypatch, capsys):
+    def run():
+        named = {"is_quiet": False, "title": "1 of 2: mean (all)"}
+        assert len([*progress.track(FakeRun(clock, 1), 8, Interrupt(), **named)]) == 4
+
+    run()
+    assert capsys.readouterr().err == "note: 1 of 2: mean (all)\n"
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    run()
+    assert "1 of 2: mean (all): compiling, then the first batch" in terminal.getvalue()
+    assert "note" not in terminal.getvalue()
+    assert terminal.getvalue().endswith("\x1b[1A\x1b[2K")  # the bar's line is erased
 
 
 @pytest.fixture

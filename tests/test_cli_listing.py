@@ -8,7 +8,8 @@ import pytest
 
 from flexmask.errors import FlexMaskError
 from flexmask.plugins.registry import load_registry
-from flexmask_cli import app, render
+from flexmask_cli import app
+from flexmask_cli.render.table import print_table
 from plugin_site import BUILT_IN
 
 COMMAND = [sys.executable, "-m", "flexmask_cli"]
@@ -100,13 +101,60 @@ def test_a_piped_table_is_plain_and_has_one_whole_line_for_each_strategy():
     assert "\x1b" not in result.stdout
 
 
-def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "12")
-    monkeypatch.setenv("TERM", "xterm")
-    render.print_table([{"name": "a_name", "text": "words and `[brackets]`"}], wrapped=["text"])
-    _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.strip() for line in lines] == ["a_name  words and", "`[brackets]`"]
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Prints a table to a terminal so many columns wide; gives its lines."""
+
+    def get(columns, rows, wrapped=("text",), term="xterm"):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: columns is not None)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", term)
+        print_table(rows, wrapped)
+        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+
+    return get
+
+
+ROWS = [{"a name": "one_word", "text": "words and `[brackets]`"}]
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_table_on_a_narrow_terminal_is_folded_and_loses_nothing(printed, term):
+    lines = printed(22, ROWS, term=term)
+    assert [line.rstrip() for line in lines] == [
+        "a name    text",
+        "one_word  words and",
+        "          `[brackets]`",
+    ]
+    long = [{"a name": "one_word", "text": "word " * 100}]
+    lines = printed(200, long, term=term)
+    assert max(map(len, lines)) > 100
+    assert " ".join(lines).split().count("word") == 100
+
+
+def test_where_columns_do_not_fit_a_row_is_a_block_of_lines(printed):
+    assert printed(12, [*ROWS, *ROWS]) == [
+        "a name  one_word",
+        "text    words and `[brackets]`",
+        "",
+        "a name  one_word",
+        "text    words and `[brackets]`",
+    ]
+
+
+def test_headings_are_broken_before_cells_are(printed):
+    lines = printed(16, [{"first token ms": "1.5", "tokens/s": "20"}], wrapped=())
+    assert [line.split() for line in lines] == [
+        ["first"], ["token"], ["ms", "tokens/s"], ["1.5", "20"]
+    ]  # fmt: skip
+
+
+def test_a_pipe_gets_whole_cells_of_any_length_and_script(printed):
+    rows = [{"text": "東京 " * 400 + "end", "n": "1"}, {"text": "short", "n": "2"}]
+    head, first, second = printed(None, rows)
+    assert first == "東京 " * 400 + "end  1"
+    assert head.index("n") == second.index("2") == 400 * 5 + 3 + 2
+    assert not head.endswith(" ")
 
 
 def test_a_parameter_that_is_true_or_false_is_shown_as_it_is_given(install):

@@ -108,7 +108,7 @@ def test_a_request_of_a_file_is_shown_with_its_text(show, tmp_path):
 
 def test_a_request_of_standard_input_is_shown(show, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"segments": ["a b", "c d"]})))
-    monkeypatch.setattr("flexmask_cli.commands.show.render.print_warnings", print)
+    monkeypatch.setattr("flexmask_cli.render.lines.print_warnings", print)
     output = show("--input", "-")
     assert "standard input, row 1: 1" in output
     assert "['the segments share no ending" in output

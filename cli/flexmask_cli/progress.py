@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, else a plain line every few seconds; on stderr."""
+"""Progress of a run on stderr: a bar on a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from flexmask.printable import WORDS, printable
 from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
@@ -73,19 +74,29 @@ class Pace:
 
 
 def track(
-    run: DatasetRun, total: int, interrupt: Interrupt, *, is_quiet: bool
+    run: DatasetRun, total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
 ) -> Iterator[Sequence[Generation]]:
-    """Pass the batches of ``run`` on and show rows, tokens per second and time left."""
+    """Pass the batches of a run on and show rows, tokens per second and time left.
+
+    Args:
+        run: The run.
+        total: How many rows it will have.
+        interrupt: Ends the run after a batch.
+        is_quiet: Show nothing.
+        title: Names the run, where it is one of several.
+    """
     batches = run.batches(lambda: interrupt.is_requested)
     if is_quiet:
         return batches
     shown = _with_bar if sys.stderr.isatty() else _with_lines
-    return shown(batches, run, total)
+    return shown(batches, run, total, title)
 
 
 def _with_lines(
-    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int
+    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int, title: str
 ) -> Iterator[Sequence[Generation]]:
+    if title:
+        write_note(f"note: {title}")
     pace = Pace(total, shown_at := time.monotonic())
     rows = 0
     for batch in batches:
@@ -99,18 +110,21 @@ def _with_lines(
 
 
 def _with_bar(
-    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int
+    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int, title: str
 ) -> Iterator[Sequence[Generation]]:
+    """Show a bar and nothing that stays once it is full."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     pace = Pace(total, time.monotonic())
     rows = 0
-    columns = (BarColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling, then the first batch", total=total)
+        named = f"{printable(title, WORDS)}: " if title else ""
+        task = progress.add_task(f"{named}compiling, then the first batch", total=total)
         for batch in batches:
             rows += len(batch)
             pace.update(run.generations.stats, rows, time.monotonic())
-            progress.update(task, completed=rows, description=pace.line(run.generations.stats))
+            description = named + pace.line(run.generations.stats)
+            progress.update(task, completed=rows, description=description)
             yield batch

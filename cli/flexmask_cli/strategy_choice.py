@@ -14,8 +14,8 @@ from flexmask.errors import FlexMaskWarning, OptionError
 from flexmask.plugins.registry import Registry, load_registry
 from flexmask.plugins.strategy_file import classes_in_file, is_strategy_file, strategy_of_file
 from flexmask.strategy import Strategy
-from flexmask_cli import render
 from flexmask_cli.option_kinds import read_pairs
+from flexmask_cli.render.lines import print_note, print_warnings
 
 
 class ChosenStrategy(NamedTuple):
@@ -33,7 +33,7 @@ class ChosenStrategy(NamedTuple):
 def load_plugins() -> Registry:
     """Load all plugins; warn of those that failed and of what others should not have done."""
     registry = quietly_loaded_plugins()
-    render.print_warnings(registry.problems())
+    print_warnings(registry.problems())
     return registry
 
 
@@ -102,7 +102,7 @@ def choose_listed(texts: Sequence[str], shared: Mapping[str, str]) -> list[Chose
 def _made(reference: str, cls: type[Strategy], parameters: Mapping[str, str]) -> Strategy:
     strategy = cls.from_parameters(parameters)
     if is_strategy_file(reference):
-        render.print_note(
+        print_note(
             f"strategy {strategy.name!r} runs straight from a file, {strategy.source()}; "
             "'flexmask new' starts a plugin"
         )
@@ -124,7 +124,7 @@ def _file_warnings() -> Iterator[None]:
         try:
             yield
         finally:
-            render.print_warnings(str(item.message) for item in caught)
+            print_warnings(str(item.message) for item in caught)
 
 
 @contextmanager

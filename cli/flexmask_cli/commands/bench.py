@@ -7,10 +7,11 @@ from typing import Annotated, ClassVar
 
 from flexmask.bench.heads import Heads
 from flexmask.limits import read_size
-from flexmask_cli import render
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import size, text
 from flexmask_cli.options import AsJson, DeviceOptions, StrategyOptions
+from flexmask_cli.render.attention import print_attention_case, print_attention_timings
+from flexmask_cli.render.lines import print_json, print_passing, warnings_as_lines
 from flexmask_cli.request_choice import Lengths, OneRequestOptions
 from flexmask_cli.strategy_choice import choose_strategy
 
@@ -62,7 +63,7 @@ def bench(
     reads measured in the same run.
     """
     chosen = choose_strategy(strategy.strategy, strategy.parameters).strategy
-    with render.warnings_as_lines():
+    with warnings_as_lines():
         subject = request.subject(DEFAULT_LENGTHS)
 
     import torch
@@ -75,18 +76,19 @@ def bench(
     number_type = resolve_dtype(device.dtype, target)
     if not isinstance(number_type, torch.dtype):
         number_type = torch.bfloat16
-    with render.warnings_as_lines():
+    with warnings_as_lines():
         layout = chosen.layout(subject.shown.tokens)
         case = AttentionBench(chosen, layout, attention.shape, target, number_type)
         if not attention.as_json:
-            render.print_attention_case(subject, chosen, case)
+            print_attention_case(subject, chosen, case)
         timings = []
         for timing in case.timings():
             timings.append(timing)
-            render.print_passing(timing.way)
+            print_passing(timing.way)
         floor = case.floor()
+        print_passing("")
     if attention.as_json:
-        render.print_json(
+        print_json(
             {
                 "strategy": chosen.name,
                 "parameters": chosen.parameter_values(),
@@ -97,4 +99,4 @@ def bench(
             }
         )
     else:
-        render.print_attention_timings(timings, floor)
+        print_attention_timings(timings, floor)

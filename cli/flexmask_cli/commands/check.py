@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexmask_cli import completion, render
+from flexmask_cli import completion
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import AsJson, Parameters
+from flexmask_cli.render.lines import print_json, print_line, print_passing
 from flexmask_cli.strategy_choice import choose_all, stdout_to_stderr
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check(*, options: CheckOptions) -> None:
     chosen = choose_all(options.strategy, dict(options.param))
     outcomes = [_run(item, is_silent=options.as_json) for item in chosen]
     if options.as_json:
-        render.print_json([_fields(*pair) for pair in zip(chosen, outcomes, strict=True)])
+        print_json([_fields(*pair) for pair in zip(chosen, outcomes, strict=True)])
     if any(outcome.finding for found in outcomes for outcome in found):
         raise typer.Exit(1)
 
@@ -55,21 +56,21 @@ def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
     if is_silent:
         with stdout_to_stderr():
             return list(run_rules(strategy))
-    render.print_line(str(strategy))
+    print_line(str(strategy))
     outcomes: list[Outcome] = []
     width = max(len(rule.name) for rule in RULES)
     running, results = iter(RULES), run_rules(strategy)
     while len(outcomes) < len(RULES):
-        render.print_passing(f"  {'…':6}  {next(running).name}")
+        print_passing(f"  {'…':6}  {next(running).name}")
         outcomes.append(next(results))
         rule, status = outcomes[-1].rule, outcomes[-1].status
         if status != "skipped":
-            render.print_line(f"  {status:6}  {rule.name:{width}}  {rule.summary}")
-    render.print_passing("")
+            print_line(f"  {status:6}  {rule.name:{width}}  {rule.summary}")
+    print_passing("")
     findings = [outcome.finding for outcome in outcomes if outcome.finding]
     for finding in findings:
-        render.print_line(f"\n{finding}")
-    render.print_line(_summary(outcomes))
+        print_line(f"\n{finding}")
+    print_line(_summary(outcomes))
     return outcomes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -13,7 +13,6 @@ import typer
 from flexmask.errors import FlexMaskError
 from flexmask.fusion import Fusion
 from flexmask.limits import read_size
-from flexmask_cli import render
 from flexmask_cli.dataset_options import InputOptions
 from flexmask_cli.generation_options import PlannedRun, RunOptions
 from flexmask_cli.interrupt import Interrupt
@@ -21,6 +20,14 @@ from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import path, text
 from flexmask_cli.options import AsJson
 from flexmask_cli.progress import track
+from flexmask_cli.render.comparison import print_comparison
+from flexmask_cli.render.lines import (
+    print_fault,
+    print_json,
+    print_line,
+    print_warnings,
+    warnings_as_lines,
+)
 from flexmask_cli.strategy_choice import choose_listed, load_plugins
 from flexmask_cli.streams import run_goes_on
 
@@ -113,7 +120,7 @@ def compare(
         run.batch.max_new_tokens,
         is_greedy=run.sampling.sampling.is_greedy,
     )
-    with render.warnings_as_lines():
+    with warnings_as_lines():
         cells = sameness.cells(ways)
     folder = ReportFolder(
         output.output or default_folder(opened.stem, planned.model_name) / "compare"
@@ -132,17 +139,17 @@ def compare(
     )
     runner.check(cells)
     with run_goes_on():
-        with render.warnings_as_lines():
+        with warnings_as_lines():
             if not all(map(runner.has_result, cells)):
                 runner.load_engine()  # one that fails ends the run, and not each cell by itself
             errors = _run(runner, cells, is_quiet=run.results.quiet)
         results = tabulate(cells, folder, planned.judge, errors)
         save_report(results, folder, planned.judge)
     if output.as_json:
-        render.print_json([result.figures() for result in results])
+        print_json([result.figures() for result in results])
     else:
-        render.print_comparison(results)
-        render.print_line(f"\n{folder.page}")
+        print_comparison(results)
+        print_line(f"\n{folder.page}")
     if errors:
         raise typer.Exit(1)
 
@@ -181,24 +188,22 @@ def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[C
     errors: dict[Cell, str] = {}
     interrupt = Interrupt()
 
-    def watch(run: DatasetRun, total: int) -> Iterator[Sequence[Generation]]:
+    def watch(title: str, run: DatasetRun, total: int) -> Iterator[Sequence[Generation]]:
         with interrupt:
-            yield from track(run, total, interrupt, is_quiet=is_quiet)
+            yield from track(run, total, interrupt, is_quiet=is_quiet, title=title)
         if interrupt.is_requested:
             raise KeyboardInterrupt
 
     for number, cell in enumerate(cells, start=1):
-        if not is_quiet:
-            render.print_note(f"{number} of {len(cells)}: {cell.title}")
         try:
-            runner.run(cell, watch)
+            runner.run(cell, partial(watch, f"{number} of {len(cells)}: {cell.title}"))
         except FlexMaskError as error:
             errors[cell] = str(error)
         except Exception as error:  # a plugin's, or torch's: the other cells go on
-            render.print_fault()
+            print_fault()
             errors[cell] = f"{type(error).__name__}: {error}"
         except KeyboardInterrupt:
-            render.print_warnings(
+            print_warnings(
                 [f"interrupted in cell {number} of {len(cells)}; --resume does the rest"]
             )
             raise

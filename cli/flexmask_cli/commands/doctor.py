@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from flexmask_cli import render
 from flexmask_cli.engine_loading import quiet_transformers
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import DeviceOptions, ListingOptions, ModelOptions
+from flexmask_cli.render.lines import print_json, print_line
 
 if TYPE_CHECKING:
     from flexmask.doctor import Check
+
+
+NAME_COLUMNS = 26
+"""Room for the name of a check."""
 
 
 @takes_options
@@ -34,11 +38,18 @@ def doctor(
     for check in _checks(model, device):
         checks.append(check)
         if not listing.as_json:
-            render.print_check(check)
+            _print_check(check)
     if listing.as_json:
-        render.print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in checks])
     if any(check.state == "broken" for check in checks):
         raise typer.Exit(1)
+
+
+def _print_check(check: Check) -> None:
+    """Print the outcome of a check in a line, with what to do about it."""
+    state = {"ok": "ok", "warning": "warn", "unavailable": "-", "broken": "BROKEN"}[check.state]
+    advice = f"; {check.advice}" if check.advice else ""
+    print_line(f"{state:6}  {check.name:<{NAME_COLUMNS}}  {check.detail}{advice}")
 
 
 def _checks(model: ModelOptions, device: DeviceOptions) -> Iterable[Check]:

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexmask_cli import render
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import flag, paths_argument, refuse_devices, text
 from flexmask_cli.options import AsJson
+from flexmask_cli.render.lines import print_json, print_line, warnings_as_lines
+from flexmask_cli.render.table import percent, print_table
 
 if TYPE_CHECKING:
     from flexmask.results.evaluation import Comparison, Evaluation
@@ -41,24 +42,24 @@ def evaluate(*, options: EvalOptions) -> None:
     for path in options.files:
         refuse_devices(path)
     metrics = ["exact", "f1", *(["lemma"] if options.lemma else [])]
-    with render.warnings_as_lines():
+    with warnings_as_lines():
         evaluations = [
             evaluate_file(path, metrics, language=options.language) for path in options.files
         ]
     comparisons = compare(evaluations)
     if options.as_json:
-        render.print_json(
+        print_json(
             {
                 "files": [_fields(evaluation) for evaluation in evaluations],
                 "comparisons": [_comparison_fields(item) for item in comparisons],
             }
         )
         return
-    render.print_table([_row(evaluation) for evaluation in evaluations], wrapped=["file"])
+    print_table([_row(evaluation) for evaluation in evaluations], wrapped=["file"])
     if comparisons:
-        render.print_line("")
+        print_line("")
         rows = [_comparison_row(item) for item in comparisons]
-        render.print_table(rows, wrapped=["first", "second"])
+        print_table(rows, wrapped=["first", "second"])
 
 
 def _fields(evaluation: Evaluation) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _row(evaluation: Evaluation) -> dict[str, str]:
         "rows": str(evaluation.rows),
         "failed": str(evaluation.failed),
         "judged": str(len(evaluation.answers)),
-        **{name: render.percent(value) for name, value in evaluation.estimates.items()},
+        **{name: percent(value) for name, value in evaluation.estimates.items()},
     }
 
 
@@ -90,7 +91,7 @@ def _comparison_row(item: Comparison) -> dict[str, str]:
         "first": str(item.first),
         "second": str(item.second),
         "metric": item.metric,
-        "second - first": render.percent(item.difference, sign="+"),
+        "second - first": percent(item.difference, sign="+"),
         "first better": str(item.first_better),
         "second better": str(item.second_better),
     }

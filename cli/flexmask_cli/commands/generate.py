@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
-from flexmask_cli import render
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.generation_options import PlannedRun, RunOptions
 from flexmask_cli.interrupt import Interrupt
@@ -17,6 +16,16 @@ from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import flag, path
 from flexmask_cli.options import BadRows, FusionOptions, StrategyOptions
 from flexmask_cli.progress import track
+from flexmask_cli.render.generation import (
+    SHOWN_ANSWERS,
+    print_answers,
+    print_kernels,
+    print_notes,
+    print_outcome,
+    print_prompt,
+    print_stats,
+)
+from flexmask_cli.render.lines import print_warnings, warnings_as_lines
 from flexmask_cli.strategy_choice import choose_strategy
 from flexmask_cli.streams import run_goes_on
 
@@ -92,7 +101,7 @@ def generate(
     shown: list[Generation] = []
     with (
         run_goes_on(),
-        render.warnings_as_lines(),
+        warnings_as_lines(),
         ResultWriter.open(
             path,
             config=planned.config(*chosen, fusion.chosen, opened.name),
@@ -112,17 +121,17 @@ def generate(
                 **planned.for_engine(),
             )
             if output.verbose:
-                render.print_notes(engine, chosen.strategy, fusion.chosen, generation.generations)
+                print_notes(engine, chosen.strategy, fusion.chosen, generation.generations)
             shown = _run(generation, writer, is_quiet=run.results.quiet)
             if output.verbose:
-                render.print_kernels(engine)
+                print_kernels(engine)
     # Printed once the file is in place, since whoever reads the output may have left.
     if run.results.quiet:
         return
     if generation is not None:
-        render.print_answers(shown, planned.judge)
-        render.print_stats(generation.generations.stats, fusion.chosen)
-    render.print_outcome(path, writer.summary, planned.judge)
+        print_answers(shown, planned.judge)
+        print_stats(generation.generations.stats, fusion.chosen)
+    print_outcome(path, writer.summary, planned.judge)
 
 
 def _run(run: DatasetRun, writer: ResultWriter, *, is_quiet: bool) -> list[Generation]:
@@ -132,12 +141,12 @@ def _run(run: DatasetRun, writer: ResultWriter, *, is_quiet: bool) -> list[Gener
     try:
         with interrupt:
             for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
-                first += batch[: render.SHOWN_ANSWERS - len(first)]
+                first += batch[: SHOWN_ANSWERS - len(first)]
         if interrupt.is_requested and not writer.is_complete:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         kept = writer.summary.rows
-        render.print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
+        print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
         raise
     return first
 
@@ -150,7 +159,7 @@ def _print_prompts(
     tokenize = run.load_tokenizer() if run.uses_chat_template else None
     for request in requests:
         if isinstance(request, BadRow):
-            render.print_prompt(request)
+            print_prompt(request)
             continue
         weights = request.weights if fusion.weights == "column" else itertools.repeat(None)
         prompts = itertools.chain(*(prompts for _, prompts in fusion.prompts(request)))
@@ -161,6 +170,6 @@ def _print_prompts(
                 reason = f"{prompt.label}: {error}"
                 if not skips:
                     raise RequestError(reason) from error
-                render.print_prompt(BadRow(prompt.uuid, reason, prompt))
+                print_prompt(BadRow(prompt.uuid, reason, prompt))
             else:
-                render.print_prompt(written, weight)
+                print_prompt(written, weight)

@@ -10,10 +10,10 @@ import typer
 
 from flexmask.errors import OptionError
 from flexmask.plugins.new_plugin import PluginNames, write_plugin
-from flexmask_cli import render
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import path
 from flexmask_cli.options import AsJson
+from flexmask_cli.render.lines import print_json, print_line
 from flexmask_cli.strategy_choice import load_plugins
 
 
@@ -44,11 +44,11 @@ def new(*, options: NewOptions) -> None:
     ]
     if options.as_json:
         files = sorted(str(file) for file in folder.iterdir())
-        render.print_json(
+        print_json(
             {"strategy": names.strategy, "folder": str(folder), "files": files, "next": commands}
         )
         return
-    render.print_line(f"wrote {folder}: strategy {names.strategy!r} in {names.module}.py")
-    render.print_line("next:")
+    print_line(f"wrote {folder}: strategy {names.strategy!r} in {names.module}.py")
+    print_line("next:")
     for command in commands:
-        render.print_line(f"  {command}")
+        print_line(f"  {command}")

@@ -6,9 +6,10 @@ from typing import Any
 
 from flexmask.plugins.distribution_loading import PluginRecord
 from flexmask.plugins.registry import Registry
-from flexmask_cli import render
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import ListingOptions
+from flexmask_cli.render.lines import print_json
+from flexmask_cli.render.table import print_table
 from flexmask_cli.strategy_choice import quietly_loaded_plugins
 
 
@@ -17,10 +18,10 @@ def plugins(*, options: ListingOptions) -> None:
     """List plugins; where one failed, its status is the reason."""
     registry = quietly_loaded_plugins()
     if options.as_json:
-        render.print_json([_fields(plugin, registry) for plugin in registry.plugins])
+        print_json([_fields(plugin, registry) for plugin in registry.plugins])
     else:
         rows = [_row(plugin, registry) for plugin in registry.plugins]
-        render.print_table(rows, wrapped=["status"])
+        print_table(rows, wrapped=["status"])
 
 
 def _fields(plugin: PluginRecord, registry: Registry) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from flexmask.errors import OptionError
-from flexmask_cli import completion, render
+from flexmask_cli import completion
 from flexmask_cli.option_groups import changed_options, takes_options
 from flexmask_cli.option_kinds import flag, path, refuse_devices, refuse_empty, size, text
 from flexmask_cli.options import Parameters
+from flexmask_cli.render.lines import print_figures, print_json, print_line, warnings_as_lines
+from flexmask_cli.render.pictures import print_pictures
 from flexmask_cli.request_choice import Lengths, OneRequestOptions
 from flexmask_cli.strategy_choice import choose_listed, load_plugins, stdout_to_stderr
 
@@ -113,7 +115,7 @@ def show(*, masks: MaskOptions, request: OneRequestOptions, picture: PictureOpti
     if picture.output is not None:
         _check_output(picture.output, num_pictures=max(len(strategies), 1) * max(len(others), 1))
 
-    with render.warnings_as_lines():
+    with warnings_as_lines():
         subject = request.subject(DEFAULT_LENGTHS) if result is None else _row(result, request)
     if not strategies:
         strategies = _default_strategies(subject, parameters)
@@ -122,7 +124,7 @@ def show(*, masks: MaskOptions, request: OneRequestOptions, picture: PictureOpti
         _print_figures(_masks([*strategies, *others], subject, masks.tile), picture.as_json)
     elif picture.output is None:
         pictures = _differences(strategies, others, subject, masks.tile)
-        render.print_pictures(
+        print_pictures(
             subject,
             pictures or _masks(strategies, subject, masks.tile),
             is_ascii=picture.ascii,
@@ -187,7 +189,7 @@ def _default_strategies(subject: Subject, parameters: dict[str, str]) -> list[St
         return _listed([DEFAULT_STRATEGY], parameters)
     if parameters:
         raise OptionError("--param needs --strategy; without it a result is shown as it was run")
-    with render.warnings_as_lines(), stdout_to_stderr():
+    with warnings_as_lines(), stdout_to_stderr():
         return [subject.answer.strategy()]
 
 
@@ -222,10 +224,10 @@ def _differences(
 def _print_figures(pictures: list[MaskPicture], as_json: bool) -> None:
     figures = [picture.figures() for picture in pictures]
     if as_json:
-        render.print_json(figures if len(figures) > 1 else figures[0])
+        print_json(figures if len(figures) > 1 else figures[0])
     else:
         for each in figures:
-            render.print_figures(each)
+            print_figures(each)
 
 
 def _save(
@@ -247,4 +249,4 @@ def _save(
 
         (picture,) = differences or _masks(strategies, subject, tile)
         save_figure(picture, output)
-    render.print_line(f"wrote {output}")
+    print_line(f"wrote {output}")

@@ -9,9 +9,11 @@ import typer
 
 from flexmask.plugins.registry import RegisteredStrategy
 from flexmask.strategy import Parameter, Strategy
-from flexmask_cli import completion, render
+from flexmask_cli import completion
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import ListingOptions
+from flexmask_cli.render.lines import print_json, print_line
+from flexmask_cli.render.table import print_table
 from flexmask_cli.strategy_choice import load_plugins, stdout_to_stderr
 
 SHOWN_LENGTHS = 3, (4, 3, 5), 2
@@ -40,9 +42,9 @@ def strategies(*, options: StrategiesOptions) -> None:
         return
     registered = registry.strategies()
     if options.as_json:
-        render.print_json([_fields(item) for item in registered])
+        print_json([_fields(item) for item in registered])
     else:
-        render.print_table([_row(item) for item in registered], wrapped=["parameters", "rule"])
+        print_table([_row(item) for item in registered], wrapped=["parameters", "rule"])
 
 
 def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
@@ -50,7 +52,7 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
         picture = _picture(item.cls())
     if as_json:
         source = {"source": item.cls.source(), "picture": picture.splitlines()}
-        render.print_json(_fields(item) | source)
+        print_json(_fields(item) | source)
         return
     owner = item.owner
     rows = {
@@ -63,8 +65,8 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
         rows[f"--param {parameter.name}"] = f"{declared}  {parameter.help}"
     width = max(map(len, rows))
     for name, text in rows.items():
-        render.print_line(f"{name:{width}}  {text}")
-    render.print_line(f"\n{picture}")
+        print_line(f"{name:{width}}  {text}")
+    print_line(f"\n{picture}")
 
 
 def _picture(strategy: Strategy) -> str:

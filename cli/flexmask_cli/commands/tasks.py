@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from flexmask_cli import render
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import ListingOptions
+from flexmask_cli.render.lines import print_json
+from flexmask_cli.render.table import print_table
 
 if TYPE_CHECKING:
     from flexmask.tasks.task import Task
@@ -19,9 +20,9 @@ def tasks(*, options: ListingOptions) -> None:
     from flexmask.tasks.task import shipped_tasks
 
     if options.as_json:
-        render.print_json([_fields(task) for task in shipped_tasks()])
+        print_json([_fields(task) for task in shipped_tasks()])
     else:
-        render.print_table([_row(task) for task in shipped_tasks()], wrapped=["what", "columns"])
+        print_table([_row(task) for task in shipped_tasks()], wrapped=["what", "columns"])
 
 
 def _fields(task: Task) -> dict[str, Any]:

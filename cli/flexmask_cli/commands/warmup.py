@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from flexmask_cli import render
 from flexmask_cli.engine_loading import load_engine
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import size
 from flexmask_cli.options import BatchOptions, EngineOptions, ModelOptions, StrategyOptions
+from flexmask_cli.render.lines import print_line
 from flexmask_cli.strategy_choice import choose_strategy
 
 
@@ -51,7 +51,7 @@ def warmup(
             batch_size=batch.rows_at_once,
         )
         seconds = time.perf_counter() - started
-        render.print_line(
+        print_line(
             f"{name}: a batch of {stats.batch_size} rows in {seconds:.1f} s, "
             f"{stats.compilations} graphs compiled or read from disk"
         )

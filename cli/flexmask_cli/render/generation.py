@@ -1,0 +1,162 @@
+"""What `generate` prints: prompts, how a run goes, answers and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexmask.fusion import FUSIONS
+from flexmask.printable import WORDS, printable
+from flexmask_cli.render.table import percent, print_table
+from flexmask_cli.streams import write_note, write_text
+
+if TYPE_CHECKING:
+    from flexmask.engine import Engine, GenerationRun, RunStats
+    from flexmask.engine.generation_rules import GenerationRules
+    from flexmask.fusion import Fusion
+    from flexmask.generation import Generation
+    from flexmask.request import Request
+    from flexmask.results.result_writer import ResultSummary
+    from flexmask.strategy import Strategy
+    from flexmask.tasks.judge import Judge
+    from flexmask.tasks.request_source import BadRow
+
+SHOWN_ANSWERS = 8
+"""How many generations `print_answers` is given."""
+
+
+def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: GenerationRun) -> None:
+    """Say on stderr what is about to run, and how."""
+    model, kinds, stats = engine.model, engine.runner.layer_windows, run.stats
+    layers = ", ".join(
+        kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
+    )
+    for line in (
+        f"strategy: {strategy}",
+        f"fusion: {fusion}, {FUSIONS[fusion.name]}",
+        f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
+        f"attention: compiled FlexAttention; layers: {layers}",
+        f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
+        *_rules_of_generation(run.rules),
+    ):
+        write_note(line)
+
+
+def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
+    """Effects of the model's generation config on this run."""
+    endings = [*map(str, sorted(rules.eos_token_ids)), *map(repr, rules.stop_strings)]
+    yield f"the model's generation config ends rows with: {', '.join(endings) or 'nothing'}"
+    if rules.applied:
+        yield f"the model's generation config applies: {', '.join(rules.applied)}"
+    if rules.sampling is not None:
+        values = ", ".join(f"{name}={value}" for name, value in rules.sampling.items())
+        yield (
+            f"the model's generation config would sample ({values or 'with its defaults'}); "
+            "this run does as --temperature, --top-k and --top-p say"
+        )
+
+
+def print_kernels(engine: Engine) -> None:
+    """Say on stderr what computed attention."""
+    runner = engine.runner
+    prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
+    decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
+    if "decode_attention" in runner.decode_kernels.values() and runner.bound.key_table:
+        decode += "; the shared prefix is read once"
+    write_note(f"prefill: {prefill}")
+    write_note(f"decode: {decode}")
+
+
+def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
+    """Print questions, predictions and accepted answers."""
+    from flexmask.tasks.judge import is_exact_match
+
+    rows = []
+    questions = _questions([generation.request for generation in generations])
+    for generation, question in zip(generations, questions, strict=True):
+        request = generation.request
+        prediction = judge.prediction(generation)
+        row = {"question": question, "prediction": prediction}
+        if request.answers:
+            is_right = is_exact_match(prediction, request.answers)
+            row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
+        rows.append({name: " ".join(text.split()) for name, text in row.items()})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name, "") for name in columns} for row in rows]
+    print_table(rows, wrapped=["question", "prediction", "accepted"])
+
+
+def _questions(requests: Sequence[Request]) -> list[str]:
+    """The part of each request that asks: its first segment, or its suffix.
+
+    Where segments are paraphrases of a question, the suffix is the same for all requests, such as
+    ``A:``. Where they are documents, the question comes after them, and suffixes differ; of a
+    lone request the suffix counts that holds a question mark.
+    """
+    suffixes = {request.suffix for request in requests}
+    if len(suffixes) > 1 or any(mark in suffix for suffix in suffixes for mark in "?？؟"):
+        return [request.suffix.strip() or request.segments[0] for request in requests]
+    return [request.segments[0] for request in requests]
+
+
+def print_prompt(request: Request | BadRow, weight: float | None = None) -> None:
+    """Print the texts of a prompt, each between tags; control characters show as escapes."""
+    from flexmask.tasks.request_source import BadRow
+
+    uuid = printable(request.uuid, WORDS)
+    if isinstance(request, BadRow):
+        write_text(f"== {uuid}\nfailed: {printable(request.error, WORDS)}\n")
+        return
+    alone = "" if request.segment is None else f", segment {request.segment}"
+    weighted = "" if weight is None else f", weight {weight:g}"
+    lines = [f"== {uuid}{alone}{weighted} ({printable(request.source, WORDS)})"]
+    parts = [("prefix", request.prefix), ("suffix", request.suffix)]
+    segments = enumerate(request.segments, start=request.segment or 1)
+    parts[1:1] = [(f"segment {number}", text) for number, text in segments]
+    lines += [f"<{name}>{text}</{name}>" for name, text in parts]
+    if request.answers:
+        lines.append(f"accepted: {' | '.join(request.answers)}")
+    write_text("\n".join([*lines, ""]))
+
+
+def print_stats(stats: RunStats, fusion: Fusion) -> None:
+    """Print what the run did and how fast."""
+    lines = [
+        f"fusion: {fusion}",
+        f"rows: {stats.generations} generated",
+        f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
+        f"({stats.computed_tokens} computed, the others reused), "
+        f"{stats.tokens_per_s:.1f} tokens/s",
+        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
+        "first batch",
+        f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
+    ]
+    if stats.decode_peak_bytes:
+        prefill, decode = stats.prefill_peak_bytes / 1e9, stats.decode_peak_bytes / 1e9
+        lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
+    if stats.halvings:
+        lines.append(f"out of memory: batches halved {stats.halvings} times, no row lost")
+    write_text("\n".join(["", *lines]))
+
+
+def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
+    """Print what the result file holds, and how right it is."""
+    from flexmask.results.evaluation import estimate_mean, scores_by_question
+    from flexmask.results.result_writer import read_finished_rows
+
+    if results.judged:
+        rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
+        uuids, correct, scores = rows.to_pydict().values()
+        exact = estimate_mean(scores_by_question(uuids, correct).values())
+        of = "" if len(uuids) == len(set(uuids)) else ", each question counted once"
+        write_text(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact{of})")
+        if judge.metric != "exact":
+            estimate = estimate_mean(scores_by_question(uuids, scores).values())
+            write_text(f"{judge.metric}: {percent(estimate)}")
+    if results.failed:
+        write_text(
+            f"failed: {results.failed} rows; the column 'error' says why, --resume tries again"
+        )
+    write_text(f"{results.rows} rows in {path}")

@@ -1,0 +1,97 @@
+"""Tables: one plain line a row in a pipe, fitted to the width of a terminal."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from flexmask.printable import WORDS, printable
+from flexmask_cli.streams import write_styled
+
+if TYPE_CHECKING:
+    from flexmask.results.evaluation import Estimate
+
+UNBOUNDED = 1_000_000
+"""A width in characters that no table reaches."""
+
+Row = Mapping[str, str]
+"""Cells by the names of their columns."""
+
+
+def print_table(rows: Sequence[Row], wrapped: Collection[str]) -> None:
+    """Print rows as aligned columns; no cell is ever cut.
+
+    Into a pipe or file goes one plain line a row, whatever its length. On a terminal, the columns
+    in ``wrapped`` and all headings are broken between words to fit. Where the columns do not fit
+    even so, each row becomes a block with a line for each column.
+    """
+    rows = [{name: printable(cell, WORDS) for name, cell in row.items()} for row in rows]
+    if not rows:
+        return
+    columns = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty():
+        lines = _plain_lines(rows)
+    elif (fitted := _fitted(rows, wrapped, columns)) is not None:
+        lines = iter([fitted])
+    else:
+        lines = _blocks(rows)
+    write_styled("".join(lines))
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """A mean and its 95% interval, as ``81.0% [75.5, 86.5]``; ``sign`` may be ``+``."""
+    low, high = (f"{100 * end:{sign}.1f}" for end in (estimate.low, estimate.high))
+    return f"{100 * estimate.mean:{sign}.1f}% [{low}, {high}]"
+
+
+def _plain_lines(rows: Sequence[Row]) -> Iterator[str]:
+    from rich.cells import cell_len  # imported here, because --json need not wait for it
+
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)
+        )
+        yield "  ".join(padded).rstrip() + "\n"
+
+
+def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str | None:
+    """The table in the styles of the terminal; None if it needs more columns than there are."""
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        width = None if name in wrapped else max(cell_len(row[name]) for row in rows)
+        table.add_column(name, min_width=width, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    written = io.StringIO()
+    console = Console(
+        file=written,
+        force_terminal=True,
+        width=columns,
+        height=len(rows),  # given, because rich takes dumb terminals for 80 columns otherwise
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    unbounded = console.options.update(width=UNBOUNDED)
+    if console.measure(table, options=unbounded).minimum > columns:
+        return None
+    console.print(table)
+    return written.getvalue()
+
+
+def _blocks(rows: Sequence[Row]) -> Iterator[str]:
+    width = max(map(len, rows[0]))
+    for number, row in enumerate(rows):
+        if number:
+            yield "\n"
+        for name, cell in row.items():
+            yield f"{name:{width}}  {cell}".rstrip() + "\n"
