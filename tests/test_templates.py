@@ -55,6 +55,14 @@ def test_only_the_columns_that_a_template_names_are_read() -> None:
         ("{{ {'b': 1, 'a': 2} | dictsort }}", "[('a', 2), ('b', 1)]"),
         ("{{ q | replace('l', 'L') }}", "héLLo"),
         ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(q) }}", "<héllo>"),
+        ("{{ '{:,}, {}'.format(20000000, q) }}", "20,000,000, héllo"),
+        ("{{ '%d' % 20000000 }}", "20000000"),
+        ("{{ q | default(20000000) }} {{ none | default(20000000, true) }}", "héllo 20000000"),
+        ("{{ q[1:3] }} {{ ['a', 'b'][1:] }} {{ namespace(a=q) }}", "él ['b'] <Namespace>"),
+        ("{{ [3, 1, 2] | sort | list }} {{ 'aab' | unique | join }}", "[1, 2, 3] ab"),
+        ("{{ [1, 2, 3] | select('odd') | sum }} {{ [1, 2] | map('string') | join }}", "4 12"),
+        ("{{ 'a b c' | wordwrap(1) | indent(2) }}", "a\n  b\n  c"),
+        ("{{ 2.567 | round(1) }} {{ 1234 | round(-2) | int }}", "2.6 1200"),
         ("{{ q | truncate(4, true, leeway=0) | center(6) }}|", " h... |"),
     ],
 )  # fmt: skip
@@ -80,6 +88,34 @@ def test_what_templates_are_used_for_works(source: str, text: str) -> None:
         ("{% for a in range(100000) %}{{ 'a' * 100000 }}{% endfor %}", LONG),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself"),
         ("{{ lipsum(1000) }}", "'lipsum' is undefined; defined: q"),
+        ("{{ cycler(q).items }}", "'cycler' is undefined"),
+        ("{{ 1 | round(-999999999) }}", LARGE),
+        ("{{ q.encode('idna') }}", "access to attribute 'encode' of 'str' object is unsafe"),
+        ("{{ (1).to_bytes(1000000000) }}", "'to_bytes' of 'int' object is unsafe"),
+        ("{{ q.translate({120: 'y' * 1000}) }}", "'translate' of 'str' object is unsafe"),
+        ("{{ q.expandtabs(1000000) }}", "'expandtabs' of 'str' object is unsafe"),
+        ("{{ ('x' * 99999) | wordwrap(1) }}", "wordwrap is given more than 50,000 characters"),
+        ("{{ ('x ' * 999) | wordwrap(1, true, 'y' * 99999) }}", LONG),
+        ("{{ ('\n' * 1000) | indent(1000000) }}", LONG),
+        ("{{ ('\n' * 1000) | indent('y' * 100000) }}", LONG),
+        ("{{ ('{0:.999999f}' * 20).format(1.0) }}", LONG),
+        ("{{ '{:{}}'.format(q, 1000000000) }}", LARGE),
+        ("{{ ('f' * 999999) | int(0, 16) % 3 }}", "it computes a number of more than"),
+        ("{% set n = namespace(a=3) %}{% for i in range(99999) %}"
+         "{% set n.a = n.a * n.a %}{% endfor %}", "it computes a number of more than"),
+        *((f"{{% set t = 'y' * 1000000 %}}{rest}", LONG) for rest in (
+            "{{ [t] * 99 }}",
+            "{{ " + " ~ ".join(["t"] * 99) + " }}",
+            "{{ [" + ", ".join(["t"] * 99) + "] }}",
+            "{{ ({'a': t}.values() | list) * 99 }}",
+            "{% macro m() %}{{ varargs }}{% endmacro %}{{ m(" + ", ".join(["t"] * 99) + ") }}",
+            "{% macro m() %}{{ varargs ~ 1 }}{% endmacro %}{{ m(" + ", ".join(["t"] * 99) + ") }}",
+            "{% macro m() %}{{ '{}'.format(varargs) }}{% endmacro %}"
+            "{{ m(" + ", ".join(["t"] * 99) + ") }}",
+            "{% macro m() %}{{ kwargs | tojson }}{% endmacro %}"
+            "{{ m(" + ", ".join(f"a{n}=t" for n in range(99)) + ") }}",
+            "".join(f"{{% set a{n} = t[1:] %}}" for n in range(99)),
+        )),
         *(
             (f"{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}"
              f"{{% set n.x = n.x {op} n.x %}}{{% endfor %}}{{{{ n.x }}}}", LONG)
@@ -105,6 +141,8 @@ def test_a_template_that_makes_too_much_is_stopped_in_any_thread(
         "{{ f(60) }}",
         "{% set n = namespace(l=[1]) %}{% for i in range(70) %}{% set n.l = [n.l, n.l] %}"
         "{% endfor %}{{ n.l }}",
+        "{{ ('x' * 9999999) | sort }}",
+        "{{ ('x' * 9999999) | reject('eq', 'x') | list }}",
         "{{ range(99999) | map('center', 100) | map('upper') | select('in', [1]) | list }}"
         "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
     ],

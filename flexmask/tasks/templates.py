@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from flexmask.errors import FlexMaskError
 
@@ -32,9 +33,27 @@ MAX_NUMBER = 10**6
 """Limit of the number to which one call may pad or repeat text."""
 
 _MAX_BITS = 10**5
+_MAX_WRAPPED = 50_000
+"""Characters that ``wordwrap`` takes: its time grows with their square."""
+
+_REMOVED_GLOBALS = ("lipsum", "cycler")
+_REMOVED_FILTERS = ("urlize",)
+"""What web pages need and prompts do not, and what makes text or takes time unseen."""
+
+_REMOVED_METHODS = ("encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate")
+"""Of texts and numbers: their results have other sizes than what they are given."""
+
+_BY_ITEM = frozenset(
+    "batch groupby list map max min reject rejectattr select selectattr sort sum unique".split()
+)
+"""Filters that go through the items of a value; each costs a step."""
+
+_HOLDERS = (list, tuple, dict, MappingView)
 _STEPS = "__steps"
 _TOO_LONG = f"it makes more than {MAX_CHARACTERS:,} characters for one row; make it shorter"
 _LONG_NUMBER = re.compile(r"\d{7,}")
+_NUMBER = re.compile(r"\d+")
+_NESTED_FIELD = re.compile(r"\{[^{}]*\{")
 
 
 class TemplateSyntaxFault(Exception):
@@ -100,7 +119,8 @@ class RowTemplate:
             self._template = environment.from_string(source)
         except (TemplateError, SyntaxError) as error:
             line = getattr(error, "lineno", None)
-            raise TemplateSyntaxFault(f"line {line}: {error}" if line else str(error)) from None
+            reason = error.message if isinstance(error, TemplateSyntaxError) else str(error)
+            raise TemplateSyntaxFault(f"line {line}: {reason}" if line else reason) from None
         except (RecursionError, MemoryError):  # from the parser, and from Python's compiler
             raise TemplateSyntaxFault("nested too deep; write it flatter") from None
 
@@ -140,7 +160,17 @@ class _BoundedCode(CodeGenerator):
     """Generates the Python code of templates, in which ``~`` and ``[…]`` draw on the budget."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self._made(super().visit_Concat, node, frame)
+        self.write("environment.concat(map(environment.printed, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        if isinstance(node.arg, nodes.Slice):
+            self._made(super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
         self._made(super().visit_List, node, frame)
@@ -160,6 +190,13 @@ class _BoundedCode(CodeGenerator):
         self.write(")")
 
 
+class _Namespace(Namespace):
+    """What ``namespace()`` makes; printed, it does not show all that it holds."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which everything that takes time or creates text draws on the budget."""
 
@@ -173,8 +210,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             keep_trailing_newline=True,
             autoescape=False,
             optimized=False,
+            finalize=self.printed,
         )
-        del self.globals["lipsum"]  # a generator of filler text without a size limit
+        for name in _REMOVED_GLOBALS:
+            del self.globals[name]
+        for name in _REMOVED_FILTERS:
+            del self.filters[name]
+        self.globals["namespace"] = _Namespace
         for name, filter_ in self.filters.items():
             self.filters[name] = _metered(name, filter_)
         self.filters[_STEPS] = _steps
@@ -185,6 +227,10 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 loop.iter, _STEPS, [], [], None, None, lineno=loop.iter.lineno
             )
         return super()._generate(source, *arguments, **options)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        is_removed = attr in _REMOVED_METHODS and isinstance(obj, str | bytes | int | type)
+        return not is_removed and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _check_operands(operator, left, right)
@@ -205,6 +251,12 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Charge the size of a value; called by the generated code."""
         return _made(value)
 
+    def printed(self, value: Any) -> str:
+        """The text of a value, which costs what it holds before it is made."""
+        if isinstance(value, _HOLDERS):
+            _made(value)
+        return str(value)
+
     def concat(self, parts: Iterable[str]) -> str:
         """Join the output of a macro or a block."""
         kept = []
@@ -223,16 +275,21 @@ def _spend(size: int = 0) -> None:
 def _made(value: Any) -> Any:
     """Charge the length of a text, or of everything nested in a container.
 
+    An iterator is charged a step for each item that is read from it.
     Lists that each hold the next one twice are small to build, but exponentially large when they
     are printed or compared.
     """
-    if isinstance(value, list | tuple | dict):
-        containers = [value]
-        while containers:
-            container = containers.pop()
-            _spend(len(container))
-            items = container.values() if isinstance(container, dict) else container
-            containers += [item for item in items if isinstance(item, list | tuple | dict)]
+    if isinstance(value, Iterator):
+        return _steps(value)
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise _LimitError(f"it computes a number of more than {_MAX_BITS:,} bits")
+    if isinstance(value, _HOLDERS):
+        holders = [value]
+        while holders:
+            held: Any = holders.pop()
+            items = [*held, *held.values()] if isinstance(held, dict) else [*held]
+            _spend(len(items) + sum(len(item) for item in items if isinstance(item, str | bytes)))
+            holders += [item for item in items if isinstance(item, _HOLDERS)]
     elif isinstance(value, Sized):
         _spend(len(value))
     return value
@@ -255,16 +312,19 @@ def _texts_of(items: Any, separator: Any) -> Iterator[Any]:
 
 def _metered(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a filter so that it draws on the budget."""
+    position = int(hasattr(filter_, "jinja_pass_arg"))  # of the value, which follows the context
 
     def metered(*arguments: Any, **options: Any) -> Any:
         _spend()
-        if name == "join":  # called with Jinja's context, items and separator
-            context, items, *more = arguments
+        before, value, more = arguments[:position], arguments[position], arguments[position + 1 :]
+        if name == "join":
             separator = more[0] if more else options.get("d", "")
-            arguments = (context, _texts_of(items, separator), *more)
+            value = _texts_of(value, separator)
         else:
-            _check_call(name, [*arguments, *options.values()])
-        return _made(filter_(*arguments, **options))
+            _check_call(name, [value, *more, *options.values()])
+            if name in _BY_ITEM:
+                value = _steps(value)
+        return _made(filter_(*before, value, *more, **options))
 
     for key, value in getattr(filter_, "__dict__", {}).items():
         setattr(metered, key, value)  # such as the marker that makes Jinja pass its context
@@ -278,22 +338,47 @@ def _check_call(name: str, values: list[Any]) -> None:
         name: Name of the method or filter.
         values: The object that it is called on, and the arguments.
     """
-    texts = [value for value in values if isinstance(value, str)]
-    is_padding = bool(texts) or name in ("batch", "slice")
-    if is_padding and any(isinstance(it, int) and abs(it) > MAX_NUMBER for it in values):
-        raise _LimitError(f"{name} is given a number of more than {MAX_NUMBER:,}; make it smaller")
-    if name in ("format", "format_map") and texts:
+    for value in values:
+        if isinstance(value, _HOLDERS) and not isinstance(value, list):
+            _made(value)  # such as the arguments of a macro, which nothing else has spent for
+    texts = [_text_of(value) for value in values if isinstance(value, str | bytes)]
+    if name in ("d", "default") or not (texts or name in ("batch", "slice", "round")):
+        return
+    if name in ("format", "format_map"):
         _check_format(texts[0], values)
-    elif name == "replace" and len(texts) > 2:
-        text, old, new, *_ = texts
-        _check_size(text.count(old) * len(new))
+        return
+    _check_numbers(name, values)
+    lengths = [*map(len, texts)]
+    if name == "replace" and len(texts) > 2:
+        _check_size(texts[0].count(texts[1]) * lengths[2])
+    elif name == "indent":
+        widths = [value for value in values if isinstance(value, int)]
+        _check_size(texts[0].count("\n") * max([*widths, *lengths[1:], 4]))
+    elif name == "wordwrap":
+        if lengths[0] > _MAX_WRAPPED:
+            raise _LimitError(f"wordwrap is given more than {_MAX_WRAPPED:,} characters")
+        _check_size(lengths[0] * max(lengths[1:], default=1))
 
 
-def _check_format(form: str, values: list[Any]) -> None:
-    if _LONG_NUMBER.search(form):
+def _text_of(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")
+
+
+def _check_numbers(name: str, values: Iterable[Any]) -> None:
+    if any(isinstance(value, int) and abs(value) > MAX_NUMBER for value in values):
+        raise _LimitError(f"{name} is given a number of more than {MAX_NUMBER:,}; make it smaller")
+
+
+def _check_format(text: str, values: list[Any]) -> None:
+    """Refuse a format whose fields are too wide; ``*`` and nested fields take widths as values."""
+    if _LONG_NUMBER.search(text):
         raise _LimitError(f"it pads text to more than {MAX_NUMBER:,}; make it shorter")
-    fields = form.count("%") + form.count("{")
-    _check_size(fields * max((len(it) for it in values if isinstance(it, Sized)), default=0))
+    widths = [*map(int, _NUMBER.findall(text))]
+    if "*" in text or _NESTED_FIELD.search(text):
+        _check_numbers("a format", values)
+        widths += [abs(value) for value in values if isinstance(value, int)]
+    lengths = [len(value) for value in values if isinstance(value, Sized)]
+    _check_size((text.count("%") + text.count("{")) * max([*widths, *lengths], default=0))
 
 
 def _check_size(size: int) -> None:
@@ -308,10 +393,8 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
                 _check_size(len(value) * number)
     elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
         _check_size(len(left) + len(right))
-    elif operator == "%" and isinstance(left, str):
-        _check_format(left, [*right] if isinstance(right, tuple) else [right])
-        if "*" in left:
-            _check_call("%", [left, *(right if isinstance(right, tuple) else (right,))])
+    elif operator == "%" and isinstance(left, str | bytes):
+        _check_format(_text_of(left), [*right] if isinstance(right, tuple) else [right])
     if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length()
         bits = bits * max(right, 1) if operator == "**" else bits + right.bit_length()
