@@ -11,12 +11,12 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from flexmask.errors import FlexMaskError
+from flexmask.errors import FlexMaskError, shortened
 
 
 def described(error: BaseException) -> str:
     """An error's message in one line, after its type where it is not one of flexmask's."""
-    message = " ".join(str(error).split())
+    message = shortened(" ".join(str(error).split()))
     if isinstance(error, FlexMaskError):
         return message
     return f"{type(error).__name__}: {message}".removesuffix(": ")

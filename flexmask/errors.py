@@ -4,9 +4,24 @@ The command line turns a `FlexMaskError` into one ``error: …`` line and exit s
 other exception keeps its traceback.
 """
 
+from __future__ import annotations
+
+_BEGINNING, _END = 1500, 400
+
+
+def shortened(message: str) -> str:
+    """A message without its middle where that is long: names that it quotes may be megabytes."""
+    if len(message) <= _BEGINNING + _END:
+        return message
+    return f"{message[:_BEGINNING]} … {message[-_END:]}"
+
 
 class FlexMaskError(Exception):
     """Base of all errors whose message is meant for the user."""
+
+    def __init__(self, message: str = "") -> None:
+        """Keep the message, or its beginning and end."""
+        super().__init__(shortened(message))
 
 
 class RequestError(FlexMaskError):

@@ -34,6 +34,7 @@ class _Columns:
             if self._batch.schema.names.count(name) > 1:
                 raise RequestError(f"the column {name!r} occurs twice; rename one of them")
             column = self._batch.column(self.index_of[name])
+            _check_buffers(column, name)
             try:
                 self._converted[name] = column.to_pylist()
             # The error depends on the type: OverflowError, ValueError, KeyError, ArrowException …
@@ -42,15 +43,38 @@ class _Columns:
         return self._converted[name][row]
 
 
+def _check_buffers(column: pa.Array[Any], name: str) -> None:
+    """Check the offsets and indices of a damaged file, which Arrow follows wherever they lead.
+
+    Raises:
+        RequestError: If one leads outside of its buffer.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        # Checked after the offsets of the same texts; then the other rows can be read.
+        if _is_of_texts(column.type) and "UTF8" in str(error):
+            return
+        raise _unreadable(name, column.type, error) from None
+
+
+def _is_of_texts(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_of_texts(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _converted_alone(value: pa.Scalar[Any], name: str) -> Any:
     """Convert one value of a column that holds other values that cannot be converted."""
     try:
         return value.as_py()
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"the column {name!r} holds a {value.type} that cannot be read ({reason})"
-        ) from None
+        raise _unreadable(name, value.type, error) from None
+
+
+def _unreadable(name: str, kind: pa.DataType, error: Exception) -> RequestError:
+    reason = " ".join(str(error).split())
+    return RequestError(f"the column {name!r} holds a {kind} that cannot be read ({reason})")
 
 
 class _ArrowValues(Mapping[str, Any]):
@@ -88,7 +112,7 @@ def batch_rows(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Row]:
 def arrow_rows(path: Path, batches: Batches) -> Iterator[Row]:
     """Yield the rows of a file that ``batches`` reads."""
     name = printable(path)
-    with as_request_errors(name):
+    with as_request_errors(name, None):
         yield from batch_rows(batches(path), name)
 
 
@@ -163,7 +187,7 @@ def _open_saved_split(folder: Path, parent: Path) -> Input:
 
     def batches() -> Iterator[pa.RecordBatch]:
         for item in names:
-            with as_request_errors(printable(folder / item)):
+            with as_request_errors(printable(folder / item), None):
                 yield from arrow_stream_batches(folder / item)
 
     has_splits = folder != parent

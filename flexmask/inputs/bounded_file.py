@@ -21,7 +21,10 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: If it is not a regular file, or cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null character in its name
+        raise OSError(errno.EINVAL, f"no name of a file ({error})") from None
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):

@@ -66,20 +66,33 @@ def rows_in_memory(values: Iterable[Mapping[str, Any]], name: str) -> Input:
 
 
 @contextmanager
-def as_request_errors(name: str, encoding: str = "UTF-8") -> Iterator[None]:
-    """Turn errors raised while ``name`` is read into a `RequestError`."""
+def as_request_errors(name: str, encoding: str | None = "UTF-8") -> Iterator[None]:
+    """Turn errors raised while an input is read into a `RequestError`.
+
+    Args:
+        name: Name of the input.
+        encoding: Encoding of its text; None for binary formats.
+    """
     try:
         yield
     except UnicodeError as error:
+        if encoding is None:  # of the name of a column
+            raise _damaged(name, error) from None
         reason = getattr(error, "reason", error)
         raise RequestError(
             f"{name}: not {encoding} text ({reason}); {OPTIONS}; other kinds of input are {KINDS}"
         ) from None
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{name}: damaged, or of an unknown kind ({reason})") from None
+        raise _damaged(name, error) from None
     except OSError as error:
+        if error.errno is None:  # what Arrow raises for damage too
+            raise _damaged(name, error) from None
         raise RequestError(f"{name}: {error.strerror or error}; --input takes {KINDS}") from None
+
+
+def _damaged(name: str, error: Exception) -> RequestError:
+    reason = " ".join(str(error).split())
+    return RequestError(f"{name}: damaged, or of an unknown kind ({reason})")
 
 
 def printable(path: Path) -> str:
