@@ -284,7 +284,8 @@ def test_no_flipped_bits_of_a_file_end_in_anything_but_rows_or_one_line(
         try:
             assert len(read_requests(str(path))) <= 2
         except RequestError as error:
-            assert "\n" not in str(error)
+            message = str(error)
+            assert "\n" not in message
             refused += 1
         path.unlink()
     assert refused > count / 2
