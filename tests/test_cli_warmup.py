@@ -68,7 +68,7 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
     ("arguments", "message"),
     [
         (["--prompt-tokens", "5"], "5 segments do not fit into a prompt of 5 tokens"),
-        (["--num-segments", "0"], "num-segments must be positive, got 0"),
+        (["--num-segments", "0"], "--num-segments must be a positive number, got '0'"),
         (["--batch-size", "0"], "batch"),
         (["--strategy", "nope"], "nope"),
         (["--device", "mps"], "device must be auto, cpu, cuda or cuda:N, got 'mps'"),

@@ -277,10 +277,83 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=4)
-    with pytest.warns(FlexMaskWarning, match="out of GPU memory: 4 rows at a time become 2"):
+    with pytest.warns(FlexMaskWarning, match="out of memory: 4 rows at a time become 2"):
         assert list(results) == expected
     assert sizes == [4, 2, 2, 2, 2]
     assert (results.stats.batch_size, results.stats.halvings) == (2, 1)
+
+
+@pytest.fixture
+def set_free(engine, monkeypatch):
+    """Says how much memory is free, in rows of 640 slots."""
+
+    def set_free(rows):
+        free = int(rows * engine.runner.bytes_per_row(640))
+        monkeypatch.setattr("flexmask.engine.model_runner.free_bytes", lambda device: free)
+        engine.release()
+
+    return set_free
+
+
+BEYOND = {"max_new_tokens": 6, "batch_size": 2**31 - 1}
+
+
+def test_a_batch_beyond_the_memory_of_the_host_is_halved_before_it_is_made(engine, set_free):
+    expected = run(engine)
+    set_free(3.5)
+    read = []
+
+    def requests():
+        for number in range(1000):
+            read.append(number)
+            yield dataclasses.replace(REQUESTS[number % 7], uuid=f"row{number}")
+
+    results = engine.generate(requests(), EnsembleIsolation(), **BEYOND)
+    with pytest.warns(FlexMaskWarning, match="out of memory: 2147483647 rows at a time become 3"):
+        assert [next(results) for _ in REQUESTS] == expected
+    assert (results.stats.batch_size, results.stats.halvings) == (3, 29)
+    assert len(read) <= 2 * 3 * 16
+
+
+def test_a_row_beyond_the_memory_of_the_host_is_refused(engine, set_free):
+    set_free(0.1)
+    with (
+        pytest.warns(FlexMaskWarning, match="2147483647 rows at a time become 1"),
+        pytest.raises(ModelError, match="not enough memory for one row of 640 slots; shorten"),
+    ):
+        run(engine, **BEYOND)
+    with pytest.raises(ModelError, match="one row of 2176 slots; lower prompt_tokens"):
+        engine.warm_up(Causal(), prompt_tokens=2000)
+
+
+def test_a_cpu_that_cannot_allocate_halves_the_batch(engine, monkeypatch):
+    """Without Linux nothing tells what is available; then the allocator does."""
+    monkeypatch.setattr("flexmask.engine.model_runner.free_bytes", lambda device: None)
+    prefill = engine.runner.prefill
+
+    def prefill_with_little_memory(plan):
+        if len(plan.layouts) > 2:
+            torch.empty(2**60, dtype=torch.uint8)
+        return prefill(plan)
+
+    expected = run(engine)
+    monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
+    with pytest.warns(FlexMaskWarning, match="out of memory: 4 rows at a time become 2"):
+        assert run(engine, batch_size=4) == expected
+
+
+def test_warming_up_makes_no_more_rows_than_fit(engine, set_free):
+    engine.warm_up(Causal(), prompt_tokens=100, max_new_tokens=6, batch_size=3)
+    set_free(3.5)
+    with pytest.warns(FlexMaskWarning, match="2147483647 rows at a time become 3"):
+        stats = engine.warm_up(Causal(), prompt_tokens=100, **BEYOND)
+    assert (stats.batch_size, stats.generations) == (3, 3)
+
+
+def test_warming_up_stays_in_the_context(engine):
+    message = "a prompt of 9999 tokens needs positions up to .* but the model's context is"
+    with pytest.raises(OptionError, match=message):
+        engine.warm_up(Causal(), prompt_tokens=9999, num_segments=1)
 
 
 @pytest.fixture
@@ -344,7 +417,7 @@ def test_a_row_too_large_for_the_memory_says_so(engine, monkeypatch):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_without_memory)
-    with pytest.raises(ModelError, match="not enough GPU memory for one row of 640 slots"):
+    with pytest.raises(ModelError, match="not enough memory for one row of 640 slots"):
         run(engine, batch_size=1)
 
 

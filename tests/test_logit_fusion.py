@@ -239,7 +239,7 @@ def test_a_request_too_large_for_the_memory_says_so(engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_without_memory)
     results = run(engine, "mean", batch_size=5)
-    message = "not enough GPU memory for the 4 rows of a request of 640 slots; shorten .* segments"
+    message = "not enough memory for the 4 rows of a request of 640 slots; shorten .* segments"
     with (
         pytest.warns(FlexMaskWarning, match="5 rows at a time become 4"),
         pytest.raises(ModelError, match=message),

@@ -7,7 +7,6 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Self
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
@@ -17,9 +16,14 @@ from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
 from flexmask.engine.model_loading import load_model
-from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
+from flexmask.engine.model_runner import (
+    MIN_CAPACITY,
+    ModelRunner,
+    bucketed_capacity,
+    num_embeddings,
+)
 from flexmask.engine.prompt_group import PromptGroup
-from flexmask.engine.prompt_planner import PromptPlanner
+from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
@@ -191,13 +195,15 @@ class Engine:
             self.tokenizer,
             chat_template=chat_template,
             allow_special_tokens=allow_special_tokens,
-            num_embeddings=_num_embeddings(self.model),
+            num_embeddings=num_embeddings(self.model),
         )
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
             on_refused,
         )  # fmt: skip
-        size = LOOKAHEAD_BATCHES * (batch_size or self.executor.largest_batch)
+        # With a batch size beyond all memory, no more is read ahead than can run.
+        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
+        size = LOOKAHEAD_BATCHES * max(1, rows)
         lookaheads = planner.lookaheads(requests, size)
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
@@ -230,22 +236,35 @@ class Engine:
             Counts and times of the batch.
 
         Raises:
-            OptionError: If the segments do not fit into the prompt, or a size is impossible.
-            ModelError: If logits are NaN or infinite.
+            OptionError: If the segments do not fit into the prompt, the prompt does not fit into
+                the model's context, or a size is impossible.
+            ModelError: If there is too little memory for one row, or logits are NaN or infinite.
         """
         check_size("prompt_tokens", prompt_tokens, 1)
         check_size("max_new_tokens", max_new_tokens, 1)
+        if batch_size is not None:
+            check_size("batch_size", batch_size, 1)
         length = (prompt_tokens - 1) // max(1, num_segments)
         if num_segments < 1 or length < 2:
             raise OptionError(
                 f"{num_segments} segments do not fit into a prompt of {prompt_tokens} tokens"
             )
+        capacity = bucketed_capacity(prompt_tokens + max_new_tokens)
+        if not self.runner.rows_that_fit(1, capacity):
+            raise ModelError(
+                f"not enough memory for one row of {capacity} slots; lower prompt_tokens"
+            )
         # Another token in each segment: of equal ones only the first would be computed.
         segments = tuple((number,) * length for number in range(num_segments))
         layout = strategy.layout(TokenizedRequest((), segments, (0,)))
+        if excess := beyond_context(layout, max_new_tokens, self.runner.context):
+            raise OptionError(f"a prompt of {prompt_tokens} tokens {excess}")
         capacity = bucketed_capacity(len(layout) + max_new_tokens)
         rows = batch_size or self.executor.auto_batch_size(self.executor.largest_batch, capacity)
-        prompts = [PromptGroup(number, (layout,), ("",), (1.0,)) for number in range(rows)]
+        prompts = [
+            PromptGroup(number, (layout,), ("",), (1.0,))
+            for number in range(max(1, self.runner.rows_that_fit(rows, capacity)))
+        ]
         options = RunOptions(max_new_tokens, self.generation_rules())
         tokenizer = RequestTokenizer(self.tokenizer)
         scheduler = Scheduler(self.executor, strategy, tokenizer, options, iter([prompts]), rows)
@@ -257,8 +276,8 @@ class Engine:
                 generated_tokens += len(row.token_ids)
         return replace(
             scheduler.stats,
-            generations=rows,
-            prompt_tokens=rows * len(layout),
+            generations=len(prompts),
+            prompt_tokens=len(prompts) * len(layout),
             generated_tokens=generated_tokens,
         )
 
@@ -273,9 +292,3 @@ class Engine:
             ModelError: If they cannot be applied.
         """
         return GenerationRules.of(self.model, self.tokenizer)
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]

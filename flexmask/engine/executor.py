@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.logit_fusion import LogitFusion
+from flexmask.engine.memory import free_bytes
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.turns import TURN, Occupancy
@@ -94,7 +94,7 @@ class Executor:
             cache = self.runner.cache
             # The cache of earlier batches is freed for the next ones. Were it not counted as free,
             # a second run of the same requests would choose fewer rows, and compile for them.
-            free = _free_bytes(device) + cache.num_bytes
+            free = (free_bytes(device) or 0) + cache.num_bytes
             largest = min(largest, free // 2 // cache.bytes_per_row(capacity))
             if largest == 0:
                 raise ModelError(
@@ -125,10 +125,3 @@ class Executor:
         """Free the key-value cache and all buffers that belong to one size of batches."""
         self._loop_key = self._loop = None
         self.runner.release()
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU: what no process holds, and what torch keeps for this one."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + kept)

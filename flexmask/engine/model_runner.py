@@ -28,6 +28,7 @@ from flexmask.engine.compiled_view import (
     multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
+from flexmask.engine.memory import free_bytes
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
 from flexmask.engine.prefix_cache import CachedPrefix
@@ -38,6 +39,12 @@ from flexmask.strategy import Strategy
 from flexmask.torch_internals import compile_settings, inductor_error, use_bundled_assembler
 
 MIN_CAPACITY = 512
+
+_TABLE_BYTES = 64
+"""Bytes per slot of tables on host and device: segment ids, positions, slots, masks."""
+
+_WIDE_TENSORS = 4
+"""Tensors of a layer's largest width that are in memory at once: gate, up, product, output."""
 
 LEAST_ROWS = 2
 """Fewest rows that a prefill computes, because a dimension of one would be another graph."""
@@ -83,6 +90,7 @@ class ModelRunner:
                 available.
         """
         self.device = next(model.parameters()).device
+        self._is_on_cpu = self.device.type == "cpu"
         self._dtype = next(model.parameters()).dtype
         probe = probe_model(model)
         if again := probe.attends_again():
@@ -107,6 +115,7 @@ class ModelRunner:
         else:
             multiply_few_rows(self._decode_model)
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
+        self._token_bytes = _WIDE_TENSORS * _widest(model) * self._dtype.itemsize
         self._bound: BoundStrategy | None = None
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
@@ -119,6 +128,9 @@ class ModelRunner:
 
         Raises:
             AttentionError: If the dtype or the prefill kernel does not support the strategy.
+            torch.OutOfMemoryError: If memory does not suffice. On a CPU that is estimated before
+                anything is allocated, because Linux overcommits memory and later kills the process
+                that uses it.
         """
         bound = self._bound
         if bound is not None:
@@ -126,6 +138,8 @@ class ModelRunner:
             if current == (strategy, batch_size, capacity):
                 return False
         self.release()
+        if self._is_on_cpu and self.rows_that_fit(batch_size, capacity) < batch_size:
+            raise torch.OutOfMemoryError(f"no room for {batch_size} rows of {capacity} slots")
         bound = BoundStrategy(
             strategy,
             batch_size,
@@ -146,6 +160,31 @@ class ModelRunner:
         self.cache.bind(batch_size, capacity)
         self._bound = bound
         return True
+
+    def rows_that_fit(self, rows: int, capacity: int) -> int:
+        """Halve a number of rows until free memory has room for them.
+
+        On a GPU, and for a single row, only keys and values are counted.
+
+        Args:
+            rows: Rows wanted.
+            capacity: Slots per row.
+
+        Returns:
+            The number of rows that fit; 0 if not even one fits.
+        """
+        free = free_bytes(self.device)
+        if free is None:
+            return rows
+        free += self.cache.num_bytes  # freed before other rows are bound
+        while rows > 1 and rows * self.bytes_per_row(capacity) > free:
+            rows //= 2
+        return rows if rows * self.cache.bytes_per_row(capacity) <= free else 0
+
+    def bytes_per_row(self, capacity: int) -> int:
+        """Return the bytes of a row: keys, values and, on a CPU, intermediate tensors."""
+        computed = capacity * (_TABLE_BYTES + self._token_bytes) if self._is_on_cpu else 0
+        return self.cache.bytes_per_row(capacity) + computed
 
     def _pays_key_table(self, batch_size: int) -> bool:
         on_gpu = self.device.type == "cuda"
@@ -351,5 +390,19 @@ class ModelRunner:
         return self._mask_cache.get(key, mask_mod, build)
 
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
-        by_kind: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}
-        return by_kind.get(WHOLE_MODEL, by_kind)
+        given: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}
+        return given.get(WHOLE_MODEL, given)
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token embeddings of a model."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def _widest(model: PreTrainedModel) -> int:
+    """Return the numbers per token in the largest tensor that a layer computes."""
+    vocabulary = num_embeddings(model)
+    sizes = [parameter.shape[-2:] for parameter in model.parameters() if parameter.ndim > 1]
+    return max((max(size) for size in sizes if vocabulary not in size), default=0)

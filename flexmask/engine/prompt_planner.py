@@ -151,13 +151,20 @@ class PromptPlanner:
             layout = self.strategy.layout(tokenized)
         except RequestError as error:
             raise RequestError(f"{prompt.label}: {error}") from None
-        needed = layout.position_ids[-1] + 1 + self.max_new_tokens
-        if self.context is not None and needed > self.context:
-            raise RequestError(
-                f"{prompt.label}: needs positions up to {needed} ({self.max_new_tokens} of them "
-                f"for new tokens), but the model's context is {self.context}; shorten the prompt"
-            )
+        if excess := beyond_context(layout, self.max_new_tokens, self.context):
+            raise RequestError(f"{prompt.label}: {excess}; shorten the prompt")
         return layout
+
+
+def beyond_context(layout: Layout, max_new_tokens: int, context: int | None) -> str | None:
+    """Say how a prompt and its new tokens exceed a context; None if they do not."""
+    needed = layout.position_ids[-1] + 1 + max_new_tokens
+    if context is None or needed <= context:
+        return None
+    return (
+        f"needs positions up to {needed} ({max_new_tokens} of them for new tokens), but the "
+        f"model's context is {context}"
+    )
 
 
 def _seed(request: Request) -> str:

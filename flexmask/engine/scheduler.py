@@ -14,6 +14,7 @@ import torch
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_runner import BatchRunner, FinishedBatch
 from flexmask.engine.executor import BatchSize, Executor
+from flexmask.engine.memory import is_out_of_memory
 from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.run_options import RunOptions
@@ -66,6 +67,7 @@ class Scheduler:
         self.stats = RunStats(batch_size=rows, capacity=capacity)
         self._has_finished_a_batch = False
         self._runner = BatchRunner(executor, strategy, tokenizer, options)
+        self._rows_that_fit = executor.runner.rows_that_fit
         self.overlaps = executor.runner.device.type == "cuda"
 
     def batches(self) -> Iterator[FinishedBatch]:
@@ -125,7 +127,9 @@ class Scheduler:
         self._runner.fit(size, lookahead)
         try:
             self._runner.start(batch)
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         return True
 
@@ -133,7 +137,9 @@ class Scheduler:
         """Run a batch to its end; None if the device's memory does not suffice."""
         try:
             finished = self._runner.finish(next_batch)
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         self._count(finished)
         return finished
@@ -145,19 +151,21 @@ class Scheduler:
             ModelError: If batches have room for no more than that group already.
         """
         size, capacity, least = self.stats.batch_size, self.stats.capacity, _largest(lookahead)
+        memory = "GPU memory" if self.overlaps else "memory"
         if size == least:
             rows = "one row" if least == 1 else f"the {least} rows of a request"
             raise ModelError(
-                f"not enough GPU memory for {rows} of {capacity} slots; shorten the prompts"
+                f"not enough {memory} for {rows} of {capacity} slots; shorten the prompts"
                 + ("" if least == 1 else " or take fewer segments")
             )
-        smaller = max(size // 2, least)
         self._runner.release()
         gc.collect()
         torch.cuda.empty_cache()
-        message = f"out of GPU memory: {size} rows at a time become {smaller}"
+        # A size far too large is halved until it can fit, without trying the sizes in between.
+        smaller = max(self._rows_that_fit(size // 2, capacity), least)
+        message = f"out of {memory}: {size} rows at a time become {smaller}"
         warnings.warn(message, FlexMaskWarning, stacklevel=2)
-        halvings = self.stats.halvings + 1
+        halvings = self.stats.halvings + max(1, (size // smaller).bit_length() - 1)
         self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
 
     def _count(self, batch: FinishedBatch) -> None:
