@@ -59,10 +59,7 @@ SIZES: dict[str, int] = {
 }
 """Small values for attributes of configurations."""
 
-_LATENT = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-}  # as many key heads as query heads, as long as the rotary dimensions
+
 _DECODER = {"is_decoder": True}
 SPECIAL: dict[str, dict[str, Any]] = {
     **{key: {"num_key_value_heads": 4} for key in ("minicpm3", "hrm_text")},
@@ -162,7 +159,7 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
         if error.args != (BACKEND,):
             raise
         name = type(meta_model).__name__
-        reason = f"{name} has attention of its own kinds only, none of which is a backend"
+        reason = f"{name} has its own attention classes only and uses no registered backend"
         return [asdict(check) for check in refused(reason)]
     model.eval().requires_grad_(False)
     for parameter in model.parameters():

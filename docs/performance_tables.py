@@ -28,7 +28,7 @@ def decode_table(gpu: str) -> str:
         ]
         for result in _result(f"generation-{gpu}")["results"]
     ]
-    head = ["way", "batch", "context", "ms a step", "tokens/s", "of the floor", "first token, s"]
+    head = ["way", "batch", "context", "ms/step", "tokens/s", "of the floor", "first token, s"]
     return _table(head, rows)
 
 
@@ -45,7 +45,7 @@ def attention_table() -> str:
 def first_token_table() -> str:
     """Return the table of times to the first token of a process."""
     found = {
-        "nothing": "no compiled code, Python's bytecode included",
+        "nothing": "neither compiled code nor Python bytecode",
         "cold": "empty compile caches",
         "again": "a second process, median of {}",
     }
@@ -61,7 +61,7 @@ def first_token_table() -> str:
             for time in ("first_token_s", "after_loading_s", "total_s")
         ]
         rows.append([way, found[caches].format(len(them)), times[0], spread, *times[1:]])
-    head = ["way", "found", "first token, s", "from to", "of it after loading", "end, s"]
+    head = ["way", "caches", "first token, s", "range", "of it after loading", "end, s"]
     return _table(head, rows)
 
 
@@ -75,32 +75,32 @@ def block_mask_table() -> str:
             spread = f"{result['fastest_ms']:.3g} to {result['slowest_ms']:.3g}"
             timing = [f"{result['median_ms']:.3g}", spread, f"{result['first_ms']:,.0f}"]
         rows.append([f"{case['length']:,}", case["mask"], case["builder"], *timing])
-    return _table(["length", "mask", "builder", "ms", "from to", "first call, ms"], rows)
+    return _table(["length", "mask", "builder", "ms", "range", "first call, ms"], rows)
 
 
 def dataset_table() -> str:
     """Return the table of a data set: compile caches empty, then filled, and no shared prefix."""
     runs = _result("dataset-run-h100")["runs"]
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "total_s": ("seconds in all", "{:.1f}".format),
+        "total_s": ("total seconds", "{:.1f}".format),
         "rows_per_s": ("rows/s", "{:.0f}".format),
         "tokens_per_s": ("generated tokens/s", "{:,.0f}".format),
         "prompt_tokens": ("prompt tokens", "{:,}".format),
-        "computed_tokens": ("of them computed", "{:,}".format),
+        "computed_tokens": ("prompt tokens computed", "{:,}".format),
         "prefill_s": ("seconds of prefill", "{:.1f}".format),
-        "prefill_share": ("of the time in prefill", "{:.0%}".format),
-        "decode_share": ("in decode", "{:.0%}".format),
-        "host_share": ("in the host's work alone", "{:.0%}".format),
+        "prefill_share": ("share of time in prefill", "{:.0%}".format),
+        "decode_share": ("share of time in decode", "{:.0%}".format),
+        "host_share": ("share of time on the host only", "{:.0%}".format),
         "compilations": ("compilations", str),
-        "warm_compilations": ("after the first batch", str),
+        "warm_compilations": ("compilations after the first batch", str),
         "prefill_peak_bytes": ("peak memory in prefill, GB", lambda n: f"{n / 1e9:.1f}"),
-        "decode_peak_bytes": ("in decode, GB", lambda n: f"{n / 1e9:.1f}"),
+        "decode_peak_bytes": ("peak memory in decode, GB", lambda n: f"{n / 1e9:.1f}"),
     }
     rows = [
         [label, *(form(run[name]) for run in runs.values())]
         for name, (label, form) in shown.items()
     ]
-    return _table(["", "first run of the process", "second", "prefix in every row"], rows)
+    return _table(["", "first run of the process", "second run", "no prefix cache"], rows)
 
 
 def dataset_peers_table() -> str:
@@ -110,7 +110,7 @@ def dataset_peers_table() -> str:
     rows = [["flexmask", f"{own:.0f}", ""]]
     for way, rows_per_s in record["peers_rows_per_s"].items():
         rows.append([way, f"{rows_per_s:.2f}", f"{own / rows_per_s:.1f}"])
-    return _table(["way", "rows/s", "flexmask is so many times as fast"], rows)
+    return _table(["way", "rows/s", "speedup of flexmask"], rows)
 
 
 def methods_table() -> str:

@@ -56,7 +56,7 @@ class JournalContent:
 
     @property
     def loss(self) -> str:
-        """What is dropped, as the predicate of a sentence; empty if nothing is dropped."""
+        """Description of the loss, as the predicate of a sentence; empty if nothing is lost."""
         if self.tail == "whole":
             return ""
         what = "ends in the middle of a write" if self.tail == "cut" else "damaged"
