@@ -14,8 +14,8 @@ from flexmask_cli.streams import write_styled
 if TYPE_CHECKING:
     from flexmask.results.evaluation import Estimate
 
-UNBOUNDED = 1_000_000
-"""A width in characters that no table reaches."""
+GAP = 2
+"""Spaces between columns."""
 
 Row = Mapping[str, str]
 """Cells by the names of their columns."""
@@ -56,19 +56,20 @@ def _plain_lines(rows: Sequence[Row]) -> Iterator[str]:
         padded = (
             cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)
         )
-        yield "  ".join(padded).rstrip() + "\n"
+        yield (" " * GAP).join(padded).rstrip() + "\n"
 
 
 def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str | None:
     """The table in the styles of the terminal; None if it needs more columns than there are."""
-    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
+    widths = _column_widths(rows, wrapped, columns)
+    if widths is None:
+        return None
     table = Table(box=None, pad_edge=False)
-    for name in rows[0]:
-        width = None if name in wrapped else max(cell_len(row[name]) for row in rows)
-        table.add_column(name, min_width=width, overflow="fold")
+    for name, width in zip(rows[0], widths, strict=True):
+        table.add_column(name, width=width)
     for row in rows:
         table.add_row(*row.values())
     written = io.StringIO()
@@ -81,11 +82,28 @@ def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str 
         emoji=False,
         highlight=False,
     )
-    unbounded = console.options.update(width=UNBOUNDED)
-    if console.measure(table, options=unbounded).minimum > columns:
-        return None
     console.print(table)
     return written.getvalue()
+
+
+def _column_widths(
+    rows: Sequence[Row], wrapped: Collection[str], columns: int
+) -> list[int] | None:
+    """Widths that fit, the widest columns narrowed first; None if there are none."""
+    from rich.cells import cell_len
+
+    least, natural = [], []
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        unbroken = [*name.split(), *(" ".join(cells).split() if name in wrapped else cells)]
+        least.append(max(map(cell_len, unbroken)))
+        natural.append(max(map(cell_len, [name, *cells])))
+    room = columns - GAP * (len(least) - 1)
+    for limit in range(max(natural), 0, -1):
+        widths = [max(low, min(high, limit)) for low, high in zip(least, natural, strict=True)]
+        if sum(widths) <= room:
+            return widths
+    return None
 
 
 def _blocks(rows: Sequence[Row]) -> Iterator[str]:
