@@ -142,7 +142,9 @@ def test_a_result_of_prompts_that_ran_apart_has_no_mask_to_show(show, tmp_path):
         path, config = tmp_path / f"{name}.feather", RunConfig(run | {"fusion": {"name": name}})
         with ResultWriter.open(path, config=config, requests=[asked]) as writer:
             writer.write([Generation(asked, " x", (7,), "stop", 20)])
-    assert "its segments ran as separate prompts (fusion 'vote')" in show(tmp_path / "vote.feather")
+    assert "its segments ran as separate prompts (fusion 'vote')" in show(
+        tmp_path / "vote.feather"
+    )
     alone = show(tmp_path / "each.feather")
     assert "\nS1" in alone
     assert "\nS2" not in alone
