@@ -110,4 +110,4 @@ def _run() -> NoReturn:
         error.show(said)
         sys.stderr.write(printable(said.getvalue(), LINES))
         sys.exit(error.exit_code)
-    sys.exit(status)
+    sys.exit(status or 0)
