@@ -71,7 +71,7 @@ def compiled_view(
 
 
 def compile_beside_layers(view: PreTrainedModel, attention_names: Sequence[str]) -> None:
-    """Compile what runs before and after the layers: embedding, rotary angles, norm, logits.
+    """Compile the modules before and after the layers: embedding, rotary angles, norm, logits.
 
     Op by op these take some twenty kernels a step. Graph breaks are allowed in them, because
     nothing is assumed of what a model computes there.

@@ -334,15 +334,15 @@ class ModelRunner:
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:
-        """Compute the next token of each row, and advance by one slot.
+        """Run one token of each row through the model, and advance by one slot.
 
         Nothing in it waits for the host, so it can be captured as a CUDA graph.
 
         Args:
-            token_ids: ``(B, 1)``.
+            token_ids: ``(B, 1)``, the last token of each row so far.
 
         Returns:
-            Logits ``(B, V)`` of the token after that.
+            Logits ``(B, V)`` of the next token.
         """
         bound = self.bound
         masks = bound.decode_masks(self.decode_kernels)
