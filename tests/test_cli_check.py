@@ -146,6 +146,17 @@ def test_new_writes_a_plugin_under_its_own_names(flexmask, tmp_path):
     assert 'near_docs = "flexmask_near_docs"' in written["pyproject.toml"]
 
 
+def test_new_lists_what_it_wrote_as_json(flexmask, tmp_path):
+    folder = tmp_path / "made"
+    status, out, _ = flexmask("new", "near-docs", "--directory", folder, "--json")
+    written = json.loads(out)
+    assert (status, written["strategy"], written["folder"]) == (0, "near_docs", str(folder))
+    assert written["files"] == sorted(map(str, folder.iterdir()))
+    assert written["next"][1:] == [
+        "flexmask check near_docs", "flexmask generate --strategy near_docs"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -139,7 +139,7 @@ def test_no_text_of_a_row_or_a_name_reaches_the_terminal_as_it_is(
         [f"--{ATTACK}"],
         ["generate", f"--{ATTACK}"],
         ["generate", "--on-error", ATTACK],
-        ["generate", "--limit", ATTACK],
+        ["generate", "--seed", ATTACK],
         ["generate", f"--quiet={ATTACK}"],
         ["show", "a", ATTACK],
         ["tasks", "\udcff\x1b"],

@@ -1,23 +1,43 @@
-"""Runs a data set through an engine into a result file, batch by batch."""
+"""Runs a data set through an engine into a result file or a stream, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flexmask.errors import RequestError
+from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.request import Request
-from flexmask.results.result_writer import ResultWriter
 from flexmask.strategy import Strategy
+from flexmask.tasks.judge import Judge
 from flexmask.tasks.request_source import BadRow, OnError
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine, GenerationRun
 
 
+class RowWriter(Protocol):
+    """Receives the rows of a run: a `ResultWriter` or a `RowStream`."""
+
+    @property
+    def remaining(self) -> Iterable[Request]:
+        """The requests to generate for."""
+
+    @property
+    def fusion(self) -> Fusion:
+        """The fusion to generate for them under."""
+
+    @property
+    def judge(self) -> Judge:
+        """Extracts answers from generations."""
+
+    def write(self, results: Iterable[Generation | BadRow]) -> None:
+        """Take rows, in any order."""
+
+
 class DatasetRun:
-    """Generates for the remaining requests of a result writer, and writes the generations.
+    """Generates for the remaining requests of a row writer, and writes the generations.
 
     Attributes:
         generations: The engine's run over these requests, with its counts.
@@ -27,7 +47,7 @@ class DatasetRun:
         self,
         engine: Engine,
         strategy: Strategy,
-        writer: ResultWriter,
+        writer: RowWriter,
         *,
         on_error: OnError = "stop",
         **options: Any,

@@ -96,14 +96,16 @@ class ResultSummary:
         )
 
 
-class _Expanded(Iterable[Request | BadRow]):
+class ExpandedRequests(Iterable[Request | BadRow]):
     """The requests of a run, expanded by its fusion: one for each row of the result file."""
 
     def __init__(self, requests: Iterable[Request | BadRow], fusion: Fusion) -> None:
+        """Expand nothing yet; every iteration reads ``requests`` again."""
         self._requests = requests
         self._fusion = fusion
 
     def __iter__(self) -> Iterator[Request | BadRow]:
+        """Iterate from the beginning."""
         for request in self._requests:
             if isinstance(request, BadRow):
                 yield request
@@ -214,7 +216,7 @@ class ResultWriter:
             if earlier is not None:
                 earlier.check_same_run(config)
                 config = config.resuming(earlier.config)
-            expanded = _Expanded(requests, fusion)
+            expanded = ExpandedRequests(requests, fusion)
             plan = make_plan(expanded, earlier, output, judge)
             schema = SCHEMA.with_metadata({RUN: config.to_json()})
             if not plan.is_complete:

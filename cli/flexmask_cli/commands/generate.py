@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from flexmask.errors import RequestError
+from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.generation_options import PlannedRun, RunOptions
@@ -18,6 +18,7 @@ from flexmask_cli.options import BadRows, FusionOptions, StrategyOptions
 from flexmask_cli.progress import track
 from flexmask_cli.render.generation import (
     SHOWN_ANSWERS,
+    outcome_figures,
     print_answers,
     print_kernels,
     print_notes,
@@ -25,15 +26,25 @@ from flexmask_cli.render.generation import (
     print_prompt,
     print_stats,
 )
-from flexmask_cli.render.lines import print_warnings, warnings_as_lines
-from flexmask_cli.strategy_choice import choose_strategy
+from flexmask_cli.render.lines import (
+    print_json,
+    print_json_line,
+    print_warnings,
+    warnings_as_lines,
+)
+from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
 from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
+    from flexmask.engine import RunStats
     from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetRun
     from flexmask.results.result_writer import ResultWriter
+    from flexmask.results.row_stream import RowStream
     from flexmask.tasks.request_source import RequestSource
+
+STDOUT = Path("-")
+"""The output that stands for standard output."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class OutputOptions:
         path(
             "--output",
             "-o",
-            help="A .feather, .parquet or .jsonl file. Default: "
-            "outputs/<input>/<model>/<strategy>-<segments>.feather; with a fusion, "
+            help="A .feather, .parquet or .jsonl file; - writes JSON Lines to standard output. "
+            "Default: outputs/<input>/<model>/<strategy>-<segments>.feather; with a fusion, "
             "<strategy>-<fusion>-<segments>.feather.",
         ),
     ] = None
@@ -59,6 +70,20 @@ class OutputOptions:
         bool,
         flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
     ] = False
+    as_json: Annotated[
+        bool, flag("--json", help="Print counts, accuracy and figures of the run as JSON.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            OptionError: If two of them print to standard output.
+        """
+        if self.as_json and self.output == STDOUT:
+            raise OptionError("--json and --output - both print to standard output; leave out one")
+        if self.as_json and self.dry_run:
+            raise OptionError("--dry-run prints prompts; leave out --json")
 
 
 @takes_options
@@ -84,7 +109,12 @@ def generate(
         _print_prompts(opened.requests, fusion.chosen, planned, skips=skips)
         return
 
-    from flexmask.results.dataset_run import DatasetRun
+    if output.output == STDOUT:
+        planned.check()
+        with warnings_as_lines():
+            _write_stream(planned, chosen, fusion.chosen, opened.requests, output)
+        return
+
     from flexmask.results.output_path import check_output_name, default_output_path
     from flexmask.results.result_writer import ResultWriter
 
@@ -97,8 +127,6 @@ def generate(
     )
     check_output_name(path)
     planned.check()
-    generation: DatasetRun | None = None
-    shown: list[Generation] = []
     with (
         run_goes_on(),
         warnings_as_lines(),
@@ -111,43 +139,80 @@ def generate(
             judge=planned.judge,
         ) as writer,
     ):
-        if writer.remaining:
-            engine = planned.load_engine()
-            generation = DatasetRun(
-                engine,
-                chosen.strategy,
-                writer,
-                on_error=run.rows.on_bad_row,
-                **planned.for_engine(),
-            )
-            if output.verbose:
-                print_notes(engine, chosen.strategy, fusion.chosen, generation.generations)
-            shown = _run(generation, writer, is_quiet=run.results.quiet)
-            if output.verbose:
-                print_kernels(engine)
+        shown, stats = _generate_rest(planned, chosen, fusion.chosen, writer, output)
     # Printed once the file is in place, since whoever reads the output may have left.
-    if run.results.quiet:
-        return
-    if generation is not None:
-        print_answers(shown, planned.judge)
-        print_stats(generation.generations.stats, fusion.chosen)
-    print_outcome(path, writer.summary, planned.judge)
+    if output.as_json:
+        print_json(outcome_figures(path, writer.summary, planned.judge, stats))
+    elif not run.results.quiet:
+        if stats is not None:
+            print_answers(shown, planned.judge)
+            print_stats(stats, fusion.chosen)
+        print_outcome(path, writer.summary, planned.judge)
 
 
-def _run(run: DatasetRun, writer: ResultWriter, *, is_quiet: bool) -> list[Generation]:
-    """Generate what is left to do; return the first generations, to be shown."""
+def _write_stream(
+    planned: PlannedRun,
+    chosen: ChosenStrategy,
+    fusion: Fusion,
+    requests: RequestSource,
+    output: OutputOptions,
+) -> None:
+    """Generate for all requests; their rows go to stdout as JSON Lines."""
+    from flexmask.results.row_stream import RowStream
+
+    if planned.options.results.mode != "new":
+        raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
+    stream = RowStream(print_json_line, requests=requests, fusion=fusion, judge=planned.judge)
+    _generate_rest(planned, chosen, fusion, stream, output)
+
+
+def _generate_rest(
+    planned: PlannedRun,
+    chosen: ChosenStrategy,
+    fusion: Fusion,
+    writer: ResultWriter | RowStream,
+    output: OutputOptions,
+) -> tuple[list[Generation], RunStats | None]:
+    """Generate for the remaining requests; the model loads only if there are some.
+
+    Returns:
+        The first generations, to be shown, and the statistics of the run; None if there was none.
+    """
+    from flexmask.results.dataset_run import DatasetRun
+
+    if not writer.remaining:
+        return [], None
+    engine = planned.load_engine()
+    run = DatasetRun(
+        engine,
+        chosen.strategy,
+        writer,
+        on_error=planned.options.rows.on_bad_row,
+        **planned.for_engine(),
+    )
+    if output.verbose:
+        print_notes(engine, chosen.strategy, fusion, run.generations)
+    try:
+        shown = _run(run, writer, is_quiet=planned.options.results.quiet)
+    except KeyboardInterrupt:
+        rows = writer.summary.rows
+        done = "were printed" if output.output == STDOUT else "are kept, --resume does the rest"
+        print_warnings([f"interrupted; {rows} rows {done}"])
+        raise
+    if output.verbose:
+        print_kernels(engine)
+    return shown, run.generations.stats
+
+
+def _run(run: DatasetRun, writer: ResultWriter | RowStream, *, is_quiet: bool) -> list[Generation]:
+    """Generate; return the first generations."""
     first: list[Generation] = []
     interrupt = Interrupt()
-    try:
-        with interrupt:
-            for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
-                first += batch[: SHOWN_ANSWERS - len(first)]
-        if interrupt.is_requested and not writer.is_complete:
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        kept = writer.summary.rows
-        print_warnings([f"interrupted; {kept} rows are kept, --resume does the rest"])
-        raise
+    with interrupt:
+        for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
+            first += batch[: SHOWN_ANSWERS - len(first)]
+    if interrupt.is_requested and not writer.is_complete:
+        raise KeyboardInterrupt
     return first
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexmask.fusion import FUSIONS
 from flexmask.printable import WORDS, printable
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
     from flexmask.request import Request
+    from flexmask.results.evaluation import Estimate
     from flexmask.results.result_writer import ResultSummary
     from flexmask.strategy import Strategy
     from flexmask.tasks.judge import Judge
@@ -142,21 +144,54 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
 
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
-    """Print what the result file holds, and how right it is."""
-    from flexmask.results.evaluation import estimate_mean, scores_by_question
-    from flexmask.results.result_writer import read_finished_rows
-
+    """Print what the result file holds, and its accuracy."""
     if results.judged:
-        rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
-        uuids, correct, scores = rows.to_pydict().values()
-        exact = estimate_mean(scores_by_question(uuids, correct).values())
-        of = "" if len(uuids) == len(set(uuids)) else ", each question counted once"
-        write_text(f"accuracy: {percent(exact)} ({results.correct} of {results.judged} exact{of})")
-        if judge.metric != "exact":
-            estimate = estimate_mean(scores_by_question(uuids, scores).values())
-            write_text(f"{judge.metric}: {percent(estimate)}")
+        questions, estimates = _accuracy(path, judge)
+        of = "" if questions == results.judged else ", each question counted once"
+        exact = percent(estimates.pop("exact"))
+        write_text(f"accuracy: {exact} ({results.correct} of {results.judged} exact{of})")
+        for metric, estimate in estimates.items():
+            write_text(f"{metric}: {percent(estimate)}")
     if results.failed:
         write_text(
             f"failed: {results.failed} rows; the column 'error' says why, --resume tries again"
         )
     write_text(f"{results.rows} rows in {path}")
+
+
+def outcome_figures(
+    path: Path, results: ResultSummary, judge: Judge, stats: RunStats | None
+) -> dict[str, Any]:
+    """Return what `print_outcome` and `print_stats` print, as JSON values.
+
+    Args:
+        path: The result file.
+        results: Counts over its rows.
+        judge: Scored its answers.
+        stats: What the run did; None if there was nothing to do.
+    """
+    _, estimates = _accuracy(path, judge) if results.judged else (0, {})
+    run = None if stats is None else {**vars(stats), "tokens_per_s": stats.tokens_per_s}
+    return {
+        "output": str(path),
+        **asdict(results),
+        "metrics": {name: asdict(estimate) for name, estimate in estimates.items()},
+        "run": run,
+    }
+
+
+def _accuracy(path: Path, judge: Judge) -> tuple[int, dict[str, Estimate]]:
+    """Return the number of judged questions, and by metric the mean of their scores."""
+    from flexmask.results.evaluation import estimate_mean, scores_by_question
+    from flexmask.results.result_writer import read_finished_rows
+
+    rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
+    uuids, correct, scores = rows.to_pydict().values()
+    columns = {"exact": correct}
+    if judge.metric != "exact":
+        columns[judge.metric] = scores
+    estimates = {
+        name: estimate_mean(scores_by_question(uuids, values).values())
+        for name, values in columns.items()
+    }
+    return len(set(uuids)), estimates

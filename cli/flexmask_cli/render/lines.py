@@ -20,6 +20,11 @@ def print_json(value: Any) -> None:
     write_styled(printable_json(json.dumps(value, indent=2)) + "\n")
 
 
+def print_json_line(text: str) -> None:
+    """Print a line of JSON that is ASCII."""
+    write_styled(printable_json(text) + "\n")
+
+
 def print_warnings(lines: Iterable[str]) -> None:
     """Print each line to stderr."""
     for line in lines:
