@@ -35,6 +35,7 @@ format: $(INSTALLED)  ## bring the code into style
 docs: $(INSTALLED)  ## make what programs make of the documents
 	$(BIN)/python docs/architecture_tree.py
 	$(BIN)/python docs/plugin_api.py
+	$(BIN)/python docs/cli_reference.py
 	$(BIN)/python docs/performance_tables.py
 	$(BIN)/python docs/compare_table.py
 	$(BIN)/python docs/strategy_pictures.py

@@ -17,7 +17,7 @@ from flexmask.check import RULES, run_rules
 from flexmask.fusion import FUSIONS
 from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask.plugins.strategy_file import classes_in_file
-from flexmask_cli.app import build_app, main
+from flexmask_cli.app import COMMANDS, build_app, main
 from svg_cells import expected_colours, svg_cells
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +186,29 @@ def program(name):
 def test_the_page_of_the_plugin_api_is_current():
     plugin_api = program("plugin_api")
     assert plugin_api.TARGET.read_text() == plugin_api.page(), "run: make docs"
+
+
+def test_the_page_of_the_command_line_is_current():
+    reference = program("cli_reference")
+    page = reference.TARGET.read_text()
+    assert page == reference.page(), "run: make docs"
+    for name in COMMANDS:
+        assert f"\n## flexmask {name}\n" in page
+
+
+def test_the_file_of_options_on_the_page_of_the_command_line_works(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "cli.md").read_text()
+    (config,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    (command,) = re.findall(r"\$ flexmask (.*--config .*)", page)
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(config)
+    monkeypatch.setattr(sys, "argv", ["flexmask", *shlex.split(command)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "<segment 3>" in printed
+    assert "<segment 4>" not in printed
 
 
 def test_the_tables_of_the_page_on_performance_are_those_of_the_results():

@@ -128,8 +128,9 @@ class RowOptions:
     on_error: Annotated[
         BadRows,
         typer.Option(
+            metavar="stop|skip",
             help="When a row cannot be used, stop the run, or skip the row and keep it in the "
-            "output with the reason."
+            "output with the reason.",
         ),
     ] = BadRows.STOP
 
@@ -210,12 +211,18 @@ class DeviceOptions:
 
     device: Annotated[
         str,
-        text("--device", completion=completion.devices, help="auto, cpu, cuda or cuda:N."),
+        text(
+            "--device",
+            metavar="DEVICE",
+            completion=completion.devices,
+            help="auto, cpu, cuda or cuda:N.",
+        ),
     ] = "auto"
     dtype: Annotated[
         str,
         text(
             "--dtype",
+            metavar="DTYPE",
             completion=completion.dtypes,
             help="auto, float32, bfloat16 or float16. auto is float32 on a CPU, and the dtype "
             "that the model was saved in on a GPU.",

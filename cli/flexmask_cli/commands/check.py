@@ -26,6 +26,7 @@ class CheckOptions:
     strategy: Annotated[
         str,
         typer.Argument(
+            metavar="STRATEGY",
             help="Name of a strategy, or path/to/file.py[:name].",
             autocompletion=completion.strategies,
         ),

@@ -21,7 +21,9 @@ from flexmask_cli.strategy_choice import load_plugins
 class NewOptions:
     """The plugin to write."""
 
-    name: Annotated[str, typer.Argument(help="Name of the distribution, such as my-strategy.")]
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the distribution, such as my-strategy.")
+    ]
     directory: Annotated[
         Path | None,
         path("--directory", help="Folder to write it to. Default: a folder of its name."),

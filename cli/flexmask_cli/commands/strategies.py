@@ -28,7 +28,9 @@ class StrategiesOptions(ListingOptions):
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Show this strategy, with its mask.", autocompletion=completion.strategies
+            metavar="NAME",
+            help="Show this strategy, with its mask.",
+            autocompletion=completion.strategies,
         ),
     ] = None
 
