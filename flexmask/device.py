@@ -54,7 +54,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device cuda asked for, but torch sees no CUDA GPU; use --device cpu")
+        raise OptionError("device cuda asked for, but torch sees no CUDA GPU; use `device=cpu`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {name} asked for, but torch sees {torch.cuda.device_count()}")
     return device

@@ -2,6 +2,10 @@
 
 The command line turns a `FlexMaskError` into one ``error: …`` line and exit status 1; every
 other exception keeps its traceback.
+
+A message names an option as code in backticks, by its name in Python: `` `output` ``, or with a
+value `` `num_segments=2` ``. The command line shows such names as options of its own, here
+``--output`` and ``--num-segments 2``; it does the same with warnings.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def test_a_strategy_that_fails_is_a_cell_of_its_own():
 
 def test_requests_with_too_few_segments_stop_the_run_or_become_rows():
     short = replace(REQUESTS[0], segments=REQUESTS[0].segments[:1], uuid="short", source="f:3")
-    with pytest.raises(RequestError, match="f:3: 2 segments asked for, got 1; lower --num-seg"):
+    with pytest.raises(RequestError, match="f:3: 2 segments asked for, got 1; lower `num_seg"):
         cut_to_counts([*REQUESTS, short], [1, 2])
     cut = cut_to_counts([*REQUESTS, short], [1, 2], "skip")
     assert [len(request.segments) for request in cut[1]] == [1, 1, 1]

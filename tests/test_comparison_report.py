@@ -100,7 +100,7 @@ def test_results_that_stand_there_are_found_before_anything_runs(runner):
     new.check([cell])
     assert not new.has_result(cell)
     write_cell(new.folder, cell, REQUESTS, ["yes"] * 20)
-    with pytest.raises(OutputError, match=r"causal-1.feather: exists; pass --resume"):
+    with pytest.raises(OutputError, match=r"causal-1.feather: exists; pass `resume`"):
         new.check([cell])
     assert not runner("overwrite").has_result(cell)
     resumed = runner("resume")

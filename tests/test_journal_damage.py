@@ -134,7 +134,7 @@ def test_a_damaged_journal_is_not_replaced_by_a_new_run(output: Path) -> None:
     content = bytearray(journal_of(output).read_bytes())
     content[start + 900] ^= 1
     journal_of(output).write_bytes(content)
-    with pytest.raises(OutputError, match="holds 0 finished rows of an interrupted run; pass --"):
+    with pytest.raises(OutputError, match="0 finished rows of an interrupted run; pass `resume`"):
         run(output, requests)
     assert journal_of(output).read_bytes() == content
 
@@ -172,7 +172,7 @@ def test_a_journal_without_checksums_is_refused_with_what_to_do(output: Path) ->
     output.parent.mkdir()
     schema = SCHEMA.with_metadata({RUN: CONFIG.to_json()})
     journal_of(output).write_bytes(schema.serialize().to_pybytes())
-    said = "its rows cannot be verified, since it has no checksums .*; pass --overwrite to start"
+    said = "its rows cannot be verified, since it has no checksums .*; pass `overwrite` to start"
     with pytest.raises(OutputError, match=said):
         run(output, make_requests(2), mode="resume")
     with pytest.raises(OutputError, match=said):
@@ -185,7 +185,7 @@ def test_a_journal_whose_beginning_is_damaged_is_refused(output: Path) -> None:
     content = bytearray(journal_of(output).read_bytes())
     content[100] ^= 1
     journal_of(output).write_bytes(content)
-    with pytest.raises(OutputError, match=r"damaged at its beginning, .*; pass --overwrite to"):
+    with pytest.raises(OutputError, match=r"damaged at its beginning, .*; pass `overwrite` to"):
         run(output, make_requests(3), mode="resume")
 
 

@@ -168,7 +168,7 @@ def test_a_quantised_checkpoint_loads_or_is_refused_in_one_line(folder, refusal,
         ({"transformers_weights": "other.safetensors"}, "has no file other.safetensors"),
         (
             {"model_type": "x", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}},
-            "comes with code of its own; to run it, pass --trust-remote-code",
+            "comes with code of its own; to run it, pass `trust_remote_code=True`",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_result_that_does_not_record_its_model_cannot_be_resumed(
     assert str(raised.value) == (
         f"{output}.partial: cannot be verified to be of the same model and plugin, since an "
         "earlier version of flexmask wrote it and did not record model_files and plugin; pass "
-        "--overwrite to start again, or another --output"
+        "`overwrite` to start again, or another `output`"
     )
 
 

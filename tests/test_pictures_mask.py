@@ -84,7 +84,7 @@ def test_tile_states_are_those_of_the_block_mask():
 
 
 def test_tiles_that_would_be_a_square_of_tokens_are_refused():
-    with pytest.raises(OptionError, match=r"take larger tiles \(--tile 2\)"):
+    with pytest.raises(OptionError, match=r"take larger tiles \(`tile=2`\)"):
         TileMask.build(causal, 10_000, 1)
 
 

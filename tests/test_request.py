@@ -166,7 +166,7 @@ def test_two_lines_with_one_uuid_are_refused(path: Path) -> None:
 
 def test_a_missing_file_a_folder_and_an_empty_file_are_refused(path: Path) -> None:
     assert message_of(str(path)) == (
-        "questions.jsonl: No such file or directory; --input takes JSON Lines, CSV, Parquet, "
+        "questions.jsonl: No such file or directory; `input` takes JSON Lines, CSV, Parquet, "
         "Feather or Arrow, a folder saved by datasets, or a hub id"
     )
     path.write_text("\n \n")

@@ -82,7 +82,7 @@ def test_every_format_is_resumed(output: Path, tmp_path: Path) -> None:
 def test_every_format_refuses_another_run_with_the_differences(output: Path) -> None:
     write(output)
     config = RunConfig({"strategy": "causal", "task": {"name": "t", "select": "all"}})
-    with pytest.raises(OutputError, match=r"run .task.select: 'first 2' → 'all'.; pass --over"):
+    with pytest.raises(OutputError, match=r"run .task.select: 'first 2' → 'all'.; pass `over"):
         ResultWriter.open(output, config=config, requests=REQUESTS, mode="resume")
 
 

@@ -187,7 +187,7 @@ def test_a_file_system_without_locks_keeps_no_empty_journal(
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     output = tmp_path / os.fsdecode(b"out\xff.jsonl")
-    with pytest.raises(OutputError, match="a name that is not UTF-8; choose another --output"):
+    with pytest.raises(OutputError, match="a name that is not UTF-8; choose another `output`"):
         check_output(output, "new")
     assert os.listdir(tmp_path) == []
 

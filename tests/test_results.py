@@ -182,7 +182,7 @@ def test_a_run_interrupted_before_its_first_row_leaves_nothing(output: Path) -> 
 def test_a_run_that_ends_with_rows_missing_makes_no_file(output: Path) -> None:
     requests = make_requests(3)
     with (
-        pytest.raises(OutputError, match="2 of 3 requests have no row yet; pass --resume"),
+        pytest.raises(OutputError, match="2 of 3 requests have no row yet; pass `resume`"),
         ResultWriter.open(output, config=CONFIG, requests=requests) as writer,
     ):
         writer.write([answer(requests[0])])
@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_error_and_costs_no_finished_row(
                 writer.write([answer(requests[2])])
         assert str(raised.value) == (
             f"{journal_of(output)}: cannot be written (No space left on device); finished rows "
-            "are kept, --resume continues from them"
+            "are kept, `resume` goes on from them"
         )
         assert uuids(journal_of(output)) == ["q0", "q1"]
         writer.write(map(answer, requests[2:]))
@@ -292,7 +292,7 @@ def raise_no_space(fd: int) -> None:
 def test_a_new_run_refuses_to_touch_a_result(output: Path) -> None:
     requests = make_requests(2)
     run(output, requests)
-    with pytest.raises(OutputError, match=r"out\.feather: exists; pass --resume .*--overwrite"):
+    with pytest.raises(OutputError, match=r"out\.feather: exists; pass `resume` .*`overwrite`"):
         run(output, requests)
     assert os.listdir(output.parent) == ["out.feather"]
 
@@ -300,7 +300,7 @@ def test_a_new_run_refuses_to_touch_a_result(output: Path) -> None:
 def test_a_new_run_refuses_to_touch_the_rows_of_an_interrupted_one(output: Path) -> None:
     requests = make_requests(2)
     interrupted_run(output, requests, at="q1")
-    with pytest.raises(OutputError, match="holds 1 finished rows of an interrupted run; pass --"):
+    with pytest.raises(OutputError, match="1 finished rows of an interrupted run; pass `resume`"):
         run(output, requests)
     assert uuids(journal_of(output)) == ["q0"]
 
@@ -383,8 +383,8 @@ def test_resuming_a_different_run_is_refused_with_the_differences(
     assert str(raised.value) == (
         f"{output if is_finished else journal_of(output)}: made by a different run "
         "(strategy: 'causal' → 'prefix_segment'; parameters.window: 8 → 16; "
-        "top_p: None → not set; seed: not set → 0); pass --overwrite to start again, or another "
-        "--output"
+        "top_p: None → not set; seed: not set → 0); pass `overwrite` to start again, or another "
+        "`output`"
     )
 
 
@@ -516,7 +516,7 @@ def test_a_file_that_is_not_ours_in_the_journals_place_is_refused(
     journal_of(output).write_text("half a download")
     with pytest.raises(
         OutputError,
-        match=r"out.feather.partial: not a result file; pass --overwrite to start again",
+        match=r"out.feather.partial: not a result file; pass `overwrite` to start again",
     ):
         run(output, make_requests(2), mode=mode)
     assert journal_of(output).read_text() == "half a download"

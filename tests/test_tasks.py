@@ -314,7 +314,7 @@ def test_examples_that_are_too_few_beside_the_row_that_is_asked_are_an_error(
 ) -> None:
     task = task_of(MINIMAL + EXAMPLES_OF_ALL + 'count = 2\nrows = [{q = "a"}, {q = "b"}]\n')
     assert request_of(task, {"q": "c"}).prefix == "<a><b>"
-    with pytest.raises(RequestError, match=r"only 1 others of the 2 wanted; .*--num-examples 1"):
+    with pytest.raises(RequestError, match=r"only 1 others of the 2 wanted; .*`num_examples=1`"):
         request_of(task, {"q": "b"})
 
 

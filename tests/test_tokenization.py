@@ -267,7 +267,7 @@ def test_a_chat_template_that_cannot_be_used_is_one_line(template, message):
         RequestTokenizer(tokenizer, chat_template=True)
     line = str(raised.value)
     assert line.startswith(f"the chat template {message}")
-    assert "leave out --chat-template" in line
+    assert "leave out `chat_template`" in line
     assert "\n" not in line
 
 

@@ -27,6 +27,7 @@ from flexmask_cli.commands.tasks import tasks
 from flexmask_cli.commands.warmup import warmup
 from flexmask_cli.help_text import Command, Group
 from flexmask_cli.option_kinds import flag
+from flexmask_cli.option_names import OPTION_NAMES
 from flexmask_cli.start_up import prepare_process
 from flexmask_cli.streams import prepared_streams
 
@@ -98,13 +99,14 @@ def main() -> None:
         with prepared_streams():
             _run()
     except FlexMaskError as error:
-        message = " ".join(str(error).splitlines())
+        message = " ".join(OPTION_NAMES.shown(str(error)).splitlines())
         sys.exit(f"error: {printable(message, WORDS)}")
 
 
 def _run() -> NoReturn:
     try:
-        status = build_app()(prog_name="flexmask", standalone_mode=False)
+        OPTION_NAMES.app = build_app()
+        status = OPTION_NAMES.app(prog_name="flexmask", standalone_mode=False)
     except _UsageError as error:
         said = io.StringIO()
         error.show(said)

@@ -41,7 +41,7 @@ def check_config_file(source: CheckpointSource, *, trust_remote_code: bool = Fal
     if is_remote:
         raise ModelError(
             f"model {shown(source.name)} comes with code of its own; to run it, pass "
-            "--trust-remote-code (in Python, trust_remote_code=True)"
+            "`trust_remote_code=True`"
         )
     if kind is not None:
         raise ModelError(

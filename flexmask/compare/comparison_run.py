@@ -55,7 +55,7 @@ def _cut(request: Request | BadRow, count: int | None, on_error: OnError) -> Req
     except RequestError as error:
         reason = f"{request.label}: {error}"
         if on_error == "stop":
-            raise RequestError(f"{reason}; lower --num-segments") from None
+            raise RequestError(f"{reason}; lower `num_segments`") from None
         return BadRow(request.uuid, reason, request)
 
 

@@ -46,7 +46,7 @@ class ChatTemplate:
             ModelError: If the tokenizer has no template, or an unusable one.
         """
         if not getattr(tokenizer, "chat_template", None):
-            raise ModelError("this tokenizer has no chat template; leave out --chat-template")
+            raise ModelError("this tokenizer has no chat template; leave out `chat_template`")
         self._tokenizer = tokenizer
         # Letters and digits only, which templates do not escape, and random, so that no text
         # contains it.
@@ -56,14 +56,14 @@ class ChatTemplate:
             text = self._write(self._mark + _HARD_TO_COPY + self._mark)
         except Exception as error:  # raised by the template
             raise ModelError(
-                f"the chat template fails: {described(error)}; leave out --chat-template, or "
+                f"the chat template fails: {described(error)}; leave out `chat_template`, or "
                 "correct the template in the tokenizer's files"
             ) from error
         parts = text.split(self._mark)
         if len(parts) != 3 or parts[1] != _HARD_TO_COPY:
             raise ModelError(
                 "the chat template does not write the text of a user turn once and unchanged; "
-                "leave out --chat-template"
+                "leave out `chat_template`"
             )
 
     @property
@@ -91,7 +91,7 @@ class ChatTemplate:
                 return UserTurn(before.removesuffix(head), head, tail, after.removeprefix(tail))
         raise RequestError(
             "the chat template changes the text of its prefix or suffix; leave out "
-            "--chat-template, or change that text"
+            "`chat_template`, or change that text"
         )
 
     def _write(self, content: str) -> str:

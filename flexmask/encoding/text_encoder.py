@@ -156,7 +156,7 @@ class TextEncoder:
         for id_ in (self._special.keys() & token_ids) - self._ordinary_ids:
             raise RequestError(
                 f"it holds {self._special[id_]!r}, which this tokenizer can only encode as a "
-                "special token; remove it, or pass --allow-special-tokens"
+                "special token; remove it, or pass `allow_special_tokens=True`"
             )
 
     @cached_property

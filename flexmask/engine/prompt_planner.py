@@ -179,7 +179,7 @@ def _warn_of(special_texts: dict[int, str]) -> None:
     hold = "1 request holds" if count == 1 else f"{count} requests hold"
     warnings.warn(
         f"{hold} the text of a special token, such as {example!r}, which was tokenized as plain "
-        "text; --allow-special-tokens (allow_special_tokens=True) makes it that token",
+        "text; `allow_special_tokens=True` makes it that token",
         FlexMaskWarning,
         stacklevel=2,
     )

@@ -61,7 +61,7 @@ def open_input(source: str, text: TextFormat = TextFormat()) -> Input:  # noqa: 
     if source == "-":
         return _text_input("standard input", "stdin", lines_of_stdin(text), None, text)
     if not source:
-        raise RequestError(f"the input has an empty name; --input takes {KINDS}")
+        raise RequestError(f"the input has an empty name; `input` takes {KINDS}")
     path = Path(source)
     pipe = inherited_pipe(path)
     if pipe is not None:
@@ -94,7 +94,7 @@ def _open_file(path: Path, text: TextFormat) -> Input:
     name = printable(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise RequestError(
-            f"{name}: not a file but a pipe or device; send its rows to --input -, or write them "
+            f"{name}: not a file but a pipe or device; send its rows to `input=-`, or write them "
             "to a file"
         )
     with as_request_errors(name), open_regular(path) as file:
@@ -134,4 +134,4 @@ def _open_hub(name: str, split: str | None) -> Input:
 
 
 def _not_text(name: str) -> RequestError:
-    return RequestError(f"{name}: not a text file; leave out --delimiter and --encoding")
+    return RequestError(f"{name}: not a text file; leave out `delimiter` and `encoding`")

@@ -87,7 +87,7 @@ def as_request_errors(name: str, encoding: str | None = "UTF-8") -> Iterator[Non
     except OSError as error:
         if error.errno is None:  # what Arrow raises for damage too
             raise _damaged(name, error) from None
-        raise RequestError(f"{name}: {error.strerror or error}; --input takes {KINDS}") from None
+        raise RequestError(f"{name}: {error.strerror or error}; `input` takes {KINDS}") from None
 
 
 def _damaged(name: str, error: Exception) -> RequestError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flexmask.errors import OptionError, RequestError
 
 OPTIONS = (
-    "--encoding sets an encoding other than UTF-8, such as cp1252 or utf-16, and --delimiter the "
+    "`encoding` sets an encoding other than UTF-8, such as cp1252 or utf-16, and `delimiter` the "
     "character between the cells of CSV"
 )
 """Advice about a text file that cannot be read."""

@@ -58,7 +58,7 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
         OptionError: If the folder is there and not empty, or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OptionError(f"{folder} is there already; choose another --directory")
+        raise OptionError(f"{folder} is there already; choose another `directory`")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in _example_files():

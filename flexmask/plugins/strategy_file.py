@@ -116,7 +116,7 @@ def reference_of_record(recorded: str, location: str | None = None) -> str:
     state = "has changed since" if any(file.is_file() for file in first) else "is not there"
     raise StrategyError(
         f"the run's strategy is of the file {path}, which {state} (sha256 {match['digest']}); "
-        "name it with --strategy, or put it back"
+        "name it with `strategy`, or put it back"
     )
 
 

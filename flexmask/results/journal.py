@@ -58,13 +58,13 @@ class Journal:
             except BlockingIOError:
                 raise OutputError(
                     f"{output}: another process is writing it; wait until it ends, or choose "
-                    "another --output"
+                    "another `output`"
                 ) from None
             except OSError as error:
                 is_link = error.errno == errno.ELOOP
                 reason = "it is a symbolic link" if is_link else error.strerror
                 raise OutputError(
-                    f"{path}: cannot be opened and locked ({reason}); choose another --output"
+                    f"{path}: cannot be opened and locked ({reason}); choose another `output`"
                 ) from None
             if _is_file_at(path, fd):
                 return cls(output, fd)
@@ -139,7 +139,7 @@ class Journal:
         if size != self._end:
             raise OutputError(
                 f"{self.path}: another process has changed it while this one wrote it ({size:,} "
-                f"bytes, not {self._end:,}); --resume continues from the intact rows"
+                f"bytes, not {self._end:,}); `resume` continues from the intact rows"
             )
 
     def _restore_if_removed(self) -> None:
@@ -149,7 +149,7 @@ class Journal:
         if os.path.lexists(self.path):
             raise OutputError(
                 f"{self.path}: another file has replaced it, and the rows of this run are lost; "
-                "run again with another --output"
+                "run again with another `output`"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._replace(self._copy_to)

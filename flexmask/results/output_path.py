@@ -67,7 +67,7 @@ def writable_path(path: Path) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{output.parent}: nothing can be written there ({reason}); choose another --output"
+            f"{output.parent}: nothing can be written there ({reason}); choose another `output`"
         ) from None
     return output.absolute()  # plugin code may change the working directory later
 
@@ -82,9 +82,9 @@ def check_output_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise OutputError(f"{path}: a name that is not UTF-8; choose another --output") from None
+        raise OutputError(f"{path}: a name that is not UTF-8; choose another `output`") from None
     if "\0" in str(path):
-        raise OutputError(f"{path}: no file can have this name; choose another --output")
+        raise OutputError(f"{path}: no file can have this name; choose another `output`")
     if os.path.isdir(path):  # unlike Path.is_dir, quiet about folders that may not be read
         raise OutputError(f"{path}: a folder; name a file in it: {path / 'results.feather'}")
     if path.suffix.lower() not in EXTENSIONS:

@@ -279,14 +279,14 @@ class ResultWriter:
         if not self.is_complete:
             raise OutputError(
                 f"{self._output}: {len(self._pending)} of {len(self._order)} requests have no "
-                "row yet; pass --resume to generate them"
+                "row yet; pass `resume` to generate them"
             )
         content = self._journal.read()
         rows = content.rows
         if content.loss or Counter(keys(rows)) != Counter(self._order):
             raise OutputError(
                 f"{self._journal.path}: damaged while it was written: {rows.num_rows:,} of "
-                f"{len(self._order):,} rows are intact; --resume generates the others again"
+                f"{len(self._order):,} rows are intact; `resume` generates the others again"
             )
         write_rows(self._output, self._schema, _in_order(rows, self._order))
 

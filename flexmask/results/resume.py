@@ -24,7 +24,7 @@ OutputMode = Literal["new", "overwrite", "resume"]
 """``new``: the output must not exist. ``overwrite``: replace it once the new file is complete.
 ``resume``: keep the finished rows and add the others."""
 
-START_AGAIN = "pass --overwrite to start again, or another --output"
+START_AGAIN = "pass `overwrite` to start again, or another `output`"
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ def find_earlier(output: Path, journal: Journal, mode: OutputMode) -> EarlierRun
     if unfinished.rows.num_rows or unfinished.tail == "damaged":
         raise OutputError(
             f"{journal.path}: holds {unfinished.rows.num_rows} finished rows of an interrupted "
-            "run; pass --resume to continue, --overwrite to start again, or another --output"
+            "run; pass `resume` to continue, `overwrite` to start again, or another `output`"
         )
     if output.exists():
         raise OutputError(
-            f"{output}: exists; pass --resume to add missing rows, --overwrite to replace it, or "
-            "another --output"
+            f"{output}: exists; pass `resume` to add missing rows, `overwrite` to replace it, or "
+            "another `output`"
         )
     return None
 

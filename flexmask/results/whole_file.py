@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexmask.errors import OutputError
 
-WRITING = "cannot be written ({}); finished rows are kept, --resume continues from them"
+WRITING = "cannot be written ({}); finished rows are kept, `resume` continues from them"
 """Message of `os_errors` for a failed write of rows."""
 
 NOT_FOLLOWED = os.O_NOFOLLOW | os.O_CLOEXEC

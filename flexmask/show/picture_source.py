@@ -150,7 +150,7 @@ def subject_of_result(
         )
     rows = read_finished_rows(source)
     if not 1 <= row <= rows.num_rows:
-        raise RequestError(f"{source}: --row must be 1 to {rows.num_rows}, got {row}")
+        raise RequestError(f"{source}: `row` must be 1 to {rows.num_rows}, got {row}")
     (values,) = rows.slice(row - 1, 1).to_pylist()
     if values["error"]:
         raise RequestError(f"{source}: row {row} failed: {values['error']}")

@@ -53,7 +53,7 @@ class TileMask:
         if -(-size // tile) > MAX_TILES:
             raise OptionError(
                 f"{size:,} tokens in tiles of {tile} are too many to draw; take larger tiles "
-                f"(--tile {-(-size // MAX_TILES)})"
+                f"(`tile={-(-size // MAX_TILES)}`)"
             )
         report = explain_mask(mask_mod, 1, None, size, size, "cpu", tile)
         return cls(mask_mod, size, tile, report)

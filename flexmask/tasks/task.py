@@ -135,7 +135,7 @@ def _read_task(path: Path) -> Task:
     try:
         table = tomllib.loads(read_whole(path, _MAX_BYTES).decode())
     except OSError as error:
-        raise TaskError(f"{file}: {error.strerror}; --task takes a name or a TOML file") from None
+        raise TaskError(f"{file}: {error.strerror}; `task` takes a name or a TOML file") from None
     except ValueError as error:  # not TOML, not UTF-8, an integer of too many digits
         raise TaskError(f"{file}: not TOML: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -132,7 +132,7 @@ class TaskPrompts:
                 raise MissingColumnError(
                     f"{self._data.name}: no row has the column {missing[0]!r} of the {group} "
                     f"paraphrases of task {self._task.name!r}; its columns: "
-                    f"{', '.join(columns) or 'none'}; --column {missing[0]}=COLUMN reads it "
+                    f"{', '.join(columns) or 'none'}; `column={missing[0]}=COLUMN` reads it "
                     f"from another{self._data.advice}"
                 )
 
@@ -161,7 +161,7 @@ class TaskPrompts:
             raise RequestError(
                 f"task {self._task.name!r}: its question is one of the examples, and there are "
                 f"only {len(examples)} others of the {len(self._examples)} wanted; name more "
-                f"with --examples, or pass --num-examples {len(examples)}"
+                f"with `examples`, or pass `num_examples={len(examples)}`"
             )
         return examples
 
@@ -213,7 +213,7 @@ class TaskPrompts:
             raise TaskError(
                 f"task {self._task.name!r} takes {examples.count} examples from the split "
                 f"{examples.split!r}, but {self._data.name} has no splits; name others with "
-                "--examples, or give the whole prefix with --prefix-file"
+                "`examples`, or give the whole prefix with `prefix_file`"
             )
         return self._data.split_of(examples.split)
 

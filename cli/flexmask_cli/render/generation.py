@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexmask.fusion import FUSIONS
 from flexmask.printable import WORDS, printable
+from flexmask_cli.option_names import OPTION_NAMES
 from flexmask_cli.render.table import percent, print_table
 from flexmask_cli.streams import write_note, write_text
 
@@ -108,7 +109,7 @@ def print_prompt(request: Request | BadRow, weight: float | None = None) -> None
 
     uuid = printable(request.uuid, WORDS)
     if isinstance(request, BadRow):
-        write_text(f"== {uuid}\nfailed: {printable(request.error, WORDS)}\n")
+        write_text(f"== {uuid}\nfailed: {printable(OPTION_NAMES.shown(request.error), WORDS)}\n")
         return
     alone = "" if request.segment is None else f", segment {request.segment}"
     weighted = "" if weight is None else f", weight {weight:g}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexmask.errors import FlexMaskWarning
 from flexmask.printable import WORDS, printable, printable_json
+from flexmask_cli.option_names import OPTION_NAMES
 from flexmask_cli.streams import write_note, write_styled, write_text
 
 
@@ -28,7 +29,7 @@ def print_json_line(text: str) -> None:
 def print_warnings(lines: Iterable[str]) -> None:
     """Print each line to stderr."""
     for line in lines:
-        write_note(f"warning: {line}")
+        write_note(f"warning: {OPTION_NAMES.shown(line)}")
 
 
 @contextmanager
