@@ -24,8 +24,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from flexmask import create_block_mask, explain_mask
 from flexmask.attention.flex_call import TRITON_OPTIONS, last_tile_first
 from flexmask.attention.model_probe import AttentionShape
-from flexmask.bench.ceilings import matrix_rate, read_bandwidth
-from flexmask.bench.clock import time_call
+from flexmask.bench.machine import matrix_rate, read_bandwidth
+from flexmask.device_clock import time_call
 from flexmask.engine.prefill_kernel import Tile, flash_can_attend
 from flexmask.kernels.decode_attention import decode_attention
 from flexmask.torch_internals import mark_static

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dataset_run import SHAPES, random_engine
-from flexmask.bench.ceilings import read_bandwidth
+from flexmask.bench.machine import read_bandwidth
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from flexmask.bench import attention_timing as attention_bench
-from flexmask.bench.attention_timing import AttentionBench, Floor, Timing
-from flexmask.bench.clock import Spread, time_call
-from flexmask.bench.heads import Heads
+from flexmask.bench.attention_timing import AttentionBench, Floor, Heads, Timing
+from flexmask.device_clock import Spread, time_call
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
 from flexmask.mask_mods import causal

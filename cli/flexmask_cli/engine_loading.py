@@ -38,13 +38,11 @@ def load_tokenizer(model: ModelOptions, chat: ChatOptions, task: Task | None) ->
     Raises:
         ModelError: If it cannot be loaded, or has no chat template and one is asked for.
     """
-    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+    from flexmask.encoding.tokenization import RequestTokenizer
 
-    tokenizer = load_tokenizer(
-        model.model or str(model_path()), trust_remote_code=model.trust_remote_code
-    )
-    return RequestTokenizer(
-        tokenizer,
+    return RequestTokenizer.from_pretrained(
+        model.model or str(model_path()),
+        trust_remote_code=model.trust_remote_code,
         chat_template=chat.uses_template(task),
         allow_special_tokens=chat.allow_special_tokens,
     )

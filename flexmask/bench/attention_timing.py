@@ -16,10 +16,10 @@ from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.attention.flex_call import PrefillKernel, has_triton_options
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.attention.scaled_part import place_part
-from flexmask.bench.ceilings import matrix_rate, read_bandwidth
-from flexmask.bench.clock import Spread, time_call
 from flexmask.bench.heads import Heads
+from flexmask.bench.machine import matrix_rate, read_bandwidth
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
+from flexmask.device_clock import Spread, time_call
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
 from flexmask.engine.prefill_plan import prefill_length
 from flexmask.layout import Layout

@@ -1,4 +1,4 @@
-"""With what something was measured."""
+"""The machine of a measurement: hardware, versions, and the most that it can do, measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from flexmask.device_clock import time_call
+
+READ_BYTES = {"cuda": 8 * 10**9, "cpu": 2**30}
+MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
+
 
 def machine_stamp() -> dict[str, str | int | None]:
-    """Machine and versions, for the record of a measurement."""
+    """Hardware and versions, for the record of a measurement; None for what is not there."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),
@@ -24,3 +29,18 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which a sum reads a tensor that no cache holds."""
+    values = torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    return 1e3 * values.nbytes / time_call(values.sum, device, repeats=10).median
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product."""
+    side = MATRIX_SIDE[device.type]
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    result = torch.empty_like(matrix)
+    spread = time_call(lambda: torch.mm(matrix, matrix, out=result), device, repeats=10)
+    return 1e3 * 2 * side**3 / spread.median

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from flexmask.check.cases import Case
-from flexmask.check.mask_text import SEES, SEES_NOT, draw
-from flexmask.layout import Layout
+from flexmask.layout import PREFIX, TAIL, Layout
 
 SHOWN = 12
 """Rows, and half of the columns, of a picture of a long layout."""
+
+SEES, SEES_NOT = "#", "."
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Fault:
         q_slots = _around(self.q_idx, len(segments), SHOWN)
         kv_slots = _around(kv_idx, len(segments), 2 * SHOWN)
         rows = [self._row(q_idx, kv_slots) for q_idx in q_slots]
-        drawn = draw(rows, [segments[q] for q in q_slots], [segments[kv] for kv in kv_slots])
+        drawn = _headed(rows, [segments[q] for q in q_slots], [segments[kv] for kv in kv_slots])
         shown = f"slots {q_slots[0]}–{q_slots[-1]} down, {kv_slots[0]}–{kv_slots[-1]} across"
         marked = "< the row" if self.kv_idx is None else "! seen, ? unseen: the pair"
         return f"{drawn}\n{shown}; # sees, . does not, {marked} at fault"
@@ -98,3 +100,20 @@ def _around(slot: int, size: int, shown: int) -> range:
     """At most ``shown`` of ``size`` slots, with ``slot`` among them."""
     start = max(0, min(slot - shown // 2, size - shown))
     return range(start, min(size, start + shown))
+
+
+def _headed(rows: Sequence[str], q_segments: Sequence[int], kv_segments: Sequence[int]) -> str:
+    """Head rows and columns of a picture with the part that their first token belongs to.
+
+    Args:
+        rows: For each query the characters of its keys.
+        q_segments: Segment id of each row.
+        kv_segments: Segment id of each column.
+    """
+    heading = "   " + "".join(_part(segment)[-1] for segment in kv_segments)
+    lines = (f"{_part(segment):>2} {row}" for segment, row in zip(q_segments, rows, strict=True))
+    return "\n".join([heading, *lines])
+
+
+def _part(segment_id: int) -> str:
+    return {PREFIX: "P", TAIL: "T"}.get(segment_id, str(segment_id))

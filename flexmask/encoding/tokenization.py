@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
+from typing import Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -81,6 +82,31 @@ class RequestTokenizer:
             self._decoder,
             template=self._template.source if self._template else None,
             allow_special_tokens=allow_special_tokens,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        trust_remote_code: bool = False,
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+    ) -> Self:
+        """Load the tokenizer of a model, and not the model.
+
+        Args:
+            model: Hub id, folder or GGUF file.
+            trust_remote_code: Run code that comes with the tokenizer.
+            chat_template: As in `RequestTokenizer`.
+            allow_special_tokens: As in `RequestTokenizer`.
+
+        Raises:
+            ModelError: If there is none, or its chat template cannot be used.
+        """
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        return cls(
+            tokenizer, chat_template=chat_template, allow_special_tokens=allow_special_tokens
         )
 
     def read_ahead(self, requests: Iterable[Request]) -> None:

@@ -10,10 +10,10 @@ from itertools import islice
 
 import torch
 
+from flexmask.device_clock import DeviceClock, Mark
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_row import BatchRow
 from flexmask.engine.decode_loop import DecodeLoop
-from flexmask.engine.device_clock import DeviceClock, Mark
 from flexmask.engine.executor import BatchSize, Executor
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_cache import common_prefix_length, pays_off

@@ -15,7 +15,6 @@ from flexmask.block_mask import DecodeRowMask
 from flexmask.block_mask.decode_row import check_row_mask
 from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
 from flexmask.engine.prefill_plan import PrefillPlan
-from flexmask.engine.slot_mods import mask_at_slots, score_at_slots, score_from_slots
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import and_masks, strategy_mask, within_window
@@ -91,7 +90,7 @@ class BoundStrategy:
             for kind, window in windows.items()
         }
         self.query_masks = {
-            kind: mask_at_slots(mask_mod, self.query_slots)
+            kind: _mask_at_slots(mask_mod, self.query_slots)
             for kind, mask_mod in self._mask_mods.items()
         }
         for mask_mod in self._mask_mods.values():
@@ -113,8 +112,8 @@ class BoundStrategy:
         self.decode_score_mod: ScoreMod | None = None
         if score_mod is not None:
             mark_static(self.slots)
-            self.query_score_mod = score_at_slots(score_mod, self.query_slots)
-            self.decode_score_mod = score_from_slots(score_mod, self.slots)
+            self.query_score_mod = _score_at_slots(score_mod, self.query_slots)
+            self.decode_score_mod = _score_from_slots(score_mod, self.slots)
 
     def load(self, plan: PrefillPlan) -> None:
         """Load the layouts of a batch, and the slots of the queries of its prefill."""
@@ -183,3 +182,30 @@ def spans_of(starts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     spans = [(row, start) for row, own in enumerate(starts) for start in own]
     rows, firsts = torch.tensor(spans, device=device).unbind(1)
     return rows, firsts
+
+
+def _mask_at_slots(mask_mod: MaskMod, slots: Tensor) -> MaskMod:
+    """The mask of queries at ``slots`` ``(B, Q)`` of their rows."""
+
+    def at_slots(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, slots[b, q_idx], kv_idx)
+
+    return at_slots
+
+
+def _score_at_slots(score_mod: ScoreMod, slots: Tensor) -> ScoreMod:
+    """The change of scores of queries at ``slots`` ``(B, Q)`` of their rows."""
+
+    def at_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, slots[b, q_idx], kv_idx)
+
+    return at_slots
+
+
+def _score_from_slots(score_mod: ScoreMod, first_slots: Tensor) -> ScoreMod:
+    """The change of scores of queries that begin at ``first_slots`` ``(B,)`` of their rows."""
+
+    def from_slots(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, first_slots[b] + q_idx, kv_idx)
+
+    return from_slots

@@ -171,14 +171,12 @@ def subject_of_result(
         strategy=partial(_strategy_of_run, config),
     )
     # Imported here, because a request of given lengths need not wait for transformers.
-    from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
+    from flexmask.encoding.tokenization import RequestTokenizer
 
     name = model or answer.model
-    tokenizer = load_tokenizer(
-        str(model_path()) if name == DEMO else name, trust_remote_code=trust_remote_code
-    )
-    tokenize = RequestTokenizer(
-        tokenizer,
+    tokenize = RequestTokenizer.from_pretrained(
+        str(model_path()) if name == DEMO else name,
+        trust_remote_code=trust_remote_code,
         chat_template=run["chat_template"],
         allow_special_tokens=run.get("allow_special_tokens", False),
     )

@@ -1,0 +1,101 @@
+"""Times of work on a device: between two points of its queue, and of a call that is repeated."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+WARM_UPS = 2
+CALLS_PER_GRAPH = 4
+
+Mark = float | torch.cuda.Event
+"""A point in the work of a device, from `DeviceClock.mark`."""
+
+
+class DeviceClock:
+    """Marks points in the work of a device without waiting for it.
+
+    A GPU reaches a mark when all work queued before it is done; a CPU works while the host does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure on ``device``."""
+        self._is_cuda = device.type == "cuda"
+
+    def mark(self) -> Mark:
+        """The point up to which work is queued."""
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Mark, second: Mark) -> float:
+        """Time from one mark to another; waits for the second."""
+        if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
+            second.synchronize()
+            return float(first.elapsed_time(second)) / 1e3
+        assert isinstance(first, float)
+        assert isinstance(second, float)
+        return second - first
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds of a call.
+
+    Attributes:
+        median: The median.
+        low: The first quartile.
+        high: The third.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def time_call(call: Callable[[], object], device: torch.device, repeats: int = 20) -> Spread:
+    """Time a call once it is warm; on a GPU as a CUDA graph, so that launching does not count.
+
+    Args:
+        call: The call; it allocates nothing that outlives it.
+        device: Where it runs.
+        repeats: How often it is timed.
+    """
+    clock, is_cuda = DeviceClock(device), device.type == "cuda"
+    times = []
+    with torch.cuda.device(device) if is_cuda else nullcontext():
+        timed, calls = (_captured(call), CALLS_PER_GRAPH) if is_cuda else (_warm(call), 1)
+        for _ in range(repeats):
+            first = clock.mark()
+            timed()
+            times.append(1e3 * clock.seconds(first, clock.mark()) / calls)
+    low, median, high = statistics.quantiles(times, n=4)
+    return Spread(median, low, high)
+
+
+def _warm(call: Callable[[], object]) -> Callable[[], object]:
+    for _ in range(WARM_UPS):
+        call()
+    return call
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of `CALLS_PER_GRAPH` calls, replayed once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _warm(call)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            call()
+    graph.replay()
+    return graph.replay
