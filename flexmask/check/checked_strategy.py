@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.pairs_by_vmap import PairsByVmap
+from flexmask.block_mask.intervals.pairs_by_vmap import PairsByVmap
 from flexmask.check.cases import Case
 from flexmask.check.torch_settings import read_settings
 from flexmask.layout import Layout
@@ -18,10 +18,11 @@ from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
 
 if TYPE_CHECKING:
-    from flexmask.check.compiled_run import CompiledRun
     from flexmask.mod_types import MaskMod
 
 CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 MIN_CAPACITY = 64
 
@@ -67,6 +68,7 @@ class Subject:
         self.case: Case | None = None
         self.mask = functools.cache(self._mask)
         self._layouts: dict[Case, Layout] = {}
+        self._computed: dict[object, object] = {}
 
     def layout(self, case: Case) -> Layout:
         """The strategy's layout of a request."""
@@ -90,9 +92,8 @@ class Subject:
         """File of the strategy's mask_mod."""
         return self.strategy.source().rpartition(":")[0]
 
-    @cached_property
-    def compiled_run(self) -> CompiledRun:
-        """Attention under the strategy's mask over several layouts."""
-        from flexmask.check.compiled_run import run_compiled
-
-        return run_compiled(self)
+    def once(self, compute: Callable[[Subject], T]) -> T:
+        """What ``compute`` makes of the subject; computed at the first call, and kept."""
+        if compute not in self._computed:
+            self._computed[compute] = compute(self)
+        return cast(T, self._computed[compute])

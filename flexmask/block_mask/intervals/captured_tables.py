@@ -8,17 +8,14 @@ import numbers
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexmask.block_mask.intervals.interval import Interval
 from flexmask.block_mask.intervals.interval_rule import COMMON
-from flexmask.block_mask.intervals.stand_in import NoIntervalRule, StandIn
-
-if TYPE_CHECKING:
-    from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.stand_in import Evaluator, NoIntervalRule, StandIn
 
 POOLED_ENTRIES = 2**18
 """A table looked up at free ranges is first pooled to about this many entries."""
@@ -37,7 +34,7 @@ class Selection(StandIn):
 
     def __init__(
         self,
-        evaluator: MaskEvaluator,
+        evaluator: Evaluator,
         table: Tensor,
         indices: Sequence[Any] | None = None,
         casts: tuple[torch.dtype, ...] = (),

@@ -31,13 +31,13 @@ from flexmask.block_mask.intervals.legality import (
     host_read_error,
     mask_name,
 )
+from flexmask.block_mask.intervals.pairs_by_vmap import PairsByVmap
 from flexmask.block_mask.intervals.rule_table import RULES, cast_ends
 from flexmask.block_mask.intervals.stand_in import (
     NoIntervalRule,
     StandIn,
     UnknownTensor,
 )
-from flexmask.block_mask.pairs_by_vmap import PairsByVmap
 from flexmask.errors import MaskError
 from flexmask.mod_types import MaskMod
 from flexmask.torch_internals import DisableTorchFunction, index_by_tensors, tree_leaves, tree_map

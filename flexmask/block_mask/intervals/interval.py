@@ -11,15 +11,12 @@ the dtype of the value they bound. A float interval with a NaN end holds anythin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.intervals.stand_in import StandIn
-
-if TYPE_CHECKING:
-    from flexmask.block_mask.intervals.evaluator import MaskEvaluator
+from flexmask.block_mask.intervals.stand_in import Evaluator, StandIn
 
 Ends = Tensor
 """Lower and upper ends, ``(2, *cells)``."""
@@ -67,7 +64,7 @@ class Interval(StandIn):
     def __init__(
         self,
         ends: Ends,
-        evaluator: MaskEvaluator,
+        evaluator: Evaluator,
         *,
         is_exact: bool = False,
         bounds: Bounds | None = None,
@@ -82,7 +79,7 @@ class Interval(StandIn):
         self._flipped: Ends | None = None
 
     @classmethod
-    def of_triple(cls, triple: Tensor, evaluator: MaskEvaluator) -> Self:
+    def of_triple(cls, triple: Tensor, evaluator: Evaluator) -> Self:
         """Make one of lower, upper and again lower ends, ``(3, *cells)``.
 
         Ends and flipped ends are views of it, and nothing has to flip them later.
@@ -144,7 +141,7 @@ class Interval(StandIn):
         return self.lo.shape
 
 
-def exact_index(index: Tensor, length: int, evaluator: MaskEvaluator, start: int = 0) -> Interval:
+def exact_index(index: Tensor, length: int, evaluator: Evaluator, start: int = 0) -> Interval:
     """Return ``b``, ``h``, ``q_idx`` or ``kv_idx`` of ``length``, where it is known exactly."""
     bounds = (start, start + length - 1)
     span = Span(index, start, 1, length)

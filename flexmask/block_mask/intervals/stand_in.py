@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flexmask.block_mask.intervals.evaluator import MaskEvaluator
-
 
 class NoIntervalRule(Exception):
     """The mask_mod does something that intervals cannot follow; it must be evaluated exactly."""
+
+
+class Evaluator(Protocol):
+    """Applies operations to stand-ins; `evaluator.MaskEvaluator` is one.
+
+    Attributes:
+        device: Where tensors live.
+    """
+
+    device: torch.device
+
+    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply a function of torch, or a Python operator, of which an argument is a stand-in."""
+
+    def refuse_host_read(self, what: str) -> NoReturn:
+        """Raise the error for a mask_mod that asks for a value."""
+
+    def read_bounds(self, ends: Tensor) -> tuple[int, int]:
+        """Return Python numbers around the ends of all cells."""
 
 
 class StandIn:
@@ -29,7 +45,7 @@ class StandIn:
     __array_priority__ = 1000
     """As of a tensor: numpy's numbers leave operators to it."""
 
-    evaluator: MaskEvaluator
+    evaluator: Evaluator
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +162,7 @@ class UnknownTensor(StandIn):
     __slots__ = ("_cells", "_dtype", "_shape")
 
     def __init__(
-        self, evaluator: MaskEvaluator, shape: torch.Size, dtype: torch.dtype, cells: torch.Size
+        self, evaluator: Evaluator, shape: torch.Size, dtype: torch.dtype, cells: torch.Size
     ) -> None:
         """Stand for any tensor of that shape and dtype; it depends on ``cells``."""
         self.evaluator = evaluator
