@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: documents of the repository's root as pages, and links that hold on the site.
+"""Hooks of mkdocs that add documents of the repository's root as pages, and rewrite links.
 
-On GitHub a link leads from file to file of the repository. On the site a link to another document
-leads to its page, and one to any other file to that file on GitHub.
+In the repository, links are relative paths of files. On the site, a link to another document
+becomes a link to its page, and a link to any other file a link to that file on GitHub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGES = {
     "DESIGN.md": "design.md",
     "SECURITY.md": "security.md",
 }
-"""Documents of the root, and the pages that show them."""
+"""Documents of the root, and their pages."""
 
 log = get_plugin_logger(__name__)
 
@@ -39,9 +39,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the links of a document to pages of the site, or to files on GitHub.
+    """Rewrite the links of a document to pages of the site, or to files on GitHub.
 
-    A link to nothing is a warning, which ``--strict`` makes an error.
+    A broken link is a warning, which ``--strict`` turns into an error.
     """
     source = {name: document for document, name in PAGES.items()}.get(page.file.src_uri)
     folder = ROOT / "docs" if source is None else ROOT

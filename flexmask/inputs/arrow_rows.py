@@ -44,15 +44,15 @@ class _Columns:
 
 
 def _check_buffers(column: pa.Array[Any], name: str) -> None:
-    """Check the offsets and indices of a damaged file, which Arrow follows wherever they lead.
+    """Check offsets and indices, which Arrow follows unchecked, even in a damaged file.
 
     Raises:
-        RequestError: If one leads outside of its buffer.
+        RequestError: If one of them is outside of its buffer.
     """
     try:
         column.validate(full=True)
     except pa.ArrowException as error:
-        # Checked after the offsets of the same texts; then the other rows can be read.
+        # UTF-8 is validated after the offsets, so the other rows can be read.
         if _is_of_texts(column.type) and "UTF8" in str(error):
             return
         raise _unreadable(name, column.type, error) from None

@@ -23,8 +23,8 @@ def open_regular(path: Path) -> BinaryIO:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:  # a null character in its name
-        raise OSError(errno.EINVAL, f"no name of a file ({error})") from None
+    except ValueError as error:  # a null character in the name
+        raise OSError(errno.EINVAL, f"not a valid file name ({error})") from None
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):

@@ -76,7 +76,7 @@ def as_request_errors(name: str, encoding: str | None = "UTF-8") -> Iterator[Non
     try:
         yield
     except UnicodeError as error:
-        if encoding is None:  # of the name of a column
+        if encoding is None:  # raised for the name of a column
             raise _damaged(name, error) from None
         reason = getattr(error, "reason", error)
         raise RequestError(
@@ -85,7 +85,7 @@ def as_request_errors(name: str, encoding: str | None = "UTF-8") -> Iterator[Non
     except pa.ArrowException as error:
         raise _damaged(name, error) from None
     except OSError as error:
-        if error.errno is None:  # what Arrow raises for damage too
+        if error.errno is None:  # Arrow raises it for damaged files
             raise _damaged(name, error) from None
         raise RequestError(f"{name}: {error.strerror or error}; `input` takes {KINDS}") from None
 

@@ -73,11 +73,10 @@ def writable_path(path: Path) -> Path:
 
 
 def check_output_name(path: Path) -> None:
-    """Check what can be known of an output without writing: name, extension, that it is a file.
+    """Check an output path without writing: name, extension, and that it is not a folder.
 
     Raises:
-        OutputError: If it is a folder, of no known extension, or no name that every format and
-            message can hold.
+        OutputError: If it is a folder or has an unknown extension, or its name is not valid UTF-8.
     """
     try:
         str(path).encode()

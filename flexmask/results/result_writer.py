@@ -151,8 +151,8 @@ class ResultWriter:
     finished rows.
 
     Attributes:
-        remaining: The requests to generate for; if there are none, the file will be complete.
-        fusion: The fusion to generate for them under.
+        remaining: The requests to generate for; if there are none, the file is complete.
+        fusion: The fusion under which to generate for ``remaining``.
         summary: Counts over the rows so far.
         judge: Extracts answers from generations and scores them.
     """
@@ -199,8 +199,8 @@ class ResultWriter:
             config: Recorded in the file; a resumed run must have the same ``run``.
             requests: All requests of the run, finished or not, in the order of the file. They
                 are iterated more than once.
-            fusion: The fusion of the run, which decides whether a request has one row or a row
-                for some of its segments (`Fusion.expand`).
+            fusion: The fusion of the run, which decides whether a request has one row, or one for
+                each of several segments (`Fusion.expand`).
             mode: What to do if there is a result or a journal already.
             judge: Extracts answers from generations and scores them.
 

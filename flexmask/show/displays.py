@@ -1,4 +1,4 @@
-"""Pictures and HTML of layouts, strategies and explained masks, for `flexmask.display`."""
+"""Renders layouts, strategies and explained masks as figures and HTML, for `flexmask.display`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plot(drawn: object, ax: Axes | None, **options: int) -> Axes:
-    """Draw an object with matplotlib; a strategy by its mask of a small request.
+    """Draw an object with matplotlib; a strategy by its mask for a small request.
 
     Raises:
         FlexMaskError: If matplotlib is not installed.
@@ -36,7 +36,7 @@ def plot(drawn: object, ax: Axes | None, **options: int) -> Axes:
 
 
 def html(shown: object) -> str:
-    """Write an object as HTML without scripts.
+    """Render an object as HTML without scripts.
 
     Raises:
         TypeError: If there is no picture of such objects.
@@ -54,8 +54,8 @@ def plot_layout(layout: Layout, ax: Axes | None = None) -> Axes:
     """Draw the position of every slot, in the colour of its part.
 
     Args:
-        layout: What to draw.
-        ax: Where; None makes a figure that is one column wide.
+        layout: The layout.
+        ax: The axes to draw on; None creates a figure one column wide.
 
     Raises:
         FlexMaskError: If matplotlib is not installed.

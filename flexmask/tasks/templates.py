@@ -34,19 +34,19 @@ MAX_NUMBER = 10**6
 
 _MAX_BITS = 10**5
 _MAX_WRAPPED = 50_000
-"""Characters that ``wordwrap`` takes: its time grows with their square."""
+"""Limit of the characters that ``wordwrap`` takes, because its time is quadratic in them."""
 
 _REMOVED_GLOBALS = ("lipsum", "cycler")
 _REMOVED_FILTERS = ("urlize",)
-"""What web pages need and prompts do not, and what makes text or takes time unseen."""
+"""Globals and filters that prompts do not need, or whose time or output cannot be charged."""
 
 _REMOVED_METHODS = ("encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate")
-"""Of texts and numbers: their results have other sizes than what they are given."""
+"""Methods of texts and numbers whose output may be much larger than their arguments."""
 
 _BY_ITEM = frozenset(
     "batch groupby list map max min reject rejectattr select selectattr sort sum unique".split()
 )
-"""Filters that go through the items of a value; each costs a step."""
+"""Filters that iterate over the items of a value; each item checks the budget."""
 
 _HOLDERS = (list, tuple, dict, MappingView)
 _STEPS = "__steps"
@@ -191,7 +191,7 @@ class _BoundedCode(CodeGenerator):
 
 
 class _Namespace(Namespace):
-    """What ``namespace()`` makes; printed, it does not show all that it holds."""
+    """The object that ``namespace()`` makes, whose representation does not include its content."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -252,7 +252,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _made(value)
 
     def printed(self, value: Any) -> str:
-        """The text of a value, which costs what it holds before it is made."""
+        """Convert a value to text; the size of a container is charged first."""
         if isinstance(value, _HOLDERS):
             _made(value)
         return str(value)
@@ -275,7 +275,7 @@ def _spend(size: int = 0) -> None:
 def _made(value: Any) -> Any:
     """Charge the length of a text, or of everything nested in a container.
 
-    An iterator is charged a step for each item that is read from it.
+    An iterator checks the budget for each item that is read from it.
     Lists that each hold the next one twice are small to build, but exponentially large when they
     are printed or compared.
     """
@@ -340,7 +340,7 @@ def _check_call(name: str, values: list[Any]) -> None:
     """
     for value in values:
         if isinstance(value, _HOLDERS) and not isinstance(value, list):
-            _made(value)  # such as the arguments of a macro, which nothing else has spent for
+            _made(value)  # such as the arguments of a macro, which have not been charged yet
     texts = [_text_of(value) for value in values if isinstance(value, str | bytes)]
     if name in ("d", "default") or not (texts or name in ("batch", "slice", "round")):
         return
