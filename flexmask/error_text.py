@@ -28,6 +28,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return True for a panic of a library written in Rust, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def place_of_fault(error: BaseException, module: str) -> str | None:
     """The innermost line of ``module``, or its package, on the way to ``error``.
 

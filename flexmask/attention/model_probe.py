@@ -26,7 +26,7 @@ from flexmask.attention import BACKEND, DENSE_BACKEND
 from flexmask.attention.added_mask import OwnScoresError, added_mask
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.error_text import described
-from flexmask.errors import AttentionError, FlexMaskError
+from flexmask.errors import AttentionError, FlexMaskError, ModelError
 from flexmask.transformers_internals import attention_implementation, is_stateful
 
 TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
@@ -274,6 +274,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
 
     Raises:
         AttentionError: If it does not attend through flexmask, or does what no mask can govern.
+        ModelError: If it computes NaN or infinity for every token.
     """
     name, has_own_scores = type(model).__name__, False
     implementation = attention_implementation(model.config.get_text_config())
@@ -292,6 +293,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
             else:
                 reason += "; `flexmask doctor --model` tells whether it can be masked"
         raise AttentionError(f"{name} {reason}")
+    _check_finite(name, plain)
     if is_stateful(model) or not _last_tokens_agree(plain):
         raise AttentionError(
             f"{name} mixes tokens otherwise than by attention (a recurrent state, a convolution), "
@@ -341,6 +343,22 @@ def _rotations(parameters: Any) -> list[dict[str, Any]]:
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
+
+
+def _check_finite(name: str, found: _Pass) -> None:
+    """Check that queries, keys and values of the first layer are finite for some token.
+
+    A kernel may ignore scores that are NaN, and generated tokens would then not show the fault.
+
+    Raises:
+        ModelError: If they are not, as when a config divides positions by zero.
+    """
+    for tensor in found.calls[0].tensors:
+        if not tensor.isfinite().all(-1).all(1).any():
+            raise ModelError(
+                f"{name} computes NaN or infinity for every token; its weights or its config.json "
+                "are damaged"
+            )
 
 
 def _check_mask(name: str, mask: ProbeMask) -> None:
@@ -460,8 +478,10 @@ def _last_tokens_agree(found: _Pass) -> bool:
 
 def _agree(a: Tensor, b: Tensor) -> bool:
     """Compare two tensors, allowing for rounding; weights that give NaN are let pass."""
+    if not a.isfinite().all():
+        return True
     allowed = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps) * float(a.abs().max())
-    return torch.allclose(a, b, rtol=0.0, atol=allowed, equal_nan=True) or not a.isfinite().all()
+    return torch.allclose(a, b, rtol=0.0, atol=allowed)
 
 
 def _run(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from flexmask.checkpoint.gguf_file import read_header
 from flexmask.checkpoint.model_name import shown
@@ -16,6 +19,8 @@ from flexmask.errors import ModelError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+LARGEST_UNUSED = 2**20
+"""Largest ``intermediate_size`` allowed where no weight is as wide: experts may not use it."""
 _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$")
 
 
@@ -48,27 +53,68 @@ def _adapter_error(name: str) -> ModelError:
     )
 
 
-def check_files(source: CheckpointSource) -> None:
+def check_files(source: CheckpointSource) -> list[list[int]]:
     """Find out whether the files of a model are there, whole, and of kinds that run no code.
 
     Of a model on the hub only its JSON files and the index of its weights are looked at; that
     the weights are whole was checked as they came.
+
+    Returns:
+        The shapes of the weights in a folder; empty for a GGUF file or a model on the hub.
 
     Raises:
         ModelError: If not.
         OSError: If the hub cannot be reached.
     """
     if source.gguf is not None:
-        return
+        return []
     source.read_json("generation_config.json")
     # With peft installed, transformers would apply an adapter, whose weights may be pickled.
     if source.file(ADAPTER) is not None:
         raise _adapter_error(source.name)
     entry = _entry(source)
     shards = _shards(source, entry) if entry.endswith(".index.json") else [entry]
-    if source.folder is not None:
-        for shard in shards:
-            _check_weights(source.folder / shard, source.name)
+    for shard in shards:
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise ModelError(
+                f"model {shown(source.name)} names {shard[:40]!r} as its weights, which is not in "
+                "its folder"
+            )
+    folder = source.folder
+    if folder is None:
+        return []
+    return [shape for shard in shards for shape in _shapes(folder / shard, source.name)]
+
+
+def check_sizes(config: PreTrainedConfig, shapes: Sequence[Sequence[int]], model: str) -> None:
+    """Refuse a config whose sizes exceed those of the weights, before anything is allocated.
+
+    transformers allocates the whole model, however large, and only then looks at the weights.
+
+    Args:
+        config: The config of the part that generates text.
+        shapes: Shapes of the weights; without any, nothing is checked.
+        model: Name of the model.
+
+    Raises:
+        ModelError: If a size is beyond all that the weights have.
+    """
+    if not shapes:
+        return
+    largest = max((max(shape) for shape in shapes if shape), default=0)
+    bounds = {
+        "num_hidden_layers": len(shapes),
+        "hidden_size": largest,
+        "vocab_size": largest,
+        "intermediate_size": max(largest, LARGEST_UNUSED),
+    }
+    for name, most in bounds.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > most:
+            raise ModelError(
+                f"config.json of model {shown(model)}: {name} is {value:,}, and its weights have "
+                f"{most:,} at most; config.json and weights must be whole and of one model"
+            )
 
 
 def check_tokenizer_files(source: CheckpointSource) -> None:
@@ -118,7 +164,7 @@ def _shards(source: CheckpointSource, entry: str) -> list[str]:
             "save_pretrained"
         )
     shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+    if not shards or not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
         raise ModelError(f"{entry} of model {shown(source.name)} has no weight_map of file names")
     names = sorted(set(shards.values()))
     for name in names:
@@ -127,22 +173,27 @@ def _shards(source: CheckpointSource, entry: str) -> list[str]:
                 f"{entry} of model {shown(source.name)} names {name!r}; flexmask loads "
                 "safetensors only (pickled weights can run code)"
             )
-        if source.folder is not None and not (source.folder / name).is_file():
-            missing = [one for one in names if not (source.folder / one).is_file()]
+        if source.folder is not None and not os.path.isfile(source.folder / name):
+            missing = [one for one in names if not os.path.isfile(source.folder / one)]
             raise ModelError(
                 f"model folder {shown(source.name)} lacks {len(missing)} of {len(names)} files of "
-                f"weights, such as {name}; download it again"
+                f"weights, such as {name[:80]}; download it again"
             )
     return names
 
 
-def _check_weights(path: Path, model: str) -> None:
-    if not path.is_file():
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _shapes(path: Path, model: str) -> list[list[int]]:
+    """Read the shapes of the weights from the header of a file."""
+    if not os.path.isfile(path):
         raise ModelError(f"model folder {shown(str(path.parent))} has no file {path.name}")
     check_is_no_pointer(path, model)
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(
             one_line(

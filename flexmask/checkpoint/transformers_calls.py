@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
+from flexmask.error_text import is_panic
 from flexmask.errors import FlexMaskError, ModelError
 
 LONGEST_MESSAGE = 250
@@ -38,8 +39,7 @@ def errors_in_one_line(what: str) -> Iterator[None]:
         except Exception as error:
             raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
         except BaseException as error:
-            # Panics of the tokenizers library, which is written in Rust, are no Exceptions.
-            if type(error).__name__ != "PanicException":
+            if not is_panic(error):
                 raise
             raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
 

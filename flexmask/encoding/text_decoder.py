@@ -7,6 +7,8 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from flexmask.encoding.tokenizer_errors import tokenizer_errors
+
 
 class TextDecoder:
     """Decodes tokens that follow other tokens; `RequestTokenizer` creates it.
@@ -42,15 +44,18 @@ class TextDecoder:
 
     def _candidates(self) -> Iterator[int]:
         for text in "aA0":
-            yield from self._tokenizer.encode(text, add_special_tokens=False)[-1:]
+            with tokenizer_errors("it cannot be tokenized"):
+                last = self._tokenizer.encode(text, add_special_tokens=False)[-1:]
+            yield from last
         yield from range(len(self._tokenizer))
 
     def whole(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of tokens that are a whole text."""
-        text = self._tokenizer.decode(
-            list(token_ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
+        with tokenizer_errors("its tokens cannot be decoded"):
+            text = self._tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
         assert isinstance(text, str)
         return text

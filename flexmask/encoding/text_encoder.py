@@ -20,7 +20,7 @@ from flexmask.encoding.tokenizer_edits import (
     tokenizer_at,
     without_tokens,
 )
-from flexmask.error_text import described
+from flexmask.encoding.tokenizer_errors import tokenizer_errors
 from flexmask.errors import RequestError
 
 
@@ -170,7 +170,7 @@ class TextEncoder:
     def _ids(
         self, texts: Sequence[str], left: Left, right: Right, *, is_plain: bool
     ) -> list[tuple[int, ...]]:
-        try:
+        with tokenizer_errors("it cannot be tokenized"):
             if not self._is_editable:
                 return [self._ids_unedited(text, left, is_plain) for text in texts]
             backend = self._at(left, right, is_plain)
@@ -178,10 +178,6 @@ class TextEncoder:
                 return self._ids_of_all(texts)
             batch = backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [tuple(encoding.ids) for encoding in batch]
-        except RequestError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
-            raise RequestError(f"it cannot be tokenized: {described(error)}") from error
 
     def _ids_of_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         encoded = self._tokenizer(list(texts), add_special_tokens=False)

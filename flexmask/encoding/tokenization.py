@@ -17,6 +17,7 @@ from flexmask.encoding.chat_template import ChatTemplate, UserTurn
 from flexmask.encoding.prompt_encoder import PromptEncoder
 from flexmask.encoding.text_decoder import TextDecoder
 from flexmask.encoding.text_encoder import Encoded
+from flexmask.encoding.tokenizer_errors import tokenizer_errors
 from flexmask.errors import ModelError, RequestError
 from flexmask.layout import TokenizedRequest
 from flexmask.request import Request
@@ -161,10 +162,10 @@ class RequestTokenizer:
     @cached_property
     def _begin(self) -> tuple[int, ...]:
         bos = self._tokenizer.bos_token_id
-        # A chat template writes the token itself.
-        if self._template or bos is None or self._tokenizer.encode("a")[0] != bos:
+        if self._template or bos is None:  # a chat template writes the token itself
             return ()
-        return (bos,)
+        with tokenizer_errors("it cannot be tokenized"):
+            return (bos,) if self._tokenizer.encode("a")[0] == bos else ()
 
     def _check_known(self, name: str, piece: Encoded) -> None:
         largest = max(piece.token_ids, default=0)

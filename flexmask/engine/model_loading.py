@@ -24,7 +24,7 @@ from flexmask.checkpoint.config import (
     load_config,
     quantization_of,
 )
-from flexmask.checkpoint.folder import check_files, check_folder
+from flexmask.checkpoint.folder import check_files, check_folder, check_sizes
 from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
@@ -64,10 +64,11 @@ def load_model(
     with errors_in_one_line(f"cannot load model {shown(source.name)}"):
         check_folder(source)
         check_config_file(source, trust_remote_code=trust_remote_code)
-        check_files(source)
+        shapes = check_files(source)
         config = load_config(
             source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
         )
+        check_sizes(config.get_text_config(decoder=True), shapes, source.name)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     loaded = _load_weights(source, config, dtype, trust_remote_code)
     if needs_backend:
