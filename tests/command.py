@@ -41,7 +41,7 @@ class Outcome:
         if self.status == 1:
             assert all(line.startswith("warning: ") for line in before), self.err
         else:
-            assert before[0].startswith("Usage: "), self.err
+            assert not before or before[0].startswith("Usage: "), self.err
         return last
 
 

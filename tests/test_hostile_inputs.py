@@ -20,6 +20,7 @@ import pytest
 from command import run_command
 from flexmask.errors import RequestError
 from flexmask.tasks.request_source import read_requests
+from sampling_of_cases import sampled
 
 Content = bytes | str | Callable[[], bytes]
 
@@ -94,7 +95,7 @@ JSON_LINES: dict[str, tuple[Content, Any]] = {
         '{"segments": ["a\x85b\u2028c"]}',
         [("a\x85b\u2028c",)],
     ),
-    "UTF-16": (row().encode("utf-16"), "not UTF-8 text .*--encoding sets an"),
+    "UTF-16": (row().encode("utf-16"), "not UTF-8 text .*encoding. sets an"),
     "UTF-32": (row().encode("utf-32"), "not UTF-8 text"),
     "UTF-7": ('{"segments": ["+AOk-"]}', [("+AOk-",)]),
     "an overlong slash": (b'{"segments": ["\xc0\xaf"]}', "not UTF-8 text"),
@@ -247,14 +248,14 @@ BINARY: dict[str, tuple[Content, Any]] = {
     "a database": (b"SQLite format 3\0" + bytes(99), "not JSON"),
 }
 
-CASES = [
-    pytest.param(f"rows{ending}", *case, id=f"{ending}: {name}")
+CASES = {
+    f"{ending}: {name}": (f"rows{ending}", *case)
     for ending, cases in ((".jsonl", JSON_LINES), (".csv", CSV), (".bin", BINARY))
     for name, case in cases.items()
-]
+}
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), CASES)
+@pytest.mark.parametrize(("name", "content", "expected"), sampled(CASES))
 def test_an_odd_file_gives_right_rows_or_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: Content, expected: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def refuse_devices(path: Path) -> None:
     Raises:
         OptionError: If it is a pipe or device.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise OptionError(f"{path}: not a file but a pipe or device; write it to a file")
 
 

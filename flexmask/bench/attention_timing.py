@@ -20,8 +20,10 @@ from flexmask.bench.heads import Heads
 from flexmask.bench.machine import matrix_rate, read_bandwidth
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
 from flexmask.device_clock import Spread, time_call
+from flexmask.engine.memory import free_bytes
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
 from flexmask.engine.prefill_plan import prefill_length
+from flexmask.errors import OptionError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
@@ -33,6 +35,9 @@ LONGEST_DENSE = {"cuda": 16_384, "cpu": 4_096}
 CAUSAL = "SDPA, causal"
 LONGEST_SCORES = 2_048
 """Tokens up to which all scores are made, which a strategy that changes them needs."""
+
+_LARGE_TENSORS = 6
+"""Queries, the result, and keys and values as they are and once for each query head."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,11 @@ class AttentionBench:
         """Lay the prompt out; nothing is compiled yet.
 
         Raises:
+            OptionError: If memory does not suffice for queries, keys and values.
             MaskError: If the strategy's mask_mod breaks a rule of FlexAttention.
         """
         self.length = len(layout)
+        _check_memory(self.length, heads, device, dtype)
         self._heads, self._device, self._dtype = heads, device, dtype
         self._kernel: PrefillKernel | None = "triton" if device.type == "cuda" else None
         capacity = prefill_length(self.length, BLOCK_SIZE)
@@ -278,6 +285,16 @@ class AttentionBench:
             self._kernel is not None
             and not self._changes_scores
             and flash_can_attend(shape, self._dtype, self._device)
+        )
+
+
+def _check_memory(length: int, heads: Heads, device: torch.device, dtype: torch.dtype) -> None:
+    free = free_bytes(device)
+    needed = _LARGE_TENSORS * heads.query * length * heads.dim * dtype.itemsize
+    if free is not None and needed > free:
+        raise OptionError(
+            f"{length:,} tokens with {heads.query:,} heads of {heads.dim:,} take "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; make them fewer"
         )
 
 

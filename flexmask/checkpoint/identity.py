@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -39,9 +40,9 @@ def model_files(model: str) -> Mapping[str, str]:
         that cannot be found, which those who load it say.
     """
     path = Path(model)
-    if path.is_file():
+    if os.path.isfile(path):
         return {path.name: _identity(path)}
-    if path.is_dir():
+    if os.path.isdir(path):
         found = {file for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)}
         return {
             file.relative_to(path).as_posix(): _identity(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,11 +20,12 @@ def check_model_name(name: str) -> None:
     if not name.strip():
         raise ModelError(f"model must be a hub id, a folder or a .gguf file, got {name!r}")
     path = Path(name)
-    if path.is_dir():
+    # Unlike pathlib, os.path treats names that are impossible or not accessible as absent.
+    if os.path.isdir(path):
         return
     if path.suffix == ".gguf":
         _check_gguf(name, path)
-    elif path.exists():
+    elif os.path.exists(path):
         raise ModelError(
             f"model {shown(name)} is a file; name its folder, a .gguf file or a hub id"
         )

@@ -41,7 +41,8 @@ class CheckpointSource:
         name = os.fspath(model)
         check_model_name(name)
         path = Path(name)
-        if path.is_dir():
+        # Unlike pathlib, os.path takes what cannot be a name, or looked at, for absent.
+        if os.path.isdir(path):
             return cls(name, name, folder=path)
         if path.suffix == ".gguf":
             path = path.absolute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import keyword
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -57,9 +58,9 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
     Raises:
         OptionError: If the folder is there and not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OptionError(f"{folder} is there already; choose another `directory`")
     try:
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise OptionError(f"{folder} is there already; choose another `directory`")
         folder.mkdir(parents=True, exist_ok=True)
         for path in _example_files():
             text = path.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping
 from io import BufferedWriter
 from pathlib import Path
@@ -61,8 +62,8 @@ def is_result(path: Path) -> bool:
     if path.suffix.lower() in (".feather", ".arrow", ".partial"):
         return True
     if path.suffix.lower() == _JSON_LINES:
-        return sidecar_path(path).exists()
-    if path.suffix.lower() == ".parquet" and path.exists():
+        return os.path.exists(sidecar_path(path))
+    if path.suffix.lower() == ".parquet" and os.path.exists(path):
         from pyarrow.parquet import read_schema
 
         try:

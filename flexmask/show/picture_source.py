@@ -77,7 +77,15 @@ class Subject:
     answer: Answer | None = None
 
     def with_new_tokens(self, count: int) -> Subject:
-        """Return a copy with ``count`` generated tokens."""
+        """Return a copy with ``count`` generated tokens.
+
+        Raises:
+            OptionError: If they are more than can be drawn.
+        """
+        if count > MOST_TOKENS:
+            raise OptionError(
+                f"{shown_number(count)} new tokens; at most {MOST_TOKENS:,} can be drawn"
+            )
         return replace(self, shown=replace(self.shown, new_tokens=count))
 
 

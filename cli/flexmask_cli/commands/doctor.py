@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from flexmask.errors import OptionError
 from flexmask_cli.engine_loading import quiet_transformers
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import DeviceOptions, ListingOptions, ModelOptions
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flexmask.doctor import Check
 
 
+DEVICE = DeviceOptions(dtype="float32")
 NAME_COLUMNS = 26
 """Room for the name of a check."""
 
@@ -25,7 +27,7 @@ NAME_COLUMNS = 26
 def doctor(
     *,
     model: ModelOptions,
-    device: DeviceOptions = DeviceOptions(dtype="float32"),
+    device: DeviceOptions = DEVICE,
     listing: ListingOptions,
 ) -> None:
     """Check that everything flexmask needs works on this machine.
@@ -34,6 +36,8 @@ def doctor(
     that model instead: its logits and greedy tokens under flexmask, by model.generate and by the
     engine, are compared with those under transformers' own attention, on a short batch.
     """
+    if model.model is None and (device != DEVICE or model.trust_remote_code):
+        raise OptionError("--device, --dtype and --trust-remote-code need a --model")
     checks = []
     for check in _checks(model, device):
         checks.append(check)
