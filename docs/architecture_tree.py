@@ -1,10 +1,14 @@
-"""Writes the file tree of docs/architecture.md from the modules' docstrings: ``make docs``."""
+"""Writes what docs/architecture.md says of layers and modules: ``make docs``.
+
+Layers are those of import-linter in pyproject.toml; a module has its docstring's first line.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -14,10 +18,23 @@ NAME_WIDTH = 32
 
 
 def page(text: str) -> str:
-    """Return ``text`` with the tree between its markers replaced."""
-    tree = "\n".join(line for package in PACKAGES for line in lines(ROOT / package, package))
-    written = f"<!-- tree -->\n```text\n{tree}\n```\n<!-- end -->"
-    return re.sub(r"<!-- tree -->.*<!-- end -->", lambda _: written, text, flags=re.DOTALL)
+    """Return ``text`` with the layers and the tree between their markers replaced."""
+    tree = (line for package in PACKAGES for line in lines(ROOT / package, package))
+    return _filled(_filled(text, "layers", layers()), "tree", tree)
+
+
+def _filled(text: str, marker: str, content: Iterable[str]) -> str:
+    written = f"<!-- {marker} -->\n```text\n" + "\n".join(content) + "\n```\n<!-- end -->"
+    pattern = rf"<!-- {marker} -->.*?<!-- end -->"
+    return re.sub(pattern, lambda _: written, text, flags=re.DOTALL)
+
+
+def layers() -> list[str]:
+    """Return a line for each layer of the core, the highest first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (contract,) = (it for it in contracts if it.get("containers") == ["flexmask"])
+    return [layer.replace(" | ", "  ") for layer in contract["layers"]]
 
 
 def lines(folder: Path, shown: str, depth: int = 0) -> Iterator[str]:
