@@ -1,4 +1,4 @@
-"""Times of work on a device: between two points of its queue, and of a call that is repeated."""
+"""Times of work on a device: between two points of its queue, and of a repeated call."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ Mark = float | torch.cuda.Event
 
 
 class DeviceClock:
-    """Marks points in the work of a device without waiting for it.
-
-    A GPU reaches a mark when all work queued before it is done; a CPU works while the host does.
-    """
+    """Marks points in the work of a device: CUDA events, or the host's clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Measure on ``device``."""
+        """Make a clock for ``device``."""
         self._is_cuda = device.type == "cuda"
 
     def mark(self) -> Mark:
-        """The point up to which work is queued."""
+        """Mark the end of the work that is queued so far, without waiting for it."""
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -36,7 +33,7 @@ class DeviceClock:
         return event
 
     def seconds(self, first: Mark, second: Mark) -> float:
-        """Time from one mark to another; waits for the second."""
+        """Return the seconds from one mark to another; waits for the second."""
         if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
             second.synchronize()
             return float(first.elapsed_time(second)) / 1e3
@@ -87,7 +84,7 @@ def _warm(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `CALLS_PER_GRAPH` calls, replayed once."""
+    """Capture `CALLS_PER_GRAPH` calls as a CUDA graph; return its replay, which has run once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -13,6 +13,12 @@ from flexmask_cli.option_names import OptionNames
 NAMES = OptionNames()
 NAMES.app = build_app()
 
+OTHER_PROGRAMS = r"`flexmask \w+ [^`]*`|^--version$"
+"""Whole commands that a message advises, and what a compiler is asked for."""
+
+PYTHON = {"and", "flexmask", "if", "in", "index", "not", "or", "q_idx", "x"}
+"""What messages about masks quote."""
+
 
 @pytest.mark.parametrize(
     ("message", "shown"),
@@ -49,6 +55,19 @@ def test_the_core_names_no_option_of_the_command_line():
         f"{module.name}: {text}"
         for module in sorted(Path(flexmask.__file__).parent.rglob("*.py"))
         for text in texts_of(module)
-        if re.search(rf"(?<![\w-])({flags})(?![\w-])", text) and text != "--version"
+        if re.search(rf"(?<![\w-])({flags})(?![\w-])", re.sub(OTHER_PROGRAMS, "", text))
     ]
     assert found == []
+
+
+def test_every_option_that_the_core_names_is_one_of_the_command_line():
+    NAMES.shown("`output`")
+    modules = Path(flexmask.__file__).parent.rglob("*.py")
+    named = {
+        name
+        for module in modules
+        for text in texts_of(module)
+        for name in re.findall(r"`(\w+)(?:=[^`]*)?`?", text)
+    }
+    assert {"allow_special_tokens", "num_examples", "resume"} <= named
+    assert named - PYTHON <= NAMES._flags.keys()
