@@ -66,6 +66,7 @@ ERRORS = {
     ("warmup", "--model", "./nowhere"): "does not exist",
     ("doctor", "--device", "mps"): "device must be",
     ("doctor", "--model", "./nowhere"): "does not exist",
+    ("doctor", "--dtype", "float16"): "--device, --dtype and --trust-remote-code need a --model",
     ("check", "casual"): "did you mean 'causal'?",
     ("eval", "nowhere.feather"): "No such file",
     ("new", "class"): "got 'class'",

@@ -1,4 +1,4 @@
-"""Assembles the command line; the one place where errors become messages."""
+"""Assembles the commands, and turns errors into messages; no other module does."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _options(version: Version = False, no_plugins: NoPlugins = False) -> None:
 
 
 def build_app() -> typer.Typer:
-    """Assemble the commands."""
+    """Return the command line with all commands."""
     app = typer.Typer(
         cls=Group,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -91,8 +91,7 @@ def build_app() -> typer.Typer:
 def main() -> None:
     """Run the command line.
 
-    An error that is meant for the user becomes one line and exit status 1; any other keeps its
-    traceback.
+    A `FlexMaskError` becomes one line and exit status 1; any other exception keeps its traceback.
     """
     prepare_process()
     try:

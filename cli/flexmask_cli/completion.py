@@ -1,4 +1,4 @@
-"""Values that a shell completes: names of strategies, tasks, fusions and dtypes."""
+"""Shell completion of values: names of strategies, tasks, fusions, devices and dtypes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from flexmask.fusion import FUSIONS
 
 
 def strategies(incomplete: str) -> list[str]:
-    """Names of strategies, those of plugins included."""
+    """Return names of strategies, including those of plugins."""
     from flexmask.plugins.registry import load_registry
 
     return _beginning(incomplete, [item.cls.name for item in load_registry().strategies()])
 
 
 def tasks(incomplete: str) -> list[str]:
-    """Names of the tasks that come with flexmask."""
+    """Return names of the tasks that come with flexmask."""
     from flexmask.tasks.task import shipped_names
 
     return _beginning(incomplete, shipped_names())
 
 
 def fusions(incomplete: str) -> list[str]:
-    """Names of fusions."""
+    """Return names of fusions."""
     return _beginning(incomplete, list(FUSIONS))
 
 
 def devices(incomplete: str) -> list[str]:
-    """Names of devices; which GPUs there are is not looked up."""
+    """Return names of devices, whether present or not."""
     return _beginning(incomplete, ["auto", "cpu", "cuda"])
 
 
 def dtypes(incomplete: str) -> list[str]:
-    """Names of dtypes."""
+    """Return names of dtypes."""
     return _beginning(incomplete, ["auto", *DTYPES])
 
 
 def prefill_kernels(incomplete: str) -> list[str]:
-    """Names of prefill kernels."""
+    """Return names of prefill kernels."""
     return _beginning(incomplete, ["auto", "triton", "flash"])
 
 

@@ -1,4 +1,4 @@
-"""``--config run.toml``: options of a command from a file; the command line wins over them."""
+"""``--config run.toml``: options from a file, which those on the command line override."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG_NAME = "config"
 
 
 def _use_config(context: typer.Context, value: str | None) -> None:
-    """Make the values of a file the defaults of the command's options.
+    """Use the values in a file as the defaults of the command's options.
 
     Raises:
         OptionError: If the file cannot be read, or names an option that the command does not
@@ -33,8 +33,8 @@ ConfigPath = Annotated[
         metavar="PATH",
         is_eager=True,
         callback=_use_config,
-        help="Take options from this TOML file, such as max-new-tokens = 8; those on the command "
-        "line win over it.",
+        help="TOML file with options, such as max-new-tokens = 8. Options on the command line "
+        "override it.",
     ),
 ]
 
@@ -43,11 +43,11 @@ def read_config(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Read options from a TOML file.
 
     Args:
-        path: The file; its keys are names of options without the dashes.
+        path: The file. Its keys are names of options without the dashes.
         options: The options of the command by name.
 
     Returns:
-        Values by the names that Typer gives the options.
+        Values by the names of the options' parameters.
 
     Raises:
         OptionError: With file and key, if the file cannot be read or an entry cannot be used.
@@ -73,7 +73,7 @@ def read_config(path: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(context: typer.Context) -> dict[str, Any]:
-    """The options of a command by their longest name, but those that ask for something else."""
+    """Return the options of a command by their longest name, except for ``--config``."""
     found = {}
     for parameter in context.command.params:
         if parameter.param_type_name == "option" and parameter.name != CONFIG_NAME:
@@ -82,7 +82,7 @@ def _options(context: typer.Context) -> dict[str, Any]:
 
 
 def _wrong_type(parameter: Any, value: object) -> str:
-    """What the value of an option must be; empty if it is that."""
+    """Return what the value of an option must be, or an empty text if it is that."""
     if parameter.is_flag:
         return "" if isinstance(value, bool) else "true or false"
     if parameter.multiple:

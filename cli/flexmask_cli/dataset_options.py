@@ -1,4 +1,4 @@
-"""Options that say which requests to read, and the requests."""
+"""Options of the input, and the requests that it contains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexmask.tasks.paraphrases import SYNTAX, ParaphraseSelection
 from flexmask_cli import completion
 from flexmask_cli.option_kinds import Pair, pairs, path, size, text
 
-if TYPE_CHECKING:  # --help need not wait for Arrow and Jinja
+if TYPE_CHECKING:  # Arrow and Jinja are slow to import
     from flexmask.inputs.rows import Input
     from flexmask.inputs.text_format import TextFormat
     from flexmask.tasks.request_source import OnError, RequestSource
@@ -31,8 +31,8 @@ class OpenInput:
     """An input and the requests that its rows become.
 
     Attributes:
-        task: How a row becomes a request; None where rows are requests already.
-        name: Names the input in records of a run.
+        task: Converts rows into requests; None if rows are requests already.
+        name: Name of the input in the record of a run.
         stem: A short name for output folders.
         requests: The requests; every iteration reads the input again.
     """
@@ -45,7 +45,7 @@ class OpenInput:
 
 @dataclass(frozen=True)
 class InputOptions:
-    """Which rows to read, and how a row becomes a request."""
+    """The input, and how its rows are converted into requests."""
 
     heading: ClassVar[str] = "Input"
 
@@ -126,10 +126,10 @@ class InputOptions:
         """Load the task and open the input; no row is read yet.
 
         Args:
-            fusion: Whether requests have weights, and into which requests they are split.
-            num_segments: Keep this many segments of each request; None for all.
-            limit: Read this many rows; None for all.
-            on_bad_row: Whether a bad row ends the reading.
+            fusion: The fusion; some need a weight for each segment.
+            num_segments: Number of segments to keep of each request; None for all.
+            limit: Number of rows to read; None for all.
+            on_bad_row: ``stop`` raises at a bad row; ``skip`` yields it as a `BadRow`.
 
         Raises:
             OptionError: If an option needs a task and there is none, or has a wrong value.
@@ -161,7 +161,7 @@ class InputOptions:
         return OpenInput(task, rows.name, stem, requests)
 
     def _load_task(self, columns: Mapping[str, tuple[str, ...]]) -> Task | None:
-        """The task, with what other options change in it."""
+        """Return the task, as changed by other options."""
         from flexmask.tasks.task import load_task
 
         if self.task is None:
@@ -183,7 +183,7 @@ class InputOptions:
         )
 
     def _columns(self, reads_weights: bool) -> dict[str, tuple[str, ...]]:
-        """The columns that each name is read from."""
+        """Return the columns to read instead of each name."""
         columns = {name: tuple(columns.split(",")) for name, columns in self.column}
         if "weights" in columns and not reads_weights:
             raise OptionError("--column weights=… is read with --fusion-weights column only")
@@ -223,7 +223,7 @@ class InputOptions:
         return TextFormat(delimiter, self.encoding)
 
     def _examples_format(self) -> TextFormat:
-        """As that of the input, for examples in a file of the same kind."""
+        """Return the format of the input if the examples are in a file of the same extension."""
         from flexmask.inputs.text_format import TextFormat
 
         if self.input is None or self.examples is None:
@@ -234,7 +234,7 @@ class InputOptions:
 
 @dataclass(frozen=True)
 class RequestOptions(InputOptions):
-    """As `InputOptions`, with the number of segments to use of each request."""
+    """The options of `InputOptions`, and the number of segments to use."""
 
     num_segments: Annotated[
         int | None, size("--num-segments", help="Use only the first N segments of each request.")

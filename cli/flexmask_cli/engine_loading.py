@@ -1,4 +1,4 @@
-"""Loads engines and tokenizers as options ask for."""
+"""Loads engines and tokenizers according to options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
-    """Load a model; transformers logs nothing but errors from then on.
+    """Load a model; from then on, transformers logs errors only.
 
     Raises:
         FlexMaskError: As from `flexmask.Engine.from_pretrained`.
@@ -33,7 +33,7 @@ def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
 
 
 def load_tokenizer(model: ModelOptions, chat: ChatOptions, task: Task | None) -> RequestTokenizer:
-    """Load the tokenizer of a model, and no weights.
+    """Load the tokenizer of a model, without the weights.
 
     Raises:
         ModelError: If it cannot be loaded, or has no chat template and one is asked for.
@@ -49,7 +49,7 @@ def load_tokenizer(model: ModelOptions, chat: ChatOptions, task: Task | None) ->
 
 
 def quiet_transformers() -> None:
-    """Let transformers log errors only, and draw no progress bars."""
+    """Make transformers log errors only, and draw no progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

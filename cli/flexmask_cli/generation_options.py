@@ -1,4 +1,4 @@
-"""Options that `generate` and `compare` share, and the run that they describe."""
+"""Options that `generate` and `compare` share, and the run that they define."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which model runs over a data set, how it generates, and what happens to the results."""
+    """The rows, model, generation, device and results of a run over a data set."""
 
     rows: RowOptions
     model: ModelOptions
@@ -48,7 +48,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The options of a run and the task that they apply to."""
+    """The options of a run, and its task."""
 
     options: RunOptions
     task: Task | None
@@ -62,19 +62,19 @@ class PlannedRun:
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether requests go into the model's chat template."""
+        """True if requests are put into the model's chat template."""
         return self.options.chat.uses_template(self.task)
 
     @property
     def model_name(self) -> str:
-        """The model as results record it."""
+        """The model's name as results record it."""
         return self.options.model.model or DEMO
 
     def check(self) -> None:
-        """Raise now what would be raised once the model is loaded.
+        """Check what would otherwise fail after the model is loaded.
 
         Raises:
-            OptionError: If an option needs a package or a device that is not there.
+            OptionError: If a needed package or device is missing.
         """
         from flexmask.device import resolve_device, resolve_dtype
 
@@ -83,16 +83,16 @@ class PlannedRun:
         resolve_dtype(engine.dtype, resolve_device(engine.device))
 
     def for_engine(self) -> dict[str, Any]:
-        """Arguments of `Engine.generate`."""
+        """Return arguments of `Engine.generate`."""
         return self._that_change_rows() | {"batch_size": self.options.batch.rows_at_once}
 
     def config(self, reference: str, strategy: Strategy, fusion: Fusion, input: str) -> RunConfig:
-        """The record of a run in its result file.
+        """Return the record of a run for its result file.
 
         Args:
-            reference: How the strategy was asked for.
+            reference: Name of the strategy, or ``path/to/file.py:name``.
             strategy: The strategy.
-            fusion: How the segments of a request become one answer.
+            fusion: The fusion.
             input: Name of the input.
         """
         return RunConfig(
@@ -118,14 +118,14 @@ class PlannedRun:
         )
 
     def machine(self) -> Mapping[str, str]:
-        """Versions and device."""
+        """Return versions and device."""
         from flexmask.device import resolve_device
 
         versions = {name: version(name) for name in ("flexmask", "torch", "transformers")}
         return {**versions, "device": str(resolve_device(self.options.engine.device))}
 
     def load_tokenizer(self) -> RequestTokenizer:
-        """Load the model's tokenizer, and not the model."""
+        """Load the model's tokenizer, without the weights."""
         return load_tokenizer(self.options.model, self.options.chat, self.task)
 
     def load_engine(self) -> Engine:

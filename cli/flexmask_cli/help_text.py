@@ -1,4 +1,4 @@
-"""The text of ``--help``: whole sentences, and options under the heading of their group."""
+"""Formats ``--help``: whole sentences, and options under the heading of their group."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 OTHER = "Options"
-"""The heading of options that have none."""
+"""Heading of options whose group has none."""
 
 WHOLE = 10_000
-"""A length in characters that no first sentence of a command's help reaches."""
+"""A number of characters longer than the first sentence of any command's help."""
 
 
 class Command(TyperCommand):
     """A command whose ``--help`` lists arguments first, then each group of options."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, those without a heading last."""
+        """Write the options; those without a heading come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -30,10 +30,10 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The whole of the commands; ``--help`` shows the first sentence of each uncut."""
+    """The group of all commands; ``--help`` shows the whole first sentence of each."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write name and first sentence of each command."""
+        """Write the name and first sentence of each command."""
         commands = (self.get_command(ctx, name) for name in self.list_commands(ctx))
         rows = [(it.name, it.get_short_help_str(WHOLE)) for it in commands if it is not None]
         with formatter.section("Commands"):
@@ -41,7 +41,7 @@ class Group(TyperGroup):
 
 
 def heading_of(parameter: Any) -> str:
-    """The heading that an argument or option stands under."""
+    """Return the heading of an argument or option."""
     if parameter.param_type_name == "argument":
         return "Arguments"
     return getattr(parameter, "rich_help_panel", None) or OTHER

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets the current batch end, the second ends at once."""
+"""Handles Ctrl-C: the first stops a run after its current batch, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from flexmask_cli.streams import write_note
 
 
 class Interrupt:
-    """While it is entered, the first Ctrl-C only sets `is_requested`.
+    """A context manager in which the first Ctrl-C only sets `is_requested`.
 
     Attributes:
-        is_requested: Whether it came.
+        is_requested: True once Ctrl-C was pressed.
     """
 
     def __init__(self) -> None:
-        """Nothing was requested yet."""
+        """Create it; signals are handled once it is entered."""
         self.is_requested = False
 
     def __enter__(self) -> Self:
-        """Take Ctrl-C over."""
+        """Install the signal handler."""
         self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
@@ -31,7 +31,7 @@ class Interrupt:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give Ctrl-C back."""
+        """Restore the signal handler that was there before."""
         signal.signal(signal.SIGINT, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Commands that take their options as objects: dataclasses whose fields Typer reads."""
+"""Passes options to commands as objects: dataclasses whose fields are annotated for Typer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flexmask_cli.config_file import CONFIG_NAME, ConfigPath
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let Typer call a command whose parameters are option groups.
 
-    An option group is a frozen dataclass. A field is annotated as a parameter of a Typer command
-    is, or is an option group itself. ``heading``, a class variable, is the title of the group's
-    options in ``--help``. Where the command gives a parameter a default, that object's values are
-    the defaults of the options.
+    An option group is a frozen dataclass. Its fields are annotated like the parameters of a Typer
+    command, or are option groups themselves. The class variable ``heading`` is the title of the
+    group in ``--help``. If a parameter of the command has a default, the values of that object are
+    the defaults of its options.
 
     Example::
 
@@ -33,10 +33,10 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
             print(device.device)
 
     Args:
-        command: Takes one object per parameter, by keyword.
+        command: A function whose parameters are keyword-only and annotated with option groups.
 
     Returns:
-        A function of one parameter per option, and ``config``, for `typer.Typer.command`.
+        A function with one parameter per option and ``config``, for `typer.Typer.command`.
 
     Raises:
         TypeError: If two options have the same name.
@@ -62,7 +62,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def changed_options(group: Any) -> list[str]:
-    """Names of the options of a group whose values are not their defaults, as ``--task``."""
+    """Return the names, such as ``--task``, of options of a group that are not their defaults."""
     hints = _hints(group.__class__)
     return [
         _longest_name(field.name, hints[field.name])
@@ -106,7 +106,10 @@ def _parameter(
 
 def _longest_name(name: str, hint: Any) -> str:
     _, declared = get_args(hint)
-    names = [declared.default, *(declared.param_decls or ())]  # Typer keeps the first apart
+    names = [
+        declared.default,
+        *(declared.param_decls or ()),
+    ]  # Typer stores the first one as default
     own = (each.partition("/")[0] for each in names if isinstance(each, str))
     return max(own, key=len, default=f"--{name.replace('_', '-')}")
 

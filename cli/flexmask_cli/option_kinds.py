@@ -1,4 +1,4 @@
-"""Kinds of options: how the text of one becomes a value, and which texts are refused."""
+"""Kinds of options: texts, flags, sizes, paths and pairs, with their parsing and checks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flexmask.errors import OptionError
 from flexmask.limits import read_size
 
 Completion = Callable[[str], list[str]]
-"""Gives the values that begin with what a user has typed so far."""
+"""Returns the values that start with what the user has typed."""
 
 
 class Pair(NamedTuple):
-    """One ``NAME=VALUE`` of an option that is given several times."""
+    """One ``NAME=VALUE`` of a repeatable option."""
 
     name: str
     value: str
@@ -26,19 +26,19 @@ class Pair(NamedTuple):
 def text(
     *names: str, help: str, metavar: str = "NAME", completion: Completion | None = None
 ) -> Any:
-    """An option that takes a text, which must not be empty."""
+    """Declare an option that takes a text that is not empty."""
     return typer.Option(
         *names, help=help, metavar=metavar, callback=refuse_empty, autocompletion=completion
     )
 
 
 def flag(name: str, *other_names: str, help: str) -> Any:
-    """An option that is given or not."""
+    """Declare an option without a value."""
     return typer.Option(name, *other_names, help=help)
 
 
 def size(*names: str, help: str, least: int = 1) -> Any:
-    """An option that takes a number of something, ``least`` (0 or 1) or more."""
+    """Declare an option that takes a whole number of at least ``least`` (0 or 1)."""
 
     def read(parameter: typer.CallbackParam, value: str | None) -> int | None:
         form = "a positive number" if least else "a number, 0 or more"
@@ -50,17 +50,17 @@ def size(*names: str, help: str, least: int = 1) -> Any:
 
 
 def path(*names: str, help: str) -> Any:
-    """An option that takes a path."""
+    """Declare an option that takes a path."""
     return typer.Option(*names, help=help, metavar="PATH", parser=str, callback=_read_path)
 
 
 def paths_argument(*, metavar: str, help: str) -> Any:
-    """Paths without an option's name before them."""
+    """Declare an argument that takes one or more paths."""
     return typer.Argument(metavar=metavar, help=help, parser=str, callback=_read_paths)
 
 
 def pairs(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes ``NAME=VALUE`` and is given several times, once for each name."""
+    """Declare a repeatable option that takes ``NAME=VALUE``, with each name at most once."""
 
     def read(parameter: typer.CallbackParam, values: list[str]) -> list[Pair]:
         return read_pairs(values, option_name(parameter), metavar)
@@ -69,7 +69,7 @@ def pairs(*names: str, metavar: str, help: str) -> Any:
 
 
 def option_name(parameter: typer.CallbackParam) -> str:
-    """The name of an option, such as ``--limit``, or of an argument, such as ``FILE``."""
+    """Return the name of an option, such as ``--limit``, or of an argument, such as ``FILE``."""
     name = max(parameter.opts, key=len)
     return name if name.startswith("-") else name.upper()
 
@@ -78,8 +78,8 @@ def refuse_empty(parameter: typer.CallbackParam, value: str | None) -> str | Non
     """Return the value of an option.
 
     Raises:
-        OptionError: If it is empty, as from a shell variable that is not set: it must not stand
-            for a default.
+        OptionError: If it is empty, for example from an unset shell variable. An empty value must
+            not mean the default.
     """
     if value == "":
         raise OptionError(
@@ -93,9 +93,9 @@ def read_pairs(texts: Sequence[str], name: str, form: str) -> list[Pair]:
     """Split texts at their first ``=``.
 
     Args:
-        texts: Such as ``window=3``.
-        name: The option that they were given to, such as ``--param``.
-        form: What they should look like, such as ``KEY=VALUE``.
+        texts: Texts such as ``window=3``.
+        name: The option, such as ``--param``.
+        form: The expected form, such as ``KEY=VALUE``.
 
     Raises:
         OptionError: If a text has no ``=``, or two have the same name.
@@ -112,7 +112,7 @@ def read_pairs(texts: Sequence[str], name: str, form: str) -> list[Pair]:
 
 
 def refuse_devices(path: Path) -> None:
-    """Refuse a result file that can be read only once, since its first bytes tell its format.
+    """Refuse a result file that can be read only once: its format is found from its first bytes.
 
     Raises:
         OptionError: If it is a pipe or device.
@@ -122,9 +122,9 @@ def refuse_devices(path: Path) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8.
+    """Return True if a text can be encoded as UTF-8.
 
-    Bytes of the command line that are not UTF-8 reach Python as lone surrogates.
+    Python represents bytes of the command line that are not UTF-8 as lone surrogates.
     """
     try:
         text.encode()
@@ -134,7 +134,7 @@ def is_utf8(text: str) -> bool:
 
 
 def _read_path(parameter: typer.CallbackParam, value: str | None) -> Path | None:
-    """Make a path of a text; Arrow opens no file whose name is not UTF-8."""
+    """Return the path that a text names; Arrow cannot open files whose name is not UTF-8."""
     if refuse_empty(parameter, value) is None:
         return None
     if not is_utf8(value := str(value)):

@@ -38,14 +38,14 @@ AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 
 @dataclass(frozen=True)
 class ListingOptions:
-    """How a listing is printed."""
+    """The form of a listing."""
 
     as_json: AsJson = False
 
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """One mask strategy and its parameters."""
+    """A mask strategy and its parameters."""
 
     heading: ClassVar[str] = "Strategy"
 
@@ -69,7 +69,7 @@ class StrategyOptions:
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """How the segments of a request become one answer."""
+    """The fusion of a request's segments into one answer."""
 
     heading: ClassVar[str] = "Strategy"
 
@@ -118,7 +118,7 @@ class BadRows(StrEnum):
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Which rows of an input are run, and what happens to bad ones."""
+    """The number of rows to use, and the handling of bad rows."""
 
     heading: ClassVar[str] = "Input"
 
@@ -142,7 +142,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model, or the model whose tokenizer is used."""
+    """A model, or the model whose tokenizer is used."""
 
     heading: ClassVar[str] = "Model"
 
@@ -160,11 +160,11 @@ class ModelOptions:
     ] = False
 
     def __post_init__(self) -> None:
-        """Check what a name can be checked for without a library.
+        """Check the model's name as far as possible without importing a library.
 
         Raises:
             OptionError: If it is not UTF-8.
-            ModelError: If it is that of no folder or file, and not a hub id.
+            ModelError: If there is no such folder or file, and it cannot be a hub id.
         """
         if self.model is None:
             return
@@ -175,7 +175,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How text is tokenized."""
+    """Chat template and special tokens."""
 
     heading: ClassVar[str] = "Model"
 
@@ -197,7 +197,7 @@ class ChatOptions:
     ] = False
 
     def uses_template(self, task: Task | None) -> bool:
-        """Whether requests go into the chat template: as asked for, else as the task says."""
+        """Return True if requests are put into the chat template, by option or by the task."""
         if self.chat_template is None:
             return task is not None and task.chat_template
         return self.chat_template
@@ -205,7 +205,7 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where a model runs, and in which dtype."""
+    """Device and dtype of a model."""
 
     heading: ClassVar[str] = "Device"
 
@@ -230,7 +230,7 @@ class DeviceOptions:
     ] = "auto"
 
     def __post_init__(self) -> None:
-        """Check the names; whether the device is there takes torch to find out.
+        """Check the names, without torch, and so not whether the device is present.
 
         Raises:
             OptionError: If a name is unknown.
@@ -241,7 +241,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The shape of batches."""
+    """Batch size and length of generations."""
 
     heading: ClassVar[str] = "Generation"
 
@@ -275,7 +275,7 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class EngineOptions(DeviceOptions):
-    """Where an engine runs, in which dtype and with which kernel."""
+    """Device, dtype and prefill kernel of an engine."""
 
     prefill_kernel: Annotated[
         str,
@@ -309,7 +309,7 @@ class EngineOptions(DeviceOptions):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen, and where a generation ends."""
+    """Sampling, and texts that end a generation."""
 
     heading: ClassVar[str] = "Generation"
 
@@ -351,7 +351,7 @@ class SamplingOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """How the next token is chosen."""
+        """The sampling settings."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     @property
@@ -362,7 +362,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ResultOptions:
-    """What happens to results that are there already, and what is printed."""
+    """The handling of an existing result, and of printed output."""
 
     heading: ClassVar[str] = "Output"
 
@@ -379,5 +379,5 @@ class ResultOptions:
 
     @property
     def mode(self) -> OutputMode:
-        """What to do where a result stands."""
+        """What to do if there is a result already."""
         return "resume" if self.resume else "overwrite" if self.overwrite else "new"

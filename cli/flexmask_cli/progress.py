@@ -20,20 +20,20 @@ SECONDS_PER_LINE = 5.0
 
 
 class Pace:
-    """Rows and tokens per second, by the clock on the wall.
+    """Rows and tokens per second of wall-clock time.
 
-    The first batch compiles; once there is a second one, it is left out.
+    The first batch includes compilation, and is left out once a second one has finished.
     """
 
     def __init__(self, total: int, start: float) -> None:
-        """Begin at ``start``, in seconds of `time.monotonic`."""
+        """Start at ``start``, in seconds of `time.monotonic`."""
         self._total = total
         self._since = (start, 0, 0)
         self._now = self._since
         self._batches = 0
 
     def update(self, stats: RunStats, rows: int, now: float) -> None:
-        """Note that ``rows`` are finished."""
+        """Record that ``rows`` rows are finished."""
         self._batches += 1
         if self._batches == 2:
             self._since = self._now
@@ -41,7 +41,7 @@ class Pace:
 
     @property
     def rows(self) -> int:
-        """Rows finished."""
+        """Number of finished rows."""
         return self._now[1]
 
     @property
@@ -56,7 +56,7 @@ class Pace:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the other rows will take."""
+        """Estimated seconds for the remaining rows."""
         return (self._total - self.rows) / self.rows_per_s if self.rows_per_s else 0.0
 
     def _per_second(self, count: int) -> float:
@@ -64,7 +64,7 @@ class Pace:
         return (self._now[count] - self._since[count]) / seconds if seconds > 0 else 0.0
 
     def line(self, stats: RunStats) -> str:
-        """All of it in words."""
+        """Return the progress as one line."""
         minutes, seconds = divmod(round(self.left_s), 60)
         return (
             f"{self.rows:,} of {self._total:,} rows, {self.rows_per_s:.1f} rows/s, "
@@ -76,14 +76,14 @@ class Pace:
 def track(
     run: DatasetRun, total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
 ) -> Iterator[Sequence[Generation]]:
-    """Pass the batches of a run on and show rows, tokens per second and time left.
+    """Yield the batches of a run, and show rows, tokens per second and time left.
 
     Args:
         run: The run.
-        total: How many rows it will have.
-        interrupt: Ends the run after a batch.
-        is_quiet: Show nothing.
-        title: Names the run, where it is one of several.
+        total: Number of rows that it will have.
+        interrupt: Stops the run after a batch, if requested.
+        is_quiet: True to show nothing.
+        title: Name of the run, if it is one of several.
     """
     batches = run.batches(lambda: interrupt.is_requested)
     if is_quiet:
@@ -112,7 +112,7 @@ def _with_lines(
 def _with_bar(
     batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int, title: str
 ) -> Iterator[Sequence[Generation]]:
-    """Show a bar and nothing that stays once it is full."""
+    """Show a bar that is erased at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

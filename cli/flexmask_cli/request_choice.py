@@ -1,4 +1,4 @@
-"""The one request that `show` and `bench` are about: a row of an input, or given lengths."""
+"""The request that `show` and `bench` work on: a row of an input, or one of given lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Lengths(NamedTuple):
-    """Tokens of each part of a request."""
+    """Number of tokens of each part of a request."""
 
     prefix: int
     segments: tuple[int, ...]
@@ -29,7 +29,7 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """Which row of an input; without an input, the lengths of a request without text."""
+    """The row of an input; without an input, the lengths of a request without text."""
 
     heading: ClassVar[str] = "Request"
 
@@ -57,7 +57,7 @@ class LengthOptions:
 
     @property
     def segment_lengths(self) -> tuple[int, ...] | None:
-        """Tokens of each segment; None where they are not given."""
+        """Tokens of each segment; None if not given."""
         if self.segments is None:
             return None
         form = "positive numbers as in 40,35,38"
@@ -67,7 +67,7 @@ class LengthOptions:
         )
 
     def or_else(self, default: Lengths) -> Lengths:
-        """The lengths, with those of ``default`` for parts that are not given."""
+        """Return the lengths, with those of ``default`` for parts that are not given."""
         return Lengths(
             default.prefix if self.prefix is None else self.prefix,
             self.segment_lengths or default.segments,
@@ -88,7 +88,7 @@ class OneRequestOptions:
         """Refuse options that would have no effect.
 
         Raises:
-            OptionError: If there are some.
+            OptionError: If there is one; it names the first.
         """
         lengths = [name for name in changed_options(self.lengths) if name != "--row"]
         if self.has_input and lengths:
@@ -104,11 +104,11 @@ class OneRequestOptions:
 
     @property
     def has_input(self) -> bool:
-        """Whether the request is a row of an input or of a task's sample."""
+        """True if the request is a row of an input or of a task's sample."""
         return self.data.input is not None or self.data.task is not None
 
     def subject(self, default: Lengths) -> Subject:
-        """The request's tokens, as the engine gets them.
+        """Return the request with its tokens, as the engine gets them.
 
         Args:
             default: Lengths for a request without an input.

@@ -1,7 +1,6 @@
-"""What makes commands start and end faster, and nothing else; one variable switches it off.
+"""Settings that make commands start and end faster, without an effect on results.
 
-With ``FLEXMASK_PLAIN_START=1`` a process starts and ends as Python and its libraries have it.
-Results are the same.
+``FLEXMASK_PLAIN_START=1`` switches them off: the process then starts and ends like any other.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ if TYPE_CHECKING:
     from flexmask.engine import Engine
 
 PLAIN_START = "FLEXMASK_PLAIN_START"
-"""Environment variable: any value but an empty one or 0 switches this module off."""
+"""Environment variable that switches this module off, unless it is empty or 0."""
 
-COPYING_SWITCH_INTERVAL_S = 1e-4
-"""How long a thread keeps the interpreter while a model loads."""
+LOADING_SWITCH_INTERVAL_S = 1e-4
+"""Seconds that a thread keeps the interpreter while a model loads."""
 
 
 def is_plain() -> bool:
-    """Whether this module is switched off."""
+    """Return True if this module is switched off."""
     return os.environ.get(PLAIN_START, "") not in ("", "0")
 
 
 def prepare_process() -> None:
-    """Change settings of the process, before anything heavy is imported.
+    """Change settings of the process, before torch is imported.
 
-    OpenMP's threads sleep while they wait. By default they spin, and a busy neighbour on a small
-    machine then makes every small matrix product wait for its time slice: four times as long for
-    the demo.
+    OpenMP's threads sleep while they wait. By default they spin, so that on a small machine with
+    another busy process, every small matrix product waits for a time slice; the demo took four
+    times as long.
 
-    Python looks for reference cycles less often. Imports and traced models leave millions of
-    objects that stay, and looking through them takes a tenth of a short run.
+    Python's garbage collector runs less often. Imports and traced models leave millions of objects
+    that stay alive, and scanning them took a tenth of a short run.
     """
     if not is_plain():
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -48,22 +47,21 @@ def prepare_process() -> None:
 
 @contextmanager
 def quick_loading() -> Iterator[None]:
-    """Load a model faster.
+    """Make a model load faster in this context.
 
-    Python does not look for reference cycles among the objects that are made here. At the end
-    they join the oldest generation, so that a collection after each compiled graph, as torch asks
-    for, does not look through them either.
+    The garbage collector is off. At the end, the objects that were made move to its oldest
+    generation, so that the collections that torch runs after each compiled graph do not scan them.
 
-    Threads switch more often. A weight is copied to the device by one thread while another
-    imports the compiler; after each weight the first waits for its turn, which by default is
-    5 ms, longer than most copies take.
+    Threads switch more often. One thread copies weights to the device while another imports the
+    compiler. After each weight, the first waits for the interpreter: 5 ms by default, which is
+    longer than most copies take.
     """
     if is_plain():
         yield
         return
     interval = sys.getswitchinterval()
     gc.disable()
-    sys.setswitchinterval(COPYING_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(LOADING_SWITCH_INTERVAL_S)
     try:
         yield
     finally:
@@ -74,13 +72,13 @@ def quick_loading() -> Iterator[None]:
 
 
 def import_engine(device: str) -> type[Engine]:
-    """Import the engine, torch and transformers, while the GPU starts in another thread.
+    """Import the engine, with torch and transformers, while another thread starts the GPU.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        OptionError: If the device is not there.
+        OptionError: If the device is not present.
     """
     if is_plain() or device == "cpu":
         from flexmask.engine import Engine
@@ -91,12 +89,12 @@ def import_engine(device: str) -> type[Engine]:
 
 
 def end_process(status: int) -> None:
-    """End the process by `os._exit`, unless what it printed cannot be written.
+    """End the process with `os._exit`, which skips freeing all objects.
 
-    The interpreter would first look several times through the million objects that torch and
-    transformers are made of, and free each of them, which takes more than a second. Functions
-    registered with `atexit` run, and streams are flushed. Returns where the process should end as
-    usual: without torch, if a stream cannot be written, or if this module is switched off.
+    That takes the interpreter more than a second for the million objects of torch and
+    transformers. Functions registered with `atexit` run first, and streams are flushed. Returns if
+    the process should end as usual: without torch, if a stream cannot be written, or if this
+    module is switched off.
     """
     if is_plain() or "torch" not in sys.modules:
         return
@@ -123,6 +121,6 @@ def _import_beside(pool: Executor, device: str) -> type[Engine]:
 
 
 def _start_driver() -> None:
-    """Start CUDA's driver, if there is one; torch, asked for GPUs, would wait for it."""
+    """Initialize the CUDA driver, if there is one, since torch would wait for it."""
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuInit(0)

@@ -1,4 +1,4 @@
-"""From the names and parameters that a user gave to strategies."""
+"""Makes strategies from the names and parameters that the user gave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexmask_cli.render.lines import print_note, print_warnings
 
 
 class ChosenStrategy(NamedTuple):
-    """A strategy and how it was asked for.
+    """A strategy, and its name on the command line.
 
     Attributes:
         reference: Its registered name, or ``path/to/file.py:name``.
@@ -31,20 +31,20 @@ class ChosenStrategy(NamedTuple):
 
 
 def load_plugins() -> Registry:
-    """Load all plugins; warn of those that failed and of what others should not have done."""
+    """Load all plugins, and print warnings about their problems."""
     registry = quietly_loaded_plugins()
     print_warnings(registry.problems())
     return registry
 
 
 def quietly_loaded_plugins() -> Registry:
-    """As `load_plugins`, for a command that lists problems itself."""
+    """Load all plugins without warnings, for a command that lists problems itself."""
     with stdout_to_stderr():
         return load_registry()
 
 
 def choose_strategy(reference: str, parameters: Mapping[str, str]) -> ChosenStrategy:
-    """Make a strategy by its name, or from a file, which is announced.
+    """Make a strategy by its name or from a file; a note says so of a file.
 
     Args:
         reference: Name of a registered strategy, or ``path/to/file.py:name``.
@@ -59,7 +59,7 @@ def choose_strategy(reference: str, parameters: Mapping[str, str]) -> ChosenStra
 
 
 def choose_all(reference: str, parameters: Mapping[str, str]) -> list[Strategy]:
-    """As `choose_strategy`; all strategies of a file where no name follows its path."""
+    """Make a strategy, or all strategies of a file if no name follows its path."""
     if not is_strategy_file(reference):
         return [choose_strategy(reference, parameters).strategy]
     with _file_warnings():
@@ -73,7 +73,7 @@ def choose_listed(texts: Sequence[str], shared: Mapping[str, str]) -> list[Chose
     Args:
         texts: References as `choose_strategy` takes them, separated by commas, each with
             parameters of its own after colons.
-        shared: Parameters for every strategy that takes them and has none of its own.
+        shared: Parameters of every strategy that takes them and is given none of its own.
 
     Raises:
         OptionError: If no strategy takes one of the shared parameters, or a text is malformed.
@@ -81,7 +81,7 @@ def choose_listed(texts: Sequence[str], shared: Mapping[str, str]) -> list[Chose
     """
     chosen = []
     unused = set(shared)
-    # No name begins with a digit: a comma before one is within a value, as in parents=0,0,1.
+    # Names do not start with a digit: a comma before one is part of a value, as in parents=0,0,1.
     for text in (name for names in texts for name in re.split(r",(?!\d)", names)):
         parts = text.strip().split(":")
         of_name = 2 if parts[0].endswith(".py") else 1
@@ -118,7 +118,7 @@ def _strategy_class(reference: str) -> type[Strategy]:
 
 @contextmanager
 def _file_warnings() -> Iterator[None]:
-    """Print flexmask's warnings while a file runs, a line each."""
+    """Print flexmask's warnings while a file runs, one line each."""
     with warnings.catch_warnings(record=True) as caught, stdout_to_stderr():
         warnings.simplefilter("always", FlexMaskWarning)
         try:
@@ -129,7 +129,7 @@ def _file_warnings() -> Iterator[None]:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what a plugin's code, C code and child processes write to stdout."""
+    """Redirect to stderr what plugins, their C code and child processes write to stdout."""
     if sys.stdout is None or sys.stderr is None:  # closed by the caller
         yield
         return

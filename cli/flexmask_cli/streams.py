@@ -1,7 +1,7 @@
-"""Standard streams that may be closed, full, or of an encoding that lacks a character.
+"""Makes printing safe: streams may be closed, full, or unable to encode a character.
 
-What is printed must not cost a run its rows: while a run goes on, what cannot be printed is
-dropped, and said at the end.
+Output that cannot be printed must not end a run and lose its rows. During a run it is dropped, and
+the error is reported at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ _STDERR = 2
 
 
 class _Printed:
-    """A standard stream, as far as programs that print use one.
-
-    Once it has failed, nothing more is written to it.
+    """Wraps a standard stream; after the first failure, nothing more is written to it.
 
     Attributes:
-        is_quiet: Whether a failure is kept, and not raised.
+        is_quiet: True to store a failure and not raise it.
     """
 
     def __init__(self, stream: TextIO, *, is_quiet: bool) -> None:
@@ -56,12 +54,12 @@ class _Printed:
                 self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raise what went wrong, if anything has.
+        """Raise the stored failure, if there is one.
 
         Raises:
-            BrokenPipeError: If the reader of a pipe has gone; click ends the program without a
-                word then, as programs in a pipe do.
-            OutputError: If it is anything else, such as a full disk.
+            BrokenPipeError: If the reader of a pipe has exited; Typer then ends the program
+                without a message, as programs in a pipe do.
+            OutputError: If it is any other failure, such as a full disk.
         """
         error = self._failure
         if isinstance(error, BrokenPipeError):
@@ -79,9 +77,9 @@ class _Printed:
 def prepared_streams() -> Iterator[None]:
     r"""Make the standard streams safe to print to while a command runs.
 
-    A character that an encoding lacks is printed as its escape, such as ``\u6771``. A stream that
-    is closed prints nowhere, and its number is taken: the next file that is opened would get it,
-    and with it all that is printed by code that does not ask Python.
+    A character that cannot be encoded is printed as its escape, such as ``\u6771``. A closed
+    stream is replaced by the null device, and so is its descriptor; otherwise the next file to be
+    opened would get that descriptor, and with it everything that C code prints.
 
     Raises:
         OutputError: If standard output cannot be written.
@@ -91,7 +89,7 @@ def prepared_streams() -> Iterator[None]:
     os.close(number)
     before = sys.stdout, sys.stderr
     sys.stdout = _printed(sys.stdout, is_quiet=False)
-    sys.stderr = _printed(sys.stderr, is_quiet=True)  # there is nobody to tell
+    sys.stderr = _printed(sys.stderr, is_quiet=True)  # nowhere to report a failure
     try:
         yield
     except SystemExit:
@@ -106,11 +104,11 @@ def prepared_streams() -> Iterator[None]:
 
 @contextmanager
 def run_goes_on() -> Iterator[None]:
-    """Let nothing that cannot be printed end a run.
+    """Keep output that cannot be printed from ending a run.
 
     Raises:
-        BrokenPipeError: At its end, if the reader of standard output has gone.
-        OutputError: At its end, if standard output could not be written.
+        BrokenPipeError: At the end, if the reader of standard output has exited.
+        OutputError: At the end, if standard output could not be written.
     """
     stream = sys.stdout
     if not isinstance(stream, _Printed):
@@ -126,18 +124,18 @@ def run_goes_on() -> Iterator[None]:
 
 
 def write_text(text: str, end: str = "\n") -> None:
-    """Write lines to stdout; what would command a terminal shows as an escape."""
+    """Write lines to stdout; control characters are shown as escapes."""
     write_styled(printable(text, LINES) + end)
 
 
 def write_styled(text: str) -> None:
-    """Write to stdout what is made here, colours included; others' text is `printable` by then."""
+    """Write text with styles to stdout; text of users must have passed `printable`."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def write_note(line: str) -> None:
-    """Write a line to stderr; where that has gone the run goes on without."""
+    """Write a line to stderr; failures are ignored, since there is nowhere to report them."""
     print(printable(line, WORDS), file=sys.stderr, flush=True)
 
 
@@ -150,7 +148,7 @@ def _printed(stream: TextIO | None, *, is_quiet: bool) -> TextIO:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send nowhere what a stream still holds, which Python would try to write again at the end."""
+    """Discard what a stream has buffered, which Python would try to write again at its exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

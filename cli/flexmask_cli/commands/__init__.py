@@ -1,1 +1,1 @@
-"""One file per command: parse, call the core once, render."""
+"""One module per command: its options, one call into the core, and what it prints."""

@@ -40,7 +40,7 @@ class AttentionOptions:
 
     @property
     def shape(self) -> Heads:
-        """Heads and their size."""
+        """The numbers of heads and their size."""
         query, separator, key = self.heads.partition(":")
         form = "two numbers as in 24:8, or one"
         count = read_size("--heads", query, form, given=self.heads)
@@ -56,11 +56,11 @@ def bench(
     attention: AttentionOptions,
     device: DeviceOptions,
 ) -> None:
-    """Time one call of attention over a prompt, beside other implementations and a lower bound.
+    """Time one call of attention over a prompt, compared with other implementations.
 
     The prompt is a row of an input, or has a prefix of 60 tokens, segments of 40, 35 and 38 and a
-    suffix of 4 unless options say otherwise. The lower bound comes from matrix products and memory
-    reads measured in the same run.
+    suffix of 4 unless options say otherwise. The table ends with a lower bound, computed from the
+    rates of matrix products and of memory reads that are measured in the same run.
     """
     chosen = choose_strategy(strategy.strategy, strategy.parameters).strategy
     with warnings_as_lines():

@@ -1,4 +1,4 @@
-"""``flexmask check``: holds strategies to the rules that the engine relies on."""
+"""``flexmask check``: checks strategies against the rules that the engine relies on."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class CheckOptions:
 def check(*, options: CheckOptions) -> None:
     """Check that a strategy keeps the rules that the engine relies on.
 
-    The mask, the layouts and the compiled attention are checked. The exit status is 1 if a rule
-    is broken.
+    It checks layouts, mask and compiled attention. The exit status is 1 if a rule is broken.
     """
     chosen = choose_all(options.strategy, dict(options.param))
     outcomes = [_run(item, is_silent=options.as_json) for item in chosen]
@@ -51,7 +50,7 @@ def check(*, options: CheckOptions) -> None:
 
 
 def _run(strategy: Strategy, is_silent: bool) -> list[Outcome]:
-    """Check one strategy; print rule by rule, then the findings."""
+    """Check one strategy; print each rule as it is checked, then the findings."""
     from flexmask.check import RULES, run_rules
 
     if is_silent:

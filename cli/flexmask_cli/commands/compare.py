@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is compared."""
+    """The strategies, fusions and numbers of segments to compare."""
 
     heading: ClassVar[str] = "Comparison"
 
@@ -75,7 +75,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where the comparison goes."""
+    """The output of a comparison."""
 
     heading: ClassVar[str] = "Output"
 
@@ -102,7 +102,7 @@ def compare(
     )
     planned = PlannedRun(run, opened.task)
 
-    # These import torch. Wrong options are found before, so that they are told at once.
+    # Imported only now, since these import torch: wrong options are reported before.
     from flexmask.compare.comparison_run import CellRunner, ReportFolder, cut_to_counts
     from flexmask.compare.lone_prompt import with_plain_prompts
     from flexmask.compare.report import save_report
@@ -141,7 +141,7 @@ def compare(
     with run_goes_on():
         with warnings_as_lines():
             if not all(map(runner.has_result, cells)):
-                runner.load_engine()  # one that fails ends the run, and not each cell by itself
+                runner.load_engine()  # if this fails, no cell can run
             errors = _run(runner, cells, is_quiet=run.results.quiet)
         results = tabulate(cells, folder, planned.judge, errors)
         save_report(results, folder, planned.judge)
@@ -171,7 +171,7 @@ def _parse_fusion(text: str) -> Fusion:
 
 
 def _read_for(ways: Sequence[Way]) -> Fusion:
-    """A fusion that needs of the input what any of them needs."""
+    """Return a fusion that reads weights from the input if one of the ways does."""
     weighted = (way.fusion for way in ways if way.fusion.weights == "column")
     return next(weighted, Fusion())
 
@@ -184,7 +184,7 @@ def _parse_count(text: str) -> int | None:
 
 
 def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[Cell, str]:
-    """Run every cell; give the reasons of those that failed."""
+    """Run every cell; return the errors of those that failed."""
     errors: dict[Cell, str] = {}
     interrupt = Interrupt()
 
@@ -199,7 +199,7 @@ def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[C
             runner.run(cell, partial(watch, f"{number} of {len(cells)}: {cell.title}"))
         except FlexMaskError as error:
             errors[cell] = str(error)
-        except Exception as error:  # a plugin's, or torch's: the other cells go on
+        except Exception as error:  # of a plugin or of torch: the other cells run
             print_fault()
             errors[cell] = f"{type(error).__name__}: {error}"
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``flexmask doctor``: whether everything that flexmask needs works here."""
+"""``flexmask doctor``: checks that everything flexmask needs works on this machine."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from flexmask.doctor import Check
 
 
-DEVICE = DeviceOptions(dtype="float32")
+DEFAULT_DEVICE = DeviceOptions(dtype="float32")
 NAME_COLUMNS = 26
-"""Room for the name of a check."""
+"""Width of the column of names."""
 
 
 @takes_options
 def doctor(
     *,
     model: ModelOptions,
-    device: DeviceOptions = DEVICE,
+    device: DeviceOptions = DEFAULT_DEVICE,
     listing: ListingOptions,
 ) -> None:
     """Check that everything flexmask needs works on this machine.
 
-    That is packages, the compiler, the GPU, attention, caches and plugins. With --model, check
-    that model instead: its logits and greedy tokens under flexmask, by model.generate and by the
-    engine, are compared with those under transformers' own attention, on a short batch.
+    It checks packages, the compiler, the GPU, attention, caches and plugins. With --model it
+    checks that model instead: on a short batch, it compares logits and greedy tokens under
+    flexmask, from model.generate and from the engine, with those under transformers' own
+    attention.
     """
-    if model.model is None and (device != DEVICE or model.trust_remote_code):
-        raise OptionError("--device, --dtype and --trust-remote-code need a --model")
+    if model.model is None and (model.trust_remote_code or device != DEFAULT_DEVICE):
+        raise OptionError("--device, --dtype and --trust-remote-code need a --model to check")
     checks = []
     for check in _checks(model, device):
         checks.append(check)
@@ -50,7 +51,7 @@ def doctor(
 
 
 def _print_check(check: Check) -> None:
-    """Print the outcome of a check in a line, with what to do about it."""
+    """Print the outcome of a check in one line, with advice."""
     state = {"ok": "ok", "warning": "warn", "unavailable": "-", "broken": "BROKEN"}[check.state]
     advice = f"; {check.advice}" if check.advice else ""
     print_line(f"{state:6}  {check.name:<{NAME_COLUMNS}}  {check.detail}{advice}")

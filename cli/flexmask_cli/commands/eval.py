@@ -1,4 +1,4 @@
-"""``flexmask eval``: accuracy of result files, and which is better."""
+"""``flexmask eval``: accuracy of result files, and comparisons of every two of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is judged, and how."""
+    """The files to judge, and the metrics."""
 
     files: Annotated[
         list[Path],

@@ -1,4 +1,4 @@
-"""``flexmask generate``: rows of a data set in, a file of generations out."""
+"""``flexmask generate``: generates for the rows of a data set, into a result file."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from flexmask.tasks.request_source import RequestSource
 
 STDOUT = Path("-")
-"""The output that stands for standard output."""
+"""Value of ``--output`` for standard output."""
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where the generations go, and what is printed."""
+    """The output of a run, and what is printed."""
 
     heading: ClassVar[str] = "Output"
 
@@ -140,7 +140,7 @@ def generate(
         ) as writer,
     ):
         shown, stats = _generate_rest(planned, chosen, fusion.chosen, writer, output)
-    # Printed once the file is in place, since whoever reads the output may have left.
+    # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
     if output.as_json:
         print_json(outcome_figures(path, writer.summary, planned.judge, stats))
     elif not run.results.quiet:
@@ -157,7 +157,7 @@ def _write_stream(
     requests: RequestSource,
     output: OutputOptions,
 ) -> None:
-    """Generate for all requests; their rows go to stdout as JSON Lines."""
+    """Generate for all requests, and write their rows to stdout as JSON Lines."""
     from flexmask.results.row_stream import RowStream
 
     if planned.options.results.mode != "new":
@@ -173,10 +173,10 @@ def _generate_rest(
     writer: ResultWriter | RowStream,
     output: OutputOptions,
 ) -> tuple[list[Generation], RunStats | None]:
-    """Generate for the remaining requests; the model loads only if there are some.
+    """Generate for the remaining requests; load the model only if there are some.
 
     Returns:
-        The first generations, to be shown, and the statistics of the run; None if there was none.
+        The first generations, to be shown, and the statistics of the run; None without a run.
     """
     from flexmask.results.dataset_run import DatasetRun
 

@@ -1,4 +1,4 @@
-"""``flexmask new``: starts a plugin."""
+"""``flexmask new``: writes a plugin to start from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NewOptions:
 
 @takes_options
 def new(*, options: NewOptions) -> None:
-    """Write a plugin with a strategy that works, for you to change."""
+    """Write a plugin with a working strategy, to start from."""
     names = PluginNames.of(options.name)
     if names.strategy in {item.cls.name for item in load_plugins().strategies()}:
         raise OptionError(f"strategy {names.strategy!r} is there already; choose another name")

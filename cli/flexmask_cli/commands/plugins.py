@@ -1,4 +1,4 @@
-"""``flexmask plugins``: what was loaded, and what failed."""
+"""``flexmask plugins``: lists plugins, and errors of those that failed to load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexmask_cli.strategy_choice import quietly_loaded_plugins
 
 @takes_options
 def plugins(*, options: ListingOptions) -> None:
-    """List plugins; where one failed, its status is the reason."""
+    """List plugins; the status of one that failed to load is its error."""
     registry = quietly_loaded_plugins()
     if options.as_json:
         print_json([_fields(plugin, registry) for plugin in registry.plugins])

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 DEFAULT_STRATEGY = "ensemble_isolation"
 DEFAULT_LENGTHS = Lengths(6, (8, 6, 7), 3)
 PAGE_NEW_TOKENS = 8
-"""How many generated tokens a page steps through, where no result file says."""
+"""How many generated tokens a page steps through, unless a result file is shown."""
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """The masks to draw, and of which file."""
+    """The masks to draw, and a file to take the request from."""
 
     heading: ClassVar[str] = "Mask"
 
@@ -78,7 +78,7 @@ class MaskOptions:
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """What is drawn."""
+    """The form of the picture."""
 
     heading: ClassVar[str] = "Output"
 
@@ -138,7 +138,7 @@ def _listed(texts: list[str], parameters: dict[str, str]) -> list[Strategy]:
 
 
 def _source(file: str | None, request: OneRequestOptions) -> tuple[str | None, OneRequestOptions]:
-    """The result file that FILE names, or else the request with FILE as its input.
+    """Return the result file that FILE names, or else the request with FILE as its input.
 
     Raises:
         OptionError: If options have no effect.

@@ -1,4 +1,4 @@
-"""``flexmask strategies``: the mask strategies that are installed."""
+"""``flexmask strategies``: lists the installed mask strategies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 80
 
 @dataclass(frozen=True)
 class StrategiesOptions(ListingOptions):
-    """All strategies, or one."""
+    """A listing of all strategies, or one strategy."""
 
     name: Annotated[
         str | None,
@@ -72,7 +72,7 @@ def _show_one(item: RegisteredStrategy, as_json: bool) -> None:
 
 
 def _picture(strategy: Strategy) -> str:
-    """The mask of a small layout."""
+    """Return the mask of a small layout as text."""
     from flexmask.show.mask_picture import draw_mask
     from flexmask.show.picture_source import subject_of_lengths
     from flexmask.show.terminal import ascii_picture
@@ -80,7 +80,7 @@ def _picture(strategy: Strategy) -> str:
     try:
         picture = draw_mask(strategy, subject_of_lengths(*SHOWN_LENGTHS).shown)
         return ascii_picture(picture, WIDTH)
-    except Exception as error:  # the plugin's own; what else is known of it is shown all the same
+    except Exception as error:  # raised by the plugin; everything else is shown
         described = str(error) or type(error).__name__
         return f"no picture: {described}; 'flexmask check {strategy.name}' says more"
 
@@ -108,5 +108,5 @@ def _row(item: RegisteredStrategy) -> dict[str, str]:
 def _parameter(parameter: Parameter) -> str:
     default = str(parameter.default)
     if isinstance(parameter.default, bool):
-        default = default.lower()  # as --param takes it
+        default = default.lower()  # as in --param
     return f"{parameter.name}: {parameter.type} = {default}"

@@ -1,4 +1,4 @@
-"""``flexmask tasks``: the tasks that ``--task`` knows by name."""
+"""``flexmask tasks``: lists the tasks that ``--task`` accepts by name."""
 
 from __future__ import annotations
 

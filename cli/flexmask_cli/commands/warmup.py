@@ -1,4 +1,4 @@
-"""``flexmask warmup``: compile in advance what later runs need."""
+"""``flexmask warmup``: compiles in advance what later runs need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexmask_cli.strategy_choice import choose_strategy
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """The prompts to expect."""
+    """The sizes of the prompts to expect."""
 
     heading: ClassVar[str] = "Prompts"
 
@@ -35,9 +35,9 @@ def warmup(
     batch: BatchOptions,
     options: EngineOptions,
 ) -> None:
-    """Compile for a model, a strategy and sizes; later runs of that kind start without compiling.
+    """Compile for a model, a strategy and sizes, so that later runs start without compiling.
 
-    What is compiled is kept in the caches of torch and Triton on disk.
+    Compiled graphs and kernels are kept on disk, in the caches of torch and Triton.
     """
     chosen = choose_strategy(strategy.strategy, strategy.parameters)
     engine = load_engine(model, options)

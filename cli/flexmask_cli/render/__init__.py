@@ -1,1 +1,1 @@
-"""What commands print, by what it is about."""
+"""Printing: tables, lines, and the output of each command."""

@@ -1,4 +1,4 @@
-"""What `bench` prints."""
+"""Prints what `bench` measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_attention_case(subject: Subject, strategy: Strategy, case: AttentionBench) -> None:
-    """Print what `flexmask bench` measures."""
+    """Print the strategy, the prompt and the shape of attention."""
     from flexmask.show.mask_picture import strategy_title
 
     figures = case.figures()
@@ -29,7 +29,7 @@ def print_attention_case(subject: Subject, strategy: Strategy, case: AttentionBe
 
 
 def print_attention_timings(timings: Sequence[Timing], floor: Floor) -> None:
-    """Print what `flexmask bench` found."""
+    """Print the table of timings."""
     rows = [_timing_row(timing, floor) for timing in timings]
     bound = "operations" if floor.compute_ms >= floor.read_ms else "memory"
     last = {

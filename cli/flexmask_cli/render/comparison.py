@@ -1,4 +1,4 @@
-"""What `compare` prints."""
+"""Prints the table of `compare`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_comparison(results: Sequence[CellResult]) -> None:
-    """Print what came of each cell of a comparison."""
+    """Print the results of all cells, equal ways and errors."""
     rows = [_comparison_row(result) for result in results]
     used = [name for name in rows[0] if any(row[name] for row in rows)]
     print_table([{name: row[name] for name in used} for row in rows], wrapped=["what"])

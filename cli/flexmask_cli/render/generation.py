@@ -1,4 +1,4 @@
-"""What `generate` prints: prompts, how a run goes, answers and figures."""
+"""Prints what `generate` shows: prompts, answers, counts and figures of a run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from flexmask.tasks.request_source import BadRow
 
 SHOWN_ANSWERS = 8
-"""How many generations `print_answers` is given."""
+"""Number of generations that are shown."""
 
 
 def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: GenerationRun) -> None:
-    """Say on stderr what is about to run, and how."""
+    """Print strategy, model, attention and batches of a run to stderr."""
     model, kinds, stats = engine.model, engine.runner.layer_windows, run.stats
     layers = ", ".join(
         kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
@@ -47,7 +47,7 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: Generat
 
 
 def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
-    """Effects of the model's generation config on this run."""
+    """Yield the effects of the model's generation config on this run."""
     endings = [*map(str, sorted(rules.eos_token_ids)), *map(repr, rules.stop_strings)]
     yield f"the model's generation config ends rows with: {', '.join(endings) or 'nothing'}"
     if rules.applied:
@@ -61,7 +61,7 @@ def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
 
 
 def print_kernels(engine: Engine) -> None:
-    """Say on stderr what computed attention."""
+    """Print the attention kernels that ran to stderr."""
     runner = engine.runner
     prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
@@ -91,11 +91,11 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
 
 
 def _questions(requests: Sequence[Request]) -> list[str]:
-    """The part of each request that asks: its first segment, or its suffix.
+    """Return the question of each request: its first segment, or its suffix.
 
-    Where segments are paraphrases of a question, the suffix is the same for all requests, such as
-    ``A:``. Where they are documents, the question comes after them, and suffixes differ; of a
-    lone request the suffix counts that holds a question mark.
+    If segments are paraphrases of a question, all requests have the same suffix, such as ``A:``.
+    If segments are documents, the question follows them, and suffixes differ. For a single
+    request, a suffix with a question mark is the question.
     """
     suffixes = {request.suffix for request in requests}
     if len(suffixes) > 1 or any(mark in suffix for suffix in suffixes for mark in "?？؟"):
@@ -124,7 +124,7 @@ def print_prompt(request: Request | BadRow, weight: float | None = None) -> None
 
 
 def print_stats(stats: RunStats, fusion: Fusion) -> None:
-    """Print what the run did and how fast."""
+    """Print counts, times and memory of a run."""
     lines = [
         f"fusion: {fusion}",
         f"rows: {stats.generations} generated",
@@ -145,7 +145,7 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
 
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
-    """Print what the result file holds, and its accuracy."""
+    """Print the number of rows in the result file, and its accuracy."""
     if results.judged:
         questions, estimates = _accuracy(path, judge)
         of = "" if questions == results.judged else ", each question counted once"
@@ -168,8 +168,8 @@ def outcome_figures(
     Args:
         path: The result file.
         results: Counts over its rows.
-        judge: Scored its answers.
-        stats: What the run did; None if there was nothing to do.
+        judge: The judge that scored its answers.
+        stats: Statistics of the run; None if there was nothing to generate.
     """
     _, estimates = _accuracy(path, judge) if results.judged else (0, {})
     run = None if stats is None else {**vars(stats), "tokens_per_s": stats.tokens_per_s}

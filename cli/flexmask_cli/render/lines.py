@@ -1,4 +1,4 @@
-"""Lines for people on stdout and stderr, and JSON for programs."""
+"""Prints lines to stdout and stderr, and JSON."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from flexmask_cli.streams import write_note, write_styled, write_text
 
 
 def print_json(value: Any) -> None:
-    """Print JSON, indented."""
+    """Print a value as indented JSON."""
     write_styled(printable_json(json.dumps(value, indent=2)) + "\n")
 
 
 def print_json_line(text: str) -> None:
-    """Print a line of JSON that is ASCII."""
+    """Print a line of ASCII JSON."""
     write_styled(printable_json(text) + "\n")
 
 
 def print_warnings(lines: Iterable[str]) -> None:
-    """Print each line to stderr."""
+    """Print each line as a warning to stderr."""
     for line in lines:
         write_note(f"warning: {OPTION_NAMES.shown(line)}")
 
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Print each of flexmask's warnings once, in one line."""
+    """Print each of flexmask's warnings once, as one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", FlexMaskWarning)
         show = warnings.showwarning
@@ -52,33 +52,30 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def print_passing(text: str) -> None:
-    """Show on a terminal what is going on, in place of the last such text.
-
-    An empty text clears it.
-    """
+    """Show a status text on a terminal, in place of the previous one; an empty text clears it."""
     erase_rest = "\x1b[K"
     if sys.stdout.isatty():
         write_styled(f"{printable(text, WORDS)}{erase_rest}\r")
 
 
 def print_note(line: str) -> None:
-    """Print to stderr what is no warning and no result."""
+    """Print a note to stderr."""
     write_note(f"note: {line}")
 
 
 def print_fault() -> None:
-    """Print the traceback of the exception that is being handled to stderr."""
+    """Print the traceback of the current exception to stderr."""
     for line in traceback.format_exc().splitlines():
         write_note(line)
 
 
 def print_line(line: str) -> None:
-    """Print a line."""
+    """Print a line to stdout."""
     write_text(line)
 
 
 def print_figures(figures: Mapping[str, str | int | float]) -> None:
-    """Print named figures, one a line."""
+    """Print named figures, one per line."""
     width = max(map(len, figures))
     for name, value in figures.items():
         formats = {int: ",", float: ".4g", str: ""}

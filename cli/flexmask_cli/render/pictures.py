@@ -1,4 +1,4 @@
-"""What `show` prints: requests and their masks."""
+"""Prints requests and their masks, for `show`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ UNLIMITED = 1_000_000
 """A width in characters that no line reaches."""
 
 ASCII_COLUMNS = 104
-"""How wide a picture in plain characters may be: a character is twice as high as wide."""
+"""Maximum width of a picture in plain characters, which are twice as high as wide."""
 
 
 def print_pictures(subject: Subject, pictures: Sequence[Picture], *, is_ascii: bool) -> None:
-    """Print a request and its masks, to fit the window; into a pipe, in plain characters."""
+    """Print a request and its masks, fitted to the terminal; in a pipe, as plain characters."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Tables: one plain line a row in a pipe, fitted to the width of a terminal."""
+"""Prints tables: one plain line per row in a pipe, fitted to the width of a terminal."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Row = Mapping[str, str]
 def print_table(rows: Sequence[Row], wrapped: Collection[str]) -> None:
     """Print rows as aligned columns; no cell is ever cut.
 
-    Into a pipe or file goes one plain line a row, whatever its length. On a terminal, the columns
-    in ``wrapped`` and all headings are broken between words to fit. Where the columns do not fit
-    even so, each row becomes a block with a line for each column.
+    In a pipe or file, a row is one plain line of any length. On a terminal, the columns in
+    ``wrapped`` and all headings are broken between words to fit. If that does not suffice, each
+    row is printed as a block with one line per column.
     """
     rows = [{name: printable(cell, WORDS) for name, cell in row.items()} for row in rows]
     if not rows:
@@ -42,13 +42,13 @@ def print_table(rows: Sequence[Row], wrapped: Collection[str]) -> None:
 
 
 def percent(estimate: Estimate, sign: str = "") -> str:
-    """A mean and its 95% interval, as ``81.0% [75.5, 86.5]``; ``sign`` may be ``+``."""
+    """Return a mean and its 95% interval, as ``81.0% [75.5, 86.5]``; ``sign`` may be ``+``."""
     low, high = (f"{100 * end:{sign}.1f}" for end in (estimate.low, estimate.high))
     return f"{100 * estimate.mean:{sign}.1f}% [{low}, {high}]"
 
 
 def _plain_lines(rows: Sequence[Row]) -> Iterator[str]:
-    from rich.cells import cell_len  # imported here, because --json need not wait for it
+    from rich.cells import cell_len  # slow to import
 
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
@@ -60,7 +60,7 @@ def _plain_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str | None:
-    """The table in the styles of the terminal; None if it needs more columns than there are."""
+    """Return the table in the styles of the terminal, or None if it is too wide."""
     from rich.console import Console
     from rich.table import Table
 
@@ -77,7 +77,7 @@ def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str 
         file=written,
         force_terminal=True,
         width=columns,
-        height=len(rows),  # given, because rich takes dumb terminals for 80 columns otherwise
+        height=len(rows),  # without it, rich assumes 80 columns on dumb terminals
         markup=False,
         emoji=False,
         highlight=False,
@@ -89,7 +89,7 @@ def _fitted(rows: Sequence[Row], wrapped: Collection[str], columns: int) -> str 
 def _column_widths(
     rows: Sequence[Row], wrapped: Collection[str], columns: int
 ) -> list[int] | None:
-    """Widths that fit, the widest columns narrowed first; None if there are none."""
+    """Return widths that fit, with the widest columns narrowed first, or None if none fit."""
     from rich.cells import cell_len
 
     least, natural = [], []
