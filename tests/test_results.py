@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_error_and_costs_no_finished_row(
                 writer.write([answer(requests[2])])
         assert str(raised.value) == (
             f"{journal_of(output)}: cannot be written (No space left on device); finished rows "
-            "are kept, `resume` goes on from them"
+            "are kept, `resume` continues from them"
         )
         assert uuids(journal_of(output)) == ["q0", "q1"]
         writer.write(map(answer, requests[2:]))
@@ -738,7 +738,7 @@ def test_a_place_that_can_be_written_passes(tmp_path: Path, name: str, mode: Out
         ("folder", "folder: a folder; name a file in it: .*results.feather"),
         ("out.csv", "unknown extension '.csv'; name it .feather, .arrow, .parquet, .jsonl"),
         ("out", "unknown extension ''"),
-        ("file/out.feather", "file: nothing can be written there .*; choose another --output"),
+        ("file/out.feather", "file: nothing can be written there .*; choose another `output`"),
         ("x" * 250 + ".feather", r"cannot be opened and locked \(File name too long\)"),
     ],
 )
