@@ -1,4 +1,4 @@
-"""Attention under a mask: the backend registered with transformers, and its masks."""
+"""Attention under a mask: the backend that transformers calls, and its masks."""
 
 BACKEND = "flexmask"
 DENSE_BACKEND = "flexmask_dense"

@@ -1,4 +1,4 @@
-"""Masks that are added to scores: 0 where a key is seen, the dtype's lowest number where not.
+"""Masks that are added to scores: 0 for keys that are seen, the dtype's minimum for others.
 
 Models that compute scores in code of their own take masks in this form, as ``eager`` attention in
 transformers does.
@@ -12,7 +12,7 @@ from torch import Tensor
 from flexmask.errors import AttentionError
 
 HIDDEN = torch.finfo(torch.float16).min
-"""What hides a key is at most this, in every dtype of scores."""
+"""An added number at most this hides a key, whatever the dtype of the scores."""
 
 
 class OwnScoresError(AttentionError):
@@ -20,16 +20,16 @@ class OwnScoresError(AttentionError):
 
 
 def added_mask(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask to add to scores of ``dtype``, in the shape of ``is_seen`` (bool)."""
+    """Return the mask to add to scores of ``dtype``, in the shape of ``is_seen`` (bool)."""
     hidden = torch.finfo(dtype).min
     return torch.zeros_like(is_seen, dtype=dtype).masked_fill_(~is_seen, hidden)
 
 
 def seen_through(mask: Tensor) -> Tensor:
-    """Which keys a dense mask shows, in its shape: of bool, or one that is added to scores.
+    """Return as a bool tensor which keys a dense mask shows: a bool mask, or one added to scores.
 
     Raises:
-        AttentionError: If it changes scores besides.
+        AttentionError: If the mask also changes the scores of keys that it shows.
     """
     if mask.dtype == torch.bool:
         return mask

@@ -1,9 +1,9 @@
 """The attention backend ``flexmask``, registered with transformers.
 
 A model loaded with ``attn_implementation="flexmask"`` computes its attention here, through
-compiled FlexAttention and a BlockMask; no method of it is replaced. ``flexmask_dense`` is the
-reference: the same masks as dense tensors and plain matrix products, chosen by name only. Models
-that mask scores in code of their own take the dense mask for them.
+compiled FlexAttention and a BlockMask; no method of the model is replaced. ``flexmask_dense`` is
+the reference: the same masks as dense tensors, and plain matrix products. It is used only if it is
+chosen by name. Models that mask scores in code of their own take its dense mask.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class CausalRows(ModelBlockMask):
     """The mask of a decode step in which each query sees every slot up to its own.
 
-    It takes the place of a BlockMask of the same content, whose tiles are then not read: a
-    kernel made for this case attends.
+    It replaces an equal BlockMask, whose tiles are not read: attention runs in a kernel for this
+    case.
     """
 
 
@@ -71,28 +71,28 @@ def flexmask_attention(
     """Attend under a BlockMask.
 
     Args:
-        module: The attention module that calls; holds the key and value caches if bound.
+        module: The calling attention module; has the key and value caches if they are bound.
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``, with ``H`` a multiple of ``H_kv``.
         value: ``(B, H_kv, K, D_v)``.
-        attention_mask: Who sees whom, for ``Q`` queries and ``K`` keys; where a cache is bound,
-            its first slots are the keys.
+        attention_mask: The mask of ``Q`` queries and ``K`` keys; if a cache is bound, the keys
+            are its first slots.
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
-        cache_slots: Slots that keys and values go to in ``module.key_cache`` and
-            ``module.value_cache``: ``(B, Q)``, or ``(B,)`` for one query per row.
+        cache_slots: Slots of ``module.key_cache`` and ``module.value_cache`` that keys and values
+            are written to: ``(B, Q)``, or ``(B,)`` for one query per row.
         tile_order: The order of queries that the mask is for.
-        prefill_kernel: What computes a prefill whose lengths are whole tiles.
+        prefill_kernel: The kernel for a prefill whose lengths are multiples of the tile.
         score_mod: Changes scores, after scaling and capping.
-        scaled_part: Keys whose log-sum-exp is scaled, after that.
-        key_table: Where the keys of rows lie that see all of them, each once.
-        kwargs: What else transformers passes; refused where it changes attention.
+        scaled_part: Keys whose log-sum-exp is scaled, after ``score_mod``.
+        key_table: The slots of the keys of each decode row, if keys are read through a table.
+        kwargs: Other arguments of transformers; refused if they change attention.
 
     Returns:
-        ``(B, Q, H, D_v)`` and no weights.
+        ``(B, Q, H, D_v)``, and None for the attention weights.
 
     Raises:
-        AttentionError: If the model asks for what this backend does not compute.
+        AttentionError: If the model asks for something that this backend does not compute.
     """
     _refuse_unsupported(module, kwargs)
     if isinstance(attention_mask, ProbeMask):
@@ -115,7 +115,7 @@ def flexmask_attention(
         key, value = _update_cache(module, key, value, cache_slots, attention_mask)
     if tile_order is not None:
         tiles = attention_mask.kv_num_blocks.shape[-1]
-        # Which tells the compiler that this number of queries is the mask's, and no symbol more.
+        # Tells the compiler that the number of queries is the mask's, and no symbol of its own.
         assume(len(tile_order.queries) == tiles * attention_mask.BLOCK_SIZE[0])
         query, own_key = query[:, :, tile_order.queries], own_key[:, :, tile_order.queries]
     output = attend(
@@ -142,13 +142,13 @@ def dense_attention(
     scaled_part: PlacedPart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend under a dense mask ``(B, 1, Q, K)`` in float32, the slow and plain way.
+    """Attend under a dense mask ``(B, 1, Q, K)`` with matrix products in float32: the reference.
 
-    Arguments and result as in `flexmask_attention`; the mask is of bool, or one to add to scores.
+    Arguments and result as in `flexmask_attention`; the mask is bool, or added to the scores.
     A query that sees nothing gets zeros.
 
     Raises:
-        AttentionError: If the model asks for what this does not compute.
+        AttentionError: If the model asks for something that this backend does not compute.
     """
     _refuse_unsupported(module, kwargs)
     if isinstance(attention_mask, ProbeMask):
@@ -177,20 +177,20 @@ def dense_attention(
 
 KNOWN_ARGUMENTS = frozenset(
     {
-        # The mask says it.
+        # The mask holds what they say.
         "is_causal", "sliding_window", "position_ids", "position_embeddings", "cache_position",
-        # They concern the model, and come along.
+        # They concern the rest of the model.
         "use_cache", "return_dict", "output_hidden_states", "output_router_logits", "labels",
         "logits_to_keep", "num_items_in_batch", "deterministic",
-        # Refused before, where they ask for something.
+        # `_refuse_unsupported` has checked their values.
         "dropout", "output_attentions",
     }
 )  # fmt: skip
-"""Arguments that models pass to attention besides, and that change nothing here."""
+"""Other arguments that models pass to attention, and that change nothing here."""
 
 
 def _refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse what the backend does not compute, and every argument that it does not know."""
+    """Refuse arguments that the backend does not implement, and all that it does not know."""
     name = type(module).__name__
     if (kwargs.get("dropout") or 0.0) > 0.0:
         raise AttentionError(
@@ -222,7 +222,7 @@ def _attend_causal_rows(
     softcap: float | None,
     key_table: KeyTable | None,
 ) -> Tensor:
-    """Write a key per row to the cache and attend to all up to it: ``(B, 1, H, D_v)``."""
+    """Write a key per row to the cache, and attend to all keys up to it: ``(B, 1, H, D_v)``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own = (query[:, :, 0], key[:, :, 0], value[:, :, 0])
     table = (None, None) if key_table is None else key_table
@@ -233,21 +233,21 @@ def _attend_causal_rows(
 
 
 def bound_cache(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Keys and values bound to an attention module, ``(B, H_kv, capacity, D)`` each."""
+    """Return the caches bound to an attention module, ``(B, H_kv, capacity, D)`` each."""
     return cast(Tensor, module.key_cache), cast(Tensor, module.value_cache)
 
 
 def _update_cache(
     module: nn.Module, key: Tensor, value: Tensor, slots: Tensor, mask: BlockMask
 ) -> tuple[Tensor, Tensor]:
-    """Write keys and values to the cache; return the first slots of it that the mask covers."""
+    """Write keys and values to the cache; return the slots of it that the mask covers."""
     key_cache, value_cache = bound_cache(module)
     rows = torch.arange(key.shape[0], device=key.device)
     if slots.dim() == 1:
         key_cache[rows, :, slots] = key[:, :, 0]
         value_cache[rows, :, slots] = value[:, :, 0]
         return key_cache, value_cache
-    # Not through a transposed view of the cache, which inductor would copy there and back.
+    # Not through a transposed view of the cache, which inductor would copy to and fro.
     key_cache[rows[:, None], :, slots] = key.transpose(1, 2)
     value_cache[rows[:, None], :, slots] = value.transpose(1, 2)
     length = mask.kv_indices.shape[-1] * mask.BLOCK_SIZE[1]

@@ -1,4 +1,4 @@
-"""One call of FlexAttention, compiled: its order and padding of queries, and its options."""
+"""The compiled call of FlexAttention: order and padding of queries, and kernel options."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ TRITON_OPTIONS = {
     (64, 64): {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     (128, 128): {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "USE_TMA": True},
 }
-"""By tile, the fastest of about forty settings on an H100 and an H200 (24 heads of 128, bf16): for
-1k tokens, for 4k to 16k, and for 64k."""
+"""For each tile the fastest of about forty settings on an H100 and an H200 (24 heads of 128,
+bf16): for 1k tokens, for 4k to 16k, and for 64k."""
 
 
 def has_triton_options(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-    """Whether `TRITON_OPTIONS` suit heads like these; for others FlexAttention has its own."""
+    """Return True if `TRITON_OPTIONS` apply; other heads use FlexAttention's own options."""
     return dtype.itemsize == 2 and max(key_dim, value_dim) <= 128
 
 
 class TileOrder(NamedTuple):
-    """Queries in whole tiles, the last tile first, and back in their order.
+    """An order of queries by tiles, the last tile first, and its inverse.
 
-    A kernel starts tiles as they come, and the last ones mostly see the most keys: begun last,
-    they would run on when all others are done. Queries 0 1 2 3 4 5 in tiles of 2 become
+    A kernel processes tiles in order, and the last tile usually sees the most keys. Started last,
+    it would still run when all others have finished. Queries 0 1 2 3 4 5 in tiles of 2 become
     4 5 2 3 0 1.
 
     Attributes:
-        queries: ``(Q,)`` which query stands where; what pads the last tile is the last query.
-        back: ``(T,)`` where each query stands.
+        queries: ``(Q,)`` index of the query at each place; the last query fills its tile.
+        back: ``(T,)`` place of each query.
     """
 
     queries: Tensor
     back: Tensor
 
     def to(self, device: torch.device) -> TileOrder:
-        """Copy to a device."""
+        """Return a copy on a device."""
         return TileOrder(self.queries.to(device), self.back.to(device))
 
 
@@ -64,11 +64,11 @@ def last_tile_first(num_queries: int, count: int, side: int) -> TileOrder:
     """Order queries by tiles.
 
     Args:
-        num_queries: How many there are.
-        count: The same in whole tiles.
-        side: Queries of a tile.
+        num_queries: Number of queries.
+        count: The same, rounded up to whole tiles.
+        side: Queries per tile.
     """
-    tiles = torch.arange(count).view(-1, side).flip(0).flatten()  # its own inverse
+    tiles = torch.arange(count).view(-1, side).flip(0).flatten()  # is its own inverse
     return TileOrder(tiles.clamp(max=num_queries - 1), tiles[:num_queries])
 
 
@@ -133,10 +133,10 @@ def _attend(
 
 
 def _never_trivial(mask_mod: MaskMod) -> MaskMod:
-    """Allow the same, by an expression that is no constant.
+    """Return an equal mask_mod that inductor does not reduce to a constant.
 
-    Under a mask_mod that is constantly true FLASH does not read which tiles are empty, and
-    attends to all keys (https://github.com/pytorch/pytorch/issues/188322, torch up to 2.13).
+    Under a mask_mod that is constantly true, FLASH ignores which tiles are empty and attends to
+    all keys (https://github.com/pytorch/pytorch/issues/188322, torch up to 2.13).
     """
 
     def never_trivial(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -148,12 +148,12 @@ def _never_trivial(mask_mod: MaskMod) -> MaskMod:
 def _kernel_options(
     query: Tensor, value: Tensor, mask: BlockMask, prefill_kernel: PrefillKernel | None
 ) -> FlexKernelOptions | None:
-    """Options of FlexAttention for a prefill whose lengths are whole tiles."""
+    """Return FlexAttention's options for a prefill whose lengths are multiples of the tile."""
     if prefill_kernel is None:
         return None
     if prefill_kernel == "flash":
         return {"BACKEND": "FLASH"}
-    # Under symbolic lengths inductor cannot know it, and checks every load against the end.
+    # Inductor cannot derive this from symbolic lengths, and would bounds-check every load.
     options: dict[str, Any] = {"IS_DIVISIBLE": True}
     if has_triton_options(query.dtype, query.shape[-1], value.shape[-1]):
         options |= TRITON_OPTIONS[mask.BLOCK_SIZE]
@@ -163,8 +163,8 @@ def _kernel_options(
 def _padded_groups(query: Tensor, kv_heads: int) -> Tensor:
     """Pad the query heads of each key head to a power of two, for one query on CUDA.
 
-    FlexAttention's decode kernel takes no other number; its prefill kernel needs ten times as
-    long for a single query (24 heads over 8, 16k keys, H200).
+    FlexAttention's decode kernel takes no other number of heads, and its prefill kernel takes ten
+    times as long for a single query (24 heads over 8, 16k keys, H200).
     """
     batch_size, heads, length, dim = query.shape
     group = heads // kv_heads
@@ -207,15 +207,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *options:
 
 
 def check_lengths(query: Tensor, key: Tensor, masked: tuple[int, ...]) -> None:
-    """Check that a mask is for as many queries and keys as there are.
+    """Check that a mask has as many queries and keys as the model attends with.
 
     Args:
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``.
-        masked: What the mask is for.
+        masked: Number of queries and of keys of the mask.
 
     Raises:
-        AttentionError: If it is for others.
+        AttentionError: If they differ.
     """
     lengths = (query.shape[2], key.shape[2])
     if masked != lengths:
@@ -228,9 +228,9 @@ def check_lengths(query: Tensor, key: Tensor, masked: tuple[int, ...]) -> None:
 def _with_whole_vectors(
     key: Tensor, value: Tensor, mask: BlockMask
 ) -> tuple[Tensor, Tensor, BlockMask]:
-    """Pad keys and values to a multiple of `CPU_KEYS`; no query sees what is added."""
+    """Pad keys and values to a multiple of `CPU_KEYS`, and hide the padding from all queries."""
     missing = -key.shape[2] % CPU_KEYS
-    last = torch.tensor(key.shape[2] - 1)  # A tensor: a captured number would compile again.
+    last = torch.tensor(key.shape[2] - 1)  # A tensor: a new captured number would compile again.
     mask_mod = mask.mask_mod
 
     def of_real_keys(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A BlockMask that can be handed to transformers' model code, which takes masks for tensors."""
+"""A BlockMask for transformers' model code, which expects masks to be tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flexmask.errors import AttentionError
 
 
 class ModelBlockMask(BlockMask):
-    """A BlockMask with what model code asks of a dense mask ``(B, 1, Q, K)``."""
+    """A BlockMask with the methods that model code calls on a dense mask ``(B, 1, Q, K)``."""
 
     dtype = torch.bool
     ndim = 4
 
     @classmethod
     def of(cls, mask: BlockMask) -> Self:
-        """``mask`` itself if it is one, else one that shares its index tensors."""
+        """Return ``mask`` if it is a ModelBlockMask, else one that shares its index tensors."""
         if isinstance(mask, cls):
             return mask
         return cls.from_kv_blocks(
@@ -40,7 +40,7 @@ class ModelBlockMask(BlockMask):
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        """``(B, 1, Q, K)``, or one of these."""
+        """Return ``(B, 1, Q, K)``, or one of these sizes."""
         return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self) -> Self:
@@ -48,7 +48,7 @@ class ModelBlockMask(BlockMask):
         return self
 
     def __radd__(self, scores: object) -> NoReturn:
-        """Refuse to be added to scores.
+        """Refuse addition to scores.
 
         Raises:
             OwnScoresError: Always.
@@ -58,20 +58,20 @@ class ModelBlockMask(BlockMask):
     __add__ = __radd__
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move it to a device.
+        """Return the mask on a device.
 
         Raises:
-            OwnScoresError: If another dtype is asked for: BlockMask would convert its indices.
+            OwnScoresError: If a dtype is given, to which BlockMask would convert its indices.
         """
         if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
             raise _own_scores()
         return super().to(*args, **kwargs)
 
     def __getitem__(self, index: int | Tensor | tuple[int | Tensor, ...] | Any) -> Any:
-        """Return itself where ``index`` takes every element, as model code cuts masks to the keys.
+        """Return itself if ``index`` takes every element, as when model code slices to the keys.
 
         Raises:
-            AttentionError: If it takes a part: an index of BlockMask would be one of tiles.
+            AttentionError: If it takes a part; BlockMask would take it as an index of tiles.
         """
         parts = index if isinstance(index, tuple) else (index,)
         if parts.count(Ellipsis) == 1:

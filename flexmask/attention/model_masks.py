@@ -1,4 +1,4 @@
-"""Masks for models that run by themselves: what transformers asks of a backend's mask function."""
+"""The mask functions that transformers calls for each forward pass of a model."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def model_block_mask(
 ) -> ModelBlockMask | Tensor:
     """Build the BlockMask of one forward pass.
 
-    Inside `flexmask.use_strategy` the strategy decides; elsewhere the model's own mask.
+    Inside `flexmask.use_strategy` it is the strategy's mask, elsewhere the model's own.
 
     Args:
         batch_size: Rows.
         q_length: Queries in this pass.
-        kv_length: Keys, cached ones included.
+        kv_length: Keys, including cached ones.
         q_offset: Slot of the first query.
-        kv_offset: Slot of the first key, where a sliding-window cache dropped earlier ones.
+        kv_offset: Slot of the first key, if a sliding-window cache has dropped earlier keys.
         mask_function: The model's own mask_mod over slots.
-        attention_mask: ``(B, slots)``; false where a slot is padding.
+        attention_mask: ``(B, slots)``; false for padding.
         device: Device of the mask.
-        kwargs: What else transformers passes.
+        kwargs: Other arguments of transformers.
 
     Returns:
-        A BlockMask; what the probe asks for in its passes.
+        A BlockMask; in a probing pass the mask of the probe.
 
     Raises:
         AttentionError: If the strategy cannot be combined with the model's cache or layers.
@@ -149,8 +149,8 @@ def _strategy_mask(
 
 
 def _shifted(mask_mod: MaskMod, is_token: Tensor, offsets: Tensor) -> MaskMod:
-    # Offsets are a tensor and is_token has a bucketed length: a new one of either compiles
-    # nothing. Their sizes must not be symbolic (see LayoutBatch).
+    # Offsets are a tensor, and the length of is_token is a power of two, so that new values
+    # compile nothing. Their sizes must not be symbolic (see LayoutBatch).
     mark_static(is_token)
     mark_static(offsets)
 

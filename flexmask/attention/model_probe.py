@@ -1,13 +1,13 @@
-"""Probing passes: how a model attends, found by running a few tokens through it.
+"""Probes a model: runs a few tokens through it to find how it attends.
 
-No name or attribute of a model's modules is relied on. In a probing pass attention returns zeros
-and notes who called. A token's queries, keys and values then depend on its id and its position
-alone. Where two tokens with the same id and position differ, the model mixes tokens by other means
-than attention, numbers them by itself, or lets the rows of a batch change each other's rotary
-embeddings; a mask cannot isolate segments in such a model.
+The probe relies on no name or attribute of the model's modules. In a probing pass, attention
+records its caller and returns zeros, so a token's queries, keys and values depend only on its id
+and its position. If they differ for two tokens with the same id and position, the model mixes
+tokens by other means than attention, assigns positions itself, or lets the rows of a batch change
+each other's rotary embeddings. A mask cannot isolate segments in such a model.
 
-Attention cannot be silenced in a model that masks scores in code of its own. There each token sees
-itself alone, and what is compared is what the model makes of it.
+In a model that masks scores in code of its own, attention cannot be replaced by zeros. There each
+token sees only itself, and the outputs of tokens are compared.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from flexmask.errors import AttentionError, FlexMaskError, ModelError
 from flexmask.transformers_internals import attention_implementation, is_stateful
 
 TOKEN_IDS = ((3, 4, 5, 6), (7, 8, 9, 6))
-"""Two rows that end with the same token, at the same position."""
+"""Two rows that end with the same token at the same position."""
 
 PLACED_IDS = ((3, 3, 4, 6), (7, 8, 9, 6))
 PLACED_AT = (0, 0, 1, 3)
-"""Tokens of the first row again, the first of them twice, at positions told to the model."""
+"""Tokens of the first row, the first of them twice, at positions passed as `position_ids`."""
 
 MOVED = (2, 0, 3, 1)
-"""The order in which tokens are stored again: all distances and half the directions change."""
+"""Another storage order: the distance of each pair of tokens changes, and half the directions."""
 
 TOLERANCE = 1e-4
-"""Largest difference, of the largest magnitude; more where the dtype is coarser."""
+"""Largest difference relative to the largest magnitude; more for coarser dtypes."""
 
 WHOLE_MODEL = "attention"
-"""Stands for the type of all layers where a model takes one mask."""
+"""The type of all layers, for a model that takes a single mask."""
 
 ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies follow the longest row once that passes a length."""
+"""Rotary embeddings whose frequencies depend on the longest row above some length."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AttentionCall:
         tensors: Query, key and value, ``(B, H, T, D)`` each.
         has_softcap: Whether scores are capped.
         mask: The mask that it was called with.
-        cache_slots: What the pass told attention as `cache_slots`.
+        cache_slots: The `cache_slots` that attention was given.
     """
 
     module: nn.Module
@@ -79,13 +79,13 @@ class AttentionCall:
 
     @property
     def shape(self) -> AttentionShape:
-        """Sizes of the key-value cache that the module needs."""
+        """The sizes of the key-value cache that the module needs."""
         _, key, value = self.tensors
         return AttentionShape(key.shape[1], key.shape[3], value.shape[3], self.has_softcap)
 
 
 class ProbeMask(ModelBlockMask):
-    """The mask of a probing pass: attention notes its calls here and computes nothing."""
+    """The mask of a probing pass: attention records its calls here and computes nothing."""
 
     calls: list[AttentionCall]
     mask_function: Callable[..., Any] | None
@@ -103,9 +103,9 @@ class ProbeMask(ModelBlockMask):
         """Make a mask.
 
         Args:
-            calls: Where calls are noted.
+            calls: The list to which calls are appended.
             mask_function: The model's own mask_mod, if it asked for this mask.
-            window: The window or chunk that it told beside.
+            window: The sliding window or chunk size that it passed with it.
             device: Device of its tensors.
         """
         rows, length = len(TOKEN_IDS), len(TOKEN_IDS[0])
@@ -123,7 +123,7 @@ class ProbeMask(ModelBlockMask):
         softcap: float | None,
         cache_slots: Tensor | None,
     ) -> Tensor:
-        """Note a call; return zeros ``(B, T, H, D_v)`` in place of attention's result."""
+        """Record a call; return zeros ``(B, T, H, D_v)`` in place of attention's result."""
         self.calls.append(AttentionCall(module, tensors, softcap is not None, self, cache_slots))
         query, _, value = tensors
         rows, heads, length, _ = query.shape
@@ -135,8 +135,8 @@ class _Pass:
     """One probing pass.
 
     Attributes:
-        is_seen: Which slots each slot sees, ``(B, T, T)``, where attention is not silent.
-        calls: Calls of silent attention.
+        is_seen: Which slots each slot sees, ``(B, T, T)``; None if attention returns zeros.
+        calls: The recorded calls of attention.
         masks: The masks that the model asked for.
         output: Logits, or the last hidden states of a model without: ``(B, T, D)``.
     """
@@ -147,7 +147,7 @@ class _Pass:
     output: Tensor | None = None
 
     def token_tensors(self) -> list[Tensor]:
-        """What depends on a token's id and position alone, ``(B, H, T, D)`` each."""
+        """The tensors that depend only on a token's id and position, ``(B, H, T, D)`` each."""
         if self.is_seen is None:
             return [tensor for call in self.calls for tensor in call.tensors]
         assert self.output is not None
@@ -160,11 +160,11 @@ _pass: ContextVar[_Pass | None] = ContextVar("flexmask_probing_pass", default=No
 def probe_mask(
     mask_function: Callable[..., Any] | None, device: torch.device | str, options: dict[str, Any]
 ) -> ProbeMask | Tensor | None:
-    """The mask for a model that asks for one in a probing pass; None in any other.
+    """Return the mask for a model that asks for one in a probing pass; None in any other pass.
 
     Returns:
-        A mask that silences attention; one to add to scores, ``(B, 1, T, T)``, where it cannot
-        be silenced.
+        A mask under which attention returns zeros, or, for models that mask scores themselves,
+        one to add to scores, ``(B, 1, T, T)``.
     """
     current = _pass.get()
     if current is None:
@@ -182,18 +182,18 @@ def probe_mask(
 
 @dataclass(frozen=True)
 class ModelProbe:
-    """Facts about a model that its probing passes found; `probe_model` makes it.
+    """The result of probing a model; `probe_model` creates it.
 
     Attributes:
         model: The model.
-        windows: Sliding window of each module that attends, in the order of their calls; None
-            for none.
-        calls_per_pass: How often each attends in one pass.
-        shapes: What each needs of a cache.
-        rotation_limit: Length beyond which the longest row of a batch changes the rotary
-            embeddings of all; None for none.
-        has_own_scores: Whether the model masks scores in code of its own. Nothing is known then
-            of the modules that attend.
+        windows: Sliding window of each attention module, in the order of their calls; None for
+            full attention.
+        calls_per_pass: How often each module attends in one pass.
+        shapes: The sizes of each module's key-value cache.
+        rotation_limit: Length above which the longest row of a batch changes the rotary
+            embeddings of all rows; None if there is no such length.
+        has_own_scores: Whether the model masks scores in code of its own. Nothing is known about
+            its attention modules then.
     """
 
     model: PreTrainedModel
@@ -205,24 +205,24 @@ class ModelProbe:
 
     @property
     def context(self) -> int | None:
-        """Positions that a prompt and what is generated after it may take; None for no limit."""
+        """The number of positions for a prompt and its generated tokens; None for no limit."""
         own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min((n for n in (own, self.rotation_limit) if n is not None), default=None)
 
     def attends_again(self) -> list[str]:
-        """Class names of modules that attend more than once in a pass."""
+        """Return the class names of modules that attend more than once in a pass."""
         counts = self.calls_per_pass.items()
         return sorted({type(module).__name__ for module, count in counts if count > 1})
 
     def windows_by_layer_type(self) -> dict[str, int | None]:
-        """Sliding window of each type of layer that the model takes a mask for.
+        """Return the sliding window of each type of layer for which the model takes a mask.
 
         Returns:
-            By type, or under `WHOLE_MODEL` where it takes one mask for all.
+            The window by type of layer; by `WHOLE_MODEL` if the model takes one mask for all.
 
         Raises:
-            AttentionError: If masks given to the model do not reach its layers as their types
-                say, or it does not hand on what attention is told.
+            AttentionError: If the masks do not reach the layers of their types, or the model does
+                not pass keyword arguments on to attention.
         """
         name, calls = type(self.model).__name__, list[AttentionCall]()
         if self.has_own_scores:
@@ -273,7 +273,8 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     """Run a few tokens through a model, and refuse it if a mask cannot isolate its segments.
 
     Raises:
-        AttentionError: If it does not attend through flexmask, or does what no mask can govern.
+        AttentionError: If it does not attend through flexmask, or mixes or places tokens in ways
+            that no mask controls.
         ModelError: If it computes NaN or infinity for every token.
     """
     name, has_own_scores = type(model).__name__, False
@@ -327,7 +328,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
 
 
 def rotation_limit(config: PreTrainedConfig) -> int | None:
-    """Length beyond which the longest row of a batch changes the rotary embeddings of all."""
+    """Return the length above which the longest row changes the rotary embeddings of all rows."""
     lengths = []
     for rotation in _rotations(getattr(config, "rope_parameters", None)):
         if rotation.get("rope_type") in ROTATIONS_BY_LENGTH:
@@ -338,7 +339,7 @@ def rotation_limit(config: PreTrainedConfig) -> int | None:
 
 
 def _rotations(parameters: Any) -> list[dict[str, Any]]:
-    """Rotary embeddings of a config: one, or one for each type of layer."""
+    """Return the rotary embeddings of a config: one, or one for each type of layer."""
     if not isinstance(parameters, dict):
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]
@@ -362,10 +363,10 @@ def _check_finite(name: str, found: _Pass) -> None:
 
 
 def _check_mask(name: str, mask: ProbeMask) -> None:
-    """Check that the mask a model asks for is causal, within a sliding window or not.
+    """Check that the mask a model asks for is causal, with or without a sliding window.
 
     Raises:
-        AttentionError: If it is another one.
+        AttentionError: If it is another mask.
     """
     if mask.mask_function is None:
         raise AttentionError(f"{name} asks for a mask without saying which")
@@ -392,7 +393,7 @@ def _check_mask(name: str, mask: ProbeMask) -> None:
 
 
 def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -> None:
-    """Check that a token's place is what `position_ids` say, whatever the other rows are.
+    """Check that `position_ids` alone determine positions, whatever the other rows are.
 
     Raises:
         AttentionError: If not.
@@ -423,15 +424,15 @@ def _check_positions(model: PreTrainedModel, plain: _Pass, length: int | None) -
 
 
 def _check_own_scores(model: PreTrainedModel, alone: _Pass) -> None:
-    """Check that the mask decides what tokens see where a model masks scores in code of its own.
+    """Check that only the mask decides what tokens see in a model that masks scores itself.
 
-    In the first row tokens see what is before them, in the second still themselves alone. Then
-    the same tokens are stored in the order `MOVED`: what a model hides or weighs by slots becomes
-    another.
+    In the first row tokens see those before them, in the second only themselves. Then the same
+    tokens are stored in the order `MOVED`, which changes the result if the model hides or weighs
+    keys by slot.
 
     Args:
         model: The model.
-        alone: Its pass over `TOKEN_IDS` in which each token sees itself alone.
+        alone: Its pass over `TOKEN_IDS` in which each token sees only itself.
 
     Raises:
         AttentionError: If not.
@@ -457,12 +458,12 @@ def _check_own_scores(model: PreTrainedModel, alone: _Pass) -> None:
 
 
 def _alone(model: PreTrainedModel) -> Tensor:
-    """Which slots tokens see that see themselves alone, ``(B, T, T)``."""
+    """Return a mask in which each token sees only itself, ``(B, T, T)``."""
     return torch.eye(len(TOKEN_IDS[0]), dtype=torch.bool, device=model.device).repeat(2, 1, 1)
 
 
 def _same_tokens(a: _Pass, a_slots: Sequence[int], b: _Pass, b_slots: Sequence[int]) -> bool:
-    """Compare queries, keys and values of some tokens of the first rows."""
+    """Return True if queries, keys and values of some tokens of the first rows agree."""
     return all(
         _agree(one[0, :, list(a_slots)], other[0, :, list(b_slots)])
         for one, other in zip(a.token_tensors(), b.token_tensors(), strict=True)
@@ -477,7 +478,7 @@ def _last_tokens_agree(found: _Pass) -> bool:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Compare two tensors, allowing for rounding; weights that give NaN are let pass."""
+    """Return True if two tensors are equal up to rounding, or NaN comes from the weights."""
     if not a.isfinite().all():
         return True
     allowed = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps) * float(a.abs().max())
@@ -490,10 +491,10 @@ def _run(
     is_seen: Tensor | None = None,
     **options: Any,
 ) -> _Pass:
-    """Run rows of tokens, with attention silent or each seeing what ``is_seen`` says.
+    """Run rows of tokens: with attention that returns zeros, or under the mask ``is_seen``.
 
     Raises:
-        AttentionError: If the model's code cannot run so.
+        AttentionError: If the model's code fails.
     """
     found = _Pass(is_seen)
     input_ids = torch.tensor(token_ids, device=model.device)
@@ -503,7 +504,7 @@ def _run(
             output = model(input_ids=input_ids, use_cache=False, **options)
     except (FlexMaskError, torch.cuda.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever the model's code makes of a mask that is no tensor
+    except Exception as error:  # raised by model code that expects a tensor as mask
         raise AttentionError(
             f"{type(model).__name__} does not run with flexmask's attention: {described(error)}"
         ) from error
@@ -519,7 +520,7 @@ def _run(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Leave out what is random in training."""
+    """Switch off dropout and other training behaviour for the duration."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

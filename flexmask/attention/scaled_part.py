@@ -1,12 +1,13 @@
-"""A part of the keys whose log-sum-exp is scaled (`flexmask.strategy.ScaledPart`).
+"""Scales the log-sum-exp of a part of the keys (`flexmask.strategy.ScaledPart`).
 
-FlexAttention changes scores one by one, and this change needs the sum over the part, which
-FlexAttention compiled for CPU does not return (torch 2.13). So it is measured: attention to the
-part and to the query's own key, with values that say which of the two a key is, gives the shares
-that both have of the weights, and the own key's score times their ratio is the sum. A share has to
-be within the range of a float, so the score that the own key is given should be near the sum: a
-first pass, with all scores divided by `COARSE`, finds one that is; a second measures exactly. The
-attention that counts then adds ``(scale - 1)`` times the log-sum-exp to the scores of the part.
+FlexAttention changes scores one by one, but this change needs a sum over the part, which
+FlexAttention compiled for a CPU does not return (torch 2.13). So the sum is measured by attention:
+it attends to the part and to the query's own key, with values that are 1 in the first column for
+the part and in the second for the own key. The result holds the shares ``p`` and ``o`` of the
+attention weights, and with the own key's score ``s`` the log-sum-exp is ``s + log(p / o)``. Both
+shares must be within the range of a float, so ``s`` should be near the sum. A first pass, with
+all scores divided by `COARSE`, finds such an ``s``, and a second pass measures with it. The third
+pass, the actual attention, adds ``(scale - 1)`` times the log-sum-exp to the scores of the part.
 """
 
 from __future__ import annotations
@@ -25,35 +26,35 @@ if TYPE_CHECKING:
     from flexmask.strategy import ScaledPart
 
 COARSE = 6.0
-"""Sums up to 520 from the own score are found, and near those of a million keys."""
+"""Finds sums that differ by up to 520 from the own score, and those of up to a million keys."""
 
 MIN_VALUE_DIM = 16
-"""Triton multiplies no narrower matrices."""
+"""Triton multiplies no matrices with fewer columns."""
 
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """A part, for queries that stand at some slots of their rows.
+    """A scaled part together with the slots of the queries.
 
     Attributes:
-        part: What is scaled; it speaks of slots.
-        slots: ``(B, Q)`` slot of each query, for as many rows and queries as there ever are.
+        part: The part, a function of slots.
+        slots: ``(B, Q)`` slot of each query, for the largest ``B`` and ``Q``.
     """
 
     part: ScaledPart
     slots: Tensor
 
     def holds(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Whether the score of a pair is in the part, and the query one that it is scaled for."""
+        """Return True for pairs whose key is in the part and whose query it is scaled for."""
         return self.part.queries(b, self.slots[b, q_idx]) & self.part.keys(b, kv_idx)
 
     def is_own(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Whether a key is that of the query itself."""
+        """Return True for pairs of a query with its own key."""
         return self.slots[b, q_idx] == kv_idx
 
 
 def place_part(part: ScaledPart | None, slots: Tensor) -> PlacedPart | None:
-    """Place a part for queries at ``slots`` ``(B, Q)``, a tensor that stays where it is."""
+    """Combine a part with the slots ``(B, Q)`` of queries, whose tensor must stay in place."""
     if part is None or part.scale == 1:
         return None
     mark_static(slots)  # as LayoutBatch's, for flex's CPU kernel
@@ -72,11 +73,11 @@ def scaled_score_mod(
     """Measure the part, and return the score_mod that scales it.
 
     Args:
-        placed: What is scaled.
-        score_mod: What changes scores before.
+        placed: The part and the slots of queries.
+        score_mod: A change of scores that applies first.
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``.
-        own_key: ``(B, H_kv, Q, D)``, the keys of the queries themselves.
+        own_key: ``(B, H_kv, Q, D)``, the key of each query's own token.
         scaling: Factor on the scores; None for ``D ** -0.5``.
         attend: Attention to values ``(B, H_kv, K, D_v)`` under a score_mod.
     """
@@ -112,7 +113,7 @@ def scaled_score_mod(
 
 
 def _which(part: ScaledPart, key: Tensor) -> Tensor:
-    """Values that say what a key is: 1 in the first column for the part, in the second if not."""
+    """Return values with 1 in the first column for keys of the part, in the second for others."""
     rows, slots = (torch.arange(key.shape[dim], device=key.device) for dim in (0, 2))
     is_part = part.keys(rows[:, None], slots)
     columns = torch.stack((is_part, ~is_part), -1).to(key.dtype)
@@ -121,24 +122,24 @@ def _which(part: ScaledPart, key: Tensor) -> Tensor:
 
 
 def _own_scores(query: Tensor, own_key: Tensor, scaling: float | None) -> Tensor:
-    """Score of each query with its own key, ``(B, H, Q)`` in float32."""
+    """Return the score of each query with its own key, ``(B, H, Q)`` in float32."""
     keys = own_key.repeat_interleave(query.shape[1] // own_key.shape[1], 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return (query.float() * keys.float()).sum(-1) * scale
 
 
-# An operator of its own: flex's CPU kernel captures no tensor that inductor computes, since its
-# layout is not settled yet (torch 2.13).
+# A separate operator, because flex's CPU kernel cannot capture a tensor that inductor computes:
+# its strides are not fixed yet (torch 2.13).
 @torch.library.custom_op("flexmask::part_log_sum_exp", mutates_args=())
 def part_log_sum_exp(
     shares: Tensor, own_score: Tensor, divisor: float, rows: int, queries: int
 ) -> Tensor:
-    """Log-sum-exp of a part of the scores, in a tensor whose size does not follow the batch's.
+    """Compute the log-sum-exp of a part, in a tensor whose size is independent of the batch.
 
     Args:
-        shares: ``(B, H, Q, 2 or more)`` share of the part, and of the query's own key.
-        own_score: ``(B or more, H, Q or more)`` score of the query's own key, undivided.
-        divisor: What scores were divided by; unless 1, the result is only near.
+        shares: ``(B, H, Q, 2 or more)`` attention weight of the part, and of the own key.
+        own_score: ``(B or more, H, Q or more)`` score of the query's own key, before division.
+        divisor: The number by which scores were divided; the result is exact only for 1.
         rows: Rows of the result, at least ``B``.
         queries: Queries of the result, at least ``Q``.
 

@@ -1,4 +1,4 @@
-"""Strategies for ``model.generate``: a context in which the backend masks by a strategy."""
+"""`use_strategy`: a context in which ``model.generate`` runs under a mask strategy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from flexmask.strategy import Strategy
 
 
 class ActiveStrategy:
-    """A strategy and the left-padded batch that it masks."""
+    """The strategy of a `use_strategy` context, and its left-padded batch."""
 
     def __init__(
         self, strategy: Strategy, layouts: Sequence[Layout], device: torch.device
     ) -> None:
-        """Pad ``layouts`` on the left to the longest, as ``model.generate`` wants them."""
+        """Pad ``layouts`` on the left to the longest, as ``model.generate`` expects."""
         self.strategy = strategy
         self.layouts = tuple(layouts)
         self.device = device
@@ -37,11 +37,11 @@ class ActiveStrategy:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether positions are slot numbers in every row."""
+        """True if positions are slot numbers in every row."""
         return all(layout.position_ids == tuple(range(len(layout))) for layout in self.layouts)
 
     def batch(self, capacity: int) -> LayoutBatch:
-        """Buffers of at least ``capacity`` slots; slots after the prompt are the fusion tail."""
+        """Return buffers of at least ``capacity`` slots; all after the prompt are fusion tail."""
         if self._batch is None or self._batch.segment_ids.shape[1] < capacity:
             lengths = [len(layout) for layout in self.layouts]
             starts = [self.length - length for length in lengths]
@@ -51,10 +51,10 @@ class ActiveStrategy:
         return self._batch
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Check that the model runs the rows of this context.
+        """Check that the model's batch has as many rows as this context.
 
         Raises:
-            AttentionError: If it runs another number of rows.
+            AttentionError: If it has another number of rows.
         """
         if batch_size != len(self.layouts):
             raise AttentionError(
@@ -65,7 +65,7 @@ class ActiveStrategy:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at the first model that runs inside, before it runs."""
+        """Probe the first model that runs inside, before it runs."""
         with ExitStack() as self._hooks:
             self._first = self._hooks.enter_context(
                 register_module_forward_pre_hook(self._look_at)
@@ -80,7 +80,7 @@ class ActiveStrategy:
         """
         if active_strategy() is not self or not isinstance(module, PreTrainedModel):
             return
-        self._first.remove()  # or the probing passes would come here
+        self._first.remove()  # or the probing passes would call this hook again
         if module not in _probed:
             _probed[module] = probe_model(module)
         probe = _probed[module]
@@ -96,16 +96,16 @@ class ActiveStrategy:
             self._hooks.enter_context(module.register_forward_pre_hook(check, with_kwargs=True))
 
     def note_dense_mask(self) -> None:
-        """Note that a model was given a dense mask.
+        """Record that a model has taken a dense mask.
 
-        One that masks scores in code of its own attends under it, as the probe has shown; any
-        other attends where it calls the backend.
+        A model that masks scores in code of its own attends under it, as its probe has shown;
+        other models call `note_attention` through the backend.
         """
         if self._masks_own_scores:
             note_attention()
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``position_ids``, ``(B, length)`` each."""
+        """Return ``input_ids``, ``attention_mask`` and ``position_ids``, ``(B, length)`` each."""
         shape = (len(self.layouts), self.length)
         inputs = {
             name: torch.zeros(shape, dtype=torch.long)
@@ -124,16 +124,16 @@ _probed: WeakKeyDictionary[nn.Module, ModelProbe] = WeakKeyDictionary()
 
 
 def note_attention() -> None:
-    """Note that a model attends through flexmask, where a strategy waits for one."""
+    """Record for an active `use_strategy` that a model attends through flexmask."""
     if not torch.compiler.is_compiling() and (active := _active.get()) is not None:
         active.has_attended = True
 
 
 def _check_position(model: str, position: int, limit: int) -> None:
-    """Check that rotary embeddings are those that each row gets alone.
+    """Check that each row has the rotary embeddings that it would have alone.
 
     Raises:
-        AttentionError: If a row has reached the length that changes them for all.
+        AttentionError: If a row reaches the length that changes those of all rows.
     """
     if position >= limit:
         raise AttentionError(
@@ -143,7 +143,7 @@ def _check_position(model: str, position: int, limit: int) -> None:
 
 
 def active_strategy() -> ActiveStrategy | None:
-    """The innermost `use_strategy` context, if any."""
+    """Return the innermost `use_strategy` context, if any."""
     return _active.get()
 
 
@@ -151,7 +151,7 @@ def active_strategy() -> ActiveStrategy | None:
 def use_strategy(
     strategy: Strategy, layouts: Sequence[Layout], device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, Tensor]]:
-    """Mask the models that run inside by ``strategy``.
+    """Run the models inside under the mask of ``strategy``.
 
     Example::
 
@@ -162,15 +162,15 @@ def use_strategy(
     Args:
         strategy: The strategy.
         layouts: One layout for each row.
-        device: Where the model is.
+        device: The device of the model.
 
     Yields:
         Left-padded inputs for ``model.generate``: ``input_ids``, ``attention_mask`` and
         ``position_ids``, ``(B, S)`` each.
 
     Raises:
-        AttentionError: If the strategy changes scores; if the model does what no mask governs,
-            or no model has attended through flexmask in the end.
+        AttentionError: If the strategy changes scores, if a mask cannot isolate segments in the
+            model (docs/models.md), or if at the end no model has attended through flexmask.
     """
     active = ActiveStrategy(strategy, layouts, torch.device(device))
     batch = active.batch(active.length)

@@ -1,8 +1,8 @@
-"""A bounded cache of BlockMask index tensors, keyed by what the mask is.
+"""A bounded cache of the index tensors of BlockMasks, keyed by everything that they depend on.
 
-Two layouts of one shape are two masks, so a key holds the content of the layouts. What is kept
-are the four index tensors: a mask_mod captures buffers whose content changes from batch to
-batch, so it is joined anew each time.
+Two layouts of the same shape have different masks, so a key contains the content of the layouts.
+The cache holds only the four index tensors: a mask_mod captures buffers whose content changes from
+batch to batch, so each BlockMask is made from the cached tensors and the current mask_mod.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class BlockMaskKey:
         strategy: The strategy with its parameters, equal to another if both give equal masks.
         layouts: `Layout.digest` of each row.
         window: Sliding window of the model's layer, in positions; None for full attention.
-        q_length: Queries.
-        kv_length: Keys.
-        reused: Which slots of the rows are no queries, because keys and values are there.
-        block_size: Queries and keys of a tile.
-        device: Where the index tensors are.
+        q_length: Number of queries.
+        kv_length: Number of keys.
+        reused: The slots that have no query, because their keys and values are copied.
+        block_size: Queries and keys per tile.
+        device: Device of the index tensors.
     """
 
     strategy: Hashable
@@ -51,7 +51,7 @@ class BlockMaskKey:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the cache was made, and what it holds now."""
+    """Hits, misses and evictions of a cache so far, and its present entries and bytes."""
 
     hits: int
     misses: int
@@ -61,9 +61,9 @@ class CacheStats:
 
 
 def plain_indices(mask: BlockMask) -> Indices:
-    """Copy the index tensors out of what they may be views of.
+    """Copy the index tensors, so that they are not views of a larger tensor.
 
-    Dynamo guards on the sizes of a view's base: views of one joint tensor would compile again
+    Dynamo guards on the sizes of a view's base, so views of one joint tensor would compile again
     for another length.
     """
     full_num, full = mask.full_kv_num_blocks, mask.full_kv_indices
@@ -100,10 +100,10 @@ class _Entry:
 
 
 class BlockMaskCache:
-    """Keeps the most recently used masks within ``max_bytes``. Safe from several threads."""
+    """Keeps the most recently used masks within ``max_bytes``; threads may share it."""
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
-        """Make an empty cache."""
+        """Create an empty cache."""
         self._max_bytes = max_bytes
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
@@ -111,7 +111,7 @@ class BlockMaskCache:
 
     @property
     def stats(self) -> CacheStats:
-        """Counts so far."""
+        """The counts so far."""
         with self._lock:
             return CacheStats(
                 self._hits, self._misses, self._evictions, len(self._entries), self._bytes
@@ -120,12 +120,12 @@ class BlockMaskCache:
     def get(
         self, key: BlockMaskKey, mask_mod: MaskMod, build: Callable[[], BlockMask]
     ) -> BlockMask:
-        """Return the mask of ``key`` with ``mask_mod``, building it if it is not held.
+        """Return the mask of ``key`` with ``mask_mod``, and build it if it is not in the cache.
 
         Args:
-            key: What the mask depends on.
-            mask_mod: The mask over the buffers as they are now.
-            build: Makes the BlockMask.
+            key: Everything that the index tensors depend on.
+            mask_mod: The mask_mod over the present buffers.
+            build: Builds the BlockMask.
         """
         with self._lock:
             entry = self._entries.get(key)

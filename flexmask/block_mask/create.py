@@ -1,6 +1,6 @@
-"""Exact BlockMasks for any mask_mod, in time that follows the tiles.
+"""Builds exact BlockMasks for any mask_mod, in time proportional to the number of tiles.
 
-docs/block-masks.md says how it works and what it does not cover.
+docs/block-masks.md describes the method and its limits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 
 TILES_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
-"""How many tiles are put in order at once, at 25 bytes each: on CPU, what one thread does."""
+"""How many tiles are sorted at once, at 25 bytes each; on a CPU as many as suit one thread."""
 
 NOT_IN_GRAPHS = (
     "a BlockMask cannot be built inside a compiled graph, because building looks at values; "
@@ -61,13 +61,13 @@ def create_block_mask(
     memory_bytes: int = 256 * 2**20,
     pointwise_only: bool = False,
 ) -> BlockMask:
-    """Build the BlockMask that torch's ``create_block_mask`` builds, without the square.
+    """Build the BlockMask that torch's ``create_block_mask`` builds, without an S×S mask.
 
-    The index tensors are equal to torch's bit by bit. Time and memory follow the number of
-    tiles; only tiles that intervals cannot decide are evaluated, in chunks.
+    The index tensors are bitwise equal to torch's. Time and memory are proportional to the number
+    of tiles; pairs are evaluated, in chunks, only in tiles that intervals cannot decide.
 
     A causal mask with tiles of 4, six queries and eight keys has two rows of two tiles. The
-    tile of queries 4–7 and keys 0–3 sticks out past the last query, so it is partial, not full::
+    tile of queries 4–7 and keys 0–3 extends past the last query, so it is partial, not full::
 
         keys       0 1 2 3 │ 4 5 6 7         kv_num_blocks       1 2
         queries 0  x       │                 kv_indices          0 1
@@ -78,28 +78,28 @@ def create_block_mask(
                 4  x x x x │ x
                 5  x x x x │ x x
 
-    Row ``i`` of ``kv_indices`` lists its ``kv_num_blocks[i]`` partial tiles first; what follows
-    are the others, which kernels do not read.
+    Row ``i`` of ``kv_indices`` lists its ``kv_num_blocks[i]`` partial tiles first; the other tiles
+    follow, and kernels do not read them.
 
     Args:
-        mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, pointwise tensor operations.
-        B: Batch rows; None for one that serves all.
-        H: Query heads; None for one that serves all.
+        mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, made of pointwise tensor operations.
+        B: Number of batch rows; None for one mask that all rows share.
+        H: Number of query heads; None for one mask that all heads share.
         Q_LEN: Number of queries.
         KV_LEN: Number of keys.
-        device: Where the mask is built, and where captured tensors are. Default: the
-            accelerator if there is one, as in torch.
+        device: Device of the mask and of captured tensors. Default: the accelerator if there is
+            one, as in torch.
         BLOCK_SIZE: Tile size, or queries and keys per tile.
-        compute_q_blocks: Whether to list the queries of each key tile too. Only backward
-            passes need it; it doubles the size of the BlockMask.
+        compute_q_blocks: Whether to list also the query tiles of each key tile. Only backward
+            passes need them; they double the size of the BlockMask.
         q_offset: Index of the first query, for decode and chunked prefill: query row ``i`` is
             ``q_idx = q_offset + i``, here and in the BlockMask's own ``mask_mod``.
-        memory_bytes: What evaluation may take, about, besides some 25 bytes per tile, 8 of which
-            are the BlockMask, and 32 per tile that intervals leave open. At least one sub-tile is
-            evaluated at a time.
+        memory_bytes: Approximate limit of memory for evaluation, in addition to 25 bytes per tile
+            (8 of them for the BlockMask) and 32 bytes per tile that intervals leave undecided. At
+            least one sub-tile is evaluated at a time.
         pointwise_only: Whether to refuse a mask_mod that reduces, as in
-            ``(kept[b, q_idx] == kv_idx).any()``. The BlockMask of one can be built, but
-            FlexAttention cannot compile the mask_mod into its kernel.
+            ``(kept[b, q_idx] == kv_idx).any()``. Its BlockMask can be built, but FlexAttention
+            cannot compile it into a kernel.
 
     Returns:
         BlockMask with ``kv_indices`` and ``full_kv_indices`` of shape
@@ -107,8 +107,8 @@ def create_block_mask(
 
     Raises:
         MaskError: If a size is not positive, or the mask_mod breaks a rule of FlexAttention: it
-            returns no bool tensor, reads a value, reduces though ``pointwise_only``, or indexes a
-            captured tensor that is too short or on another device.
+            does not return a bool tensor, reads a value, reduces in spite of ``pointwise_only``,
+            or indexes a captured tensor that is too short or on another device.
     """
     shape = _mask_shape(B, H, Q_LEN, KV_LEN, device, BLOCK_SIZE, q_offset, memory_bytes)
     tiles = TileClassifier(mask_mod, shape, pointwise_only=pointwise_only).classify()
@@ -117,19 +117,19 @@ def create_block_mask(
 
 @dataclass(frozen=True, slots=True)
 class MaskReport:
-    """What a mask's BlockMask holds, and what it took to build it.
+    """The tiles of a mask, and how they were decided; `explain_mask` returns it.
 
     Attributes:
-        block_mask: The BlockMask itself.
-        tiles_empty: Tiles in which no pair is allowed, over all batch rows and heads.
-        tiles_partial: Tiles in which some are, and those that stick out past an end.
-        tiles_full: Tiles in which all are.
-        allowed_pairs: Allowed (query, key) pairs, counted exactly.
-        density: Allowed pairs as a share of all.
+        block_mask: The BlockMask.
+        tiles_empty: Number of tiles without an allowed pair, over all batch rows and heads.
+        tiles_partial: Number of tiles with some allowed pairs, or that extend past an end.
+        tiles_full: Number of tiles in which all pairs are allowed.
+        allowed_pairs: Exact number of allowed (query, key) pairs.
+        density: Allowed pairs as a fraction of all pairs.
         block_mask_bytes: Size of the BlockMask's tensors.
-        decided_by_intervals: Tiles decided without evaluating any pair.
-        decided_by_evaluation: Tiles of which pairs were evaluated.
-        build_ms: How long the BlockMask took to build, without counting pairs.
+        decided_by_intervals: Number of tiles decided without evaluating pairs.
+        decided_by_evaluation: Number of tiles in which pairs were evaluated.
+        build_ms: Milliseconds to build the BlockMask, without counting pairs.
         states: State of each tile, `tile_states.EMPTY`, PARTIAL or FULL,
             ``(B, H, rows, columns)`` uint8.
         decided: How each was decided, as `tile_states.Decided`, in the same shape.
@@ -171,9 +171,9 @@ def explain_mask(
     memory_bytes: int = 256 * 2**20,
     pointwise_only: bool = False,
 ) -> MaskReport:
-    """Build a BlockMask and say what is in it and how its tiles were decided.
+    """Build a BlockMask, and report its tiles and how they were decided.
 
-    Args and errors are those of `create_block_mask`. Counting the pairs of partial tiles may
+    Arguments and errors are those of `create_block_mask`. Counting the pairs of partial tiles may
     take longer than building.
     """
     shape = _mask_shape(B, H, Q_LEN, KV_LEN, device, BLOCK_SIZE, q_offset, memory_bytes)
@@ -224,7 +224,7 @@ def _mask_shape(
     if q_offset < 0:
         raise MaskError(f"q_offset must not be negative, got {q_offset}")
     if device is None:
-        # A torch that is built for CUDA names it where there is no GPU too, unless asked to look.
+        # A build of torch for CUDA names it even without a GPU, unless it is asked to check.
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     target = torch.empty(0, device=device)
     q, kv = Axis(q_offset, Q_LEN, q_tile), Axis(0, KV_LEN, kv_tile)
@@ -255,7 +255,7 @@ def _shifted(mask_mod: MaskMod, shape: MaskShape) -> MaskMod:
 
 
 def _listed(states: Tensor, shape: MaskShape) -> Listed:
-    """List the tiles of each row."""
+    """List the partial and the full tiles of each row of tiles."""
     *batch, rows, columns = states.shape
     device = states.device
     wanted = torch.arange(PARTIAL, FULL + 1, dtype=torch.uint8, device=device).view(2, 1, 1, 1, 1)

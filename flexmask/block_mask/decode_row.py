@@ -1,4 +1,4 @@
-"""The BlockMask of a decode step, kept up to date on the device."""
+"""The BlockMask of a decode step, updated in place on the device."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from flexmask.mod_types import MaskMod
 from flexmask.torch_internals import recompile_limit, tensor_indexing
 
 RECOMPILE_LIMIT = 64
-"""Each mask_mod, batch size and length compiles once; torch's own limit is 8."""
+"""Each mask_mod, batch size and length compiles once; torch's default limit is 8."""
 
 
 def check_row_mask(mask_mod: MaskMod, B: int, KV_LEN: int, device: torch.device | str) -> None:
-    """Check on the first query of each row, for all keys, that a mask_mod serves a decode row.
+    """Check that a mask_mod can be used for decode rows, on the first query of each row.
 
     Args:
-        mask_mod: What a query may see.
+        mask_mod: The mask.
         B: Number of rows.
         KV_LEN: Number of key slots.
-        device: Where the captured tensors live.
+        device: Device of the captured tensors.
 
     Raises:
         MaskError: If it breaks a rule of FlexAttention, or depends on the head.
@@ -40,7 +40,7 @@ def check_row_mask(mask_mod: MaskMod, B: int, KV_LEN: int, device: torch.device 
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     row, slot = (exact_index(zero, n, evaluator) for n in (B, KV_LEN))
     try:
-        # Whatever depends on the head has as many rows as there are heads here.
+        # A result that depends on the head has one row for each head.
         heads = exact_index(zero.expand(2, 1), 1, evaluator)
         ends = evaluator.interval_ends(row, heads, slot, slot)
     except NoIntervalRule:
@@ -51,9 +51,9 @@ def check_row_mask(mask_mod: MaskMod, B: int, KV_LEN: int, device: torch.device 
 
 
 class DecodeRowMask:
-    """The BlockMask of one query per batch row, updated in place as decoding goes on.
+    """The BlockMask of one query per batch row, updated in place for each decode step.
 
-    Row ``b`` asks as the query at slot ``q_slots[b]`` and never sees a key after that slot. With
+    The query of row ``b`` is at slot ``q_slots[b]`` and never sees a key after that slot. With
     tiles of 4, a causal mask and slots 5 and 2, of 8 keys:
 
     ====  =======  ========================  =======  =====
@@ -64,21 +64,20 @@ class DecodeRowMask:
     ====  =======  ========================  =======  =====
 
     A tile is full if the row sees all of its keys and they all exist. (`create_block_mask` with
-    one query has partial tiles only: there a tile has 128 queries, most of them past the end.)
+    one query has only partial tiles: its tiles have 128 queries, most of them past the end.)
 
     Args:
-        mask_mod: What a query may see, whatever the head; it gets slots as ``q_idx`` and
-            ``kv_idx``.
+        mask_mod: The mask over slots, the same for all heads.
         B: Number of rows.
         KV_LEN: Number of key slots.
-        device: Where the index tensors and the captured tensors live.
+        device: Device of the index tensors and the captured tensors.
         BLOCK_SIZE: Keys per tile.
         compiles: Whether `update` runs through torch.compile. Default: on CUDA. The first
-            update then takes seconds, unless the compile cache on disk has it.
+            update then takes seconds, unless the compile cache on disk contains it.
 
     Attributes:
-        block_mask: BlockMask of shape (B, 1, 1, KV_LEN). Its tensors stay where they are and
-            change in `update`; its ``mask_mod`` reads ``q_slots``.
+        block_mask: BlockMask of shape (B, 1, 1, KV_LEN). `update` writes to its tensors and
+            replaces none; its ``mask_mod`` reads ``q_slots``.
         q_slots: The slot of each row's query, ``(B,)`` int64; `update` writes it.
 
     Raises:
@@ -103,7 +102,7 @@ class DecodeRowMask:
         *,
         compiles: bool | None = None,
     ) -> None:
-        """Allocate the index tensors, and point all rows to slot 0."""
+        """Allocate the index tensors, with all queries at slot 0."""
         check_row_mask(mask_mod, B, KV_LEN, device)
         columns = -(-KV_LEN // BLOCK_SIZE)
         self.q_slots = q_slots = torch.zeros(B, dtype=torch.int64, device=device)
@@ -185,7 +184,7 @@ def _update(
 def _first_queries(
     evaluator: MaskEvaluator, rows: Tensor, keys: Tensor, lengths: tuple[int, int]
 ) -> Tensor:
-    """Evaluate a mask for the first of so many queries, and keys, of rows: ``(B, 1, keys)``."""
+    """Evaluate a mask of ``lengths`` (Q, K) for the first query of rows: ``(B, 1, keys)``."""
     rows = rows[:, None, None]
     zeros = torch.zeros_like(rows)
     return evaluator.pairs(
@@ -197,7 +196,7 @@ def _first_queries(
 
 
 def _list_tiles(allowed: Tensor, counts: Tensor, indices: Tensor) -> None:
-    """Write partial and full tiles of ``(B, ..., keys)`` to ``(2, B, 1, 1)`` and so on."""
+    """Write the partial and full tiles of ``(B, ..., keys)`` to ``counts`` and ``indices``."""
     columns = indices.shape[-1]
     tiles = allowed.view(*indices.shape[1:], allowed.shape[-1] // columns)
     is_full = tiles.all(-1)

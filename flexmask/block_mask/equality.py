@@ -1,4 +1,4 @@
-"""Whether two masks are the same, proved and not assumed."""
+"""Proves that two masks are equal, through the BlockMask of their difference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from flexmask.mod_types import MaskMod
 def masks_are_equal(
     first: MaskMod, second: MaskMod, B: int, Q_LEN: int, KV_LEN: int, device: torch.device
 ) -> bool:
-    """Whether two masks that do not depend on the head allow the same pairs.
+    """Return True if two masks that do not depend on the head allow the same pairs.
 
-    Their difference is built as a BlockMask, which has no tiles if and only if there is none.
-    One synchronisation with the device.
+    The BlockMask of their difference has no tiles if and only if they are equal. Reading that
+    synchronises once with the device.
 
     Args:
         first: A mask.
-        second: Another.
-        B: Batch rows.
-        Q_LEN: Queries.
-        KV_LEN: Keys.
-        device: Where the tensors that the masks capture are.
+        second: Another mask.
+        B: Number of batch rows.
+        Q_LEN: Number of queries.
+        KV_LEN: Number of keys.
+        device: Device of the tensors that the masks capture.
 
     Raises:
         MaskError: If a mask_mod breaks a rule of FlexAttention.
@@ -38,12 +38,12 @@ def masks_are_equal(
 
 
 def rows_are_causal(mask_mod: MaskMod, first_slots: Tensor, KV_LEN: int) -> bool:
-    """Whether from a slot on, each query sees every slot up to its own.
+    """Return True if each query from ``first_slots`` on sees every slot up to its own.
 
     Args:
-        mask_mod: What a query may see, whatever the head; it gets slots.
-        first_slots: ``(B,)`` first slot of each batch row that is asked about.
-        KV_LEN: Number of slots; the last query asked about is at the last of them.
+        mask_mod: The mask over slots, the same for all heads.
+        first_slots: ``(B,)`` slot of the first query of each batch row.
+        KV_LEN: Number of slots; the last query is at the last slot.
 
     Raises:
         MaskError: If the mask_mod breaks a rule of FlexAttention.
@@ -65,18 +65,18 @@ def rows_are_causal(mask_mod: MaskMod, first_slots: Tensor, KV_LEN: int) -> bool
     )
 
 
-def runs_are_causal(
+def spans_are_causal(
     mask_mod: MaskMod, rows: Tensor, starts: Tensor, length: int, KV_LEN: int, window: int | None
 ) -> bool:
-    """Whether each run of slots sees itself causally, and nothing else.
+    """Return True if each span of slots sees itself causally, and nothing else.
 
     Args:
-        mask_mod: What a query may see, whatever the head; it gets slots.
-        rows: ``(R,)`` batch row of each run.
-        starts: ``(R,)`` first slot of each run.
-        length: Slots of a run.
+        mask_mod: The mask over slots, the same for all heads.
+        rows: ``(N,)`` batch row of each span.
+        starts: ``(N,)`` first slot of each span.
+        length: Slots of a span.
         KV_LEN: Number of slots.
-        window: Keys that a query sees at most, itself included; None for all.
+        window: Largest number of keys that a query sees, including its own; None for all.
 
     Raises:
         MaskError: If the mask_mod breaks a rule of FlexAttention.

@@ -1,10 +1,11 @@
-"""Which tiles of a mask are empty, partial and full, found from coarse cells to fine ones.
+"""Finds which tiles of a mask are empty, partial and full, from coarse cells to fine ones.
 
-1. *Cells* of 1, 8, 64, … tiles, as many as are bounded at once, are bounded by intervals.
-2. Undecided cells are split, 8 × 8, down to tiles.
-3. Of each tile still undecided, 4 × 4 pairs are evaluated: a true and a false one prove it
-   partial. (Are there only few, all of their pairs are evaluated at once.)
-4. The few that are left are split into sub-tiles, bounded by intervals again, and all pairs of
+1. The mask is divided into *cells* of 1, 8, 64, … tiles a side, and each cell is bounded by
+   intervals. The size is the smallest for which the cells fit into one step.
+2. Undecided cells are split 8 × 8, repeatedly, down to tiles.
+3. In each tile that is still undecided, 4 × 4 pairs are evaluated: a true and a false one prove
+   the tile partial. (If few tiles are left, all of their pairs are evaluated instead.)
+4. The remaining tiles are split into sub-tiles and bounded by intervals again, and all pairs of
    undecided sub-tiles are evaluated.
 """
 
@@ -33,13 +34,13 @@ from flexmask.mod_types import MaskMod
 
 SAMPLES = 4
 CELLS_AT_ONCE = {"cpu": 2**15, "cuda": 2**21}
-"""How many cells are bounded at once before going coarser."""
+"""Largest number of cells that are bounded at once; more cells are made coarser."""
 PAIRS_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
-"""Up to how many pairs are evaluated rather than sampled and split into sub-tiles."""
+"""Up to this many pairs, all are evaluated without samples and sub-tiles."""
 BYTES_PER_PAIR = 32
-"""What evaluating one pair may take: a few int64 intermediates."""
+"""Memory to evaluate one pair: a few int64 intermediates."""
 BYTES_PER_CELL = 2 * BYTES_PER_PAIR
-"""What bounding one cell may take: both ends of as many."""
+"""Memory to bound one cell: both ends of as many intermediates."""
 
 Coordinates = tuple[Tensor, Tensor, Tensor, Tensor]
 """Batch row, head, tile row and tile column of cells, broadcastable to each other."""
@@ -55,7 +56,7 @@ class TileClassifier:
     def __init__(
         self, mask_mod: MaskMod, shape: MaskShape, *, pointwise_only: bool = False
     ) -> None:
-        """Prepare to classify."""
+        """Prepare the evaluation of ``mask_mod``."""
         self._shape = shape
         self._evaluator = MaskEvaluator(mask_mod, shape.device, pointwise_only=pointwise_only)
         self._has_intervals = True
@@ -71,7 +72,7 @@ class TileClassifier:
         """Decide every tile.
 
         Args:
-            records: Whether to note how each was decided.
+            records: Whether to record how each tile was decided.
 
         Raises:
             MaskError: If the mask_mod breaks a rule of FlexAttention.
@@ -93,7 +94,7 @@ class TileClassifier:
         """Count the pairs that the mask allows.
 
         Args:
-            states: What `classify` found.
+            states: The states that `classify` returned.
         """
         allowed = int((states == FULL).sum()) * self._shape.q.tile * self._shape.kv.tile
         for tiles in self._chunks((states == PARTIAL).nonzero(), SPLIT * SPLIT * BYTES_PER_CELL):
@@ -102,7 +103,7 @@ class TileClassifier:
         return allowed * copies
 
     def _chunks(self, entries: Tensor, bytes_each: int) -> Iterator[Tensor]:
-        """Split a list of which each entry takes so much memory."""
+        """Split a list into chunks within the memory limit, given the bytes of an entry."""
         size = max(1, self._shape.memory_bytes // bytes_each)
         if len(entries) > size:
             yield from entries.split(size)
@@ -131,7 +132,7 @@ class TileClassifier:
         return states, (states == PARTIAL).nonzero()
 
     def _coarsest_scale(self) -> int:
-        """Return the tiles along a side of the cells to begin with."""
+        """Return how many tiles the first cells have along a side."""
         limit = CELLS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
         limit = min(limit, self._shape.memory_bytes // BYTES_PER_CELL)
         masks = self._shape.B * self._shape.H
@@ -151,11 +152,11 @@ class TileClassifier:
             shape.q.all_cells(numbers, q_width, 2, evaluator),
             shape.kv.all_cells(numbers, kv_width, 3, evaluator),
         )
-        # What depends on neither b nor h is kept once.
+        # A result that depends on neither b nor h is stored once.
         return _states(ends).expand(-1, -1, *shape.grid(scale)).contiguous()
 
     def _refined(self, states: Tensor, cells: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-        """Split undecided cells; return the states of all smaller ones, and the undecided."""
+        """Split undecided cells; return the states of the smaller cells and the undecided ones."""
         split = self._numbers[:SPLIT]
         fine = states[:, :, :, None, :, None].expand(-1, -1, -1, SPLIT, -1, SPLIT).contiguous()
         fine = fine.view(*states.shape[:2], states.shape[2] * SPLIT, states.shape[3] * SPLIT)
@@ -187,13 +188,13 @@ class TileClassifier:
         )
 
     def _cap_at_edges(self, states: Tensor) -> None:
-        """Count as partial what sticks out past the last query or key, as torch does."""
+        """Make full cells partial that extend past the last query or key, as torch does."""
         if self._shape.q.length % self._shape.q.tile:
             states[..., -1, :].clamp_(max=PARTIAL)
         if self._shape.kv.length % self._shape.kv.tile:
             states[..., -1].clamp_(max=PARTIAL)
 
-    # Within tiles that intervals left open.
+    # Within tiles that intervals left undecided.
 
     def _settle(self, tiles: Tensor, states: Tensor, decided: Tensor | None) -> None:
         """Decide tiles, and write their states and how they were decided."""
@@ -207,7 +208,7 @@ class TileClassifier:
         if decided is not None:
             decided[tuple(tiles.unbind(1))] = int(Decided.BY_SAMPLES)
         if self._evaluator.may_leave_tables:
-            # Only evaluation tells whether an index is out of range.
+            # Only evaluation shows whether an index is out of range.
             is_open = torch.arange(len(tiles), device=tiles.device)
         else:
             is_open = (sampled != PARTIAL).nonzero()[:, 0]
@@ -219,28 +220,28 @@ class TileClassifier:
                 decided[tuple(some.unbind(1))] = how
 
     def _are_few(self, tiles: int) -> bool:
-        """Whether evaluating all pairs of so many tiles costs less than first ruling some out."""
+        """Return True if evaluating all pairs of the tiles is faster than excluding some first."""
         few = PAIRS_AT_ONCE["cpu" if self._shape.device.type == "cpu" else "cuda"]
         few = min(few, self._shape.memory_bytes // BYTES_PER_PAIR)
         return tiles * self._shape.q.tile * self._shape.kv.tile <= few
 
     def _whole(self, tiles: Coordinates) -> Tensor:
-        """Evaluate all pairs of tiles: ``(N, queries, keys)``."""
+        """Evaluate all pairs of tiles; returns ``(N, queries, keys)``."""
         q_tile, kv_tile = self._shape.q.tile, self._shape.kv.tile
         return self._pairs(tiles, self._numbers[:q_tile], self._numbers[:kv_tile])
 
     def _sampled(self, tiles: Coordinates) -> Tensor:
-        """Evaluate pairs at both ends of a tile, and off its middle: ``(N, SAMPLES, SAMPLES)``."""
+        """Evaluate pairs at the ends of a tile and near its middle: ``(N, SAMPLES, SAMPLES)``."""
         place = self._numbers[:SAMPLES]
         lengths = (self._shape.q.tile, self._shape.kv.tile)
         q_step, kv_step = (place * (n - 1) // (SAMPLES - 1) for n in lengths)
         return self._pairs(tiles, q_step, kv_step)
 
     def _settled_in_parts(self, tiles: Coordinates, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide tiles by sub-tiles, and by all pairs of sub-tiles left open.
+        """Decide tiles by sub-tiles, and by all pairs of undecided sub-tiles.
 
         Args:
-            tiles: Where the tiles are, ``(N, 1, 1)`` each.
+            tiles: Coordinates of the tiles, ``(N, 1, 1)`` each.
             sampled: The states of their samples, ``(N,)``.
 
         Returns:
@@ -260,7 +261,7 @@ class TileClassifier:
         return _states(torch.stack((falses == 0, trues > 0))), how.byte()
 
     def _sub_tiles(self, tiles: Coordinates) -> tuple[Tensor, Tensor]:
-        """Say where in tiles the mask surely is true, and where possibly.
+        """Return in which sub-tiles the mask is certainly true, and in which possibly.
 
         Returns:
             ``(N, parts of q, parts of kv)`` each.
@@ -292,12 +293,12 @@ class TileClassifier:
     def _open_pairs(
         self, tiles: Coordinates, is_open: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Evaluate all pairs of open sub-tiles, some sub-tiles at a time.
+        """Evaluate all pairs of undecided sub-tiles, in chunks.
 
         Yields:
-            The tile of each sub-tile, ``(M,)``, as its place in ``tiles``; the mask on its
-            pairs, ``(M, queries, keys)``; and which pairs are within the lengths. Pairs past an
-            end repeat the last one.
+            For each sub-tile the index of its tile in ``tiles``, ``(M,)``; the mask of its pairs,
+            ``(M, queries, keys)``; and which pairs are within the lengths. Pairs past an end
+            repeat the last one.
         """
         q, kv = self._shape.q, self._shape.kv
         widths = (q.tile // q.parts, kv.tile // kv.parts)
@@ -313,10 +314,10 @@ class TileClassifier:
             yield tile, mask, is_query[:, :, None] & is_key[:, None, :]
 
     def _pairs(self, tiles: Coordinates, q_step: Tensor, kv_step: Tensor) -> Tensor:
-        """Evaluate the pairs of queries and keys at these steps into tiles.
+        """Evaluate the pairs of queries and keys at given offsets within tiles.
 
         Args:
-            tiles: Where the tiles are, ``(N, 1, 1)`` each.
+            tiles: Coordinates of the tiles, ``(N, 1, 1)`` each.
             q_step: ``(Q,)``, or ``(N, Q)``.
             kv_step: ``(K,)``, or ``(N, K)``.
 
@@ -341,30 +342,30 @@ def _extents(tile: Tensor, axis: Axis) -> Tensor:
 
 
 def _coordinates(cells: Tensor) -> Coordinates:
-    """Return where cells are, ``(N, 1, 1)`` each."""
+    """Return the coordinates of cells, ``(N, 1, 1)`` each."""
     b, h, row, column = cells.view(-1, 4, 1, 1).unbind(1)
     return b, h, row, column
 
 
 def _states(ends: Ends) -> Tensor:
-    """Return EMPTY, PARTIAL or FULL from where a mask surely and possibly is true."""
+    """Return EMPTY, PARTIAL or FULL, given where a mask is certainly and possibly true."""
     return ends.view(torch.uint8).sum(0, dtype=torch.uint8)
 
 
 def _states_of_pairs(mask: Tensor) -> Tensor:
-    """Return EMPTY, PARTIAL or FULL of each of the first dimension."""
+    """Return EMPTY, PARTIAL or FULL for each entry of the first dimension."""
     smallest, largest = torch.aminmax(mask.flatten(1).view(torch.uint8), dim=1)
     return smallest + largest
 
 
-# Reductions of bytes are vectorised on CPU, those of bools are not (torch 2.13).
+# On a CPU, reductions of bytes are vectorised and those of bools are not (torch 2.13).
 
 
 def _any(mask: Tensor) -> Tensor:
-    """Whether a mask is true anywhere in each of its first dimension."""
+    """Return for each entry of the first dimension whether any of its pairs is true."""
     return mask.flatten(1).view(torch.uint8).amax(1).view(torch.bool)
 
 
 def _all(mask: Tensor) -> Tensor:
-    """Whether a mask is true everywhere in each of its first dimension."""
+    """Return for each entry of the first dimension whether all of its pairs are true."""
     return mask.flatten(1).view(torch.uint8).amin(1).view(torch.bool)

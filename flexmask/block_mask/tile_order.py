@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Numbers between the starts of a pair's tensors: 256 bytes, as torch allocates on CUDA."""
+"""The halves of a pair start at multiples of 64 numbers: 256 bytes, torch's alignment on CUDA."""
 
 
 def empty_pair(*shape: int, device: torch.device) -> Tensor:
-    """Allocate for partial and full tiles at once: ``(2, *shape)`` int32.
+    """Allocate one tensor for partial and for full tiles: ``(2, *shape)`` int32.
 
-    Either half starts at a multiple of 256 bytes: compiled kernels copy inputs that are not
+    Each half starts at a multiple of 256 bytes, because compiled kernels copy inputs that are not
     aligned to 16 bytes.
     """
     count = math.prod(shape)
@@ -24,15 +24,15 @@ def empty_pair(*shape: int, device: torch.device) -> Tensor:
 
 
 def order_tiles(is_listed: Tensor, counts: Tensor, indices: Tensor) -> None:
-    """Put the listed tiles of each row first, in place and without host synchronisation.
+    """Write the listed tiles of each row first, in place and without host synchronisation.
 
     A row in which tiles 1 and 3 of 4 are listed has count 2 and indices ``1 3 0 2``: the listed
-    tiles, then the others, both ascending, as torch's own builder leaves them.
+    tiles, then the others, both in ascending order, as in torch's BlockMasks.
 
     Args:
         is_listed: Which tiles a row lists, ``(..., columns)`` bool.
-        counts: Where to write how many there are, ``(...)`` int32.
-        indices: Where to write the tiles, ``(..., columns)`` int32.
+        counts: Receives the number of listed tiles, ``(...)`` int32.
+        indices: Receives the tiles, ``(..., columns)`` int32.
     """
     rank = is_listed.cumsum(-1, dtype=torch.int32)
     count = rank[..., -1:]

@@ -1,4 +1,4 @@
-"""What is found out of a mask: the states of its tiles, and the axes along which they lie."""
+"""The states of a mask's tiles, and the two axes of the mask."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexmask.block_mask.intervals.evaluator import MaskEvaluator
 from flexmask.block_mask.intervals.interval import Interval, Span, exact_index
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-"""States of a tile. Until it is decided, a tile counts as partial."""
+"""States of a tile. An undecided tile counts as partial."""
 
 SPLIT = 8
-"""Into how many parts a cell is split along an axis."""
+"""Number of parts into which a cell is split along an axis."""
 MIN_SUB_TILE = 8
 
 
 class Decided(enum.IntEnum):
-    """How a tile was decided."""
+    """The way in which a tile was decided."""
 
     BY_INTERVALS = 0
     BY_SUB_TILES = 1
@@ -30,12 +30,12 @@ class Decided(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Queries or keys of a mask.
+    """The queries or the keys of a mask.
 
     Attributes:
-        start: Index of the first.
-        length: How many there are.
-        tile: How many make a tile.
+        start: Index of the first query or key.
+        length: Number of queries or keys.
+        tile: Queries or keys per tile.
     """
 
     start: int
@@ -44,16 +44,16 @@ class Axis:
 
     @property
     def parts(self) -> int:
-        """Into how many sub-tiles a tile is split along this axis."""
+        """The number of sub-tiles of a tile along this axis."""
         counts = range(SPLIT, 1, -1)
         return next((n for n in counts if self.tile % n == 0 and self.tile >= n * MIN_SUB_TILE), 1)
 
     def count(self, width: int) -> int:
-        """Return how many cells of ``width`` indices there are."""
+        """Return the number of cells of ``width`` indices."""
         return -(-self.length // width)
 
     def cells(self, cell: Tensor, width: int, evaluator: MaskEvaluator) -> Interval:
-        """Return the index in cells of ``width``; a number past the end means the last cell."""
+        """Return the index as an interval in cells of ``width``, at most the last cell's."""
         if self.length % (width * SPLIT):
             cell = cell.clamp(max=self.count(width) - 1)
         bounds = (self.start, self.start + self.length - 1)
@@ -68,19 +68,19 @@ class Axis:
     def all_cells(
         self, numbers: Tensor, width: int, dim: int, evaluator: MaskEvaluator
     ) -> Interval:
-        """Return the index in every cell of ``width``, along one dimension of a grid.
+        """Return the index as an interval in every cell of ``width``, along one grid dimension.
 
         Args:
-            numbers: 0, 1, … to past the last cell.
+            numbers: The integers from 0 to past the last cell.
             width: Indices per cell.
-            dim: Which of the four dimensions of the grid.
-            evaluator: Who applies operations to it.
+            dim: One of the four dimensions of the grid.
+            evaluator: Applies operations to the interval.
         """
         count = self.count(width)
         shape = [1, 1, 1, 1]
         shape[dim] = count
-        # First and last index of each cell, without computing them; a CPU reads every element
-        # faster once they stand side by side, a GPU has one launch less.
+        # First and last index of each cell, as a view of ``numbers``. A CPU reads a contiguous
+        # copy faster; a GPU saves a launch without it.
         ends = numbers.as_strided((2, count), (width - 1, width)).view(2, *shape)
         if self.start:
             ends = ends + self.start
@@ -94,7 +94,7 @@ class Axis:
         return Interval(ends, evaluator, bounds=bounds, span=span)
 
     def indices(self, tile: Tensor, step: Tensor, evaluator: MaskEvaluator) -> Interval:
-        """Return the indices ``step`` into tiles; one past the end means the last one."""
+        """Return the indices at offset ``step`` in tiles; past the end, the last index."""
         index = torch.add(step, tile, alpha=self.tile)
         if self.length % self.tile:
             index = index.clamp(max=self.length - 1)
@@ -105,7 +105,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class MaskShape:
-    """The extent of a mask, and how much memory evaluation may take."""
+    """The extent of a mask, and the memory limit of its evaluation."""
 
     B: int
     H: int
@@ -115,18 +115,18 @@ class MaskShape:
     memory_bytes: int
 
     def grid(self, scale: int = 1) -> tuple[int, int]:
-        """Return rows and columns of cells that are ``scale`` tiles high and wide."""
+        """Return the number of rows and of columns of cells of ``scale`` tiles a side."""
         return self.q.count(self.q.tile * scale), self.kv.count(self.kv.tile * scale)
 
 
 @dataclass(frozen=True, slots=True)
 class TileStates:
-    """The state of each tile.
+    """The states of all tiles.
 
     Attributes:
-        states: EMPTY, PARTIAL or FULL, ``(B or 1, H or 1, rows, columns)`` uint8; 1 where the
-            mask depends on neither batch row nor head.
-        decided: How each was decided, in the same shape, if recorded.
+        states: EMPTY, PARTIAL or FULL, ``(B or 1, H or 1, rows, columns)`` uint8; the first two
+            sizes are 1 if the mask depends on neither batch row nor head.
+        decided: A `Decided` for each tile, in the same shape, if recorded.
     """
 
     states: Tensor

@@ -13,7 +13,7 @@ from flexmask.attention.backend import CausalRows
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask
 from flexmask.block_mask.decode_row import check_row_mask
-from flexmask.block_mask.equality import rows_are_causal, runs_are_causal
+from flexmask.block_mask.equality import rows_are_causal, spans_are_causal
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.layout_batch import LayoutBatch
@@ -172,7 +172,7 @@ class BoundStrategy:
         """
         rows, firsts = spans_of(starts, self.slots.device)
         return all(
-            runs_are_causal(mask_mod, rows, firsts, length, kv_length, self._windows[kind])
+            spans_are_causal(mask_mod, rows, firsts, length, kv_length, self._windows[kind])
             for kind, mask_mod in self._mask_mods.items()
         )
 

@@ -1,1 +1,1 @@
-"""Interval arithmetic over mask_mods: what a mask can be on a whole tile."""
+"""Interval arithmetic on mask_mods: bounds a mask on a whole tile in one evaluation."""

@@ -1,4 +1,4 @@
-"""Interval rules of arithmetic, rounding and choice."""
+"""Interval rules of arithmetic, rounding and `torch.where`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexmask.block_mask.intervals.interval_rule import (
     spanned,
 )
 
-# Arithmetic. Ends of a sum, a product and so on: rounding is monotone, so this holds for floats.
+# Arithmetic. Rounding is monotone, so the ends are right for floats too.
 
 
 def _add(a: Interval, b: Interval) -> Ends:
@@ -53,7 +53,7 @@ def _mul(a: Interval, b: Interval) -> Ends:
 
 
 def _divide_by_sign(op: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], Ends | None]:
-    """Ends of a division whose divisor keeps its sign, zero excluded."""
+    """Return the ends of a division whose divisor is not zero and has one sign."""
     at_corners = corners(op)
 
     def ends(a: Interval, b: Interval) -> Ends | None:
@@ -98,7 +98,7 @@ def _divide_bounds(a: Bounds, b: Bounds) -> Bounds:
 
 
 def _remainder(a: Interval, m: Interval) -> Ends | None:
-    """Ends of ``a % m`` for a positive m: within one quotient it is monotone."""
+    """Return the ends of ``a % m`` for a positive m, which is monotone within one quotient."""
     if is_float(a, m) or not _is_positive(m):
         return None
     if not m.is_exact:
@@ -119,7 +119,7 @@ def _remainder_bounds(a: Bounds, m: Bounds) -> Bounds | None:
 
 
 def _truncated_remainder(a: Interval, m: Interval) -> Ends | None:
-    """Ends of fmod, which is ``%`` where nothing is negative."""
+    """Return the ends of fmod, which equals ``%`` for numbers that are not negative."""
     return None if is_float(a, m) or a.bounds[0] < 0 else _remainder(a, m)
 
 
@@ -170,7 +170,7 @@ def _square_bounds(a: Bounds) -> Bounds:
     return 0, max(abs(a[0]), abs(a[1])) ** 2
 
 
-# Choice.
+# torch.where.
 
 
 def _minimum(a: Interval, b: Interval) -> Ends:
@@ -205,7 +205,7 @@ def _where(condition: Interval, x: Interval, y: Interval) -> Ends | None:
         return None
     if condition.is_exact:
         return torch.where(condition.ends, x.ends, y.ends)
-    # Where the condition is decided, both choices are the same; else they are x's and y's.
+    # In cells with a decided condition both choices are the same; in others they are x and y.
     return spanned(
         torch.where(condition.ends, x.lo, y.lo), torch.where(condition.ends, x.hi, y.hi)
     )
@@ -223,7 +223,7 @@ def _monotone(name: str) -> Rule:
 
 
 def _sign(a: Interval) -> Ends | None:
-    # torch.sign(NaN) is 0, so float ends that stand for anything would be lost.
+    # torch.sign(NaN) is 0, which would drop the NaN ends of a float that may be anything.
     return None if is_float(a) else torch.sign(a.ends)
 
 
@@ -253,7 +253,7 @@ ARITHMETIC = {
     "sign": Rule(_sign),
     "positive pos __pos__ clone detach contiguous": Rule(lambda a: a.ends, lambda a: a),
 }
-"""The rule of each torch function, Tensor method and Python operator of these names."""
+"""The rules by name, for torch functions, Tensor methods and Python operators of that name."""
 
 WHERE = Rule(_where, _where_bounds)
-"""The rule of torch.where; Tensor.where takes its arguments in another order."""
+"""The rule of torch.where; Tensor.where has another order of arguments."""

@@ -1,4 +1,4 @@
-"""Captured tensors: what ``table[q_idx]`` can be where ``q_idx`` is an interval."""
+"""Bounds of captured tensors: the values of ``table[q_idx]`` if ``q_idx`` is an interval."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from flexmask.block_mask.intervals.interval_rule import COMMON
 from flexmask.block_mask.intervals.stand_in import Evaluator, NoIntervalRule, StandIn
 
 POOLED_ENTRIES = 2**18
-"""A table looked up at free ranges is first pooled to about this many entries."""
+"""A table that is indexed by arbitrary ranges is first pooled to about this many entries."""
 
 
 class Selection(StandIn):
-    """A captured tensor of which some dimensions are indexed: ``table[b]`` on its way to ``[q]``.
+    """A captured tensor with some dimensions indexed, such as ``table[b]`` in ``table[b][q]``.
 
     Attributes:
         table: The captured tensor.
-        indices: The index of each dimension, None where there is none yet.
-        casts: Dtypes that what is selected is cast to, one after the other.
+        indices: The index of each dimension; None for those that are not indexed yet.
+        casts: Dtypes to which the selected entries are cast, in this order.
     """
 
     __slots__ = ("casts", "indices", "table")
@@ -39,7 +39,7 @@ class Selection(StandIn):
         indices: Sequence[Any] | None = None,
         casts: tuple[torch.dtype, ...] = (),
     ) -> None:
-        """Start without indices, or go on with those given."""
+        """Select from ``table``, without indices unless some are given."""
         self.evaluator = evaluator
         self.table = table
         self.indices = [None] * table.dim() if indices is None else list(indices)
@@ -52,13 +52,13 @@ class Selection(StandIn):
 
     @property
     def shape(self) -> torch.Size:
-        """Lengths of the dimensions that are left."""
+        """Sizes of the dimensions that are not indexed."""
         lengths = zip(self.table.shape, self.indices, strict=True)
         return torch.Size([length for length, index in lengths if index is None])
 
     @property
     def cells(self) -> torch.Size:
-        """Shape of the cells that it depends on."""
+        """Shape of the cells that the selection depends on."""
         given = (x.cells for x in self.indices if isinstance(x, Interval))
         cells: torch.Size = torch.broadcast_shapes(*given)
         return cells
@@ -70,7 +70,7 @@ class Selection(StandIn):
     def indexed(self, index: Any) -> Selection | None:
         """Return the selection with further dimensions indexed.
 
-        None if an index is neither a number nor ``:`` nor ``...``, or there are too many.
+        Returns None if an index is neither a number nor ``:`` nor ``...``, or there are too many.
         """
         items = index if isinstance(index, tuple) else (index,)
         free = [dim for dim, x in enumerate(self.indices) if x is None]
@@ -108,32 +108,32 @@ class CellScale:
 
 @dataclass(frozen=True, slots=True)
 class RangeScale:
-    """A dimension pooled to ``2**shift`` entries, with levels of power-of-two ranges on top."""
+    """A dimension pooled by ``2**shift`` entries, with levels of power-of-two ranges on top."""
 
     shift: int
     wraps: bool
 
 
 Pair = tuple[Tensor, Tensor]
-"""Minima and maxima."""
+"""The minima and maxima of a table."""
 
 Position = tuple[Tensor, ...]
-"""Where an entry is along one dimension: ``(index,)``, or ``(level, index)``."""
+"""The position of an entry along one dimension: ``(index,)``, or ``(level, index)``."""
 
 Scale = CellScale | RangeScale | None
-"""How a dimension is prepared: for cells, for free ranges, or not, as its index is exact.
+"""How a dimension is prepared: for cells, for arbitrary ranges, or not (None: an exact index).
 
-Where it ``wraps``, some index is negative: the dimension is repeated once, so that the range from
+If it ``wraps``, some index is negative, and the dimension is repeated once, so that the range from
 -1 to 3 is contiguous.
 """
 
 
 class CapturedTables:
-    """Minima and maxima of captured tensors over index ranges, kept while one mask is built.
+    """Minima and maxima of captured tensors over index ranges, cached for the build of one mask.
 
     A range that is a cell of ``q_idx`` or ``kv_idx`` is looked up in a table pooled to cells.
     Any other range is covered by two overlapping ranges whose length is a power of two. The
-    minimum over 3–9, 7 entries, is the smaller of two entries of level 2, whose ranges have 4::
+    minimum over the 7 entries 3–9 is the smaller of two entries of level 2, with ranges of 4::
 
         index          0  1  2  3  4  5  6  7  8  9
         level 2 at 3            └────────┘
@@ -141,7 +141,7 @@ class CapturedTables:
     """
 
     def __init__(self) -> None:
-        """Start without tables."""
+        """Create an empty cache."""
         self._built: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def extrema(self, table: Tensor, indices: Sequence[Interval]) -> Tensor:
@@ -149,14 +149,14 @@ class CapturedTables:
 
         Args:
             table: A captured tensor of as many dimensions as there are indices.
-            indices: Where it is indexed, in range; negative indices count from the end.
+            indices: The index of each dimension, in range; negative ones count from the end.
 
         Returns:
-            Minima, maxima and again minima, ``(3, *cells)``, in the table's dtype: see
+            Minima, maxima and the minima again, ``(3, *cells)``, in the table's dtype, as for
             `Interval.of_triple`.
 
         Raises:
-            NoIntervalRule: If torch does not order numbers of the table's dtype.
+            NoIntervalRule: If torch cannot order numbers of the table's dtype.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
         scaled = self._prepared(table, scales)
@@ -183,17 +183,17 @@ class CapturedTables:
         key = (id(table), *scales)
         built = self._built.get(key)
         if built is None or built[0]() is not table:
-            # A mask_mod may make a table at every call; what was made of those gone goes too.
+            # A mask_mod may create a table at every call; drop entries of tables that are gone.
             self._built = {key: x for key, x in self._built.items() if x[0]() is not None}
             built = self._built[key] = weakref.ref(table), _scaled(ordered(table), scales)
         return built[1]
 
 
 def ordered(values: Tensor) -> Tensor:
-    """Return the same numbers in a dtype that torch finds extrema in.
+    """Return the same numbers in a dtype for which torch finds extrema.
 
     Raises:
-        NoIntervalRule: If there is none.
+        NoIntervalRule: If there is no such dtype.
     """
     if values.dtype in COMMON:
         return values
@@ -215,9 +215,9 @@ def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
 
 
 def _scaled(table: Tensor, scales: Sequence[Scale]) -> Tensor:
-    """Minima, maxima and again minima of a table, prepared in each dimension."""
+    """Return minima, maxima and the minima again of a table prepared in each dimension."""
     lo = hi = table
-    # From the last dimension on, as levels are inserted in front of the dimension they belong to.
+    # From the last dimension to the first, because levels are inserted before their dimension.
     for dim in reversed(range(len(scales))):
         scale = scales[dim]
         if scale is None:
@@ -233,7 +233,7 @@ def _scaled(table: Tensor, scales: Sequence[Scale]) -> Tensor:
 
 
 def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: int) -> Pair:
-    """Reduce ``width`` entries at a time, from ``start`` on; the last cell may be shorter."""
+    """Reduce ``width`` entries at a time, from ``start`` on; the last group may be shorter."""
     if width == 1:
         return _each(lambda table: table.narrow(dim, start, length), lo, hi)
     cells, rest = divmod(length, width)
@@ -252,7 +252,7 @@ def _pooled(lo: Tensor, hi: Tensor, dim: int, start: int, length: int, width: in
 
 
 def _each(change: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Pair:
-    """Change minima and maxima; once, as long as both are the table itself."""
+    """Apply a function to minima and maxima; only once while both are the table itself."""
     changed = change(lo)
     return changed, changed if lo is hi else change(hi)
 
@@ -262,9 +262,9 @@ def _doubled(table: Tensor, dim: int) -> Tensor:
 
 
 def _reduced(lo: Tensor, hi: Tensor) -> Pair:
-    """Reduce the last dimension."""
+    """Return the minima and maxima over the last dimension."""
     if lo is hi:
-        # One pass for both; amin alone is slow for int64 on CPU (torch 2.13).
+        # One pass for both; amin alone is slow for int64 on a CPU (torch 2.13).
         smallest, largest = torch.aminmax(lo, dim=-1)
         return smallest, largest
     return lo.amin(-1), hi.amax(-1)
@@ -273,8 +273,8 @@ def _reduced(lo: Tensor, hi: Tensor) -> Pair:
 def _levels(extremum: Callable[[Tensor, Tensor], Tensor], table: Tensor, dim: int) -> Tensor:
     """Stack the extrema of 1, 2, 4, … entries along a new dimension in front of ``dim``.
 
-    Entry ``i`` of level ``k`` covers entries ``i`` up to ``i + 2**k``, excluded; where that
-    passes the end, nobody asks for it.
+    Entry ``i`` of level ``k`` covers the entries from ``i`` to ``i + 2**k``, excluded; entries
+    whose range passes the end are not used.
     """
     length = table.shape[dim]
     levels = [table]
@@ -288,7 +288,7 @@ def _levels(extremum: Callable[[Tensor, Tensor], Tensor], table: Tensor, dim: in
 
 
 def _positions(index: Interval, scale: Scale, length: int) -> list[Position]:
-    """Return the entries that together cover the index, along one dimension."""
+    """Return the positions of entries that together cover the index, along one dimension."""
     if scale is None:
         return [(index.lo,)]
     if isinstance(scale, CellScale):

@@ -1,4 +1,4 @@
-"""Evaluation of a mask_mod: on intervals, and exactly on single (query, key) pairs."""
+"""Evaluates a mask_mod: on intervals, and exactly on single (query, key) pairs."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ SHAPE_QUERIES = functions_named(
 
 
 class MaskEvaluator(TorchFunctionMode):
-    """Runs one mask_mod for one build, and sees every torch operation in it.
+    """Runs one mask_mod for one build, and intercepts every torch operation in it.
 
     Args:
-        mask_mod: What to run.
-        device: Where tensors live.
-        reads_host: Whether values may be read from the device to settle what intervals cannot.
-        pointwise_only: Whether to refuse what only FlexAttention's kernel cannot compute.
+        mask_mod: The mask_mod.
+        device: Device of the mask and of captured tensors.
+        reads_host: Whether values may be read from the device where intervals decide nothing.
+        pointwise_only: Whether to refuse operations that only FlexAttention's kernel cannot
+            compute.
 
     Attributes:
-        device: Where tensors live.
-        needs_vmap: Whether the mask_mod uses an operation that has no rule here, so that pairs
-            must be evaluated through torch.vmap.
-        tables: Extrema of the captured tensors.
-        may_leave_tables: Whether some index may be out of its tensor's range, for all that
-            intervals tell.
+        device: Device of the mask and of captured tensors.
+        needs_vmap: Whether the mask_mod uses an operation without a rule, so that pairs must be
+            evaluated through torch.vmap.
+        tables: The extrema of captured tensors.
+        may_leave_tables: Whether, judging by intervals, some index may be out of range.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MaskEvaluator(TorchFunctionMode):
         *,
         pointwise_only: bool = False,
     ) -> None:
-        """Start with no tables."""
+        """Create an evaluator without tables."""
         super().__init__()
         self.device = device
         self.needs_vmap = False
@@ -109,15 +109,15 @@ class MaskEvaluator(TorchFunctionMode):
         """Bound the mask in each cell.
 
         Args:
-            b: Of as many dimensions as there are in the cells, as all arguments.
+            b: Batch row; all arguments have as many dimensions as the cells.
             h: Head.
             q_idx: Queries of each cell.
             kv_idx: Keys of each cell.
 
         Returns:
-            Where the mask is surely true and where it may be true, ``(2, ...)``, broadcastable to
-            the cells. Cells in which a captured tensor may be indexed out of range count as
-            unknown.
+            Whether the mask is certainly true and whether it may be true, ``(2, ...)``,
+            broadcastable to the cells. A cell in which a captured tensor may be indexed out of
+            range counts as undecided.
 
         Raises:
             NoIntervalRule: If intervals cannot follow the mask_mod at all.
@@ -133,7 +133,7 @@ class MaskEvaluator(TorchFunctionMode):
         return ends
 
     def pairs(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Tensor:
-        """Evaluate the mask where all indices are exact.
+        """Evaluate the mask for exact indices.
 
         Args:
             b: ``(N, 1, 1)``.
@@ -145,7 +145,7 @@ class MaskEvaluator(TorchFunctionMode):
             The mask, ``(N, Q, K)``.
 
         Raises:
-            MaskError: As `interval_ends`, and where a captured tensor is indexed out of range.
+            MaskError: As `interval_ends`, or if a captured tensor is indexed out of range.
         """
         shape = (len(b.ends), q_idx.ends.shape[1], kv_idx.ends.shape[2])
         if not self.needs_vmap:
@@ -182,24 +182,24 @@ class MaskEvaluator(TorchFunctionMode):
         except (MaskError, NoIntervalRule, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            # What only a tensor can do, or an error of the mask_mod: exact evaluation will tell,
-            # and raise it again.
+            # Either something that only tensors can do, or an error of the mask_mod, which exact
+            # evaluation raises again.
             check_signature(self._mask_mod)
             raise NoIntervalRule(str(error)) from error
         finally:
-            # Its intervals refer to the evaluator: tensors would stay until garbage is collected.
+            # Intervals refer to the evaluator: tensors would stay until garbage collection.
             self._looked_up.clear()
         check_result(self._mask_mod, result)
         if isinstance(result, Interval):
             return result
         return Interval(result.to(self.device), self, is_exact=True)
 
-    # What torch calls in place of its functions while the mask_mod runs.
+    # Called by torch in place of its functions while the mask_mod runs.
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Apply a torch function; those without an interval argument run as they are."""
+        """Apply a torch function; without an interval among its arguments, unchanged."""
         kwargs = kwargs or {}
         if _stand_ins((*args, *kwargs.values())):
             return self.apply(func, args, kwargs)
@@ -265,7 +265,7 @@ class MaskEvaluator(TorchFunctionMode):
         return Interval(ends, self, is_exact=is_exact)
 
     def _promoted(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Promote with a captured 0-d tensor as vmap does; broadcasting would not."""
+        """Promote with a captured 0-d tensor as vmap does, and not as broadcasting does."""
         if len(args) != 2 or not any(isinstance(x, Tensor) for x in args):
             return args
         dtype = torch.promote_types(args[0].dtype, args[1].dtype)
@@ -275,7 +275,7 @@ class MaskEvaluator(TorchFunctionMode):
         return self._cast(x, dtype) if isinstance(x, StandIn) else x.to(dtype)
 
     def _operand(self, x: Any) -> Any:
-        """Make an interval of a constant."""
+        """Return a constant operand as an interval."""
         if x is None or isinstance(x, Interval):
             return x
         if isinstance(x, StandIn):
@@ -327,7 +327,7 @@ class MaskEvaluator(TorchFunctionMode):
         return self._cast_to(value, target)
 
     def _filled(self, call: Call) -> Interval | Tensor:
-        """Apply a function that makes a constant, such as ``b.new_ones(())``."""
+        """Apply a function that creates a constant, such as ``b.new_ones(())``."""
         func, (like, *args), kwargs = call
         if _stand_ins((*args, *kwargs.values())):
             raise NoIntervalRule(func.__name__)
@@ -338,14 +338,14 @@ class MaskEvaluator(TorchFunctionMode):
         return Interval(value.expand(like.cells), self, is_exact=True)
 
     def _unknown(self, call: Call) -> Any:
-        """Follow shape and dtype of a result, and nothing else.
+        """Return a stand-in for a result of which only shape and dtype are known.
 
         Returns:
-            An interval that holds every value of the dtype, or, of what has dimensions, an
-            `UnknownTensor`; lists and tuples of them where the function returns such.
+            An interval of all values of the dtype, or an `UnknownTensor` for a result with
+            dimensions; lists and tuples of them if the function returns several.
 
         Raises:
-            NoIntervalRule: If that cannot be followed, or values are wanted.
+            NoIntervalRule: If shape and dtype cannot be found, or values are needed.
         """
         func, args, kwargs = call
         name = getattr(func, "__name__", str(func))
@@ -362,7 +362,7 @@ class MaskEvaluator(TorchFunctionMode):
         return self._followed(_described_result(call), _stand_ins(given))
 
     def _followed(self, described: Any, given: Sequence[StandIn]) -> Any:
-        """Make stand-ins, for what was made of those given, out of tensors on the meta device."""
+        """Return stand-ins for results that were described by tensors on the meta device."""
         cells = torch.broadcast_shapes(*(x.cells for x in given))
 
         def stand_in(x: Any) -> StandIn:
@@ -377,7 +377,7 @@ class MaskEvaluator(TorchFunctionMode):
     # Captured tensors.
 
     def select(self, table: Any, index: Any) -> Any:
-        """Index a tensor, or what stands for one."""
+        """Index a tensor or a stand-in."""
         if isinstance(table, Tensor):
             self._check_device(table)
             table = Selection(self, table)
@@ -393,7 +393,7 @@ class MaskEvaluator(TorchFunctionMode):
         return value
 
     def _selected_unknown(self, table: StandIn, index: Any) -> Any:
-        """Follow the shape of what is indexed by slices and the like, or has unknown entries."""
+        """Return a stand-in for the result of slices and the like, or of unknown entries."""
         if self._wants_values:
             raise NoIntervalRule("an index that is no number")
         self.needs_vmap = True
@@ -408,7 +408,7 @@ class MaskEvaluator(TorchFunctionMode):
                 raise NoIntervalRule("an index of bools")
             else:
                 if isinstance(item, Tensor | StandIn):
-                    # Any number in range leaves the same shape.
+                    # The shape is the same for any number in range.
                     places[i] = 0
                 self._in_range(table, dim, self._operand(item))
                 dim += 1
@@ -416,12 +416,12 @@ class MaskEvaluator(TorchFunctionMode):
         return self._followed(table.described[tuple(places)], given)
 
     def _look_up(self, table: Tensor, indices: list[Interval]) -> Interval:
-        """Look up once per run what is indexed alike, as ``ids[q_idx]`` in several places."""
+        """Bound a selection; only once per run if it occurs repeatedly, as ``ids[q_idx]`` may."""
         key = (id(table), *(id(index.ends) for index in indices))
         if key not in self._looked_up:
-            # The key's objects are kept, so that no others can get their ids.
+            # Keeps the objects of the key alive, so that no others get their ids.
             self._looked_up[key] = table, indices, self._extrema(table, indices)
-        # Each time an interval of its own, which operators in place may change.
+        # A new interval each time, because in-place operators may change it.
         return self._looked_up[key][2].copied()
 
     def _extrema(self, table: Tensor, indices: list[Interval]) -> Interval:
@@ -432,7 +432,7 @@ class MaskEvaluator(TorchFunctionMode):
         return Interval.of_triple(self.tables.extrema(table, indices), self)
 
     def _in_range(self, table: Tensor | StandIn, dim: int, index: Interval) -> Interval:
-        """Clamp an index to its dimension, and note the cells where it may lie outside."""
+        """Clamp an index to its dimension, and record the cells where it may be out of range."""
         if isinstance(index.ends, Tensor) and index.dtype not in INDEX_DTYPES:
             raise NoIntervalRule(f"an index of dtype {index.dtype}")
         if not self._reads_host:
@@ -478,7 +478,7 @@ class MaskEvaluator(TorchFunctionMode):
 
 
 def _stand_ins(values: Iterable[Any]) -> list[StandIn]:
-    """List the stand-ins among arguments, those in lists and tuples included."""
+    """Return the stand-ins among arguments, including those in lists and tuples."""
     found: list[StandIn] = []
     for x in values:
         if isinstance(x, StandIn):
@@ -493,7 +493,7 @@ def _items(index: Any) -> list[Any]:
 
 
 def _has_dimensions(values: Iterable[Any]) -> bool:
-    """Whether some argument is a tensor of several numbers, or stands for one."""
+    """Return True if an argument is a tensor with dimensions, or a stand-in for one."""
     return any(isinstance(x, Tensor | StandIn) and x.dim() > 0 for x in values)
 
 
@@ -504,7 +504,7 @@ def _value(x: Any) -> Any:
 def _result_bounds(
     rule: Rule, operands: list[Any], named: dict[str, Any], is_exact: bool
 ) -> Bounds | None:
-    """Bounds of a result; of an exact one, only if no value must be read for them."""
+    """Return the bounds of a result; those of an exact one only if no value must be read."""
 
     def bounds(x: Interval | None) -> Bounds | None:
         return None if x is None else x.known_bounds if is_exact else x.bounds
@@ -519,16 +519,16 @@ def _result_bounds(
 
 
 def _described_result(call: Call) -> Any:
-    """Find shape and dtype of a function's result, without running it on data.
+    """Find shape and dtype of a function's result by running it on the meta device.
 
-    A 0-d tensor among the arguments may count for promotion or not, depending on how torch.vmap
-    treats the function: see `Rule.promotes`.
+    Whether a 0-d tensor among the arguments counts for promotion depends on how torch.vmap treats
+    the function: see `Rule.promotes`.
 
     Returns:
         Tensors on the meta device.
 
     Raises:
-        NoIntervalRule: If promotion is in doubt, or the function cannot be run on such tensors.
+        NoIntervalRule: If promotion is uncertain, or the function does not run on such tensors.
     """
     func, args, kwargs = call
     promoted = _described_for(call, (1,))
@@ -542,7 +542,7 @@ def _described_result(call: Call) -> Any:
 
 
 def _described_for(call: Call, shape: tuple[int, ...]) -> Any:
-    """Run a function on the meta device, with tensors of some shape for single numbers."""
+    """Run a function on the meta device, with tensors of a given shape for single numbers."""
     func, args, kwargs = call
 
     def described(x: Any) -> Any:

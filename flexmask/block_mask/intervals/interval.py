@@ -1,11 +1,11 @@
-"""Intervals: what is known of a value on every cell of a mask.
+"""Intervals: lower and upper ends of a value in each cell of a mask.
 
 A *cell* is a rectangle of (query, key) pairs. Evaluating a mask_mod once on intervals instead of
-numbers says for each cell whether the mask is surely true, surely false, or unknown there.
+numbers tells for each cell whether the mask is true everywhere, false everywhere, or undecided.
 
 Both ends of an interval are one tensor, so that a rule takes few operations: ``q_idx + 3`` adds 3
-to ``(2, *cells)`` numbers, and ``q_idx - kv_idx`` subtracts from them the opposite ones. They have
-the dtype of the value they bound. A float interval with a NaN end holds anything, NaN included.
+to ``(2, *cells)`` numbers, and ``q_idx - kv_idx`` subtracts the opposite ends. They have the dtype
+of the value that they bound. A float interval with a NaN end contains every value, NaN included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Bounds = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The indices behind an interval that is ``q_idx`` or ``kv_idx``, give or take a constant.
+    """The indices of an interval that is ``q_idx`` or ``kv_idx``, up to an added constant.
 
     Cell ``i`` covers ``start + i * width`` up to ``start + min((i + 1) * width, length)``,
     excluded. With start 0, width 4 and length 10 the cells are 0–3, 4–7 and 8–9.
@@ -34,8 +34,8 @@ class Span:
         cell: The cell number of each entry of the interval, shaped as its ends.
         start: Index of the first query or key.
         width: Indices per cell.
-        length: Number of queries or keys; each one lies in some cell.
-        is_whole: Whether ``cell`` counts from 0 to the last cell.
+        length: Number of queries or keys.
+        is_whole: Whether ``cell`` is 0, 1, … up to the last cell.
     """
 
     cell: Tensor
@@ -46,17 +46,17 @@ class Span:
 
 
 class Interval(StandIn):
-    """Lower and upper ends of one value in every cell; what a mask_mod gets as ``q_idx``.
+    """Lower and upper ends of one value in every cell; a mask_mod gets it as ``q_idx``.
 
-    To the mask_mod it looks like a 0-d tensor. Python operators and torch functions on it go to
-    the evaluator, which finds the rule (`stand_in.StandIn`).
+    The mask_mod sees a 0-d tensor. Python operators and torch functions on it call the evaluator,
+    which applies their rule (`stand_in.StandIn`).
 
     Attributes:
-        ends: Lower and upper end in each cell, ``(2, *cells)``, in the dtype of the value. Of an
-            exact value just the value, ``cells``; of a constant a 0-d tensor or a Python number.
+        ends: Lower and upper end in each cell, ``(2, *cells)``, in the dtype of the value. For an
+            exact value the value itself, ``cells``; for a constant a 0-d tensor or a number.
         is_exact: Whether the value of each cell is known.
-        evaluator: Who applies operations to it.
-        span: The index range behind it, if it is an index.
+        evaluator: Applies operations to it.
+        span: The indices that it covers, if it is an index.
     """
 
     __slots__ = ("_bounds", "_flipped", "ends", "is_exact", "span")
@@ -70,7 +70,7 @@ class Interval(StandIn):
         bounds: Bounds | None = None,
         span: Span | None = None,
     ) -> None:
-        """Hold the ends, and what Python knows of them."""
+        """Create an interval from its ends, with Python numbers around them if known."""
         self.ends = ends
         self.is_exact = is_exact
         self.evaluator = evaluator
@@ -80,33 +80,33 @@ class Interval(StandIn):
 
     @classmethod
     def of_triple(cls, triple: Tensor, evaluator: Evaluator) -> Self:
-        """Make one of lower, upper and again lower ends, ``(3, *cells)``.
+        """Create an interval from lower, upper and the lower ends again, ``(3, *cells)``.
 
-        Ends and flipped ends are views of it, and nothing has to flip them later.
+        Ends and flipped ends are views of that tensor, so nothing flips them later.
         """
         interval = cls(triple[:2], evaluator)
         interval._flipped = triple[1:]
         return interval
 
     def copied(self) -> Interval:
-        """Make another one of the same ends, without the index range behind it."""
+        """Return an interval with the same ends and no ``span``."""
         twin = Interval(self.ends, self.evaluator, is_exact=self.is_exact, bounds=self._bounds)
         twin._flipped = self._flipped
         return twin
 
     @property
     def lo(self) -> Tensor:
-        """Lower end in each cell."""
+        """The lower end in each cell."""
         return self.ends if self.is_exact else self.ends[0]
 
     @property
     def hi(self) -> Tensor:
-        """Upper end in each cell."""
+        """The upper end in each cell."""
         return self.ends if self.is_exact else self.ends[1]
 
     @property
     def flipped(self) -> Ends:
-        """Upper and lower ends, for what compares ends with opposite ends."""
+        """The upper and then the lower ends, for rules that combine opposite ends."""
         if self._flipped is None:
             self._flipped = self.ends if self.is_exact else self.ends.flip(0)
         return self._flipped
@@ -120,7 +120,7 @@ class Interval(StandIn):
 
     @property
     def bounds(self) -> Bounds:
-        """Python numbers around all cells, read from the device where need be."""
+        """Python numbers around all cells, read from the device if necessary."""
         if self.known_bounds is None:
             self._bounds = self.evaluator.read_bounds(self.ends)
         return cast(Bounds, self.known_bounds)
@@ -132,7 +132,7 @@ class Interval(StandIn):
 
     @property
     def shape(self) -> torch.Size:
-        """As of the 0-d tensor it stands for."""
+        """As of a 0-d tensor."""
         return torch.Size(())
 
     @property
@@ -142,7 +142,7 @@ class Interval(StandIn):
 
 
 def exact_index(index: Tensor, length: int, evaluator: Evaluator, start: int = 0) -> Interval:
-    """Return ``b``, ``h``, ``q_idx`` or ``kv_idx`` of ``length``, where it is known exactly."""
+    """Return exact values of ``b``, ``h``, ``q_idx`` or ``kv_idx``, each less than ``length``."""
     bounds = (start, start + length - 1)
     span = Span(index, start, 1, length)
     return Interval(index, evaluator, is_exact=True, bounds=bounds, span=span)

@@ -1,8 +1,8 @@
-"""What a rule of interval arithmetic is: bounds of the operands to bounds of the result.
+"""Rules of interval arithmetic: from the ends of the operands to the ends of the result.
 
 A rule applies torch's own operation to the ends of its operands, so that promotion and rounding
-are torch's. Integers that may wrap around are caught by `Rule.bounds`, in Python numbers. A rule
-that has nothing certain to say returns None.
+are torch's. `Rule.bounds` detects integers that may wrap around, in Python numbers. A rule that
+can conclude nothing returns None.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 COMMON = INTEGERS | FLOATS | {torch.bool}
-"""Dtypes that arithmetic rules cover; torch itself computes little in others."""
+"""Dtypes of arithmetic rules; torch has few operations for others."""
 
 ANY_INTEGER: Bounds = (-(2**200), 2**200)
-"""Bounds of a result too large to work out: it fits no dtype."""
+"""Bounds of a result that is too large to compute and fits into no dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How one operation acts on intervals.
+    """The effect of one operation on intervals.
 
     Attributes:
-        ends: Operands, and keywords of the operation, to the ends of the result; None if nothing
-            can be said.
-        bounds: Bounds of the operands, None for an absent one, to bounds of the result in
-            Python integers. Where they do not fit the result's dtype, the result may wrap around.
-        promotes: Whether torch.vmap promotes a 0-d tensor as it does under the operation on
-            scalars: ``int8[q_idx] + int32_scalar`` is int32, as opposed to comparisons, which
-            compare in int8.
-        keywords: Keywords that ``ends`` understands.
-        shift: 1 or -1 where a constant second operand moves an index up or down.
+        ends: Computes the ends of the result from the operands and keywords of the operation;
+            returns None if nothing can be concluded.
+        bounds: Computes bounds of the result in Python integers from bounds of the operands (None
+            for an absent one). If they do not fit the result's dtype, it may wrap around.
+        promotes: Whether torch.vmap promotes a 0-d tensor as for scalars:
+            ``int8[q_idx] + int32_scalar`` is int32, while comparisons compare in int8.
+        keywords: The keywords that ``ends`` accepts.
+        shift: 1 or -1 if a constant second operand moves an index up or down; else 0.
     """
 
     ends: Callable[..., Ends | None]
@@ -49,7 +48,7 @@ class Rule:
     shift: int = 0
 
     def shifted_span(self, operands: Sequence[Interval]) -> Span | None:
-        """Return the index range behind ``q_idx + 3``: known, as long as 3 is one number."""
+        """Return the indices of ``q_idx + 3``, which are known for a constant second operand."""
         if not self.shift:
             return None
         index, constant = operands
@@ -64,18 +63,18 @@ class Rule:
 
 
 def fits(bounds: Bounds, dtype: torch.dtype) -> bool:
-    """Whether an integer dtype holds all numbers within ``bounds``."""
+    """Return True if an integer dtype can hold all numbers within ``bounds``."""
     limits = torch.iinfo(dtype)
     return limits.min <= bounds[0] and bounds[1] <= limits.max
 
 
 def finite_ends(ends: Ends) -> Ends:
-    """Forget float ends that are not finite: between them, inf - inf may give NaN."""
+    """Return float ends, NaN for both where one is not finite: inf - inf may be NaN."""
     return torch.where(torch.isfinite(ends).all(0), ends, torch.nan)
 
 
 def full_ends(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> Ends:
-    """Ends that hold whatever a dtype holds.
+    """Return ends that contain every value of a dtype.
 
     Raises:
         NoIntervalRule: If the dtype is not a common one.
@@ -93,7 +92,7 @@ def full_ends(dtype: torch.dtype, shape: torch.Size, device: torch.device) -> En
 
 
 def corners(op: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], Ends]:
-    """Ends of an operation that is monotone in each operand, in whatever direction."""
+    """Return the ends of an operation that is monotone in each operand, in either direction."""
 
     def ends(a: Interval, b: Interval) -> Ends:
         straight = op(a.ends, b.ends)
@@ -106,12 +105,12 @@ def corners(op: Callable[[Any, Any], Any]) -> Callable[[Interval, Interval], End
 
 
 def spanned(low: Ends, high: Ends) -> Ends:
-    """Ends of what lies between the smaller of two low numbers and the larger of two high ones."""
+    """Return the smaller of two lower ends and the larger of two upper ends."""
     return torch.stack((torch.minimum(*low.unbind()), torch.maximum(*high.unbind())))
 
 
 def corner_bounds(op: Callable[[int, int], int]) -> Callable[[Bounds, Bounds], Bounds]:
-    """Bounds of an operation that is monotone in each operand, in whatever direction."""
+    """Return the bounds of an operation that is monotone in each operand, in either direction."""
 
     def bounds(a: Bounds, b: Bounds) -> Bounds:
         results = [op(x, y) for x in a for y in b]
@@ -121,7 +120,7 @@ def corner_bounds(op: Callable[[int, int], int]) -> Callable[[Bounds, Bounds], B
 
 
 def is_float(*values: Interval) -> bool:
-    """Whether some value is a float."""
+    """Return True if a value is a float."""
     ends = (value.ends for value in values)
     return any(
         e.is_floating_point() if isinstance(e, Tensor) else isinstance(e, float) for e in ends

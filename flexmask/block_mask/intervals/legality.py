@@ -1,4 +1,4 @@
-"""The rules that a mask_mod must keep to be compiled into an attention kernel."""
+"""The rules that a mask_mod must follow to be compiled into an attention kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexmask.mod_types import MaskMod
 
 
 def functions_named(names: str) -> frozenset[Any]:
-    """Find the functions of torch and methods of Tensor that carry one of the names."""
+    """Return the functions of torch and methods of Tensor that have one of the names."""
     found = (getattr(home, name, None) for name in names.split() for home in (torch, Tensor))
     return frozenset(function for function in found if function is not None)
 
@@ -41,18 +41,18 @@ RANDOM = functions_named(
     "poisson bernoulli_ normal_ uniform_ random_ exponential_ geometric_ cauchy_ log_normal_"
 )
 _COMBINING_MODULES = ("flexmask.mask_mods", "torch.nn.attention.flex_attention")
-"""Modules whose functions put mask_mods together, such as ``and_masks``."""
+"""Modules whose functions combine mask_mods, such as ``and_masks``."""
 EXTREMA = {
     torch.max: torch.maximum,
     torch.min: torch.minimum,
     Tensor.max: torch.maximum,
     Tensor.min: torch.minimum,
 }
-"""Reductions, except that with a second tensor they choose the larger or smaller of two."""
+"""Reductions that, with a second tensor, choose the larger or smaller number of each pair."""
 
 
 def host_read_error(mask_mod: MaskMod, what: str) -> MaskError:
-    """Return the error for a mask_mod that asks for a value."""
+    """Return the error for a mask_mod that reads a value."""
     return MaskError(
         f"{mask_name(mask_mod)} reads a value on the host: {what}; a mask_mod is compiled into "
         "the attention kernel, so choose with torch.where(condition, x, y) or with `&`, `|` and "
@@ -68,19 +68,19 @@ def check_call(
     *,
     pointwise_only: bool,
 ) -> None:
-    """Check a call of torch that a mask_mod makes.
+    """Check a call of torch by a mask_mod.
 
     Args:
-        mask_mod: Who calls.
-        func: What is called.
-        args: With these arguments.
-        kwargs: And these keywords.
-        pointwise_only: Whether reductions are refused. A BlockMask can be built of a mask_mod
-            that reduces ``table[b]``, but FlexAttention cannot compile it into its kernel.
+        mask_mod: The mask_mod.
+        func: The function that it calls.
+        args: The arguments.
+        kwargs: The keyword arguments.
+        pointwise_only: Whether reductions are refused. A BlockMask can be built from a mask_mod
+            that reduces ``table[b]``, but FlexAttention cannot compile it into a kernel.
 
     Raises:
-        MaskError: If it reads a value on the host, draws random numbers, or reduces a tensor
-            though it may not.
+        MaskError: If it reads a value on the host, draws random numbers, or reduces a tensor in
+            spite of ``pointwise_only``.
     """
     if func in HOST_READS:
         raise host_read_error(mask_mod, f"{func.__name__}()")
@@ -102,11 +102,11 @@ def check_call(
 
 
 def check_index_dtypes(mask_mod: MaskMod, indices: Iterable[Any]) -> None:
-    """Check what a mask_mod indexes with.
+    """Check the dtypes of a mask_mod's indices.
 
     Raises:
-        MaskError: If some index is a byte, which torch takes for a mask, or another integer that
-            torch does not index with.
+        MaskError: If an index is a byte, which torch takes as a mask, or of another integer dtype
+            that torch does not accept.
     """
     for index in indices:
         if not isinstance(index, Tensor | StandIn) or index.dtype in (*INDEX_DTYPES, torch.bool):
@@ -121,7 +121,7 @@ def check_signature(mask_mod: MaskMod) -> None:
     """Check that a mask_mod takes ``(b, h, q_idx, kv_idx)``.
 
     Raises:
-        MaskError: If it does not.
+        MaskError: If it takes other arguments.
     """
     try:
         inspect.signature(mask_mod).bind(0, 0, 0, 0)
@@ -135,7 +135,7 @@ def check_result(mask_mod: MaskMod, result: Any) -> None:
     """Check that a mask_mod returned one bool per pair.
 
     Raises:
-        MaskError: If it did not.
+        MaskError: If it returned something else.
     """
     is_tensor = isinstance(result, Tensor | StandIn)
     if is_tensor and result.dtype == torch.bool and not result.dim():
@@ -159,9 +159,9 @@ def check_result(mask_mod: MaskMod, result: Any) -> None:
 
 
 def mask_name(mask_mod: Any) -> str:
-    """Name a mask_mod for a message: ``mask_mod 'window' (masks.py:12)``.
+    """Return a mask_mod's name for a message: ``mask_mod 'window' (masks.py:12)``.
 
-    Of one that `flexmask.mask_mods` or torch put together, the parts are named that neither
+    For a combination by `flexmask.mask_mods` or torch it names the parts that neither of them
     defines: ``mask_mod 'near' (masks.py:12) or 'far' (masks.py:15)``.
     """
     function = _function(mask_mod)
@@ -170,14 +170,14 @@ def mask_name(mask_mod: Any) -> str:
 
 
 def _function(mask_mod: Any) -> Any:
-    """What a mask_mod calls: what a partial is of, or itself."""
+    """Return the function of a `functools.partial`; another mask_mod is returned unchanged."""
     while isinstance(mask_mod, functools.partial):
         mask_mod = mask_mod.func
     return mask_mod
 
 
 def _parts(mask_mod: Any) -> Iterator[Any]:
-    """The functions that a mask_mod is put together from; itself where it is not."""
+    """Return the functions that a mask_mod combines; the mask_mod itself if it combines none."""
     inner: list[Any] = []
     if getattr(mask_mod, "__module__", None) in _COMBINING_MODULES:
         for cell in getattr(mask_mod, "__closure__", None) or ():
@@ -198,14 +198,14 @@ def _name_and_place(mask_mod: Any) -> str:
 
 
 def captured_name(mask_mod: MaskMod, tensor: Tensor) -> str:
-    """Name a captured tensor for a message, if the mask_mod refers to it by name."""
+    """Return a captured tensor's name for a message, if the mask_mod refers to it by name."""
     names = (name for name, value in captured_values(mask_mod, depth=4) if value is tensor)
     name = next(names, None)
     return "a tensor" if name is None else f"tensor '{name}'"
 
 
 def captured_values(owner: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values that an object refers to, those of inner functions included."""
+    """Yield names and values that an object captures, including those of inner functions."""
     if isinstance(owner, functools.partial):
         values = {f"argument {i}": x for i, x in enumerate((owner.func, *owner.args))}
         values |= owner.keywords

@@ -19,8 +19,8 @@ from flexmask.block_mask.intervals.interval_rule import (
     is_float,
 )
 
-# Comparisons and logic: surely true, possibly true. Floats may be NaN: possible is what is not
-# surely otherwise.
+# Comparisons and logic. The ends are "certainly true" and "possibly true". Floats may be NaN, so
+# "possibly" is the negation of "certainly not".
 
 
 def _less(a: Interval, b: Interval) -> Ends:
@@ -51,7 +51,7 @@ def _negated(ends: Ends) -> Ends:
 
 
 def nonzero(a: Interval) -> Ends:
-    """Ends of ``a != 0``."""
+    """Return the ends of ``a != 0``."""
     if a.dtype == torch.bool:
         return a.ends
     if a.is_exact:
@@ -61,7 +61,7 @@ def nonzero(a: Interval) -> Ends:
 
 
 def _truth(a: Interval) -> Any:
-    """Ends of ``a != 0``; ``a`` may be a Python number."""
+    """Return the ends of ``a != 0``; ``a`` may be a Python number."""
     return nonzero(a) if isinstance(a.ends, Tensor) else bool(a.ends)
 
 
@@ -87,7 +87,7 @@ def _logical_not(a: Interval) -> Ends:
     return _negated(nonzero(a))
 
 
-# Bits of integers. On bools they are the logical operations.
+# Bitwise operations on integers. For bools they are the logical operations.
 
 
 def _is_bool(value: Interval) -> bool:
@@ -108,10 +108,10 @@ def _bitwise(
 
 
 def _common_bits(op: Callable[[Any, Any], Any], a: Interval, b: Interval) -> Ends:
-    """Ends of a bitwise operation: bits above the first one that varies are known.
+    """Return the ends of a bitwise operation: the bits above the highest varying bit are known.
 
-    In 12–14 (``1100``–``1110``) the two upper bits never change, so ``x ^ 5`` has the upper bits
-    of ``12 ^ 5 = 1001`` and anything below: 8–11.
+    In 12–14 (``1100``–``1110``) the two upper bits are constant, so ``x ^ 5`` has the upper bits
+    of ``12 ^ 5 = 1001`` and arbitrary bits below: 8–11.
     """
     at_lo = op(a.lo, b.lo)
     varying = _smear((a.lo ^ a.hi) | (b.lo ^ b.hi)).to(at_lo.dtype)
@@ -196,4 +196,4 @@ LOGIC = {
         _shift_right, _shift_right_bounds, promotes=True
     ),
 }
-"""The rule of each torch function, Tensor method and Python operator of these names."""
+"""The rules by name, for torch functions, Tensor methods and Python operators of that name."""

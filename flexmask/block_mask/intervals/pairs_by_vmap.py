@@ -1,4 +1,4 @@
-"""Exact evaluation of a mask_mod through torch.vmap, for operations that have no rule."""
+"""Evaluates a mask_mod exactly through torch.vmap, for operations without interval rules."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from flexmask.torch_internals import (
 )
 
 PROBED = 16
-"""Queries, and keys, that are evaluated to see how much memory a pair takes."""
+"""Number of queries and of keys that are evaluated to measure the memory of a pair."""
 COMMON_BYTES = 8
-"""The largest intermediate of a pair that callers reckon with: one int64."""
+"""The largest intermediate of a pair that callers assume: one int64."""
 
 Indices = tuple[Tensor, Tensor, Tensor, Tensor]
 Masks = tuple[Tensor, Tensor]
-"""A mask, and where it indexed a captured tensor out of range."""
+"""A mask, and the pairs for which it indexed a captured tensor out of range."""
 
 
 class PairsByVmap:
-    """Evaluates one mask_mod as torch's own builder does."""
+    """Evaluates one mask_mod through torch.vmap, as torch's ``create_block_mask`` does."""
 
     def __init__(self, mask_mod: MaskMod, *, pointwise_only: bool) -> None:
-        """Evaluate nothing yet.
+        """Prepare the evaluation of a mask_mod.
 
         Args:
-            mask_mod: What to evaluate.
+            mask_mod: The mask_mod.
             pointwise_only: Whether reductions are refused.
         """
         self._mask_mod = mask_mod
@@ -48,7 +48,7 @@ class PairsByVmap:
         self._probed: tuple[float, float] | None = None
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Masks:
-        """Evaluate pairs; where one takes more than an int64 or so, some of them at a time.
+        """Evaluate pairs, in several parts if a pair takes more memory than about one int64.
 
         Args:
             b: ``(N or 1,)``.
@@ -57,7 +57,8 @@ class PairsByVmap:
             kv_idx: ``(N or 1, K)``.
 
         Returns:
-            The mask, and where it indexed a captured tensor out of range: ``(N, Q, K)`` each.
+            The mask, and the pairs for which it indexed a captured tensor out of range:
+            ``(N, Q, K)`` each.
 
         Raises:
             MaskError: If the mask_mod breaks a rule of FlexAttention.
@@ -69,7 +70,7 @@ class PairsByVmap:
         return self._in_parts(indices, shape, parts)
 
     def _in_parts(self, indices: Indices, shape: tuple[int, int, int], parts: int) -> Masks:
-        """Evaluate in about so many parts: of tiles, then of queries, then of keys."""
+        """Evaluate in about ``parts`` parts: divide the tiles, then the queries, then the keys."""
         dim = next((dim for dim in range(3) if shape[dim] > 1), None)
         if parts <= 1 or dim is None:
             return self._evaluated(indices)
@@ -106,10 +107,10 @@ class PairsByVmap:
         return mask, outside
 
     def _bytes_per_pair(self, indices: Indices) -> float:
-        """Return what the largest intermediate takes: more where tables keep dimensions.
+        """Return the bytes of the largest intermediate per pair.
 
-        Of ``(kept[b, q_idx] == kv_idx).any()`` it is as many bools as a row of ``kept`` has
-        entries for each pair; of ``kept[b].flip(0)[q_idx]``, a row for each tile.
+        It grows where tables keep dimensions: ``(kept[b, q_idx] == kv_idx).any()`` makes a row of
+        bools for each pair, and ``kept[b].flip(0)[q_idx]`` a row for each tile.
         """
         b, h, q_idx, kv_idx = indices
         pairs_per_tile = q_idx.shape[1] * kv_idx.shape[1]
@@ -130,10 +131,10 @@ class PairsByVmap:
 
 
 class _CheckedMode(TorchFunctionMode):
-    """Makes captured tensors indexable under vmap, and notes indices out of range.
+    """Indexes captured tensors under vmap, and records indices out of range.
 
     Attributes:
-        outside: Whether an index of the pair at hand is out of range.
+        outside: Whether an index of the present pair is out of range.
     """
 
     outside: Tensor
@@ -179,10 +180,10 @@ def _is_index(item: Any) -> bool:
 
 
 class _LargestResult(TorchDispatchMode):
-    """Notes the size of the largest tensor that is computed.
+    """Records the size of the largest tensor that is computed.
 
     Attributes:
-        bytes: Its size.
+        bytes: Its size so far.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""All rules of interval arithmetic, and casts."""
+"""The table of all rules of interval arithmetic, and the rule of casts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flexmask.block_mask.intervals.stand_in import NoIntervalRule
 
 
 def cast_ends(value: Interval, dtype: torch.dtype) -> Ends | None:
-    """Ends of ``value.to(dtype)``.
+    """Return the ends of ``value.to(dtype)``.
 
     Raises:
-        NoIntervalRule: If the dtype is not a common one: floats of a byte turn to NaN where they
+        NoIntervalRule: If the dtype is not a common one: one-byte floats become NaN when they
             overflow, and unsigned integers wrap around.
     """
     if dtype not in COMMON:
@@ -33,7 +33,7 @@ def cast_ends(value: Interval, dtype: torch.dtype) -> Ends | None:
 
 
 def _named(names: str) -> set[Callable[..., Any]]:
-    """Find the functions of torch, Tensor and operator that carry one of the names."""
+    """Return the functions of torch, Tensor and operator that have one of the names."""
     homes = (torch, torch.Tensor, operator)
     found = (getattr(home, name, None) for name in names.split() for home in homes)
     return {function for function in found if callable(function)}
@@ -49,4 +49,4 @@ def _rules() -> dict[Callable[..., Any], Rule]:
 
 
 RULES = _rules()
-"""The rule of each torch function, Tensor method and Python operator that has one."""
+"""The rules by torch function, Tensor method and Python operator."""

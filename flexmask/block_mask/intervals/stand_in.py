@@ -1,4 +1,4 @@
-"""Stand-ins for tensors: what a mask_mod gets to work with in place of numbers."""
+"""Stand-ins for tensors, which a mask_mod is called with in place of numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class NoIntervalRule(Exception):
-    """The mask_mod does something that intervals cannot follow; it must be evaluated exactly."""
+    """An operation that intervals cannot follow, so that the mask_mod is evaluated exactly."""
 
 
 class Evaluator(Protocol):
     """Applies operations to stand-ins; `evaluator.MaskEvaluator` is one.
 
     Attributes:
-        device: Where tensors live.
+        device: Device of the mask.
     """
 
     device: torch.device
@@ -34,7 +34,7 @@ class Evaluator(Protocol):
 
 
 class StandIn:
-    """Looks like a tensor to the mask_mod; operators, methods and functions go to the evaluator.
+    """Has the interface of a tensor; operators, methods and functions call the evaluator.
 
     Attributes:
         evaluator: Applies operations to it.
@@ -43,7 +43,7 @@ class StandIn:
     __slots__ = ("evaluator",)
     __hash__ = object.__hash__
     __array_priority__ = 1000
-    """As of a tensor: numpy's numbers leave operators to it."""
+    """As of a tensor, so that numpy's numbers let this class handle operators."""
 
     evaluator: Evaluator
 
@@ -59,7 +59,7 @@ class StandIn:
 
     @property
     def cells(self) -> torch.Size:
-        """Shape of the cells that the value depends on."""
+        """Shape of the cells on which the value depends."""
         raise NotImplementedError
 
     @property
@@ -96,11 +96,11 @@ class StandIn:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Any]:
-        """Go through the entries of the first dimension."""
+        """Iterate over the entries of the first dimension."""
         return iter([self[i] for i in range(len(self))])
 
     def __getattr__(self, name: str) -> Any:
-        """Find the tensor method ``name``; it goes through the evaluator."""
+        """Return the tensor method ``name``, which calls the evaluator."""
         method = getattr(Tensor, name, None)
         if method is None or name.startswith("__"):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
@@ -116,15 +116,15 @@ class StandIn:
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        """Mark the class as one that torch functions accept; the evaluator is a mode above."""
+        """Make torch functions accept the class; the evaluator, a mode, handles them first."""
         raise NoIntervalRule(getattr(func, "__name__", str(func)))
 
     def __getitem__(self, index: Any) -> Any:
-        """Index it, as far as that can be followed."""
+        """Index through the evaluator."""
         return self.evaluator.apply(Tensor.__getitem__, (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        """Leave it to exact evaluation."""
+        """Refuse assignment, which only exact evaluation can follow."""
         raise NoIntervalRule("assignment to part of a tensor")
 
     def __contains__(self, value: Any) -> NoReturn:
@@ -157,14 +157,14 @@ class StandIn:
 
 
 class UnknownTensor(StandIn):
-    """A tensor of which only shape and dtype are followed, such as ``table[b] + 1``."""
+    """A tensor of which only shape and dtype are known, such as ``table[b] + 1``."""
 
     __slots__ = ("_cells", "_dtype", "_shape")
 
     def __init__(
         self, evaluator: Evaluator, shape: torch.Size, dtype: torch.dtype, cells: torch.Size
     ) -> None:
-        """Stand for any tensor of that shape and dtype; it depends on ``cells``."""
+        """Stand for any tensor of that shape and dtype, which depends on ``cells``."""
         self.evaluator = evaluator
         self._shape = shape
         self._dtype = dtype
@@ -182,7 +182,7 @@ class UnknownTensor(StandIn):
 
     @property
     def cells(self) -> torch.Size:
-        """Shape of the cells that it depends on."""
+        """Shape of the cells on which it depends."""
         return self._cells
 
 
