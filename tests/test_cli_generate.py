@@ -261,7 +261,7 @@ def test_a_folder_without_weights_is_an_error(small, tmp_path, error_of):
 
 def test_an_unwritable_output_is_found_before_the_model_loads(small, tmp_path, error_of):
     (tmp_path / "file").write_text("")
-    line = error_of(*small[:-1], tmp_path / "file" / "out.feather", "--model", "./nowhere")
+    line = error_of(*small[:-1], tmp_path / "file" / "out.feather", "--model", "no-such/model")
     assert str(tmp_path / "file") in line
 
 
