@@ -16,10 +16,17 @@ from flexmask.errors import FlexMaskError, shortened
 
 def described(error: BaseException) -> str:
     """An error's message in one line, after its type where it is not one of flexmask's."""
-    message = shortened(" ".join(str(error).split()))
+    message = shortened(" ".join(_text_of(error).split()))
     if isinstance(error, FlexMaskError):
         return message
     return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:  # of somebody's own __str__
+        return f"its message cannot be had, since that raises {type(failure).__name__}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from typing import (
 )
 
 from flexmask import display
+from flexmask.error_text import described
 from flexmask.errors import StrategyError
 from flexmask.layout import Layout, TokenizedRequest, shared_prefix_layout
 from flexmask.limits import LARGEST_SIZE, shown_number
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod, RowMod, ScoreMod
 
 ParameterValue = bool | int | float | str
+
+LONGEST_NAME = 80
+"""Characters of a strategy's name, which names files of results too."""
 
 
 def parameter(default: Any, *, help: str, minimum: float | None = None) -> Any:
@@ -244,10 +248,11 @@ def check_strategy_class(cls: object) -> type[Strategy]:
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise StrategyError(f"expected a subclass of flexmask.Strategy, got {cls!r}")
     name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
+    is_name = isinstance(name, str) and name.isidentifier() and name == name.lower()
+    if not is_name or len(str(name)) > LONGEST_NAME:
         raise StrategyError(
-            f"{cls.__qualname__}.name must be lower-case letters, digits and underscores, "
-            f"got {name!r}"
+            f"{cls.__qualname__}.name must be lower-case letters, digits and underscores, at most "
+            f"{LONGEST_NAME}, got {name!r}"
         )
     if cls.__abstractmethods__:
         raise StrategyError(f"strategy {name!r} does not define mask_mod(self, batch)")
@@ -257,8 +262,35 @@ def check_strategy_class(cls: object) -> type[Strategy]:
     for item in _fields(cls):
         if item.default is MISSING:
             raise StrategyError(f"parameter {item.name!r} of strategy {name!r} has no default")
-        _type_name(get_type_hints(cls)[item.name])
+        hint = get_type_hints(cls)[item.name]
+        if isinstance(item.default, str) and hint in (bool, int, float):
+            raise _wrong_type(item.name, item.default, hint)
+        _parse(item.name, item.default, hint)
+    if not callable(cls.mask_mod):
+        raise StrategyError(f"strategy {name!r} has no method mask_mod, got {cls.mask_mod!r}")
+    _check_defaults(cls)
     return cls
+
+
+def _check_defaults(cls: type[Strategy]) -> None:
+    """Make a strategy with its defaults, and what listings show of it.
+
+    Raises:
+        StrategyError: If its own code fails in that, which would fail whatever lists strategies.
+    """
+    try:
+        cls.parameters()
+        summary = cls.summary()
+        cls()
+    except StrategyError:
+        raise
+    except Exception as error:
+        raise StrategyError(
+            f"strategy {cls.name!r} cannot be made with its defaults, or listed: "
+            f"{described(error)}"
+        ) from error
+    if not isinstance(summary, str):
+        raise StrategyError(f"strategy {cls.name!r}: its summary must be a text, got {summary!r}")
 
 
 def _fields(cls: type[Strategy]) -> tuple[dataclasses.Field[Any], ...]:
@@ -277,8 +309,12 @@ def _type_name(hint: Any) -> str:
     raise StrategyError(f"a parameter's type must be bool, int, float, str or Literal, got {hint}")
 
 
+def _wrong_type(name: str, value: ParameterValue, hint: Any) -> StrategyError:
+    return StrategyError(f"{name} must be {_type_name(hint)}, got {value!r}")
+
+
 def _parse(name: str, value: ParameterValue, hint: Any) -> ParameterValue:
-    expected = StrategyError(f"{name} must be {_type_name(hint)}, got {value!r}")
+    expected = _wrong_type(name, value, hint)
     if _is_choice(hint):
         if value not in get_args(hint):
             raise expected

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from flexmask_cli.app import main
+from flexmask_cli.render.lines import print_fault
 from flexmask_cli.start_up import end_process
 
 
@@ -14,6 +17,10 @@ def run() -> None:
         if isinstance(ending.code, int):
             end_process(ending.code)
         raise
+    except Exception:
+        # As Python would print it, but without what a message in it would do to a terminal.
+        print_fault()
+        sys.exit(1)
 
 
 if __name__ == "__main__":
