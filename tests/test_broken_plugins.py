@@ -371,7 +371,7 @@ def test_a_mask_that_breaks_a_rule_is_told_which_and_how_to_mend_it(working, bod
 LAYOUTS = {
     "negative positions": (
         "tuple(p - 1 for p in plan.position_ids)",
-        "layout: positions must not be negative, got -1\n  layout: prefix 1, segments 2, tail 1\n",
+        "layout: positions must not be negative, got -1; see flexmask_mine.py:14: `return Layout(",
     ),
     "too few positions": (
         "plan.position_ids[1:]",
