@@ -1,6 +1,6 @@
 """Devices and dtypes by name, and starting a GPU before it is needed.
 
-Names are checked without torch, so that a wrong one is told before torch is imported.
+Names can be checked without torch, so that errors appear before torch is imported.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of dtypes, as torch has them."""
+"""Names of dtypes, as in torch."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
 
 
 def check_device_name(name: str) -> None:
-    """Check that a name is one of a device; `resolve_device` finds out whether it is there.
+    """Check that a name is one of a device, which need not exist (see `resolve_device`).
 
     Raises:
-        OptionError: If it is none.
+        OptionError: If it is not.
     """
     if not _DEVICE.fullmatch(name):
         raise OptionError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
@@ -34,7 +34,7 @@ def check_dtype_name(name: str) -> None:
     """Check that a name is ``auto`` or one of `DTYPES`.
 
     Raises:
-        OptionError: If it is none.
+        OptionError: If it is not.
     """
     if name != "auto" and name not in DTYPES:
         close = did_you_mean(name, DTYPES)
@@ -45,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device.
 
     Raises:
-        OptionError: If the name is no device, or CUDA is asked for and absent.
+        OptionError: If the name is not a device, or there is no such GPU.
     """
     check_device_name(name)
     import torch
@@ -61,7 +61,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """Turn a name into a dtype; ``auto`` is float32 on CPU and the model's own on a GPU.
+    """Turn a name into a dtype; ``auto`` is float32 on a CPU and the model's own on a GPU.
 
     Raises:
         OptionError: If the name is not known.
@@ -77,7 +77,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 def start_device(device: torch.device) -> None:
-    """Have CUDA and its matrix products ready: half a second, in which nothing is imported."""
+    """Initialise CUDA and its matrix products, which takes half a second outside Python."""
     if device.type == "cuda":
         import torch
 

@@ -58,12 +58,12 @@ class Spread:
 
 
 def time_call(call: Callable[[], object], device: torch.device, repeats: int = 20) -> Spread:
-    """Time a call once it is warm; on a GPU as a CUDA graph, so that launching does not count.
+    """Time a call after warm-up; on a GPU as a CUDA graph, without the cost of launches.
 
     Args:
-        call: The call; it allocates nothing that outlives it.
-        device: Where it runs.
-        repeats: How often it is timed.
+        call: The function; it must not allocate memory that outlives the call.
+        device: The device on which it runs.
+        repeats: Number of measurements.
     """
     clock, is_cuda = DeviceClock(device), device.type == "cuda"
     times = []

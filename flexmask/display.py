@@ -1,4 +1,4 @@
-"""How objects of the core are drawn: the one way from the core up to `flexmask.show`.
+"""Draws objects of the core: the one import from the core up to `flexmask.show`.
 
 Pictures need torch, and some need matplotlib, so `flexmask.show` is imported at the first call.
 """

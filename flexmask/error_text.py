@@ -1,4 +1,4 @@
-"""Says what an error is, and which line of somebody's code it comes from."""
+"""Describes errors: type and message in one line, and the line of code at fault."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexmask.errors import FlexMaskError, shortened
 
 
 def described(error: BaseException) -> str:
-    """An error's message in one line, after its type where it is not one of flexmask's."""
+    """Return an error's message in one line, after its type unless it is a `FlexMaskError`."""
     message = shortened(" ".join(_text_of(error).split()))
     if isinstance(error, FlexMaskError):
         return message
@@ -30,7 +30,7 @@ def _text_of(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: ``; did you mean 'causal'?``, or nothing."""
+    """Return a hint for an unknown name: ``; did you mean 'causal'?``, or an empty text."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -41,14 +41,14 @@ def is_panic(error: BaseException) -> bool:
 
 
 def place_of_fault(error: BaseException, module: str) -> str | None:
-    """The innermost line of ``module``, or its package, on the way to ``error``.
+    """Return the innermost line of a module, or of its package, in an error's traceback.
 
     Args:
-        error: What was raised.
+        error: The exception.
         module: Dotted name of the module, or path of its file.
 
     Returns:
-        For example ``flexmask_mine.py:3: `import nowhere```; None if no line of it took part.
+        For example ``flexmask_mine.py:3: `import nowhere```; None if there is no such line.
     """
     if isinstance(error, SyntaxError) and error.filename and _belongs(error.filename, module):
         return _place(error.filename, error.lineno or 1, error.text or "")
@@ -58,13 +58,13 @@ def place_of_fault(error: BaseException, module: str) -> str | None:
 
 
 def innermost_place(error: BaseException) -> str:
-    """The line that raised ``error``, whoever's it is."""
+    """Return the line that raised ``error``."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return _place(frame.filename, frame.lineno or 1, frame.line or "")
 
 
 def place_of_code(function: Callable[..., Any]) -> str | None:
-    """Where a function is defined, in the same form; None for one without source."""
+    """Return the line of a function's definition, in the same form; None without source."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if not isinstance(code, CodeType):
         return None
@@ -80,7 +80,7 @@ def _belongs(filename: str, module: str) -> bool:
         return path.resolve() == Path(module).resolve()
     top = module.partition(":")[0].partition(".")[0]
     _, found, inner = path.as_posix().rpartition(f"/{top}")
-    # A project folder may be called like its package and hold an environment with everything.
+    # A project folder may have its package's name and contain an environment with all others.
     return (
         bool(found) and (inner == ".py" or inner.startswith("/")) and "site-packages" not in inner
     )

@@ -1,4 +1,4 @@
-"""Everything that flexmask raises on purpose.
+"""The errors and the warning of flexmask.
 
 The command line turns a `FlexMaskError` into one ``error: …`` line and exit status 1; every
 other exception keeps its traceback.
@@ -14,7 +14,7 @@ _BEGINNING, _END = 1500, 400
 
 
 def shortened(message: str) -> str:
-    """A message without its middle where that is long: names that it quotes may be megabytes."""
+    """Return a long message without its middle, since names in it may be megabytes."""
     if len(message) <= _BEGINNING + _END:
         return message
     return f"{message[:_BEGINNING]} … {message[-_END:]}"
@@ -24,7 +24,7 @@ class FlexMaskError(Exception):
     """Base of all errors whose message is meant for the user."""
 
     def __init__(self, message: str = "") -> None:
-        """Keep the message, or its beginning and end."""
+        """Keep the message, or the beginning and end of a long one."""
         super().__init__(shortened(message))
 
 
@@ -37,7 +37,7 @@ class TaskError(FlexMaskError):
 
 
 class LayoutError(FlexMaskError):
-    """A layout contradicts itself or its request."""
+    """A layout is inconsistent, or does not match its request."""
 
 
 class StrategyError(FlexMaskError):
@@ -49,7 +49,7 @@ class MaskError(FlexMaskError):
 
 
 class AttentionError(FlexMaskError):
-    """The model asks for attention that the backend does not compute."""
+    """A model needs attention that flexmask does not compute, or cannot be masked."""
 
 
 class ModelError(FlexMaskError):
@@ -69,4 +69,4 @@ class OptionError(FlexMaskError):
 
 
 class FlexMaskWarning(UserWarning):
-    """Something that the user should know and that stops nothing."""
+    """A warning for the user; the program continues."""

@@ -1,22 +1,22 @@
-"""Numbers of tokens, rows and segments that a user may ask for, checked before they are used."""
+"""Limits of numbers of tokens, rows and segments, checked before they are used."""
 
 from __future__ import annotations
 
 from flexmask.errors import OptionError
 
 LARGEST_SIZE = 2**31 - 1
-"""What counts of tokens, rows and segments are stored in: 32 bits."""
+"""Numbers of tokens, rows and segments are stored in 32 bits."""
 
 _SHOWN_DIGITS = 20
 
 
 def check_size(name: str, value: int, least: int = 0) -> int:
-    """Check a number of something.
+    """Check a number of tokens, rows or the like, and return it.
 
     Args:
-        name: The option or argument.
-        value: Its value, which is returned.
-        least: The smallest that is allowed: 0 or 1.
+        name: Name of the option or argument.
+        value: Its value.
+        least: The smallest allowed value: 0 or 1.
 
     Raises:
         OptionError: If it is too small or too large.
@@ -30,24 +30,24 @@ def check_size(name: str, value: int, least: int = 0) -> int:
 
 
 def read_size(name: str, text: str, form: str, *, least: int = 1, given: str | None = None) -> int:
-    """Read a number of something.
+    """Parse a number of tokens, rows or the like.
 
     Args:
-        name: The option.
+        name: Name of the option.
         text: Its value.
-        form: What it should look like, as in ``a positive number or auto``.
-        least: The smallest that is allowed: 0 or 1.
-        given: All that was given, where the text is a part of it.
+        form: The expected form for the message, such as ``a positive number or auto``.
+        least: The smallest allowed value: 0 or 1.
+        given: The whole value of the option, if ``text`` is a part of it.
 
     Raises:
-        OptionError: If it is no such number, or too large.
+        OptionError: If it is not such a number, or too large.
     """
     stripped = text.strip()
     digits = stripped.lstrip("0") or stripped[-1:]
     is_number = digits.isascii() and digits.isdecimal()
     if not is_number or (digits == "0" and least > 0):
         raise OptionError(f"{name} must be {form}, got {_shortened(given or text)!r}")
-    if len(digits) > _SHOWN_DIGITS:  # Python refuses to read very many
+    if len(digits) > _SHOWN_DIGITS:  # Python refuses to parse very many
         raise OptionError(
             f"{name} must be at most {LARGEST_SIZE:,}, got a number of {len(digits):,} digits"
         )
@@ -55,7 +55,7 @@ def read_size(name: str, text: str, form: str, *, least: int = 1, given: str | N
 
 
 def shown_number(value: float) -> str:
-    """A number for a message, whatever its length."""
+    """Return a number as text for a message; a very long one by its length."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length():,} bits"
     return str(value)

@@ -1,4 +1,4 @@
-"""Pointwise masks to build strategies from.
+"""Pointwise masks from which strategies are built.
 
 Each is, or returns, a FlexAttention mask_mod ``(b, h, q_idx, kv_idx) -> bool tensor``, where
 ``q_idx`` and ``kv_idx`` are slots of row ``b``. Combine them with `and_masks` and `or_masks`.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """Allow a token to see itself and what is stored before it."""
+    """Allow a token to see itself and the tokens stored before it."""
     return q_idx >= kv_idx
 
 
@@ -54,7 +54,7 @@ def is_fusion_tail(batch: LayoutBatch) -> MaskMod:
 
 
 def and_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
-    """Allow what all masks allow."""
+    """Allow the pairs that all masks allow."""
 
     def and_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         result = first(b, h, q_idx, kv_idx)
@@ -66,7 +66,7 @@ def and_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
 
 
 def or_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
-    """Allow what any mask allows."""
+    """Allow the pairs that any of the masks allows."""
 
     def or_masks(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         result = first(b, h, q_idx, kv_idx)
@@ -78,7 +78,7 @@ def or_masks(first: MaskMod, *others: MaskMod) -> MaskMod:
 
 
 def holds_tokens(batch: LayoutBatch) -> MaskMod:
-    """Allow slots that hold a token to see each other, and no padding."""
+    """Allow slots that hold a token to see each other, but no padding."""
     segment_ids = batch.segment_ids
 
     def holds_tokens(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -88,15 +88,15 @@ def holds_tokens(batch: LayoutBatch) -> MaskMod:
 
 
 def strategy_mask(strategy: Strategy, batch: LayoutBatch) -> MaskMod:
-    """Mask a batch as the engine does: by a strategy, and no slot without a token."""
+    """Return the mask of a batch as the engine uses it: the strategy's, without padding."""
     return and_masks(strategy.mask_mod(batch), holds_tokens(batch))
 
 
 def within_window(batch: LayoutBatch, window: int) -> MaskMod:
-    """Allow a token to see the ``window`` positions that end with its own.
+    """Allow a token to see the last ``window`` positions up to its own.
 
-    Distance is counted in positions and not in slots, so that a segment whose positions restart
-    sees of its prefix what it would see alone.
+    The distance is counted in positions, not in slots, so a segment whose positions restart sees
+    the same part of its prefix as it would see alone.
     """
     position_ids = batch.position_ids
 

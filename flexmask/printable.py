@@ -1,27 +1,27 @@
-"""Makes text of others harmless for terminals: what would command one shows as an escape."""
+"""Makes text from outside safe to print: control characters are shown as escapes."""
 
 from __future__ import annotations
 
 _SPACES = "\u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-_JOINERS = "\u200c\u200d\u200e\u200f"  # and marks of direction, which scripts and emoji need
+_JOINERS = "\u200c\u200d\u200e\u200f"  # with direction marks, which some scripts and emoji need
 
 WORDS = frozenset(_SPACES + _JOINERS)
-"""What a line of text may hold though it has no shape of its own."""
+"""Invisible characters that are allowed in a line of text."""
 
 LINES = WORDS | frozenset("\n\t")
-"""What a text of several lines may hold."""
+"""Invisible characters that are allowed in a text of several lines."""
 
 
 def printable(text: str, keep: frozenset[str] = frozenset()) -> str:
-    r"""Text with all that does not print as escapes, such as ``\x1b``.
+    r"""Return text with unprintable characters as escapes, such as ``\x1b``.
 
-    That is: control characters, which move the cursor, set titles or answer for the user; what
-    reorders the text around it; and halves of surrogate pairs, as in names that are not UTF-8,
-    which no terminal takes.
+    They are: control characters, which can move the cursor, set titles or send input to the
+    shell; characters that reorder the text around them; and halves of surrogate pairs, which
+    occur in file names that are not UTF-8 and cannot be encoded.
 
     Args:
-        text: Whatever somebody wrote.
-        keep: Characters that stay as they are: `WORDS`, `LINES`, or none.
+        text: Text from a file or a user.
+        keep: Characters to leave unchanged: `WORDS`, `LINES`, or none.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -34,5 +34,5 @@ def printable(text: str, keep: frozenset[str] = frozenset()) -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON that `json.dumps` wrote in ASCII, without the one control character it leaves."""
+    """Escape DEL, the one control character that `json.dumps` leaves in ASCII output."""
     return text.replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""What a mask strategy is, and how its parameters are declared and checked."""
+"""Mask strategies: the base class, and the declaration and checks of its parameters."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def parameter(default: Any, *, help: str, minimum: float | None = None) -> Any:
         window: int = parameter(1024, help="How many tokens back a token sees.", minimum=1)
 
     Args:
-        default: Its value where none is given.
-        help: What it does, for listings.
-        minimum: The smallest value allowed. A class with a ``__post_init__`` of its own calls
-            ``super().__post_init__()`` there, which checks it.
+        default: The default value.
+        help: A description, for listings.
+        minimum: The smallest value allowed. A class that defines ``__post_init__`` must call
+            ``super().__post_init__()`` in it, which checks the minimum.
     """
     return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A declared parameter, as listings show it."""
+    """A declared parameter, for listings."""
 
     name: str
     type: str
@@ -68,16 +68,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ScaledPart:
-    """Keys that some queries weigh otherwise, all together.
+    """A part of the keys whose total attention weight is scaled for some queries.
 
-    Of the scores that such a query gives to these keys, the log-sum-exp is multiplied by
-    ``scale``: their weights keep their proportions among each other and become more, or fewer,
-    beside all other keys.
+    The log-sum-exp of the scores of these keys is multiplied by ``scale``. Their weights keep
+    their proportions among each other, and gain or lose against all other keys.
 
     Attributes:
-        queries: ``(b, q_idx) -> bool tensor``, in slots: whether a query is one of those. None of
-            them may be among the keys itself.
-        keys: ``(b, kv_idx) -> bool tensor``, in slots: whether a key is in the part.
+        queries: ``(b, q_idx) -> bool tensor``, in slots: True for the queries. None of them may
+            be one of the keys.
+        keys: ``(b, kv_idx) -> bool tensor``, in slots: True for keys of the part.
         scale: The factor; 1 changes nothing.
     """
 
@@ -87,30 +86,30 @@ class ScaledPart:
 
 
 class Strategy(ABC):
-    """Decides who sees whom, and at which position each token stands.
+    """Decides which tokens each token sees, and the position of each token.
 
     A strategy is a frozen dataclass whose fields are its parameters, so that two strategies
-    with equal parameters are equal and a BlockMask can be cached by them. Its docstring's first
-    line is what listings show. Only `name` and `mask_mod` are required; `flexmask.mask_strategy`
-    makes the class from a function where no more is needed.
+    with equal parameters are equal and a BlockMask can be cached by them. Listings show the first
+    line of its docstring. Only `name` and `mask_mod` are required; `flexmask.mask_strategy` makes
+    such a class from a function.
     """
 
     name: ClassVar[str]
-    """How users ask for the strategy: lower-case letters, digits and underscores."""
+    """The name by which users select it: lower-case letters, digits and underscores."""
 
     is_causal: ClassVar[bool] = True
-    """Whether no token sees a later one; if not, earlier ones still do not see the tail."""
+    """True if no token sees a later one; if False, tokens before the tail still do not see it."""
 
     if TYPE_CHECKING:
 
         def __init__(self, **parameters: ParameterValue) -> None:
-            """Take parameters by name, for callers that know no more than `type[Strategy]`."""
+            """Accept parameters by name, for type checkers that know only `type[Strategy]`."""
 
     def __post_init__(self) -> None:
-        """Check parameters against their declared minimum, and that masks can compute with them.
+        """Check that parameters are at least their minimum, and that masks can compute with them.
 
         Raises:
-            StrategyError: If one is smaller, not finite, or an integer of more than 32 bits.
+            StrategyError: If one is too small, not finite, or an integer of more than 32 bits.
         """
         for item in _fields(type(self)):
             minimum, value = item.metadata.get("minimum"), getattr(self, item.name)
@@ -131,20 +130,19 @@ class Strategy(ABC):
 
         Args:
             batch: Segment ids and positions of each row, ``(B, capacity)`` each, in buffers
-                that stay in place while their content changes from batch to batch.
+                whose content changes from batch to batch.
 
         Returns:
             A pointwise function of ``(b, h, q_idx, kv_idx)``, which are slots of the row, that
-            captures only tensors of ``batch`` and constants. Slots without a token need no
-            care: the core masks them.
+            captures only tensors of ``batch`` and constants. It may ignore slots without a
+            token, which the core masks.
         """
 
     def score_mod(self, batch: LayoutBatch) -> ScoreMod | None:
-        """Build what changes attention scores: a temperature, a scale, a bias. Default: nothing.
+        """Build a change of attention scores: a temperature, a scale, a bias. Default: none.
 
-        It applies to scores as the model scales and caps them, under `flexmask.Engine`. Rows are
-        then attended to by FlexAttention alone, and no keys and values are shared between
-        prompts.
+        Under `flexmask.Engine` it applies after the model's own scaling and capping. Attention
+        then always runs in FlexAttention, and prompts share no keys and values.
 
         Args:
             batch: As for `mask_mod`.
@@ -156,9 +154,9 @@ class Strategy(ABC):
         return None
 
     def scaled_part(self, batch: LayoutBatch) -> ScaledPart | None:
-        """Build what scales a part of the keys as a whole. Default: nothing.
+        """Build a scaling of the total weight of a part of the keys. Default: none.
 
-        It applies after `score_mod`, as that does; attention runs three times then.
+        Under `flexmask.Engine` it applies after `score_mod`; attention then runs three times.
 
         Args:
             batch: As for `mask_mod`; the functions may capture what a mask_mod may.
@@ -166,36 +164,36 @@ class Strategy(ABC):
         return None
 
     def changes_scores(self, batch: LayoutBatch) -> bool:
-        """Whether there is more to the strategy than who sees whom."""
+        """Return True if the strategy has a `score_mod` or a `scaled_part`."""
         return self.score_mod(batch) is not None or self.scaled_part(batch) is not None
 
     def layout(self, request: TokenizedRequest) -> Layout:
-        """Plan a request: storage order and positions. Default: as `causal` has it."""
+        """Plan a request: storage order and positions. Default: that of `causal`."""
         return shared_prefix_layout(request, "sequential")
 
     def allowed(self, layout: Layout, q_idx: int, kv_idx: int) -> bool:
-        """Say in plain Python whether slot ``q_idx`` sees slot ``kv_idx``: the oracle.
+        """Return in plain Python whether slot ``q_idx`` sees slot ``kv_idx``: the oracle.
 
-        `flexmask check` holds `mask_mod` against it; nothing else calls it.
+        `flexmask check` compares `mask_mod` with it; nothing else calls it.
         """
         raise NotImplementedError(f"strategy {self.name!r} has no plain-Python oracle")
 
     @classmethod
     def summary(cls) -> str:
-        """First line of the docstring."""
+        """Return the first line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
     @classmethod
     def source(cls) -> str:
-        """Where its mask_mod is written, as ``path:line``."""
+        """Return where its mask_mod is defined, as ``path:line``."""
         code = getattr(inspect.unwrap(cls.mask_mod), "__code__", None)
-        if code is None:  # an object that is called, not a function
+        if code is None:  # a callable object, not a function
             return f"{inspect.getsourcefile(cls)}:1"
         return f"{code.co_filename}:{code.co_firstlineno}"
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
-        """The declared parameters, in order."""
+        """Return the declared parameters, in order."""
         hints = get_type_hints(cls)
         return tuple(
             Parameter(
@@ -211,7 +209,7 @@ class Strategy(ABC):
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, ParameterValue]) -> Self:
-        """Make the strategy from parameter values; strings are parsed to the declared type.
+        """Create the strategy from parameter values; strings are parsed to the declared type.
 
         Raises:
             StrategyError: If a name is unknown or a value is not of the declared type.
@@ -228,7 +226,7 @@ class Strategy(ABC):
         return cls(**parsed)
 
     def parameter_values(self) -> dict[str, ParameterValue]:
-        """Name and value of each parameter."""
+        """Return name and value of each parameter."""
         return {item.name: getattr(self, item.name) for item in _fields(type(self))}
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -240,10 +238,10 @@ class Strategy(ABC):
 
 
 def check_strategy_class(cls: object) -> type[Strategy]:
-    """Check what `register_strategies` returned.
+    """Check an object that `register_strategies` returned.
 
     Raises:
-        StrategyError: If ``cls`` is not a usable strategy; the message says how to mend it.
+        StrategyError: If it is not a usable strategy class; the message says how to correct it.
     """
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise StrategyError(f"expected a subclass of flexmask.Strategy, got {cls!r}")

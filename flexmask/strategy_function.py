@@ -1,4 +1,4 @@
-"""A strategy from a single function, for those that need no more than a mask."""
+"""`mask_strategy`: makes a strategy from a single function that builds a mask."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mask_strategy(
 ) -> type[Strategy] | Callable[[MaskModFactory], type[Strategy]]:
     """Make a strategy class from a function that builds its mask_mod.
 
-    The function's name is the strategy's, its docstring's first line what listings show, and its
+    The strategy has the function's name; listings show the first line of its docstring; its
     keyword-only arguments are the parameters. Layout and positions are those of ``causal``.
 
     Example::
@@ -41,10 +41,10 @@ def mask_strategy(
 
     Args:
         factory: As `Strategy.mask_mod`, with parameters; ``(batch, *, …) -> mask_mod``.
-        is_causal: False where a token may see later ones, the tail aside.
+        is_causal: False if a token may see later tokens other than the tail.
 
     Raises:
-        StrategyError: If an argument cannot be a parameter; the message says how to mend it.
+        StrategyError: If an argument cannot be a parameter; the message says how to correct it.
     """
     if factory is None:
         return functools.partial(_make_class, is_causal=is_causal)
@@ -65,13 +65,13 @@ def _make_class(factory: MaskModFactory, is_causal: bool) -> type[Strategy]:
     cls = make_dataclass(
         factory.__name__, _fields(factory), bases=(Strategy,), namespace=namespace, frozen=True
     )
-    # Python 3.12 would set its own caller's module; 3.11 takes no argument for it.
+    # Python 3.12 would set the module of its caller, this one; 3.11 has no argument for it.
     cls.__module__, cls.__qualname__ = factory.__module__, factory.__qualname__
     return cls
 
 
 def _fields(factory: MaskModFactory) -> list[tuple[str, Any, Any]]:
-    """Name, type and default of each parameter."""
+    """Return name, type and default of each parameter."""
     owner = f"strategy {factory.__name__!r}"
     arguments = list(inspect.signature(factory).parameters.values())
     if not arguments or arguments[0].kind is inspect.Parameter.KEYWORD_ONLY:

@@ -1,6 +1,6 @@
-"""The private parts of torch that flexmask uses; no other module does.
+"""The private parts of torch that flexmask uses; no other module uses any.
 
-They were seen, and work as described, in torch 2.11, 2.13 and 2.14, unless a function says
+All of them exist and work as described in torch 2.11, 2.13 and 2.14, unless a function says
 otherwise (`flexmask.version.TESTED` lists the versions of the tests). What belongs to
 ``torch.compile`` is imported by the function that uses it: those imports take seconds, which a
 process that compiles nothing need not spend.
@@ -56,8 +56,8 @@ R = TypeVar("R")
 def mark_static(tensor: Tensor) -> None:
     """Make all sizes of a tensor constants of the graphs that it enters.
 
-    As `torch._dynamo.mark_static`, which is called where dynamo is loaded; elsewhere the marks
-    that it leaves are set, because loading it would take longer than most commands.
+    If dynamo is loaded, this calls `torch._dynamo.mark_static`. Otherwise it sets the attributes
+    that mark_static would set, because importing dynamo takes longer than most commands.
     """
     if "torch._dynamo" in sys.modules:
         from torch._dynamo import mark_static as mark
@@ -70,16 +70,16 @@ def mark_static(tensor: Tensor) -> None:
 
 
 def returns_view(operator: Any) -> bool:
-    """Whether a result of an operator shares memory with an argument that it does not write."""
+    """Return True if a result of an operator is a view of an argument."""
     returns = operator._schema.returns
     return any(r.alias_info and not r.alias_info.is_write for r in returns)
 
 
 def tensor_indexing() -> AbstractContextManager[object]:
-    """A mode in which indexing by 0-d tensors selects under `torch.vmap`, as masks need it.
+    """Return a mode in which 0-d tensors can be indices under `torch.vmap`.
 
-    torch's own ``create_block_mask`` evaluates a mask_mod in this mode, and torch.compile knows
-    it. Without it, an index that is a 0-d tensor is read on the host.
+    torch's own ``create_block_mask`` evaluates a mask_mod in this mode, and torch.compile supports
+    it. Without it, the value of an index that is a 0-d tensor is read on the host.
     """
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
@@ -87,7 +87,7 @@ def tensor_indexing() -> AbstractContextManager[object]:
 
 
 def index_by_tensors(table: Tensor, index: Any) -> Tensor:
-    """Index one tensor as in `tensor_indexing`, which takes ``[0, 1]`` for ``(0, 1)``."""
+    """Index a tensor as in the mode `tensor_indexing`, where ``[0, 1]`` means ``(0, 1)``."""
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     getitem: Any = Tensor.__getitem__
@@ -99,7 +99,7 @@ def index_by_tensors(table: Tensor, index: Any) -> Tensor:
 
 
 def assume(condition: bool) -> None:
-    """Tell torch.compile that a relation between sizes holds, and check it elsewhere.
+    """Tell torch.compile that a relation between sizes holds; outside of it, check the relation.
 
     Raises:
         RuntimeError: If it does not hold.
@@ -130,7 +130,7 @@ def outside_graphs(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 from torch._dynamo.comptime import comptime
 
                 comptime(end_graph)
-            if "torch._dynamo" not in sys.modules:  # then nothing traces the calls below
+            if "torch._dynamo" not in sys.modules:  # no dynamo, so nothing traces the calls below
                 return function(*args, **kwargs)
             if not untraced:
                 untraced.append(torch.compiler.disable(function))
@@ -174,24 +174,24 @@ def compile_settings(device: torch.device) -> Iterator[None]:
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[object]:
-    """Let torch.compile compile a function for so many shapes; its default is 8."""
+    """Allow torch.compile to compile a function ``limit`` times; its default is 8."""
     from torch._dynamo import config
 
     return cast("AbstractContextManager[object]", config.patch(recompile_limit=limit))
 
 
 def _without_workers() -> AbstractContextManager[object]:
-    """Compile in this process."""
+    """Compile in this process, without worker processes."""
     from torch._inductor import config
 
     return cast("AbstractContextManager[object]", config.patch(compile_threads=1))
 
 
 def _finds_all_compiled() -> bool:
-    """Whether each graph of this process was found on disk so far.
+    """Return True if all graphs of this process so far were found in the cache on disk.
 
-    Inductor would start its worker processes all the same: seconds, which a process that compiles
-    nothing waits for when it ends.
+    Inductor would start its worker processes nevertheless, and the process would wait for their
+    start, some seconds, before it ends.
     """
     from torch._dynamo.utils import counters
     from torch._inductor import config
@@ -205,7 +205,7 @@ def _finds_all_compiled() -> bool:
 
 @functools.cache
 def _has_compiled_graphs() -> bool:
-    """Whether there were any when this process first asked."""
+    """Return True if the cache on disk was not empty at the first call."""
     return Path(compile_cache_folder(), "fxgraph").is_dir()
 
 
@@ -213,7 +213,7 @@ def _has_compiled_graphs() -> bool:
 
 
 def compiled_graphs() -> int:
-    """Number of graphs that torch.compile has compiled in this process."""
+    """Return the number of graphs that torch.compile has compiled in this process."""
     if "torch._dynamo" not in sys.modules:
         return 0
     from torch._dynamo.utils import counters
@@ -224,7 +224,7 @@ def compiled_graphs() -> int:
 def compile_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile a traced graph by inductor, as its torch.compile backend does."""
+    """Compile a traced graph by inductor, as the backend of torch.compile does."""
     from torch._inductor.compile_fx import compile_fx
 
     compiled = compile_fx(graph_module, list(inputs), config_patches=options)
@@ -232,24 +232,24 @@ def compile_graph(
 
 
 def inductor_error() -> type[Exception]:
-    """The class of errors that inductor raises where it cannot compile."""
+    """Return the class of the errors that inductor raises if it cannot compile."""
     from torch._inductor.exc import InductorError
 
     return cast("type[Exception]", InductorError)
 
 
 def compile_cache_folder() -> Path:
-    """The folder where compiled graphs and kernels are kept."""
+    """Return the folder of the cache of compiled graphs and kernels."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
 
 
 def use_bundled_assembler() -> None:
-    """Let Triton assemble kernels in this process as inductor's worker processes do.
+    """Make Triton use the assembler (ptxas) that inductor's worker processes use.
 
-    With another assembler, such as the one that Triton brings, the next process would compile
-    again what workers compiled: the cache goes by the assembler's version.
+    The keys of the cache contain the assembler's version. With another one, such as Triton's own,
+    a later process would compile again the kernels that workers have compiled.
     """
     from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
@@ -259,13 +259,12 @@ def use_bundled_assembler() -> None:
 def prepare_compiler(device: torch.device, pool: Executor) -> None:
     """Import and compute what torch.compile needs before its first graph.
 
-    Some of it runs outside Python and takes no time beside the imports: to hash Triton's
-    libraries, by which caches go, and to find out which vector instructions a CPU has, by
-    compiling with them.
+    Hashing Triton's libraries for the keys of caches, and finding the vector instructions of a CPU
+    by compiling programs, run outside Python; they run in other threads during the imports.
 
     Args:
-        device: Where compiled graphs will run.
-        pool: Threads for what runs beside the imports.
+        device: The device of the compiled graphs.
+        pool: The other threads.
 
     Raises:
         CompilerError: If there is no C++ compiler, which a CPU needs.
@@ -279,7 +278,7 @@ def prepare_compiler(device: torch.device, pool: Executor) -> None:
         tasks.append(pool.submit(pick_vec_isa))
     for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
         import_module(name)
-    torch_key()  # It reads small files, and beside imports would wait for its turn at each.
+    torch_key()  # After the imports: it reads many small files, each of which would wait for them.
     try:
         for task in tasks:
             task.result()

@@ -1,6 +1,6 @@
-"""The private parts of transformers that flexmask uses; no other module does.
+"""The private parts of transformers that flexmask uses; no other module uses any.
 
-They were seen, and work as described, in transformers 5.17 and 5.24 (`flexmask.version.TESTED`
+All of them exist and work as described in transformers 5.17 and 5.24 (`flexmask.version.TESTED`
 lists the versions of the tests).
 """
 
@@ -17,41 +17,41 @@ from transformers.utils.hub import cached_file
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
-    """The name of the attention backend that models of a config use."""
+    """Return the name of a config's attention backend."""
     return cast("str | None", config._attn_implementation)
 
 
 def set_attention_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Choose the attention backend of a config and of the configs within it."""
+    """Set the attention backend of a config and of its sub-configs."""
     config._attn_implementation = name
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
-    """Whether a model says that it keeps a recurrent state."""
+    """Return True if a model declares a recurrent state."""
     return bool(getattr(model, "_is_stateful", False))
 
 
 def find_model_file(location: str, name: str, *, must_exist: bool) -> Path | None:
-    """Find one file of a model on the hub or in its cache.
+    """Return the path of one file of a model on the hub, in the local cache.
 
     Returns:
-        None if the model has no such file, and it need not have it.
+        None if the model has no such file and it need not exist.
 
     Raises:
         OSError: If it must exist and does not, or the hub cannot be reached.
     """
-    # The keyword alone is private.
+    # Only the keyword is private.
     found = cached_file(location, name, _raise_exceptions_for_missing_entries=must_exist)
     return None if found is None else Path(found)
 
 
 def misplaced_generation_values(config: PreTrainedConfig) -> Mapping[str, Any]:
-    """Values in a model's config that belong into its generation config, by name."""
+    """Return the values of a model's config that belong in its generation config, by name."""
     return cast("Mapping[str, Any]", config._get_generation_parameters())
 
 
 def default_generation_values(config: GenerationConfig) -> Mapping[str, Any]:
-    """What `generate` takes where a generation config names no value."""
+    """Return the default values of a generation config."""
     return cast("Mapping[str, Any]", config._get_default_generation_params())
 
 
@@ -66,10 +66,10 @@ def make_logits_processors(
 
     Args:
         model: The model.
-        config: Its generation config, which is changed.
+        config: Its generation config; receives the end tokens as an attribute.
         prompt: Token ids of the prompt.
         eos_token_ids: Tokens that end a row.
-        device: Where the logits are.
+        device: Device of the logits.
     """
     eos = list(eos_token_ids)
     cast(Any, config)._eos_token_tensor = torch.tensor(eos, device=device) if eos else None

@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 TESTED = {"torch": ("2.11", "2.13", "2.14"), "transformers": ("5.17", "5.24")}
-"""The oldest of each is the oldest that works; newer ones than these may work too."""
+"""The first version of each is the oldest supported one; other newer versions may work too."""

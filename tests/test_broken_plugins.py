@@ -309,7 +309,7 @@ MASKS = {
         "    ids = batch.segment_ids.clone()\n"
         "    def rule(b, h, q_idx, kv_idx): return ids[b, q_idx] == ids[b, kv_idx]\n"
         "    return and_masks(causal, rule)",
-        "next layout: the row of slot 7 is still that of the layout before",
+        "next layout: the row of slot 7 is still that of the previous layout",
     ),
     "non-causal": (
         "    return or_masks(causal, same_segment(batch))",
@@ -330,7 +330,7 @@ MASKS = {
         "        is_last = ids[b, (q_idx + 1).clamp(max=63)] != ids[b, q_idx]\n"
         "        return is_last | (q_idx == kv_idx)\n"
         "    return and_masks(causal, rule)",
-        "decode: the row of slot 6 is another when it is decoded",
+        "decode: the row of slot 6 differs when it is decoded",
     ),
     "random": (
         "    table = batch.table(torch.rand(4, 4)) < 0.5\n"

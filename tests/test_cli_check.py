@@ -178,5 +178,5 @@ def test_new_overwrites_nothing(flexmask, tmp_path):
     status, _, err = flexmask("new", "my-strategy", "--directory", tmp_path / "there")
     assert (status, err) == (
         1,
-        f"error: {tmp_path}/there is there already; choose another --directory",
+        f"error: {tmp_path}/there exists already; choose another --directory",
     )

@@ -156,7 +156,7 @@ def test_a_quantised_checkpoint_loads_or_is_refused_in_one_line(folder, refusal,
     ("values", "message"),
     [
         ({"model_type": "nonesuch"}, "is of type 'nonesuch', which this version of transformers"),
-        ({"model_type": "t5"}, "is of type 't5', which is no causal language model"),
+        ({"model_type": "t5"}, "is of type 't5', which is not a causal language model"),
         ({"num_hidden_layers": "two"}, "Field 'num_hidden_layers' expected int, got str"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "must be a multiple of num_key_va"),
         ({"rope_parameters": {"rope_type": "nonesuch"}}, "rope_type must be one of default, lin"),
@@ -291,7 +291,7 @@ def test_an_architecture_with_attention_of_its_own_is_named(folder, refusal, con
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     message = refusal(folder, AttentionError)
     assert "ForCausalLM does not" in message
-    assert "attention backends" in message or "hand arguments on to attention" in message
+    assert "attention backends" in message or "pass keyword arguments on to attention" in message
     assert "attn_implementation" not in message
 
 

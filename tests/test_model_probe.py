@@ -33,16 +33,16 @@ def under_a_strategy(model):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("jamba", "mixes tokens otherwise than by attention"),
-        ("bamba", "mixes tokens otherwise than by attention"),
-        ("lfm2", "mixes tokens otherwise than by attention"),
-        ("qwen3_next", "mixes tokens otherwise than by attention"),
+        ("jamba", "mixes tokens by other means than attention"),
+        ("bamba", "mixes tokens by other means than attention"),
+        ("lfm2", "mixes tokens by other means than attention"),
+        ("qwen3_next", "mixes tokens by other means than attention"),
         ("mamba", "computes attention in code of its own"),
         ("llama4_text", "attend in chunks"),
         ("bart", "numbers tokens by itself"),
         ("camembert", "does not number positions from 0"),
         ("gpt_oss", "asks for attention with s_aux"),
-        ("deepseek_v32", "cuts a part out of an attention mask|asks for attention with indices"),
+        ("deepseek_v32", "takes a part of an attention mask|asks for attention with indices"),
         ("xglm", "load it with attn_implementation='flexmask_dense'"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_mask_answers_what_model_code_asks_of_a_tensor():
     assert mask.dtype == torch.bool
     assert mask[:, :, :, :7] is mask[..., :] is mask.contiguous() is ModelBlockMask.of(mask)
     for part in ((slice(None), 0), (..., slice(0, 3)), (slice(None),) * 5):
-        with pytest.raises(AttentionError, match="cuts a part out of an attention mask"):
+        with pytest.raises(AttentionError, match="takes a part of an attention mask"):
             mask[part]
     assert mask.to("cpu").shape == mask.shape
     for dtype in (torch.bool, torch.float16):  # BlockMask would convert its indices

@@ -134,11 +134,11 @@ def the_mask_of_one_row(forward, module, hidden_states, attention_mask, **kwargs
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (causal_besides, "hides or weighs tokens by where they are stored"),
-        (weighed_by_distance, "hides or weighs tokens by where they are stored"),
-        (without_the_mask, "mixes tokens otherwise than by attention"),
-        (themselves_alone, "does not attend by the mask that it is given"),
-        (the_mask_of_one_row, "does not attend by the mask that it is given"),
+        (causal_besides, "hides or weighs tokens by their slots"),
+        (weighed_by_distance, "hides or weighs tokens by their slots"),
+        (without_the_mask, "mixes tokens by other means than attention"),
+        (themselves_alone, "does not attend under the mask that it is given"),
+        (the_mask_of_one_row, "does not attend under the mask that it is given"),
     ],
 )
 @pytest.mark.parametrize("implementation", ["flexmask", "flexmask_dense"])
@@ -157,7 +157,7 @@ def test_a_mask_that_does_not_decide_alone_is_refused(monkeypatch, fault, reason
 
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_families_that_weigh_by_slots_are_refused_under_the_dense_reference(family):
-    with pytest.raises(AttentionError, match="hides or weighs tokens by where they are stored"):
+    with pytest.raises(AttentionError, match="hides or weighs tokens by their slots"):
         probe_model(own_scores_model(family))
 
 

@@ -220,7 +220,8 @@ def test_choosing_a_plugin_that_is_not_installed_lists_those_that_are(site, monk
     with pytest.raises(FlexMaskError) as error:
         load_registry()
     assert str(error.value).startswith(
-        "FLEXMASK_LOAD_PLUGINS names 'flexmask-yours', which is no installed plugin; installed: "
+        "FLEXMASK_LOAD_PLUGINS names 'flexmask-yours', which is not an installed plugin; "
+        "installed: "
     )
     assert "flexmask-mine" in str(error.value).partition("installed: ")[2]
 

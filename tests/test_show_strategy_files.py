@@ -90,7 +90,7 @@ def test_a_file_that_has_changed_is_not_run(folder: Path, show: Callable[..., st
     Path("masks.py").unlink()
     message = show("out.feather")
     assert "masks.py, which is not there (sha256 " in message
-    assert message.endswith("name it with --strategy, or put it back")
+    assert message.endswith("name it with --strategy, or restore it")
 
 
 def test_a_strategy_that_is_named_needs_no_file(folder: Path, show: Callable[..., str]) -> None:

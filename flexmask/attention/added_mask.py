@@ -36,7 +36,7 @@ def seen_through(mask: Tensor) -> Tensor:
     is_seen = mask == 0
     if not bool((is_seen | (mask <= HIDDEN)).all()):
         raise AttentionError(
-            "the model adds more than a mask to scores (a bias by position, say), which flexmask "
+            "the model adds more than a mask to scores (such as a position bias), which flexmask "
             "does not compute; choose another attn_implementation for this model"
         )
     return is_seen

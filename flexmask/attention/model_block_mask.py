@@ -81,7 +81,7 @@ class ModelBlockMask(BlockMask):
         if len(parts) <= self.ndim and all(map(_takes_all, parts, self.shape)):
             return self
         raise AttentionError(
-            f"the model's code cuts a part out of an attention mask {tuple(self.shape)}, which a "
+            f"the model's code takes a part of an attention mask {tuple(self.shape)}, which a "
             "BlockMask does not allow; choose another attn_implementation for this model"
         )
 

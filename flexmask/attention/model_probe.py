@@ -251,7 +251,7 @@ class ModelProbe:
             )
         if any(call.cache_slots is not slots for call in calls):
             raise AttentionError(
-                f"{name} does not hand arguments on to attention; the engine cannot run it"
+                f"{name} does not pass keyword arguments on to attention; the engine cannot run it"
             )
         windows = dict[str, int | None]()
         for kind, mask in masks.items():
@@ -297,8 +297,8 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     _check_finite(name, plain)
     if is_stateful(model) or not _last_tokens_agree(plain):
         raise AttentionError(
-            f"{name} mixes tokens otherwise than by attention (a recurrent state, a convolution), "
-            "which no mask governs"
+            f"{name} mixes tokens by other means than attention (a recurrent state, a convolution)"
+            ", which no mask controls"
         )
     counts = dict[nn.Module, int]()
     masks = plain.masks if has_own_scores else [call.mask for call in plain.calls]
@@ -449,12 +449,10 @@ def _check_own_scores(model: PreTrainedModel, alone: _Pass) -> None:
     assert moved.output is not None
     assert alone.output is not None
     if not _agree(kept.output[:, order], moved.output):
-        raise AttentionError(
-            f"{name} hides or weighs tokens by where they are stored, whatever its mask says"
-        )
+        raise AttentionError(f"{name} hides or weighs tokens by their slots, whatever the mask is")
     sees_others = not _agree(kept.output[0, -1], alone.output[0, -1])
     if not sees_others or not _agree(kept.output[1], alone.output[1]):
-        raise AttentionError(f"{name} does not attend by the mask that it is given")
+        raise AttentionError(f"{name} does not attend under the mask that it is given")
 
 
 def _alone(model: PreTrainedModel) -> Tensor:
@@ -513,7 +511,7 @@ def _run(
     found.output = getattr(output, "logits", getattr(output, "last_hidden_state", None))
     if is_seen is not None and found.output is None:
         raise AttentionError(
-            f"{type(model).__name__} gives neither logits nor hidden states to probe it by"
+            f"{type(model).__name__} returns neither logits nor hidden states to compare"
         )
     return found
 

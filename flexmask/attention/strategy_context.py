@@ -176,7 +176,7 @@ def use_strategy(
     batch = active.batch(active.length)
     if strategy.changes_scores(batch):
         raise AttentionError(
-            f"strategy {strategy.name!r} changes scores, which model.generate cannot be told; "
+            f"strategy {strategy.name!r} changes scores, which model.generate does not support; "
             "use flexmask.Engine"
         )
     token = _active.set(active)

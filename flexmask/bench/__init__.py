@@ -1,1 +1,1 @@
-"""How fast attention is on one layout, beside its peers and the floor. docs/compare.md."""
+"""Times attention on one layout, with its peers and the lower bound; see docs/compare.md."""

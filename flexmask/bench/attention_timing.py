@@ -1,4 +1,4 @@
-"""One call of attention over one prompt, in every way there is, and the floor under them."""
+"""Times one call of attention over one prompt by several implementations, and the floor."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from flexmask.strategy import Strategy
 from flexmask.torch_internals import compile_settings
 
 LONGEST_DENSE = {"cuda": 16_384, "cpu": 4_096}
-"""Tokens up to which a dense mask is made: it has as many elements as there are pairs."""
+"""Longest prompt for which a dense mask is made, which has an element for each pair."""
 CAUSAL = "SDPA, causal"
 LONGEST_SCORES = 2_048
-"""Tokens up to which all scores are made, which a strategy that changes them needs."""
+"""Longest prompt for which all scores are computed, for strategies that change scores."""
 
 _LARGE_TENSORS = 6
 """Queries, the result, and keys and values as they are and once for each query head."""
@@ -42,15 +42,15 @@ _LARGE_TENSORS = 6
 
 @dataclass(frozen=True)
 class Timing:
-    """One way to attend, measured or not.
+    """The measurement of one implementation.
 
     Attributes:
-        way: What ran.
-        ms: Milliseconds a call; None where it could not be run.
-        tflops: 10¹² operations a second, of the pairs that its mask allows.
-        relative_error: Norm of the difference from dense attention in float32, over the norm;
-            None where the mask is another or too large to be made dense.
-        note: What there is to say.
+        way: Name of the implementation.
+        ms: Milliseconds per call; None if it did not run.
+        tflops: 10¹² operations per second, counting the pairs that its mask allows.
+        relative_error: Norm of the difference from dense attention in float32, divided by the
+            norm; None if the mask is another, or too large for dense attention.
+        note: A remark, such as the reason why it did not run.
     """
 
     way: str
@@ -62,14 +62,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time that a call can take on this device.
+    """The lower bound of the time of a call on this device.
 
     Attributes:
-        ms: The larger of the next two.
-        compute_ms: The operations of allowed pairs at the device's rate of matrix products.
-        read_ms: Queries, keys, values and the result moved once at the device's bandwidth.
-        flops_per_s: That rate, measured.
-        bytes_per_s: That bandwidth, measured.
+        ms: The larger of `compute_ms` and `read_ms`.
+        compute_ms: Time of the operations of allowed pairs, at the rate of matrix products.
+        read_ms: Time to move queries, keys, values and the result once.
+        flops_per_s: The measured rate of matrix products.
+        bytes_per_s: The measured memory bandwidth.
     """
 
     ms: float
@@ -80,11 +80,11 @@ class Floor:
 
 
 class AttentionBench:
-    """Attention over one prompt under a strategy.
+    """Attention over one prompt under a strategy, to be timed.
 
     Attributes:
         length: Tokens of the prompt.
-        report: What the mask allows, and its tiles.
+        report: The pairs that the mask allows, and its tiles.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class AttentionBench:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Lay the prompt out; nothing is compiled yet.
+        """Prepare the mask and its report; nothing is compiled yet.
 
         Raises:
             OptionError: If memory does not suffice for queries, keys and values.
@@ -117,7 +117,7 @@ class AttentionBench:
         )
 
     def figures(self) -> dict[str, Any]:
-        """What is measured, as JSON values."""
+        """Return the configuration of the measurement, as JSON values."""
         return {
             "tokens": self.length,
             "heads": asdict(self._heads),
@@ -132,7 +132,7 @@ class AttentionBench:
 
     @torch.no_grad()
     def timings(self) -> Iterator[Timing]:
-        """Measure one way after another, peers first."""
+        """Measure one implementation after another, peers first."""
         allowed, every = self.report.allowed_pairs, self.length * (self.length + 1) // 2
         if reason := self._no_dense_sdpa():
             yield Timing("SDPA, dense mask", note=f"not run: {reason}")
@@ -149,7 +149,7 @@ class AttentionBench:
             yield self._own_timing("flexmask, FLASH", "flash")
 
     def floor(self) -> Floor:
-        """Measure what the device can do, and derive the least time of a call."""
+        """Measure the device, and derive the lower bound of the time of a call."""
         flops_per_s = matrix_rate(self._device, self._dtype)
         bytes_per_s = read_bandwidth(self._device)
         query, key, value = self._inputs
@@ -175,7 +175,7 @@ class AttentionBench:
         return Timing(way, ms, self._flops(pairs) / ms.median / 1e9, error, note)
 
     def _flops(self, pairs: int) -> int:
-        """Two products of a multiplication and an addition for each pair, head and dimension."""
+        """Return the operations: two multiply-adds for each pair, head and dimension."""
         return 4 * pairs * self._heads.dim * self._heads.query
 
     @cached_property
@@ -196,7 +196,7 @@ class AttentionBench:
 
     @cached_property
     def _wanted(self) -> Tensor | None:
-        """Attention in float32 with the dense mask; None where that is too large."""
+        """Dense attention in float32; None if the mask is too large."""
         query, key, value = (x.float() for x in self._expanded())
         if not self._changes_scores and self.length <= LONGEST_DENSE[self._device.type]:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=self._dense_mask)
@@ -218,13 +218,13 @@ class AttentionBench:
         return self._score_mod is not None or self._scaled_part is not None
 
     def _expanded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values once for each query head: what dense SDPA's fast kernels take."""
+        """Return keys and values repeated for each query head, for SDPA's fast kernels."""
         query, key, value = self._inputs
         groups = self._heads.query // self._heads.key
         return query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
     def _no_dense_sdpa(self) -> str:
-        """Why SDPA cannot be run with the dense mask; nothing if it can."""
+        """Return why SDPA cannot run with the dense mask; empty if it can."""
         longest = LONGEST_DENSE[self._device.type]
         if self._changes_scores:
             return "the strategy changes scores, which SDPA does not"
@@ -245,7 +245,7 @@ class AttentionBench:
         )
 
     def _flex(self) -> Callable[[], Tensor]:
-        """FlexAttention as torch offers it, with the strategy's BlockMask."""
+        """Return a call of torch's FlexAttention, with the strategy's BlockMask."""
         inputs, mask = self._inputs, self.report.block_mask
         attend: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
         return lambda: attend(
@@ -258,7 +258,7 @@ class AttentionBench:
     def _flexmask(
         self, kernel: PrefillKernel | None, tile: Tile, slots: int
     ) -> Callable[[], Tensor]:
-        """What the engine runs, but for the order of tiles: the backend, over whole ones."""
+        """Return a call of the backend over whole tiles, like the engine's but for their order."""
         query, key, value = (F.pad(x, (0, 0, 0, slots - self.length)) for x in self._inputs)
         mask = create_block_mask(self._mask_mod, 1, None, slots, slots, self._device, tile)
         module = nn.Module()

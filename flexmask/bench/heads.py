@@ -1,4 +1,4 @@
-"""The shape of attention: numbers and size of heads."""
+"""The shape of attention: number and size of heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Heads:
     Attributes:
         query: Query heads.
         key: Key heads, of which the query heads are a multiple.
-        dim: Size of each.
+        dim: Size of a head.
     """
 
     query: int
@@ -30,5 +30,5 @@ class Heads:
 
     @property
     def are_grouped(self) -> bool:
-        """Whether several query heads share a key head."""
+        """True if several query heads share a key head."""
         return self.query != self.key

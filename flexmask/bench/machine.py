@@ -1,4 +1,4 @@
-"""The machine of a measurement: hardware, versions, and the most that it can do, measured."""
+"""The machine of a measurement: hardware, versions, and measured peak rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 def machine_stamp() -> dict[str, str | int | None]:
-    """Hardware and versions, for the record of a measurement; None for what is not there."""
+    """Return hardware and versions, for the record of a measurement; None for absent ones."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),
@@ -32,13 +32,13 @@ def _version(name: str) -> str | None:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which a sum reads a tensor that no cache holds."""
+    """Measure the bytes per second at which a sum reads a tensor larger than the caches."""
     values = torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     return 1e3 * values.nbytes / time_call(values.sum, device, repeats=10).median
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large square matrix product."""
+    """Measure the floating-point operations per second of a large square matrix product."""
     side = MATRIX_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     result = torch.empty_like(matrix)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DecodeRowMask", "MaskReport", "create_block_mask", "explain_mask"]
 
 TILES_AT_ONCE = {"cpu": 2**15, "cuda": 2**23}
-"""How many tiles are sorted at once, at 25 bytes each; on a CPU as many as suit one thread."""
+"""Number of tiles that are sorted at once, at 25 bytes each; on a CPU what suits one thread."""
 
 NOT_IN_GRAPHS = (
     "a BlockMask cannot be built inside a compiled graph, because building looks at values; "

@@ -1,4 +1,4 @@
-"""Holds a strategy, built in or of one's own, to what the engine needs of it."""
+"""Checks that a strategy, built in or not, follows the rules that the engine relies on."""
 
 from flexmask.check.finding import Finding
 from flexmask.check.runner import RULES, Outcome, check_strategy, run_rules

@@ -1,4 +1,4 @@
-"""Rules about what a mask_mod captures, and what that does to compiled attention."""
+"""Rules about what a mask_mod captures, and about attention compiled with it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod
 
 OTHER_DEVICE = torch.device("meta")
-"""A device that every machine has; tensors on it have shapes and no values."""
+"""A device that every machine has; its tensors have shapes and no values."""
 
 
 class _DeviceMode(TorchFunctionMode):
-    """Refuses tensors of another device, for which torch does not on `OTHER_DEVICE`."""
+    """Refuses tensors of another device; torch does not refuse them on `OTHER_DEVICE`."""
 
     def __init__(self, mask_mod: MaskMod) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _DeviceMode(TorchFunctionMode):
 
 
 def moves_to_another_device(subject: Subject) -> Iterator[Fault]:
-    """Built for a batch on another device, the mask_mod is on that device whole."""
+    """Built for a batch on another device, the mask_mod uses only tensors of that device."""
     layout = subject.layout(SMALL[2])
     batch = loaded_batch([layout], [0], OTHER_DEVICE)
     try:
@@ -59,13 +59,15 @@ def moves_to_another_device(subject: Subject) -> Iterator[Fault]:
             f"({type(error).__name__})"
         )
         return
-    index = torch.zeros(1, dtype=torch.long, device=OTHER_DEVICE)  # a 0-d index would be read
+    index = torch.zeros(
+        1, dtype=torch.long, device=OTHER_DEVICE
+    )  # the value of a 0-d index would be read
     with _DeviceMode(mask_mod):
         mask_mod(index, index, index, index)
 
 
 def leaves_torch_alone(subject: Subject) -> Iterator[Fault]:
-    """Laying out, building and evaluating masks has changed no global setting of torch."""
+    """Making layouts and masks changes no global setting of torch."""
     for change in restore_settings(subject.settings):
         yield Fault(f"it sets {change}")
 
@@ -88,7 +90,7 @@ def captures_no_changing_number(subject: Subject) -> Iterator[Fault]:
 
 
 def captures_nothing_as_long_as_the_batch(subject: Subject) -> Iterator[Fault]:
-    """Tensors that the mask_mod captures, those of the batch aside, have a shape of their own."""
+    """Tensors that the mask_mod captures, except the batch's, do not grow with the batch."""
     layout = subject.layout(SMALL[2])
     shapes = []
     for num_slots in (len(layout), 2 * capacity_for(len(layout))):
@@ -115,19 +117,19 @@ def attends_as_dense_attention_does(subject: Subject) -> Iterator[Fault]:
     if run.error:
         yield Fault(f"attention under the mask does not compile: {run.error}", run.cases[0])
     for case, error in zip(run.cases, run.errors, strict=False):
-        if not error <= run.tolerance:  # NaN is no agreement either
+        if not error <= run.tolerance:  # NaN differs too
             yield Fault(f"attention differs from dense attention by {error:.2g}", case)
 
 
 def _compiled_run(subject: Subject) -> CompiledRun:
-    """Attention under the strategy's mask, which takes seconds and serves two rules."""
+    """Run attention under the strategy's mask, which takes seconds; two rules use the result."""
     from flexmask.check.compiled_run import run_compiled
 
     return subject.once(run_compiled)
 
 
 def compiles_once(subject: Subject) -> Iterator[Fault]:
-    """Attention compiles for the first layout and for no other."""
+    """Attention compiles for the first layout, and not again for others."""
     run = _compiled_run(subject)
     for case, graphs in list(zip(run.cases, run.graphs, strict=False))[1:]:
         if graphs:

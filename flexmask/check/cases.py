@@ -1,4 +1,4 @@
-"""The fixed set of requests that strategies are checked on, smallest first."""
+"""The requests on which strategies are checked, smallest first."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from flexmask.layout import TokenizedRequest
 
 @dataclass(frozen=True)
 class Case:
-    """Lengths of a request, in tokens."""
+    """The lengths of a request's parts, in tokens."""
 
     prefix: int
     segments: tuple[int, ...]
     tail: int
 
     def __str__(self) -> str:
-        """For example ``prefix 2, segments 3 + 2, tail 1``."""
+        """Return the lengths as text, such as ``prefix 2, segments 3 + 2, tail 1``."""
         segments = " + ".join(map(str, self.segments))
         return f"prefix {self.prefix}, segments {segments}, tail {self.tail}"
 
     def request(self) -> TokenizedRequest:
-        """A request of these lengths in which no two tokens are equal."""
+        """Return a request of these lengths in which all tokens differ."""
         tokens = count(1)
 
         def take(length: int) -> tuple[int, ...]:
@@ -33,9 +33,9 @@ class Case:
         )
 
     def rearranged(self) -> Case:
-        """As many tokens of each part, with other boundaries between the segments.
+        """Return a case with other boundaries between the segments.
 
-        The number of segments stays, and so does the layout's length.
+        The number of segments and of all their tokens is the same, and so is the layout's length.
         """
         first, *others = self.segments
         if not others or others[-1] == 1:
@@ -60,4 +60,4 @@ CASES = (*SMALL, *TILE_EDGES, LONG)
 SAME_SHAPE = tuple(
     Case(prefix=4, segments=segments, tail=2) for segments in ((3, 6, 5), (6, 5, 3), (5, 3, 6))
 )
-"""Layouts of one length and number of segments, which are different masks."""
+"""Layouts of one length and number of segments that have different masks."""

@@ -1,4 +1,4 @@
-"""The strategy under check, and what rules ask of it."""
+"""The strategy under check, with its layouts and masks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MIN_CAPACITY = 64
 
 
 def capacity_for(num_slots: int) -> int:
-    """Slots of a row that holds ``num_slots``: a power of two."""
+    """Return the capacity of a row for ``num_slots``: a power of two."""
     return max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length())
 
 
 def loaded_batch(
     layouts: Sequence[Layout], starts: Sequence[int], device: torch.device = CPU
 ) -> LayoutBatch:
-    """A batch that holds each layout whole, from its start slot on."""
+    """Return a batch that holds all tokens of each layout, from its start slot on."""
     ends = [start + len(layout) for start, layout in zip(starts, layouts, strict=True)]
     batch = LayoutBatch(len(layouts), capacity_for(max(ends)), device)
     batch.load(layouts, [len(layout) for layout in layouts], starts)
@@ -43,7 +43,7 @@ def loaded_batch(
 
 
 def evaluate(mask_mod: MaskMod, row: int, q_slots: Tensor, kv_slots: Tensor) -> Tensor:
-    """Evaluate a mask_mod exactly, ``(Q, K)`` bool, as torch's own builder would.
+    """Evaluate a mask_mod exactly, ``(Q, K)`` bool, as torch's ``create_block_mask`` does.
 
     Raises:
         MaskError: If it breaks a rule of FlexAttention.
@@ -54,15 +54,15 @@ def evaluate(mask_mod: MaskMod, row: int, q_slots: Tensor, kv_slots: Tensor) -> 
 
 
 class Subject:
-    """A strategy, with its layouts and masks computed once each.
+    """A strategy under check; each of its layouts and masks is computed once.
 
     Attributes:
         settings: torch's global settings before the strategy ran.
-        case: The request that was last laid out, which is where an exception comes from.
+        case: The request whose layout was computed last; an exception belongs to it.
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        """Compute nothing yet."""
+        """Read torch's settings; layouts and masks are computed when a rule needs them."""
         self.strategy = strategy
         self.settings = read_settings()
         self.case: Case | None = None
@@ -71,29 +71,29 @@ class Subject:
         self._computed: dict[object, object] = {}
 
     def layout(self, case: Case) -> Layout:
-        """The strategy's layout of a request."""
+        """Return the strategy's layout of a request."""
         self.case = case
         if case not in self._layouts:
             self._layouts[case] = self.strategy.layout(case.request())
         return self._layouts[case]
 
     def _mask(self, case: Case) -> Tensor:
-        """The mask of a layout alone in a batch, from slot 0 on: ``(S, S)`` bool."""
+        """Return the mask of a layout that is alone in a batch, at slot 0: ``(S, S)`` bool."""
         layout = self.layout(case)
         return self.mask_in(loaded_batch([layout], [0]), 0, 0, len(layout))
 
     def mask_in(self, batch: LayoutBatch, row: int, start: int, size: int) -> Tensor:
-        """The mask of ``size`` slots of a row of a batch: ``(size, size)`` bool."""
+        """Return the mask of ``size`` slots of a batch row: ``(size, size)`` bool."""
         slots = torch.arange(start, start + size)
         return evaluate(self.strategy.mask_mod(batch), row, slots, slots)
 
     @cached_property
     def source_file(self) -> str:
-        """File of the strategy's mask_mod."""
+        """The file that defines the strategy's mask_mod."""
         return self.strategy.source().rpartition(":")[0]
 
     def once(self, compute: Callable[[Subject], T]) -> T:
-        """What ``compute`` makes of the subject; computed at the first call, and kept."""
+        """Return ``compute(self)``, which is computed once and then kept."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)
         return cast(T, self._computed[compute])

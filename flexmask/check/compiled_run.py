@@ -1,4 +1,4 @@
-"""Compiled attention under a strategy's mask, beside dense attention."""
+"""Compares compiled attention under a strategy's mask with dense attention."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ CASES = (
     Case(prefix=90, segments=(100, 300, 180), tail=20),
     Case(prefix=0, segments=(330, 310, 100), tail=30),
 )
-"""Lengths of five tiles and more: no dimension of the first graph equals another by chance."""
+"""Layouts of five tiles and more, so that no sizes of the first graph are equal by chance."""
 
 
 @dataclass
 class CompiledRun:
-    """What came of attention over `CASES`.
+    """The results of attention over `CASES`.
 
     Attributes:
-        graphs: For each case, how many graphs were compiled.
+        cases: The cases.
+        tolerance: Largest difference that counts as equal.
+        graphs: For each case, the number of graphs that were compiled.
         errors: For each case, the largest difference from dense attention.
-        error: Why attention could not be compiled; empty if it could.
+        error: The error of the compiler; empty if attention compiled.
     """
 
     cases: tuple[Case, ...] = CASES
@@ -50,7 +52,7 @@ class CompiledRun:
 
 
 def run_compiled(subject: Subject) -> CompiledRun:
-    """Attend over each case as the engine does, the mask_mod built anew for each."""
+    """Attend over each case as the engine does, with a new mask_mod for each."""
     run = CompiledRun()
     slots = max(len(subject.layout(case)) for case in CASES)
     batch = LayoutBatch(ROWS, 2 * capacity_for(slots), torch.device("cpu"))
@@ -60,7 +62,7 @@ def run_compiled(subject: Subject) -> CompiledRun:
             run.errors.append(_difference(subject, batch, case))
         except FlexMaskError:
             raise
-        except Exception as error:  # whatever the compiler raises at the author's mask
+        except Exception as error:  # anything that the compiler may raise for the author's mask
             lines = str(error).strip().splitlines() or [type(error).__name__]
             run.error = next((line.strip() for line in lines if "rror" in line), lines[0])
             return run
@@ -106,7 +108,7 @@ def _random_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense_mask(subject: Subject, batch: LayoutBatch, length: int) -> Tensor:
-    """``(B, 1, S, S)`` bool."""
+    """Return the dense mask of a batch, ``(B, 1, S, S)`` bool."""
     mask_mod = strategy_mask(subject.strategy, batch)
     slots = torch.arange(length)
     rows = [evaluate(mask_mod, row, slots, slots) for row in range(ROWS)]

@@ -1,4 +1,4 @@
-"""What a check finds: the rule, where it is broken, and how to mend it."""
+"""Findings of a check: the broken rule, the place in the mask, and advice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexmask.check.cases import Case
 from flexmask.layout import PREFIX, TAIL, Layout
 
 SHOWN = 12
-"""Rows, and half of the columns, of a picture of a long layout."""
+"""Rows of a picture of a long layout; it has twice as many columns."""
 
 SEES, SEES_NOT = "#", "."
 
@@ -23,11 +23,12 @@ class Finding:
     Attributes:
         rule: Name of the rule.
         message: What is wrong, in a sentence.
-        mend: How to mend it.
-        layout: The smallest layout at which it shows, by its lengths; empty if it is no matter.
+        mend: Advice on how to correct it.
+        layout: The smallest layout that breaks the rule, by its lengths; empty if the layout does
+            not matter.
         q_idx: Slot of the query at fault, if there is one.
         kv_idx: Slot of the key at fault, if there is one.
-        picture: The mask around the fault, where a picture tells more; else empty.
+        picture: The mask around the fault, in characters; empty if there is no such picture.
     """
 
     rule: str
@@ -39,7 +40,7 @@ class Finding:
     picture: str = ""
 
     def __str__(self) -> str:
-        """All of it, in lines."""
+        """Return all of it, in several lines."""
         lines = [f"{self.rule}: {self.message}"]
         if self.layout:
             lines.append(f"  layout: {self.layout}")
@@ -49,16 +50,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a rule reports; the runner adds the rule's name and advice to it.
+    """A violation that a rule reports; the runner adds the rule's name and advice.
 
     Attributes:
         message: What is wrong, in a sentence.
-        case: At which request.
+        case: The request.
         layout: Its layout, for the picture.
-        mask: The mask that is drawn, ``(S, S)`` bool.
+        mask: The mask to draw, ``(S, S)`` bool.
         q_idx: Slot of the query at fault.
-        kv_idx: Slot of the key at fault; None if it is the whole row.
-        mend: Advice, where it differs from the rule's own.
+        kv_idx: Slot of the key at fault; None for a whole row of the mask.
+        mend: Advice, if it differs from that of the rule.
     """
 
     message: str
@@ -71,7 +72,7 @@ class Fault:
 
     @property
     def picture(self) -> str:
-        """The mask around the fault; the pair, or row, at fault is marked."""
+        """The mask around the fault in characters; the pair or the row at fault is marked."""
         if self.layout is None or self.mask is None or self.q_idx is None:
             return ""
         segments = self.layout.segment_ids
@@ -97,18 +98,18 @@ class Fault:
 
 
 def _around(slot: int, size: int, shown: int) -> range:
-    """At most ``shown`` of ``size`` slots, with ``slot`` among them."""
+    """Return at most ``shown`` of ``size`` slots, ``slot`` among them."""
     start = max(0, min(slot - shown // 2, size - shown))
     return range(start, min(size, start + shown))
 
 
 def _headed(rows: Sequence[str], q_segments: Sequence[int], kv_segments: Sequence[int]) -> str:
-    """Head rows and columns of a picture with the part that their first token belongs to.
+    """Put a heading before each row and above each column: ``P``, a segment's number, or ``T``.
 
     Args:
         rows: For each query the characters of its keys.
-        q_segments: Segment id of each row.
-        kv_segments: Segment id of each column.
+        q_segments: Segment id of each row's token.
+        kv_segments: Segment id of each column's token.
     """
     heading = "   " + "".join(_part(segment)[-1] for segment in kv_segments)
     lines = (f"{_part(segment):>2} {row}" for segment, row in zip(q_segments, rows, strict=True))

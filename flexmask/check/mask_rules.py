@@ -1,4 +1,4 @@
-"""Rules about layouts and masks; each yields the faults that it finds, smallest layout first."""
+"""Rules about layouts and masks; each yields its faults, smallest layout first."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from flexmask.mod_types import MaskMod
 
 ORACLE_PAIRS = 60_000
-"""How many pairs of one layout the plain-Python oracle is asked about, at most."""
+"""Largest number of pairs of one layout that are compared with the plain-Python oracle."""
 
 GENERATED = 3
-"""How many tokens are decoded after each prompt."""
+"""Number of tokens that are decoded after each prompt."""
 
 
 def keeps_the_tokens(subject: Subject) -> Iterator[Fault]:
-    """A layout has each token of the request once or more, the tail last."""
+    """A layout contains every token of the request, and ends with the tail."""
     for case in CASES:
         layout, request = subject.layout(case), case.request()
         if not isinstance(layout, Layout):
@@ -44,7 +44,7 @@ def keeps_the_tokens(subject: Subject) -> Iterator[Fault]:
 
 
 def has_positions(subject: Subject) -> Iterator[Fault]:
-    """Positions are ints, and the tail's go up by one."""
+    """Positions are ints, and those of the tail increase by one."""
     for case in CASES:
         layout = subject.layout(case)
         if not all(type(position) is int for position in layout.position_ids):
@@ -68,7 +68,7 @@ def returns_bool(subject: Subject) -> Iterator[Fault]:
 
 
 def is_pointwise(subject: Subject) -> Iterator[Fault]:
-    """The mask of every case can be evaluated pair by pair, and listed in tiles."""
+    """The mask can be evaluated pair by pair, and its BlockMask can be built."""
     for case in CASES:
         size = len(subject.mask(case))
         batch = loaded_batch([subject.layout(case)], [0])
@@ -78,17 +78,17 @@ def is_pointwise(subject: Subject) -> Iterator[Fault]:
 
 
 def is_deterministic(subject: Subject) -> Iterator[Fault]:
-    """Built and evaluated again, the mask is the same."""
+    """A mask that is built and evaluated again is the same."""
     for case in SMALL:
         layout = subject.layout(case)
         again = subject.mask_in(loaded_batch([layout], [0]), 0, 0, len(layout))
         yield from _differences(
-            case, layout, again, subject.mask(case), "is not what it was a moment ago"
+            case, layout, again, subject.mask(case), "differs when the mask is built again"
         )
 
 
 def has_no_empty_row(subject: Subject) -> Iterator[Fault]:
-    """Every token sees at least one."""
+    """Every token sees at least one token."""
     for case in CASES:
         mask = subject.mask(case)
         for q_idx in (~mask.any(-1)).nonzero().flatten().tolist()[:1]:
@@ -109,7 +109,7 @@ def is_causal(subject: Subject) -> Iterator[Fault]:
 
 
 def equals_the_oracle(subject: Subject) -> Iterator[Fault]:
-    """The mask allows what `Strategy.allowed` allows, where the strategy has that."""
+    """The mask allows what `Strategy.allowed` allows, if the strategy defines it."""
     strategy = subject.strategy
     if type(strategy).allowed is Strategy.allowed:
         return
@@ -129,7 +129,7 @@ def equals_the_oracle(subject: Subject) -> Iterator[Fault]:
 
 
 def holds_in_any_slot(subject: Subject) -> Iterator[Fault]:
-    """In another row, and stored from a later slot on, a layout has the same mask."""
+    """A layout has the same mask in another row and from a later slot on."""
     for case in SMALL:
         layout, start = subject.layout(case), 5
         others = subject.layout(case.rearranged())
@@ -141,7 +141,7 @@ def holds_in_any_slot(subject: Subject) -> Iterator[Fault]:
 
 
 def follows_the_batch(subject: Subject) -> Iterator[Fault]:
-    """A mask_mod that was built once serves the next layout of the same shape."""
+    """A mask_mod that was built for one batch is right for the next layout of the same shape."""
     first, *others = SAME_SHAPE
     layout = subject.layout(first)
     batch = loaded_batch([layout], [0])
@@ -152,29 +152,29 @@ def follows_the_batch(subject: Subject) -> Iterator[Fault]:
         slots = torch.arange(len(layout))
         mask = evaluate(mask_mod, 0, slots, slots)
         yield from _differences(
-            case, layout, mask, subject.mask(case), "is still that of the layout before"
+            case, layout, mask, subject.mask(case), "is still that of the previous layout"
         )
 
 
 def decodes_what_it_prefills(subject: Subject) -> Iterator[Fault]:
-    """Decoded one by one, rows are those of the full mask, what comes later there or not."""
+    """Rows that are decoded one by one equal those of the full mask."""
     for case in SMALL:
         layout = subject.layout(case)
         full = layout.extended(GENERATED)
         size = len(full)
         whole = loaded_batch([full], [0])
         mask = subject.mask_in(whole, 0, 0, size)
-        first = len(layout) - 1  # prefill leaves the last prompt token to the first step
+        first = len(layout) - 1  # the first decode step computes the last prompt token
         as_engine = LayoutBatch(1, capacity_for(size), CPU)
         as_engine.load([layout], [first], [0])
         as_engine.open_tail([first])
         for batch, slots in ((whole, range(size)), (as_engine, range(first, size))):
             decoded = _decoded(subject.strategy.mask_mod(batch), mask, slots)
-            yield from _differences(case, full, decoded, mask, "is another when it is decoded")
+            yield from _differences(case, full, decoded, mask, "differs when it is decoded")
 
 
 def _decoded(mask_mod: MaskMod, mask: Tensor, slots: range) -> Tensor:
-    """A mask ``(S, S)`` with the rows of ``slots``, up to their own slot, as decode has them."""
+    """Return ``mask`` with the rows of ``slots`` replaced by those of decode, up to their slot."""
     decoded, keys = mask.clone(), torch.arange(len(mask))
     rows = DecodeRowMask(mask_mod, 1, len(mask), CPU)
     for slot in slots:
@@ -187,7 +187,7 @@ def _decoded(mask_mod: MaskMod, mask: Tensor, slots: range) -> Tensor:
 def _differences(
     case: Case, layout: Layout, mask: Tensor, wanted: Tensor, how: str
 ) -> Iterator[Fault]:
-    """A fault for the first pair in which two masks differ."""
+    """Yield a fault for the first pair in which two masks differ."""
     for q_idx, kv_idx in (mask != wanted).nonzero().tolist()[:1]:
         message = f"the row of slot {q_idx} {how}"
         yield Fault(message, case, layout, mask, q_idx, kv_idx)

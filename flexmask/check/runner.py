@@ -1,4 +1,4 @@
-"""The rules in order, and the runner that turns faults and exceptions into findings."""
+"""The list of all rules, and the runner that turns faults and exceptions into findings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flexmask.strategy import Strategy, check_strategy_class
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that every strategy keeps.
+    """A rule that every strategy must follow.
 
     Attributes:
-        name: What findings and listings call it.
-        faults: Yields where it is broken.
-        mend: What to do about it.
-        is_basic: Whether rules after it tell nothing more where it is broken.
+        name: The name in findings and listings.
+        faults: Yields the violations of a strategy.
+        mend: Advice on how to correct them.
+        is_basic: Whether later rules are skipped if this one is broken.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Rule:
 
     @property
     def summary(self) -> str:
-        """What it asserts, in a sentence."""
+        """The rule in a sentence."""
         return (self.faults.__doc__ or "").partition("\n")[0].replace("``", "`")
 
 
@@ -143,7 +143,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one rule; without a finding it is kept, unless it was skipped."""
+    """The outcome of one rule; ``finding`` is None unless the rule is broken."""
 
     rule: Rule
     status: Literal["ok", "broken", "skipped"]
@@ -151,7 +151,7 @@ class Outcome:
 
 
 def check_strategy(strategy: Strategy) -> list[Finding]:
-    """Hold a strategy to every rule, over a fixed set of layouts.
+    """Check a strategy against every rule, on a fixed set of layouts.
 
     Example::
 
@@ -159,8 +159,7 @@ def check_strategy(strategy: Strategy) -> list[Finding]:
         assert not findings, findings[0]
 
     Returns:
-        A finding for each rule that it breaks, with the smallest layout at which it does; none
-        if it is as it should be.
+        A finding for each rule that it breaks, at the smallest layout that breaks it.
     """
     return [outcome.finding for outcome in run_rules(strategy) if outcome.finding is not None]
 
@@ -169,7 +168,7 @@ def run_rules(strategy: Strategy) -> Iterator[Outcome]:
     """Check rule by rule, as `check_strategy` does; the last two compile and take seconds.
 
     Raises:
-        StrategyError: If it is no usable strategy at all.
+        StrategyError: If it is not a usable strategy class.
     """
     check_strategy_class(type(strategy))
     subject, is_checkable = Subject(strategy), True

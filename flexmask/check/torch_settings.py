@@ -1,4 +1,4 @@
-"""torch's global settings, which a strategy must leave alone."""
+"""torch's global settings, which a strategy must not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (
         torch.get_default_device,
-        # A device that is set is entered as a mode, which slows every operation; None leaves it.
+        # Setting a device enters a mode that slows every operation; None leaves that mode.
         lambda value: torch.set_default_device(None if value.type == "cpu" else value),
     ),
     "float32 matmul precision": (
@@ -34,11 +34,11 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     ),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
 }
-"""How each setting is read and written."""
+"""The functions that read and write each setting."""
 
 
 def read_settings() -> Mapping[str, Any]:
-    """The settings by name."""
+    """Return the value of each setting."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
@@ -46,7 +46,7 @@ def restore_settings(before: Mapping[str, Any]) -> tuple[str, ...]:
     """Restore the settings that changed since ``before`` was read.
 
     Returns:
-        A phrase per changed setting with the value found, such as ``torch's default dtype to
+        A phrase for each changed setting with the value found, such as ``torch's default dtype to
         torch.float64``.
     """
     changed = []

@@ -1,1 +1,1 @@
-"""Checkpoints: where a model's files are, what may be wrong with them, and how that is said."""
+"""Checkpoints: finds a model's files and checks them, with errors of one line."""

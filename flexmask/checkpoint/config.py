@@ -1,4 +1,4 @@
-"""A model's configuration, and what in it no model can run with."""
+"""Loads a model's configuration, and refuses values with which no model can run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ AUTO_MODEL = "AutoModelForCausalLM"
 
 
 def check_config_file(source: CheckpointSource, *, trust_remote_code: bool = False) -> None:
-    """Find out whether ``config.json`` is of a model that transformers can make.
+    """Check that transformers has the model class that ``config.json`` names.
 
     Raises:
-        ModelError: If not, or if it takes code that comes with the model and is not trusted.
-        OSError: If it is on the hub, and that cannot be reached.
+        ModelError: If it has not, or if the class is code that comes with the model and is not
+            trusted.
+        OSError: If the file is on the hub, and the hub cannot be reached.
     """
     if source.gguf is not None:
         return
@@ -56,8 +57,8 @@ def load_config(
     """Load the configuration of a causal language model.
 
     Raises:
-        ModelError: If there is none, or no model can be made by it.
-        AttentionError: If its architecture does not support attention backends and needs to.
+        ModelError: If there is no configuration, or no model can be made from it.
+        AttentionError: If its architecture needs to support attention backends, and does not.
     """
     header = read_header(source.gguf, source.name) if source.gguf else None
     config = AutoConfig.from_pretrained(
@@ -76,19 +77,19 @@ def load_config(
 
 
 def quantization_of(config: PreTrainedConfig) -> str | None:
-    """The method that a checkpoint is quantised by; None if by none."""
+    """Return the quantisation method of a checkpoint; None if it is not quantised."""
     values = _quantization_values(config)
     if not values:
         return None
     method = values.get("quant_method")
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
-        method = "bitsandbytes"  # whatever else stands there, for transformers
+        method = "bitsandbytes"  # for transformers, whatever the method says
     return str(getattr(method, "value", method))
 
 
 def _check_quantization(config: PreTrainedConfig, name: str) -> None:
     values = _quantization_values(config)
-    # Without the check transformers would pass over the quantisation, with a line in its log.
+    # Without this check transformers ignores the quantisation, with a line in its log.
     if values and not AutoHfQuantizer.supports_quant_method(values):
         raise ModelError(
             f"model {shown(name)} is quantised by {str(values.get('quant_method'))[:40]!r}, which "
@@ -136,19 +137,19 @@ def _check_architecture(config: PreTrainedConfig, name: str, needs_backend: bool
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ModelError(
-            f"model {shown(name)} is of type {config.model_type!r}, which is no causal language "
-            "model; flexmask generates with those alone"
+            f"model {shown(name)} is of type {config.model_type!r}, which is not a causal "
+            "language model; flexmask runs no others"
         )
-    # Of a tuple, transformers chooses by what config.json calls the architecture.
+    # From a tuple, transformers chooses by the architecture that config.json names.
     if needs_backend and not isinstance(model_class, tuple):
         check_backend(model_class)
 
 
 def check_backend(model_class: Any) -> None:
-    """Find out whether models of a class compute attention where a backend can.
+    """Check that models of a class support attention backends.
 
     Raises:
-        AttentionError: If not.
+        AttentionError: If they do not.
     """
     if not model_class.is_backend_compatible():
         raise AttentionError(

@@ -1,4 +1,4 @@
-"""What a model's folder must hold, and which of its weights may be read."""
+"""Checks the files of a model: that they are complete, and that none can run code."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|\.mod
 
 
 def check_folder(source: CheckpointSource) -> None:
-    """Find out whether a folder has what makes it one of a model; anything else passes.
+    """Check that a folder contains a configuration and weights; hub ids and GGUF files pass.
 
     Raises:
-        ModelError: If not.
+        ModelError: If it does not.
     """
     name, folder = source.name, source.folder
     if folder is None:
@@ -54,16 +54,16 @@ def _adapter_error(name: str) -> ModelError:
 
 
 def check_files(source: CheckpointSource) -> list[list[int]]:
-    """Find out whether the files of a model are there, whole, and of kinds that run no code.
+    """Check that the files of a model are complete, and of formats that cannot run code.
 
-    Of a model on the hub only its JSON files and the index of its weights are looked at; that
-    the weights are whole was checked as they came.
+    For a model on the hub only its JSON files and the index of its weights are checked; downloads
+    are checked by the hub's client.
 
     Returns:
         The shapes of the weights in a folder; empty for a GGUF file or a model on the hub.
 
     Raises:
-        ModelError: If not.
+        ModelError: If a file is missing, damaged or of another format.
         OSError: If the hub cannot be reached.
     """
     if source.gguf is not None:
@@ -118,10 +118,10 @@ def check_sizes(config: PreTrainedConfig, shapes: Sequence[Sequence[int]], model
 
 
 def check_tokenizer_files(source: CheckpointSource) -> None:
-    """Find out whether there is a tokenizer, as far as that shows before it is loaded.
+    """Check that a model has files of a tokenizer.
 
     Raises:
-        ModelError: If not.
+        ModelError: If it has none, or one is damaged.
     """
     if source.gguf is not None:
         read_header(source.gguf, source.name)
@@ -140,10 +140,10 @@ def check_tokenizer_files(source: CheckpointSource) -> None:
 
 
 def _entry(source: CheckpointSource) -> str:
-    """Where transformers begins to read weights: a file of them, or their index."""
+    """Return the file that transformers reads first: the weights, or their index."""
     named = (source.read_json("config.json") or {}).get("transformers_weights")
     if named is None:
-        # Of both it takes the file. On the hub an index is the only one that can name others.
+        # If both exist it takes the weights. On the hub only an index can name other files.
         return WEIGHTS if source.folder and source.file(WEIGHTS) else INDEX
     if str(named).endswith((".safetensors", ".safetensors.index.json")):
         return str(named)
@@ -154,11 +154,11 @@ def _entry(source: CheckpointSource) -> str:
 
 
 def _shards(source: CheckpointSource, entry: str) -> list[str]:
-    """Files that the index of a checkpoint names."""
+    """Return the files that the index of a checkpoint names."""
     index = source.read_json(entry)
     if index is None:
         if source.folder is None:
-            return []  # its weights are one file
+            return []  # the weights are one file
         raise ModelError(
             f"model folder {shown(source.name)} has neither {WEIGHTS} nor {entry}; save it with "
             "save_pretrained"

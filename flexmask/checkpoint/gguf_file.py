@@ -1,7 +1,7 @@
-"""The header of a GGUF file: what it says of the model, and where its tensors lie.
+"""Reads the header of a GGUF file: metadata of the model, and the layout of its tensors.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers reads the
-file itself; what it would pass over in silence is looked at here.
+file itself; this module checks what transformers ignores without a message.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the tensors.
+    """The header of a GGUF file.
 
     Attributes:
         metadata: Numbers and strings by key; arrays are left out.
         tensors: Name, shape, type and offset of each tensor.
-        data_start: Where offsets count from.
+        data_start: The position from which offsets count.
     """
 
     metadata: Mapping[str, Any]
@@ -38,15 +38,15 @@ class GgufHeader:
     data_start: int
 
     def of_architecture(self, key: str) -> Any:
-        """A value whose key begins with the architecture; None where it has none."""
+        """Return the value of a key that begins with the architecture; None if there is none."""
         return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
 
 
 def read_header(path: Path, model: str) -> GgufHeader:
-    """Read a header, and check that the file holds all tensors that it names.
+    """Read a header, and check that the file contains all tensors that it lists.
 
     Raises:
-        ModelError: If it is no GGUF file, is not whole, or is one part of several.
+        ModelError: If it is not a GGUF file, is incomplete, or is one part of several.
     """
     check_is_no_pointer(path, model)
     size = path.stat().st_size
@@ -67,13 +67,13 @@ def read_header(path: Path, model: str) -> GgufHeader:
 
 
 def check_rotary_embeddings(header: GgufHeader, config: Any, model: str) -> None:
-    """Find out whether the file scales rotary embeddings in a way that its config does not.
+    """Check that the scaling of rotary embeddings in the file is also in the config.
 
-    transformers (5.17 to 5.24) reads such scaling for one architecture alone; the others would
-    generate other tokens than they should, in silence.
+    transformers (5.17 to 5.24) reads this scaling for one architecture only; models of others
+    would generate wrong tokens without a message.
 
     Raises:
-        ModelError: If so.
+        ModelError: If the config lacks it.
     """
     scaling = header.of_architecture("rope.scaling.type")
     is_scaled = scaling not in (None, "none") or any(
@@ -89,14 +89,14 @@ def check_rotary_embeddings(header: GgufHeader, config: Any, model: str) -> None
 
 
 class _Reader:
-    """Reads one value after the other."""
+    """Reads values from the beginning of a GGUF file, one after the other."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 4
 
     def header(self) -> GgufHeader:
-        self._number("<I")  # the version; transformers refuses those that it does not read
+        self._number("<I")  # the version; transformers refuses unknown ones
         num_tensors, num_values = self._number("<Q"), self._number("<Q")
         metadata = {}
         for _ in range(num_values):
@@ -138,7 +138,7 @@ class _Reader:
 
 
 def _data_bytes(header: GgufHeader, model: str) -> int:
-    """How many bytes follow the header, at least."""
+    """Return the number of bytes that must follow the header."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     end = 0

@@ -1,4 +1,4 @@
-"""What identifies a model: its files on disk, or its commit on the hub."""
+"""Identifies a model: by digests of its files on disk, or its commit on the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
-"""Names of files that hold weights, or say where they are."""
+"""Names of files of weights, and of their index."""
 
 OTHERS = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.py"),
@@ -18,26 +18,26 @@ OTHERS = (
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template.json", "chat_template.jinja", "*/*.jinja"),
 )
-"""Names of what else changes prompts and tokens: configuration, code, tokenizer, templates."""
+"""Names of other files that affect tokens: configuration, code, tokenizer, templates."""
 
 HASHED_BYTES = 64 << 20
-"""Up to this size a file is read whole, which takes less than a tenth of a second."""
+"""Up to this size all of a file is hashed, in less than a tenth of a second."""
 
 HEAD_BYTES = 1 << 20
-"""How much is read of a larger one: the names, shapes and types of its tensors, and the first."""
+"""Bytes that are hashed of a larger file: the list of its tensors, and the first of them."""
 
 
 @cache
 def model_files(model: str) -> Mapping[str, str]:
-    """What identifies the files of a model, by name, once per process.
+    """Return what identifies each file of a model, by file name; computed once per process.
 
     Args:
         model: Hub id, folder, or file.
 
     Returns:
-        For each file its size and SHA-256; for a large one its size, the time of its last change
-        and the SHA-256 of its beginning. For a model of the hub its commit. Nothing for a model
-        that cannot be found, which those who load it say.
+        For each file its size and SHA-256; for a large file its size, the time of its last change
+        and the SHA-256 of its beginning. For a model of the hub its commit. An empty mapping for a
+        model that cannot be found, since loading it raises the error.
     """
     path = Path(model)
     if os.path.isfile(path):
@@ -66,7 +66,7 @@ def _identity(file: Path) -> str:
 
 
 def _commit(model: str) -> str | None:
-    """The commit of a model of the hub that is loaded now: folders of its cache are named so."""
+    """Return the commit of a model of the hub, from the name of its folder in the cache."""
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         return None
     from transformers.utils.hub import cached_file  # slow to import

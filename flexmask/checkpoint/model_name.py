@@ -1,4 +1,4 @@
-"""Names of models: hub ids, folders and GGUF files, checked before any library is imported."""
+"""Names of models: hub ids, folders and GGUF files, checked without importing a library."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LONGEST_SHOWN = 100
 
 
 def check_model_name(name: str) -> None:
-    """Check that a name is that of a folder or file that is there, or may be a hub id.
+    """Check that a name is an existing folder or file, or may be a hub id.
 
     Raises:
-        ModelError: If it is neither, or needs a package that is absent.
+        ModelError: If it is neither, or needs a package that is not installed.
     """
     if not name.strip():
         raise ModelError(f"model must be a hub id, a folder or a .gguf file, got {name!r}")
@@ -34,7 +34,7 @@ def check_model_name(name: str) -> None:
 
 
 def shown(name: str) -> str:
-    """Name of a model in quotes; of a long path, the end."""
+    """Return a model's name in quotes; only the end of a long path."""
     return repr(name if len(name) <= _LONGEST_SHOWN else "…" + name[1 - _LONGEST_SHOWN :])
 
 

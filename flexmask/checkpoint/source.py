@@ -1,4 +1,4 @@
-"""A model by name: a hub id, a folder, or a GGUF file."""
+"""The source of a model's files: a hub id, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LFS_BEGINNING = b"version https://git-lfs.github.com/"
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Where the files of a model are; made by `find`.
+    """The place of a model's files; `find` creates it.
 
     Attributes:
-        name: As the user gave it.
-        location: What transformers loads from: a hub id or a folder.
+        name: The name that the user gave.
+        location: The hub id or folder that transformers loads from.
         folder: The folder; None for a hub id.
-        gguf: The GGUF file; None where weights are in safetensors.
+        gguf: The GGUF file; None if the weights are in safetensors.
     """
 
     name: str
@@ -33,10 +33,10 @@ class CheckpointSource:
 
     @classmethod
     def find(cls, model: str) -> Self:
-        """Find out what a name means.
+        """Find the model of a name.
 
         Raises:
-            ModelError: If there is nothing of that name, or it needs a package that is absent.
+            ModelError: If there is none, or it needs a package that is not installed.
         """
         name = os.fspath(model)
         check_model_name(name)
@@ -51,15 +51,15 @@ class CheckpointSource:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes beside the location."""
-        # By its whole path: a file of that name in the working folder would go first.
+        """Arguments of ``from_pretrained`` besides the location."""
+        # The absolute path: transformers prefers a file of that name in the working directory.
         return {} if self.gguf is None else {"gguf_file": str(self.gguf)}
 
     def file(self, name: str, *, must_exist: bool = False) -> Path | None:
-        """Find one file of a model that is not a GGUF file; None where it has none of that name.
+        """Return the path of one file of a model in safetensors; None if there is no such file.
 
         Raises:
-            OSError: If it is on the hub, must exist, and does not or cannot be had.
+            OSError: If it must exist on the hub, and does not or cannot be downloaded.
         """
         if self.folder is not None:
             path = self.folder / name
@@ -67,11 +67,11 @@ class CheckpointSource:
         return find_model_file(self.location, name, must_exist=must_exist)
 
     def read_json(self, name: str, *, must_exist: bool = False) -> dict[str, Any] | None:
-        """Read one file of a model as a JSON object; None where it has none of that name.
+        """Read one file of a model as a JSON object; None if there is no such file.
 
         Raises:
-            ModelError: If it is not one.
-            OSError: As from `file`.
+            ModelError: If it is not a JSON object.
+            OSError: As `file`.
         """
         path = self.file(name, must_exist=must_exist)
         if path is None:
@@ -90,10 +90,10 @@ class CheckpointSource:
 
 
 def check_is_no_pointer(path: Path, model: str) -> None:
-    """Find out whether a file is what Git LFS leaves in its place.
+    """Check that a file is not a Git LFS pointer, which stands for a file not downloaded.
 
     Raises:
-        ModelError: If so.
+        ModelError: If it is one.
     """
     with path.open("rb") as file:
         if file.read(len(_LFS_BEGINNING)) == _LFS_BEGINNING:

@@ -1,4 +1,4 @@
-"""Calls of transformers that load something: quiet, and with errors of one line."""
+"""Calls transformers to load something, without its output and with errors of one line."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SPEAKING = (OSError, ValueError, ImportError, NotImplementedError)
 
 @contextmanager
 def errors_in_one_line(what: str) -> Iterator[None]:
-    """Keep transformers quiet meanwhile, and turn what it raises into a `ModelError`.
+    """Silence transformers for the duration, and turn its exceptions into a `ModelError`.
 
-    It reports on stderr what it then raises, and much that is no error. Files of a model can make
-    it raise anything, as can code that comes with a model, so every exception is turned.
+    transformers prints errors before it raises them, and much besides. Files of a model, and code
+    that comes with it, can raise any exception, so all are caught.
 
     Args:
-        what: What cannot be done then: ``cannot load model 'x'``.
+        what: The beginning of the message, such as ``cannot load model 'x'``.
 
     Raises:
-        ModelError: If anything was raised but what flexmask raises itself.
+        ModelError: For every exception except those of flexmask.
     """
     with _quiet_transformers():
         try:
@@ -45,18 +45,18 @@ def errors_in_one_line(what: str) -> Iterator[None]:
 
 
 def one_line(message: str) -> str:
-    """A message in one line of bounded length, cut after a sentence or else marked as cut."""
+    """Return a message in one line of bounded length, cut after a sentence or with an ellipsis."""
     message = " ".join(message.split()).rstrip(".")
     if len(message) <= LONGEST_MESSAGE:
         return message
-    # The place of the model comes first, and may have dots; a sentence ends before a capital.
+    # The name of the model comes first and may contain dots; a sentence ends before a capital.
     ends = [match.start() for match in re.finditer(r"\.? (?<=\. )(?=[A-Z])", message)]
     fitting = [end for end in ends if LONGEST_MESSAGE // 3 < end <= LONGEST_MESSAGE]
     return message[: fitting[-1]] if fitting else message[: LONGEST_MESSAGE - 1] + "…"
 
 
 def _reason(error: BaseException) -> str:
-    """Text of an error; its type too, unless it is of those that speak for themselves."""
+    """Return the text of an error, after its type unless the text alone is clear."""
     name, text = type(error).__name__, str(error).strip()
     if text and (isinstance(error, _SPEAKING) or name.startswith("StrictDataclass")):
         return text
@@ -65,7 +65,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without log lines, bars and warnings of transformers; the hub's bars of downloads stay."""
+    """Suppress logs, progress bars and warnings of transformers, but not the hub's bars."""
     verbosity, of_hub = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

@@ -1,6 +1,6 @@
-"""Whether the weights that were loaded are those of the model: all of them, and no others.
+"""Checks that a model was loaded with all of its weights and no others.
 
-A model whose weights do not all come from its files runs with random ones, and fluently so.
+A weight that is missing from the files is initialised randomly, and generation goes on with it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ MOST_NAMED = 5
 _ADVICE = "; config.json and weights must be whole and of one model"
 
 _NOT_OF_NEXT_TOKENS = re.compile(
-    # Towers of other modalities, where the language model of a multimodal checkpoint is loaded.
+    # Towers of other modalities in the checkpoint of a multimodal model.
     r"(^|\.)(vision|visual|image|video|audio|speech|multi_?modal|mm_)\w*\."
-    # Heads that say something else: the value of a state, the tokens after the next.
+    # Heads that predict something else: the value of a state, or later tokens.
     r"|(^|\.)(v_head|value_head|mtp)\b"
-    # Buffers that were once saved, and are computed.
+    # Buffers that older versions saved, and that are computed now.
     r"|(^|\.)inv_freq$|\.masked_bias$"
 )
 
 
 def check_loaded_weights(architecture: str, report: Mapping[str, Any], model: str) -> None:
-    """Find out whether weights are missing, of no use, or of another shape.
+    """Check that no weights are missing, unknown, or of another shape.
 
-    What transformers passes over for an architecture, and weights that are tied to others, is
-    not in its report. Weights that have no part in the next token are passed over here.
+    The report of transformers omits weights that the architecture ignores and those that are tied
+    to others. This check ignores weights that do not affect the next token.
 
     Args:
         architecture: Name of the model's class.
-        report: What ``from_pretrained(output_loading_info=True)`` gives beside the model.
-        model: Its name.
+        report: The report of ``from_pretrained(output_loading_info=True)``.
+        model: The model's name.
 
     Raises:
-        ModelError: If so.
+        ModelError: If some are.
     """
     shapes = [
         f"{key}: {_shape(saved)}, not {_shape(wanted)}"
@@ -61,7 +61,7 @@ def check_loaded_weights(architecture: str, report: Mapping[str, Any], model: st
 
 
 def _message(beginning: str, faults: Sequence[tuple[Sequence[str], str]]) -> str:
-    """Each kind of fault with its count and up to five names, as many as there is room for."""
+    """Return each kind of fault with its count and as many names as fit, at most five."""
     for most in range(MOST_NAMED, 0, -1):
         parts = [
             f"{len(names)} {'weight is' if len(names) == 1 else 'weights are'} {what} "

@@ -1,4 +1,4 @@
-"""Whether flexmask can work here: each thing it needs is tried, not assumed."""
+"""Checks of this machine: tries everything that flexmask needs or can use."""
 
 from flexmask.doctor.all_checks import run_checks
 from flexmask.doctor.check_result import Check, State

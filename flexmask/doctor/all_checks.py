@@ -1,4 +1,4 @@
-"""All checks, one after another."""
+"""All checks of `flexmask doctor`, in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexmask.doctor.environment_checks import (
 
 
 def run_checks() -> Iterator[Check]:
-    """Check what flexmask needs, and say each outcome as it comes; compiling takes a while."""
+    """Check everything that flexmask needs, and yield each outcome; compiling takes a while."""
     yield check_python()
     packages = [check_package("torch"), check_package("transformers")]
     yield from packages
@@ -30,7 +30,7 @@ def run_checks() -> Iterator[Check]:
     yield check_gpu()
     cache = check_compile_cache()
     yield cache
-    if cache.state == "broken":  # torch.compile does not even import
+    if cache.state == "broken":  # torch.compile cannot be imported
         yield Check("attention", "broken", "not tried without a compile cache")
         return
     yield from _check_attention()

@@ -1,4 +1,4 @@
-"""Checks of attention: every path is run on this device, and its result compared."""
+"""Checks of attention: runs every path on this device, and compares with dense attention."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from flexmask.mod_types import MaskMod
 LENGTH, TILE = 256, 128
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest difference from dense attention in float32, of values of about one."""
+"""Largest difference from dense attention in float32, for values of about one."""
 HOPPER = (9, 0)
 
 
 def check_prefill(device: torch.device) -> Check:
-    """Compiled FlexAttention on many queries."""
+    """Check compiled FlexAttention for many queries."""
     return tried(
         "attention, prefill",
         lambda: _compared(device, torch.arange(LENGTH, device=device)),
@@ -42,7 +42,7 @@ def check_prefill(device: torch.device) -> Check:
 
 
 def check_decode(device: torch.device) -> Check:
-    """Compiled FlexAttention on one query, with the mask that decoding updates in place."""
+    """Check compiled FlexAttention for one query, with the mask that decoding updates in place."""
     return tried(
         "attention, decode",
         lambda: _compared(device, torch.tensor([LENGTH - 1], device=device)),
@@ -51,7 +51,7 @@ def check_decode(device: torch.device) -> Check:
 
 
 def check_flash(device: torch.device) -> Check:
-    """FlexAttention's FLASH backend, which flash-attn-4 brings, and its reading of tiles."""
+    """Check FlexAttention's FLASH backend (flash-attn-4), and that it skips empty tiles."""
     name = "attention, FLASH"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         return Check(name, "unavailable", "needs a GPU of capability 9.0 or more")
@@ -67,7 +67,7 @@ def check_flash(device: torch.device) -> Check:
 
 
 def check_cuda_graph(device: torch.device) -> Check:
-    """Whether a step can be captured as a CUDA graph and replayed."""
+    """Check that work can be captured as a CUDA graph and replayed."""
     if device.type != "cuda":
         return Check("CUDA graph", "unavailable", "needs a GPU")
     return tried(
@@ -79,7 +79,7 @@ def check_cuda_graph(device: torch.device) -> Check:
 
 
 def _compared(device: torch.device, slots: Tensor) -> str:
-    """Attend as queries at some slots, compiled and densely; the message of success."""
+    """Attend with queries at ``slots``, compiled and densely; return the message of success."""
     mask_mod = _mask_mod(device)
     block_mask = _block_mask(mask_mod, slots)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -104,7 +104,7 @@ def _under_flash(block_mask: BlockMask, dense: Tensor, what: str) -> str:
     query, key, value = _inputs(dense.device, torch.bfloat16, LENGTH)
     module = nn.Module()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its compiler warns of arguments that are its own
+        warnings.simplefilter("ignore")  # its compiler warns about arguments that it passes itself
         found, _ = flexmask_attention(
             module, query, key, value, block_mask, prefill_kernel="flash"
         )
@@ -113,9 +113,9 @@ def _under_flash(block_mask: BlockMask, dense: Tensor, what: str) -> str:
 
 
 def first_tile_only(device: torch.device) -> BlockMask:
-    """Hide all keys but those of the first tile, by the list of tiles alone.
+    """Return a mask that hides all keys after the first tile, by the list of tiles alone.
 
-    FLASH has been seen to attend to every tile where the mask_mod allows all
+    FLASH attends to every tile if the mask_mod allows all pairs, in some versions
     (https://github.com/pytorch/pytorch/issues/188322).
     """
 
@@ -139,7 +139,7 @@ def first_tile_only(device: torch.device) -> BlockMask:
 
 def _replayed(device: torch.device) -> str:
     number = torch.zeros((), device=device)
-    number += 1  # what a capture needs is loaded by now
+    number += 1  # loads what a capture needs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         number += 1
@@ -151,7 +151,7 @@ def _replayed(device: torch.device) -> str:
 
 
 def _mask_mod(device: torch.device) -> MaskMod:
-    """Two segments behind a shared prefix, and a tail that sees all."""
+    """Return the mask of two segments after a shared prefix, and a tail that sees all."""
     token = (1,)
     request = TokenizedRequest(token * 40, (token * 100, token * 90), token * (LENGTH - 230))
     layout = shared_prefix_layout(request, "restart")
@@ -189,7 +189,7 @@ def _inputs(
 
 def _agreement(found: Tensor, wanted: Tensor, what: str = "") -> str:
     difference = (found.float() - wanted).abs().max().item()
-    if not difference < TOLERANCE[found.dtype]:  # NaN too
+    if not difference < TOLERANCE[found.dtype]:  # true for NaN too
         raise WrongResult(f"{what}differs from dense attention by {difference:.2g}")
     dtype = str(found.dtype).removeprefix("torch.")
     return f"compiled in {dtype} on {found.device}, within {difference:.0e} of dense attention"

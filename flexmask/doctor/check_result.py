@@ -1,4 +1,4 @@
-"""The outcome of one check."""
+"""The outcome of a check."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ work here, and flexmask does without it. ``broken``: does not work, and flexmask
 
 
 class WrongResult(Exception):
-    """What was tried ran, and computed something else than its plain twin."""
+    """A wrong result: the code under check ran, but differs from its reference."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found of one thing that flexmask needs or can use.
+    """The outcome of checking one thing that flexmask needs or can use.
 
     Attributes:
-        name: What was checked.
-        state: What came of it.
-        detail: What was found.
-        advice: What to do; empty if it is ok.
+        name: Name of the check.
+        state: The outcome.
+        detail: The version found, the measured agreement, or the error.
+        advice: How to correct it; empty if the state is ok.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Check:
 
 
 def tried(name: str, attempt: Callable[[], str], advice: str, *, is_needed: bool = True) -> Check:
-    """Run an attempt: ok with what it returns, or not with what it raises.
+    """Run an attempt: ok with the text that it returns, else not ok with the error.
 
     Args:
-        name: What is checked.
-        attempt: Does the thing, and says what it found.
-        advice: What to do if it raises.
-        is_needed: Whether flexmask does not work without.
+        name: Name of the check.
+        attempt: Runs the code under check, and returns the detail.
+        advice: How to correct it if it raises.
+        is_needed: Whether flexmask does not work without it.
     """
     try:
         return Check(name, "ok", attempt())
-    except Exception as error:  # whatever is wrong here is what the doctor is asked for
+    except Exception as error:  # any error is the outcome of the check
         return Check(name, "broken" if is_needed else "unavailable", described(error), advice)
 
 
 def described(error: BaseException) -> str:
-    """An error in one line, with its type."""
+    """Return the type and the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -21,7 +21,7 @@ PROGRAM = "#include <vector>\nint main() { return std::vector<int>(1).back(); }\
 
 
 def check_python() -> Check:
-    """The version of Python."""
+    """Check the version of Python."""
     found = platform.python_version()
     if sys.version_info >= PYTHON:
         return Check("python", "ok", found)
@@ -48,7 +48,7 @@ def check_package(name: str) -> Check:
 
 
 def check_compiler() -> Check:
-    """Whether the C++ compiler that torch.compile calls makes a program."""
+    """Check that the C++ compiler that torch.compile calls can compile a program."""
     command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     advice = "install a C++ compiler (apt install g++), or name one in CXX"
     try:
@@ -67,7 +67,7 @@ def check_compiler() -> Check:
 
 
 def check_gpu() -> Check:
-    """Which GPU torch sees, and its compute capability."""
+    """Report the GPUs that torch sees, and their compute capability."""
     import torch
 
     if not torch.cuda.is_available():
@@ -82,7 +82,7 @@ def check_gpu() -> Check:
 
 
 def check_compile_cache() -> Check:
-    """Whether compiled kernels can be kept, so that a second start does not compile."""
+    """Check that compiled kernels can be cached on disk, for later starts."""
 
     def written() -> str:
         from flexmask.torch_internals import compile_cache_folder
@@ -95,7 +95,7 @@ def check_compile_cache() -> Check:
 
 
 def check_model_cache() -> Check:
-    """Whether models from the hub can be kept."""
+    """Check that models from the hub can be cached on disk."""
 
     def written() -> str:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -106,13 +106,13 @@ def check_model_cache() -> Check:
 
 
 def check_plugins() -> Iterator[Check]:
-    """Every plugin: loaded, or why not."""
+    """Report for every plugin whether it loaded."""
     registry = load_registry()
     for plugin in registry.plugins:
         name = f"plugin {plugin.entry_point}"
         error = registry.error_of(plugin)
         if error:
-            advice = f"mend or uninstall {plugin.distribution}"
+            advice = f"correct or uninstall {plugin.distribution}"
             yield Check(name, "broken", f"{plugin}: {error}", advice)
         else:
             yield Check(name, "ok", f"{plugin.distribution} {plugin.version}")
@@ -126,7 +126,7 @@ def _written(folder: Path) -> str:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Major and minor of ``2.13.0+cpu``."""
+    """Return major and minor number of a version such as ``2.13.0+cpu``."""
     return tuple(int(part) for part in text.split(".")[:2])
 
 

@@ -1,4 +1,4 @@
-"""A check of the decode step's own kernels against their plain twins."""
+"""Check of flexmask's decode kernels against their reference implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 
 
 def check_decode_kernels(device: torch.device) -> Check:
-    """The kernels of the decode step, which only GPUs have."""
+    """Check the kernels of the decode step, which run on GPUs only."""
     if device.type != "cuda":
         return Check("decode kernels", "unavailable", "needs a GPU")
     return tried(

@@ -1,4 +1,4 @@
-"""Checks of one model: flexmask against transformers' own attention, on the model itself."""
+"""Checks of one model: compares flexmask with transformers' own attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flexmask.transformers_internals import (
 )
 
 REFERENCE = "eager"
-"""transformers' plainest attention, which every model has."""
+"""transformers' simplest attention, which every model supports."""
 
 PROMPTS = (
     Request(("Q: Where was Ada Lovelace born?",), suffix="\nA:"),
@@ -45,11 +45,12 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     """Compare logits and greedy tokens of a model with those under transformers' own attention.
 
     Two prompts of different lengths run as one batch, once through ``model.generate`` under
-    `flexmask.use_strategy` and once through the engine, under ``causal``; each must give what the
-    model gives for it alone under `REFERENCE`, without a cache.
+    `flexmask.use_strategy` and once through the engine, under ``causal``. Each must generate what
+    the model generates for it alone under `REFERENCE`, without a cache.
 
     Args:
-        model: A model loaded with ``attn_implementation="flexmask"``, with which it ends too.
+        model: A model loaded with ``attn_implementation="flexmask"``, which is set again at the
+            end.
         tokenizer: Its tokenizer.
     """
     comparison = _Comparison(model, tokenizer)
@@ -61,9 +62,9 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def check_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Check:
-    """Compare a model as `check_model` does, under the dense reference alone.
+    """Compare a model as `check_model` does, under ``flexmask_dense`` alone.
 
-    That is the way for models that mask scores in code of their own. The model ends with
+    Models that mask scores in code of their own run only so. The model keeps
     ``flexmask_dense``.
     """
     comparison = _Comparison(model, tokenizer)
@@ -82,7 +83,7 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
 
     Raises:
         ModelError: If it cannot be loaded.
-        OptionError: If device or dtype cannot be had.
+        OptionError: If the device or dtype is not available.
     """
     target = resolve_device(device)
 
@@ -103,12 +104,12 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
         return check_model(*with_backend)
     try:
         return [*found, check_dense(*loaded(False))]
-    except FlexMaskError:  # it cannot be loaded so either, and what refused it stands already
+    except FlexMaskError:  # it fails here too; the first reason is the one to report
         return found
 
 
 def refused(reason: str) -> list[Check]:
-    """Both checks of `check_model`, for a model that cannot be loaded with ``flexmask``."""
+    """Return the outcomes of `check_model` for a model that cannot be loaded with ``flexmask``."""
     return [Check(name, "unavailable", reason) for name in (BACKEND_NAME, ENGINE_NAME)]
 
 
@@ -122,11 +123,11 @@ def _checked(name: str, run: Callable[[], str]) -> Check:
 
 
 _Outcome = tuple[Sequence[int], Tensor | None]
-"""Greedy tokens, and the logits ``(T, V)`` that chose them where they are known."""
+"""Greedy tokens, and their logits ``(T, V)`` if known."""
 
 
 class _Comparison:
-    """A model, and what it gives for each prompt alone under transformers' own attention."""
+    """A model, and its generations for each prompt alone under transformers' own attention."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Generate under `REFERENCE`."""
@@ -141,23 +142,23 @@ class _Comparison:
         self._eos = [ids] if isinstance(ids, int) else ids or []
 
     def under_use_strategy(self) -> str:
-        """Compare what the model generates by itself, under a strategy."""
+        """Compare ``model.generate`` under `flexmask.use_strategy` with the reference."""
         with use_strategy(self._strategy, self._layouts, self._model.device) as inputs:
             found = _generated(self._model, inputs)
         return _compared(self._reference, found, self._eos)
 
     def by_engine(self) -> str:
-        """Compare what the engine generates."""
+        """Compare the engine with the reference."""
         engine = Engine(self._model, self._tokenizer)
         run = engine.generate(PROMPTS, self._strategy, max_new_tokens=NEW_TOKENS)
         return _compared(self._reference, [(g.token_ids, None) for g in run], self._eos)
 
 
 def _attend_by(model: PreTrainedModel, implementation: str) -> None:
-    """Choose a model's attention, once it has been made.
+    """Set the attention implementation of a loaded model.
 
-    transformers refuses this, with a line in its log, where code of the model's own attends; that
-    code asks for masks by this name alone.
+    transformers refuses this, with a line in its log, for a model that attends in code of its own;
+    such code uses only the name, to ask for masks.
     """
     model.set_attn_implementation(implementation)
     if attention_implementation(model.config.get_text_config()) != implementation:
@@ -165,7 +166,7 @@ def _attend_by(model: PreTrainedModel, implementation: str) -> None:
 
 
 def _alone(model: PreTrainedModel, layout: Layout) -> _Outcome:
-    """Generate for one prompt by itself, all of it run anew for each token."""
+    """Generate for one prompt alone, without a cache."""
     token_ids = layout.token_tensor[None].to(model.device)
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     return _generated(model, inputs, use_cache=False)[0]
@@ -190,7 +191,7 @@ def _generated(
 def _compared(
     reference: Sequence[_Outcome], found: Sequence[_Outcome], eos: Collection[int]
 ) -> str:
-    """Compare generations, up to where the reference's two best tokens are as good as equal."""
+    """Compare generations up to the first token where the two best logits are about equal."""
     worst = 0.0
     for (wanted, logits), (tokens, own) in zip(reference, found, strict=True):
         assert logits is not None

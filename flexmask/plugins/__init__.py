@@ -1,1 +1,1 @@
-"""Plugins: the hook, the registry of strategies, and the loading of other people's code."""
+"""Plugins: the hook, the registry of strategies, and the loading of third-party code."""

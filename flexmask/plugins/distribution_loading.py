@@ -1,4 +1,4 @@
-"""Loads the plugins of one distribution, and records what came of each."""
+"""Loads the plugins of one distribution, and records the outcome of each."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from flexmask.version import __version__
 _VALUE = re.compile(r"\w+(\.\w+)*(\s*:\s*\w+(\.\w+)*)?\s*(\[.*\])?")
 
 UNKNOWN = "?"
-"""Version of a distribution whose metadata is gone."""
+"""Version of a distribution whose metadata is missing."""
 
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """An entry point and what came of loading it.
+    """An entry point and the outcome of loading it.
 
     Attributes:
         distribution: Name of the distribution that declares it.
         version: Version of that distribution.
         entry_point: Name of the entry point.
         value: The module or object it points to.
-        strategies: What it registered; empty if it failed.
-        error: Why it failed, in one line; None if it did not.
-        place: The line of its own code at fault, as ``file.py:3: `text```, if there is one.
-        notes: What it should not have done, such as printing; a predicate each.
+        strategies: The strategies that it registered; empty if it failed.
+        error: The error in one line; None if it loaded.
+        place: The line of its own code at fault, as ``file.py:3: `text```; None if there is none.
+        notes: Side effects that were undone, such as printing; each the predicate of a sentence.
     """
 
     distribution: str
@@ -50,18 +50,18 @@ class PluginRecord:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """As messages name it: ``flexmask 0.1.0 (causal)``."""
+        """Return its name in messages, such as ``flexmask 0.1.0 (causal)``."""
         return f"{self.distribution} {self.version} ({self.entry_point})"
 
     @property
     def error_with_place(self) -> str | None:
-        """Why it failed and at which line."""
+        """The error with the line of code at fault."""
         return f"{self.error} at {self.place}" if self.error and self.place else self.error
 
 
 def name_and_version(distribution: Distribution) -> tuple[str, str]:
-    """Of a distribution; of one without metadata, the name of its folder and ``?``."""
-    with suppress(Exception):  # metadata that cannot be read is as good as none
+    """Return name and version; without metadata the name of the folder and ``?``."""
+    with suppress(Exception):  # unreadable metadata is treated as missing
         metadata = distribution.metadata
         if "Name" in metadata and "Version" in metadata:
             return metadata["Name"], metadata["Version"]
@@ -71,11 +71,11 @@ def name_and_version(distribution: Distribution) -> tuple[str, str]:
 def load_distribution(
     distribution: Distribution, reserved: Set[str] = frozenset()
 ) -> tuple[PluginRecord, ...]:
-    """Load each plugin of a distribution; one that fails stops no other.
+    """Load each plugin of a distribution; a plugin that fails does not stop the others.
 
     Args:
-        distribution: What declares entry points in the group ``flexmask``.
-        reserved: Names that its strategies may not have.
+        distribution: A distribution with entry points in the group ``flexmask``.
+        reserved: Names that its strategies must not have.
     """
     whole = PluginRecord(*name_and_version(distribution), "entry_points.txt", "")
     try:
@@ -89,9 +89,9 @@ def load_distribution(
 
 
 def declared_entry_points(distribution: Distribution) -> Iterator[EntryPoint]:
-    """The entry points of the group ``flexmask``, malformed ones included.
+    """Yield the entry points of the group ``flexmask``, including malformed ones.
 
-    `Distribution.entry_points` gives up at the first line of any group that it cannot parse.
+    `Distribution.entry_points` fails at the first line of any group that it cannot parse.
     """
     group = ""
     for line in (distribution.read_text("entry_points.txt") or "").splitlines():
@@ -124,18 +124,22 @@ def _load_all(
 
 
 def _check_requirement(distribution: Distribution) -> None:
-    """Check that a distribution's metadata is there and allows the installed flexmask.
+    """Check that a distribution has metadata that allows the installed flexmask.
 
     Raises:
-        StrategyError: If not.
+        StrategyError: If the metadata is missing or requires another version.
     """
     name, version = name_and_version(distribution)
     if version == UNKNOWN:
-        raise StrategyError("it is not installed whole: its metadata names no version; reinstall")
+        raise StrategyError(
+            "its installation is incomplete: its metadata names no version; reinstall"
+        )
     texts = [text for text in distribution.requires or () if text.lower().startswith("flexmask")]
     if not texts:
         return
-    from packaging.requirements import Requirement  # takes as long as all else here
+    from packaging.requirements import (
+        Requirement,
+    )  # importing it takes as long as all other code here
     from packaging.utils import canonicalize_name
 
     for requirement in map(Requirement, texts):
@@ -177,7 +181,7 @@ def _load_plugin(
 
 
 def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
-    """Call one plugin by itself, so that the owner of each strategy is known."""
+    """Call the hook of one plugin alone, so that the owner of each strategy is known."""
     manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, name)
@@ -186,7 +190,7 @@ def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
     if not manager.get_hookcallers(plugin):
         raise StrategyError("no hook in it; decorate register_strategies with @flexmask.hookimpl")
     results = manager.hook.register_strategies()
-    returned = results[0] if results else None  # pluggy leaves out None
+    returned = results[0] if results else None  # pluggy drops None
     if not isinstance(returned, Iterable):
         raise StrategyError(
             f"register_strategies must return a list of strategy classes, got {returned!r}"
@@ -195,10 +199,10 @@ def _call_hook(plugin: object, name: str) -> tuple[type[Strategy], ...]:
 
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Refuse a hook that flexmask does not have, as `PluginManager.check_pending` does too.
+    """Refuse hooks that flexmask does not have, as `PluginManager.check_pending` does.
 
     Raises:
-        StrategyError: If there is one; it says which hook may be meant.
+        StrategyError: If there is one; the message suggests a hook of similar name.
     """
     for caller in manager.get_hookcallers(plugin) or ():
         if not caller.has_spec():
@@ -217,7 +221,7 @@ def _check_names(strategies: tuple[type[Strategy], ...], reserved: Set[str]) -> 
 
 
 def _place_of_hook(plugin: object) -> str | None:
-    """Where a plugin's hook, or what it decorates as one, is defined."""
+    """Return the place where a plugin's hook, or a function marked as one, is defined."""
     marker = f"{hookspecs.hookspec.project_name}_impl"
     values = getattr(plugin, "__dict__", {}).values()
     hooks = (value for value in values if inspect.isroutine(value) and hasattr(value, marker))

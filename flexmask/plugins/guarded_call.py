@@ -1,7 +1,7 @@
 """Runs a plugin's code so that it cannot end the process, print to stdout or change the streams.
 
-Not contained: `os._exit`, a crash in C, threads that such code leaves running, and code that never
-returns, which Ctrl-C ends.
+It cannot prevent `os._exit`, a crash in C code, and threads that the code leaves running; code
+that never returns can be interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from flexmask.plugins.process_state import KeptOpen, ProcessState, kept_open
 
 SHOWN_CHARACTERS = 60
-"""How much is quoted of what a plugin prints."""
+"""Number of characters that are quoted of a plugin's output."""
 
 T = TypeVar("T")
 
@@ -23,9 +23,9 @@ class GuardedResult(Generic[T]):
     """The outcome of a guarded call.
 
     Attributes:
-        value: What it returned; None if it raised.
-        error: What it raised, `SystemExit` included; None if it did not.
-        notes: What it did to the process and what was undone, as predicates.
+        value: The returned value; None if the call raised.
+        error: The exception that it raised, including `SystemExit`; None if it returned.
+        notes: Its side effects on the process, which were undone; predicates of sentences.
     """
 
     value: T | None
@@ -34,7 +34,7 @@ class GuardedResult(Generic[T]):
 
 
 def call_guarded(function: Callable[[], T]) -> GuardedResult[T]:
-    """Call ``function``; undo what it does to the standard streams and the working directory.
+    """Call ``function``, and undo its changes of the standard streams and the working directory.
 
     Raises:
         KeyboardInterrupt: If the user, or the function, raises it.

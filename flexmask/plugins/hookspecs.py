@@ -25,13 +25,13 @@ hookimpl = pluggy.HookimplMarker("flexmask")
 def register_strategies() -> Iterable[type[Strategy]]:
     """Return the strategy classes that this plugin offers.
 
-    Called once, when strategies are first looked up. Import torch inside functions only: listings
-    load plugins too. Text printed here is kept off stdout and reported; another working directory
-    and closed streams are undone and reported.
+    Called once, when strategies are first looked up. Import torch only inside functions, because
+    listings load plugins too. Printed text is not sent to stdout but reported; a changed working
+    directory and closed streams are restored and reported.
 
-    One plugin that fails stops no other. What cannot be contained in one process: ``os._exit``, a
-    crash in C code, threads that a plugin leaves running, global settings of libraries such as
-    torch's default dtype, and an import that never ends. ``flexmask --no-plugins`` and
-    ``FLEXMASK_LOAD_PLUGINS`` leave such a plugin out.
+    A plugin that fails does not stop the others. Some effects cannot be contained within one
+    process: ``os._exit``, a crash in C code, threads that a plugin leaves running, global settings
+    of libraries such as torch's default dtype, and an import that never ends. Exclude such a
+    plugin by ``flexmask --no-plugins`` or ``FLEXMASK_LOAD_PLUGINS``.
     """
     raise NotImplementedError

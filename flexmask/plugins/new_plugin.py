@@ -1,4 +1,4 @@
-"""Starts a plugin from the files of plugins/flexmask-example, under other names."""
+"""Creates a plugin from the files of plugins/flexmask-example, under another name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ EXAMPLE = "flexmask-example"
 
 @dataclass(frozen=True)
 class PluginNames:
-    """What a plugin is called, in its three places.
+    """The three names of a plugin.
 
     Attributes:
-        distribution: As ``pip install`` takes it.
-        module: As ``import`` does.
-        strategy: As ``--strategy`` does.
+        distribution: The name for ``pip install``.
+        module: The name for ``import``.
+        strategy: The name for `make_strategy` and ``--strategy``.
     """
 
     distribution: str
@@ -33,10 +33,10 @@ class PluginNames:
 
     @classmethod
     def of(cls, name: str) -> Self:
-        """Names for a distribution: ``flexmask-sliding`` has the strategy ``sliding``.
+        """Derive them from a distribution's name: ``flexmask-sliding`` has ``sliding``.
 
         Raises:
-            OptionError: If the name is not a distribution's, or its module is there already.
+            OptionError: If no distribution can have the name, or its module exists already.
         """
         module = re.sub(r"[-.]+", "_", name.lower())
         if not module.isascii() or not module.isidentifier() or keyword.iskeyword(module):
@@ -56,7 +56,7 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
     """Write the example's files into a new folder, with its names replaced.
 
     Raises:
-        OptionError: If the folder is there and not empty, or cannot be written.
+        OptionError: If the folder exists and is not empty, or cannot be written.
     """
     try:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -70,7 +70,7 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
 
 
 def _example_files() -> list[Traversable]:
-    """The example's files: in the wheel beside this module, in a checkout under plugins/."""
+    """Return the example's files: from flexmask/plugin_template, in a checkout from plugins/."""
     home = files("flexmask").joinpath("plugin_template")
     if not home.is_dir():
         home = Path(__file__).parents[2] / "plugins" / EXAMPLE

@@ -1,4 +1,4 @@
-"""What belongs to the whole process and code of others may change: folder and streams."""
+"""State of the process that plugins may change: the working directory and the streams."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ STREAMS = ("stdin", "stdout", "stderr")
 
 
 class KeptOpen(io.StringIO):
-    """Text that was printed; closing it changes nothing.
+    """A text stream that stays open when it is closed.
 
     Attributes:
-        was_closed: Whether somebody tried to.
+        was_closed: Whether `close` was called.
     """
 
     was_closed = False
 
     def close(self) -> None:
-        """Note it."""
+        """Record the call, and stay open."""
         self.was_closed = True
 
 
 class ProcessState:
-    """The working folder and the standard streams as they were when it was made.
+    """The working directory and the standard streams at the time of its creation.
 
-    Each is held by a descriptor of its own, which stays valid whatever happens to names, numbers
-    and objects.
+    Each is held by a file descriptor of its own, which stays valid if paths are renamed, the
+    original descriptors closed or the stream objects replaced.
     """
 
     def __init__(self) -> None:
-        """Hold what is there now."""
+        """Duplicate the present descriptors."""
         self._folder = _opened_folder()
         self._numbers = {number: _duplicate(number) for number in range(len(STREAMS))}
         self._objects = {name: getattr(sys, name) for name in STREAMS}
         self._originals = {name: getattr(sys, f"__{name}__") for name in STREAMS}
 
     def restore(self) -> list[str]:
-        """Put back what changed; a predicate for each change."""
+        """Restore what has changed; return the predicate of a sentence for each change."""
         return [*self._restore_folder(), *self._restore_numbers(), *self._restore_objects()]
 
     def close(self) -> None:
-        """Let go of all descriptors."""
+        """Close all descriptors."""
         for held in (self._folder, *self._numbers.values()):
             if held is not None:
                 os.close(held)
@@ -53,7 +53,7 @@ class ProcessState:
     def _restore_folder(self) -> Iterator[str]:
         if self._folder is None:
             return
-        with suppress(OSError):  # the folder that is current now may have been removed
+        with suppress(OSError):  # the present working directory may have been removed
             if os.path.samestat(os.stat("."), os.fstat(self._folder)):
                 return
         os.fchdir(self._folder)
@@ -81,7 +81,7 @@ class ProcessState:
 
 @contextmanager
 def kept_open(printed: KeptOpen) -> Iterator[None]:
-    """Let what is printed go to ``printed``, under both names that stdout has."""
+    """Replace ``sys.stdout`` and ``sys.__stdout__`` by ``printed`` for the duration."""
     before = sys.stdout, sys.__stdout__
     sys.stdout = sys.__stdout__ = printed  # type: ignore[misc,assignment]
     try:
@@ -91,7 +91,7 @@ def kept_open(printed: KeptOpen) -> Iterator[None]:
 
 
 def _reopen(stream: TextIO, number: int) -> bool:
-    """Open a closed stream again in place, since others hold it too."""
+    """Open a closed stream again in place, because other code refers to the same object."""
     if type(stream) is not io.TextIOWrapper:
         return False
     buffer = open(number, "rb" if number == 0 else "wb", closefd=False)  # noqa: SIM115 the stream owns it
@@ -107,7 +107,7 @@ def _reopen(stream: TextIO, number: int) -> bool:
 def _duplicate(number: int) -> int | None:
     try:
         return os.dup(number)
-    except OSError:  # closed by who started the process
+    except OSError:  # closed by the parent process
         return None
 
 

@@ -1,4 +1,4 @@
-"""Finds mask strategies: loads plugins one by one and keeps the outcome of each."""
+"""The registry of mask strategies: loads plugins one by one, and keeps the outcome of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexmask.strategy import ParameterValue, Strategy
 LOAD_PLUGINS = "FLEXMASK_LOAD_PLUGINS"
 """Environment variable: names of the distributions whose plugins load, separated by commas.
 
-Unset means all. flexmask's own strategies load whatever it says.
+Unset means all. flexmask's own strategies always load.
 """
 
 BUILT_IN = "flexmask"
@@ -39,12 +39,12 @@ class RegisteredStrategy:
 
 @dataclass(frozen=True)
 class Registry:
-    """Every plugin that was asked for, those that failed included."""
+    """All selected plugins, including those that failed."""
 
     plugins: tuple[PluginRecord, ...]
 
     def strategies(self) -> tuple[RegisteredStrategy, ...]:
-        """The strategies that can be looked up, sorted by name."""
+        """Return the strategies that can be looked up, sorted by name."""
         return tuple(group[0] for group in self._by_name.values() if len(group) == 1)
 
     def strategy(self, name: str) -> type[Strategy]:
@@ -56,7 +56,7 @@ class Registry:
         return self.registered(name).cls
 
     def registered(self, name: str) -> RegisteredStrategy:
-        """As `strategy`, with the plugin that registered it.
+        """Look up a strategy together with the plugin that registered it.
 
         Raises:
             StrategyError: As `strategy`.
@@ -69,7 +69,7 @@ class Registry:
         return group[0]
 
     def conflicts(self) -> dict[str, str]:
-        """For each name that was registered more than once, a line that names the owners."""
+        """Return a message for each name that several plugins registered; it names them."""
         return {
             name: _conflict(name, [item.owner for item in group])
             for name, group in self._by_name.items()
@@ -77,13 +77,13 @@ class Registry:
         }
 
     def error_of(self, plugin: PluginRecord) -> str | None:
-        """Why a plugin failed, or which of its strategies others registered too."""
+        """Return why a plugin failed, or which of its strategies other plugins registered too."""
         conflicts = self.conflicts()
         names = [cls.name for cls in plugin.strategies if cls.name in conflicts]
         return plugin.error or "; ".join(conflicts[name] for name in names) or None
 
     def problems(self) -> tuple[str, ...]:
-        """What the user should know: a line for each failed plugin and each conflict."""
+        """Return warnings: a line for each note, each failed plugin and each conflict."""
         lines = []
         for item in self.plugins:
             lines += [f"plugin '{item}' {note}" for note in item.notes]
@@ -116,7 +116,7 @@ def _conflict(name: str, owners: Iterable[PluginRecord]) -> str:
 def load_registry() -> Registry:
     """Load the plugins of the entry-point group ``flexmask``, once per process.
 
-    A plugin that fails is recorded and stops no other.
+    A plugin that fails is recorded, and does not stop the others.
 
     Raises:
         FlexMaskError: If flexmask itself is not installed, or ``FLEXMASK_LOAD_PLUGINS`` names a
@@ -139,8 +139,8 @@ def make_strategy(name: str, parameters: Mapping[str, ParameterValue]) -> Strate
     """Look up a strategy and set its parameters; strings are parsed to the declared type.
 
     Args:
-        name: Of a registered strategy; or ``path/to/file.py:name``, straight from a file.
-        parameters: By name; those left out have their defaults.
+        name: Name of a registered strategy, or ``path/to/file.py:name``.
+        parameters: Values by name; others have their defaults.
 
     Raises:
         StrategyError: If the strategy or a parameter is unknown, or a value is not allowed.
@@ -151,13 +151,14 @@ def make_strategy(name: str, parameters: Mapping[str, ParameterValue]) -> Strate
 
 
 def recorded_plugin(name: str) -> Mapping[str, str] | None:
-    """What a run's configuration records of the plugin that a strategy comes from.
+    """Return what the configuration of a run records about a strategy's plugin.
 
-    The version alone would not do: that of an editable installation stays while its code changes.
+    The version alone does not suffice: in an editable installation the code changes under the same
+    version.
 
     Returns:
         Distribution, version, and a digest of the file that defines the strategy; None for a
-        built-in strategy, and for one straight from a file, whose name is recorded with a digest.
+        built-in strategy and for a strategy file, which `recorded_name` records.
     """
     if is_strategy_file(name):
         return None
@@ -175,9 +176,9 @@ def recorded_plugin(name: str) -> Mapping[str, str] | None:
 
 
 def _find_distributions() -> dict[str, Distribution]:
-    """Distributions that declare plugins, sorted by normalised name.
+    """Return the distributions that declare plugins, sorted by normalised name.
 
-    Of one that stands on ``sys.path`` twice the first counts, as it does for imports.
+    If one is on ``sys.path`` twice the first counts, as for imports.
     """
     found: dict[str, Distribution] = {}
     for distribution in distributions():
@@ -187,7 +188,7 @@ def _find_distributions() -> dict[str, Distribution]:
 
 
 def _may_declare_plugins(distribution: Distribution) -> bool:
-    """Whether a distribution names the group; loading says what is wrong with one not readable."""
+    """Return True if a distribution names the group, or cannot be read; loading reports that."""
     try:
         text = distribution.read_text("entry_points.txt") or ""
     except UnicodeDecodeError as error:
@@ -198,19 +199,19 @@ def _may_declare_plugins(distribution: Distribution) -> bool:
 
 
 def _select(found: Mapping[str, Distribution], wanted: str | None) -> list[Distribution]:
-    """The third-party distributions that ``FLEXMASK_LOAD_PLUGINS`` asks for."""
+    """Return the third-party distributions that ``FLEXMASK_LOAD_PLUGINS`` selects."""
     others = {name: item for name, item in found.items() if name != BUILT_IN}
     if wanted is None:
         return list(others.values())
     names = {_normalized(name) for name in wanted.split(",") if name.strip()} - {BUILT_IN}
     if unknown := sorted(names - others.keys()):
         raise FlexMaskError(
-            f"{LOAD_PLUGINS} names {unknown[0]!r}, which is no installed plugin; "
+            f"{LOAD_PLUGINS} names {unknown[0]!r}, which is not an installed plugin; "
             f"installed: {', '.join(others) or 'none'}"
         )
     return [item for name, item in others.items() if name in names]
 
 
 def _normalized(name: str) -> str:
-    """Compare names of distributions as PEP 503 has it."""
+    """Return the normalised name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

@@ -1,4 +1,4 @@
-"""Strategies straight from a Python file, for the time before there is a plugin."""
+"""Strategies from a Python file, without a plugin."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _RECORDED = re.compile(r"(?P<reference>.+) \(sha256 (?P<digest>[0-9a-f]{12})\)")
 
 
 def is_strategy_file(reference: str) -> bool:
-    """Whether a strategy is asked for as ``path/to/file.py`` or ``path/to/file.py:name``."""
+    """Return True for ``path/to/file.py`` and ``path/to/file.py:name``."""
     return _REFERENCE.fullmatch(reference) is not None
 
 
 def strategy_of_file(reference: str) -> type[Strategy]:
-    """The strategy that ``path/to/file.py:name`` names; the name may be left out if there is one.
+    """Return the strategy ``path/to/file.py:name``; the name is optional if there is only one.
 
     Raises:
         StrategyError: If the file cannot be run or has no such strategy.
@@ -43,7 +43,7 @@ def strategy_of_file(reference: str) -> type[Strategy]:
 
 
 def classes_in_file(reference: str) -> tuple[type[Strategy], ...]:
-    """The strategy that a reference names, or all strategies of the file if it names none.
+    """Return the strategy that a reference names, or all of the file if it names none.
 
     Raises:
         StrategyError: If the file cannot be run or has no such strategy.
@@ -53,17 +53,17 @@ def classes_in_file(reference: str) -> tuple[type[Strategy], ...]:
 
 
 def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
-    """Run a file, once for each state of it, and take the strategies that it defines.
+    """Run a file, once for each content, and return the strategies that it defines.
 
     Raises:
-        StrategyError: If it cannot be run, or defines none or one that is not usable.
+        StrategyError: If it fails, defines no strategy, or one that is not usable.
     """
     return _strategies(path.absolute(), path, _digest(path))
 
 
 @cache
 def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
-    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may have a masks.py each
+    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may each have a masks.py
     result = call_guarded(lambda: _run(location, name))
     for note in result.notes:
         warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
@@ -84,24 +84,24 @@ def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy]
 
 
 def recorded_name(reference: str) -> str:
-    """What a run's configuration records: a name; a file with a digest of what it holds."""
+    """Return a strategy as a run's configuration records it; a file with a digest."""
     if not is_strategy_file(reference):
         return reference
     return f"{reference} (sha256 {_digest(_parts(reference)[0])})"
 
 
 def reference_of_record(recorded: str, location: str | None = None) -> str:
-    """How to ask for the strategy that a run's configuration records.
+    """Return the reference of the strategy that a run's configuration records.
 
-    A file counts if it holds what it held then: the one of the recorded path, or any beside it or
-    in the working folder, since it may have been renamed.
+    A file must have the recorded content. It may have been renamed: besides the recorded path, all
+    files in its folder and in the working directory are tried.
 
     Args:
-        recorded: As `recorded_name` gives it.
-        location: Where the file was, if that is recorded.
+        recorded: A name as `recorded_name` returns it.
+        location: The recorded absolute path of the file, if there is one.
 
     Raises:
-        StrategyError: If it was a file, and none that holds the same is found.
+        StrategyError: If it was a file, and no file of the same content is found.
     """
     match = _RECORDED.fullmatch(recorded)
     if match is None or not is_strategy_file(match["reference"]):
@@ -116,17 +116,17 @@ def reference_of_record(recorded: str, location: str | None = None) -> str:
     state = "has changed since" if any(file.is_file() for file in first) else "is not there"
     raise StrategyError(
         f"the run's strategy is of the file {path}, which {state} (sha256 {match['digest']}); "
-        "name it with `strategy`, or put it back"
+        "name it with `strategy`, or restore it"
     )
 
 
 def recorded_location(reference: str) -> str | None:
-    """Where the file of a strategy is, for a run's configuration; None if it is of no file."""
+    """Return the absolute path of a strategy's file, for a run's configuration; else None."""
     return str(_parts(reference)[0].absolute()) if is_strategy_file(reference) else None
 
 
 def _digest(path: Path) -> str:
-    """Identifies what a file holds."""
+    """Return a digest of a file's content."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
@@ -146,7 +146,7 @@ def _run(path: Path, name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look up annotations
+    sys.modules[name] = module  # dataclasses look up annotations there
     try:
         spec.loader.exec_module(module)
     except BaseException:

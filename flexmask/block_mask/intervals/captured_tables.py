@@ -121,7 +121,7 @@ Position = tuple[Tensor, ...]
 """The position of an entry along one dimension: ``(index,)``, or ``(level, index)``."""
 
 Scale = CellScale | RangeScale | None
-"""How a dimension is prepared: for cells, for arbitrary ranges, or not (None: an exact index).
+"""The preparation of a dimension: for cells, for arbitrary ranges, or None for exact indices.
 
 If it ``wraps``, some index is negative, and the dimension is repeated once, so that the range from
 -1 to 3 is contiguous.
