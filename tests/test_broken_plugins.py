@@ -232,8 +232,8 @@ def test_a_plugin_without_metadata_is_told_to_install_again(working):
     working.install("flexmask-mine", plugin("mine"))
     (working.folder / "flexmask_mine-1.0.dist-info" / "METADATA").unlink()
     assert _lines() == (
-        "plugin 'flexmask_mine-1.0.dist-info ? (entry_points.txt)' failed: it is not installed "
-        "whole: its metadata names no version; reinstall",
+        "plugin 'flexmask_mine-1.0.dist-info ? (entry_points.txt)' failed: its installation "
+        "is incomplete: its metadata names no version; reinstall",
     )
     assert_others_work()
 

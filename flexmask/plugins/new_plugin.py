@@ -60,7 +60,7 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
     """
     try:
         if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise OptionError(f"{folder} is there already; choose another `directory`")
+            raise OptionError(f"{folder} exists already; choose another `directory`")
         folder.mkdir(parents=True, exist_ok=True)
         for path in _example_files():
             text = path.read_text(encoding="utf-8")
