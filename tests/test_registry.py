@@ -66,7 +66,7 @@ FAILURES = {
     "error without a message": ("raise RuntimeError", "RuntimeError"),
     "misspelled hook": (
         plugin("mine", hook="def register_strategy(): return [{classes}]"),
-        "PluginValidationError: unknown hook 'register_strategy' in plugin <module",
+        "flexmask has no hook 'register_strategy'; did you mean",
     ),
     "wrong signature": (
         plugin("mine", hook="def register_strategies(config): return [{classes}]"),

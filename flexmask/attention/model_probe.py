@@ -354,7 +354,8 @@ def _check_finite(name: str, found: _Pass) -> None:
     Raises:
         ModelError: If they are not, as when a config divides positions by zero.
     """
-    for tensor in found.calls[0].tensors:
+    tensors = found.calls[0].tensors if found.calls else ()  # of scores of its own, none is seen
+    for tensor in tensors:
         if not tensor.isfinite().all(-1).all(1).any():
             raise ModelError(
                 f"{name} computes NaN or infinity for every token; its weights or its config.json "
