@@ -1004,6 +1004,6 @@ def test_the_picture_is_what_its_program_draws(tmp_path: Path) -> None:
     drawn = (tmp_path / "picture.svg").read_text()
     assert drawn == (ROOT / "docs" / "block-masks.svg").read_text()
     text = (ROOT / "docs" / "block-masks.md").read_text()
-    assert "506 of 576 tiles need no pair, 63 need 16" in text
+    assert "Of 576 tiles, 506 need no pair, 63 need 16 pairs" in text
     assert "decided by intervals over the whole tile: 506" in drawn
     assert "by 4 × 4 of its pairs: 63" in drawn
