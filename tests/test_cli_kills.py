@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +17,13 @@ import pyarrow.feather
 import pytest
 
 from flexmask.results.result_writer import read_finished_rows
+from quick_cli import COMMAND as WITHOUT_MODEL
 
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu", "--quiet"]
 COMMAND += ["--batch-size", "2", "--max-new-tokens", "6", "--resume"]
+
+ROWS_WITHOUT_MODEL = 400
+"""So many that the result file takes some time to write."""
 
 
 def run_whole(output: Path, limit: int) -> None:
@@ -72,7 +79,10 @@ def test_a_run_killed_between_its_rows_equals_an_undisturbed_one(tmp_path: Path)
 
 
 @pytest.mark.long
-def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", 20)
     limit = 100
     started = time.monotonic()
     run_whole(tmp_path / "whole.feather", limit)
@@ -99,3 +109,77 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(tmp_pat
     assert not list(tmp_path.glob("*.partial"))
     assert not list(tmp_path.glob("*.tmp"))
     print(f"20 kills in {rounds} rounds of {duration_s:.0f} s; rows found: {found}")
+
+
+@pytest.mark.long
+def test_a_run_killed_at_24_moments_of_its_last_write_loses_no_row(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", count := 24)
+    rows = [{"uuid": str(n), "segments": ["x"] * 20} for n in range(ROWS_WITHOUT_MODEL)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    duration_s = duration_of_last_write(tmp_path / "whole.feather")
+    whole = pyarrow.feather.read_table(tmp_path / "whole.feather")
+    found: list[str] = []
+    while len(found) < count:
+        output = tmp_path / f"{len(found)}.feather"
+        if not kill_in_last_write(output, duration_s * len(found) / count):
+            duration_s *= 0.8  # it was quicker this time
+            output.unlink()
+            continue
+        left = [path for path in (output, journal_of(output)) if path.exists()]
+        assert left
+        for path in left:
+            assert read_finished_rows(path).num_rows == ROWS_WITHOUT_MODEL
+        found.append(" and ".join(path.suffix for path in left))
+        resumed = start_without_model(output)
+        assert resumed.wait() == 0
+        assert pyarrow.feather.read_table(output).equals(whole)
+        assert sorted(tmp_path.glob(f"{output.name}*")) == [output]
+    print(f"{count} kills in a last write of {1e3 * duration_s:.0f} ms; left: {Counter(found)}")
+
+
+def start_without_model(output: Path) -> subprocess.Popen[bytes]:
+    """Start a run whose engine answers at once."""
+    command = [*WITHOUT_MODEL, "generate", "--device", "cpu", "--quiet", "--resume"]
+    command += ["--input", str(output.with_name("rows.jsonl")), "--output", str(output)]
+    return subprocess.Popen(command)
+
+
+def journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def wait_for_last_write(process: subprocess.Popen[bytes], output: Path) -> bool:
+    """Whether it came: the file that becomes the result is there, after rows in the journal."""
+    temporary, rows = output.with_name(output.name + ".tmp"), 100 * ROWS_WITHOUT_MODEL
+    while process.poll() is None:
+        with suppress(FileNotFoundError):
+            # A journal begins as a temporary file too.
+            if temporary.exists() and journal_of(output).stat().st_size > rows:
+                return True
+    return False
+
+
+def duration_of_last_write(output: Path) -> float:
+    """Seconds from there until the journal of a whole run is gone."""
+    with start_without_model(output) as process:
+        assert wait_for_last_write(process, output)
+        started = time.monotonic()
+        while journal_of(output).exists():
+            assert process.poll() in (None, 0)
+        duration_s = time.monotonic() - started
+    assert process.returncode == 0
+    return duration_s
+
+
+def kill_in_last_write(output: Path, after_s: float) -> bool:
+    """Kill a run some time after its last write began; False if it ended before."""
+    with start_without_model(output) as process:
+        if not wait_for_last_write(process, output):
+            return False
+        started = time.monotonic()
+        while time.monotonic() - started < after_s:
+            pass
+        process.kill()
+    return process.returncode < 0

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,15 +97,20 @@ def as_program(folder: Path, extension: str, count: int) -> int:
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_disk_that_is_full_after_so_many_bytes_costs_no_finished_row(
-    tmp_path: Path, extension: str
+    tmp_path: Path, extension: str, record_property: Callable[[str, object], None]
 ) -> None:
-    assert 3 <= as_program(tmp_path, extension, 7) < 7
+    reached = as_program(tmp_path, extension, 7)
+    record_property("cases", reached)
+    assert 3 <= reached < 7
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("extension", EXTENSIONS)
-def test_no_size_of_a_disk_costs_a_finished_row(tmp_path: Path, extension: str) -> None:
+def test_no_size_of_a_disk_costs_a_finished_row(
+    tmp_path: Path, extension: str, record_property: Callable[[str, object], None]
+) -> None:
     reached = as_program(tmp_path, extension, 120)
+    record_property("cases", reached)
     print(f"{reached} of 120 disks were full")
     assert reached >= 33
 

@@ -7,6 +7,7 @@ import random
 import struct
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,24 +76,33 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "results" / "out.feather"
 
 
-def test_no_damage_to_a_journal_makes_a_wrong_row(output: Path, tmp_path: Path) -> None:
+def test_no_damage_to_a_journal_makes_a_wrong_row(
+    output: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", 96)
     outcomes = damaged_journals(output, tmp_path, range(96))
     assert outcomes["resumed"] > 60
 
 
 @pytest.mark.long
-def test_none_of_759_damages_to_a_journal_makes_a_wrong_row(output: Path, tmp_path: Path) -> None:
+def test_none_of_759_damages_to_a_journal_makes_a_wrong_row(
+    output: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("cases", 759)
     outcomes = damaged_journals(output, tmp_path, range(1000, 1759))
     print(f"759 damaged journals: {dict(outcomes)}, 0 wrong")
     assert outcomes["resumed"] > 500
 
 
 @pytest.mark.long
-def test_no_bit_of_a_journal_can_change_unnoticed(output: Path) -> None:
+def test_no_bit_of_a_journal_can_change_unnoticed(
+    output: Path, record_property: Callable[[str, object], None]
+) -> None:
     requests = make_requests(2)
     interrupted_run(output, requests, at="q1")
     whole = journal_of(output).read_bytes()
     right = read_finished_rows(journal_of(output))
+    record_property("cases", len(whole) * 8)
     for bit in range(len(whole) * 8):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8

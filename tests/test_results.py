@@ -566,18 +566,24 @@ def test_a_lock_on_a_journal_that_was_replaced_meanwhile_does_not_count(
     assert uuids(output) == ["q0", "q1", "q2"]
 
 
-def test_a_run_killed_at_any_system_call_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_system_call_can_be_resumed(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     with as_program("kill_at_each_system_call", tmp_path) as program:
         printed, _ = program.communicate()
     assert program.returncode == 0
     assert int(printed) > 40, "kills"
+    record_property("cases", int(printed))
 
 
-def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     with as_program("kill_at_random", tmp_path) as program:
         printed, _ = program.communicate()
     assert program.returncode == 0
     assert int(printed) >= 3, "kills"
+    record_property("cases", int(printed))
 
 
 def as_program(name: str, path: Path) -> subprocess.Popen[str]:
