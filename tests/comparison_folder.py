@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexmask.compare.cell import ATTENTION, Cell, Contender, Way
@@ -55,7 +55,7 @@ def write_cell(
 
 
 def write_comparison(
-    path: Path, cells: dict[Cell, Sequence[str]], requests: Sequence[Request], failed: Cell
+    path: Path, cells: Mapping[Cell, Sequence[str]], requests: Sequence[Request], failed: Cell
 ) -> list[CellResult]:
     """Write a report of cells with these answers, and of one that failed."""
     folder = ReportFolder(path)

@@ -13,6 +13,8 @@ from oracles import SHAPE
 
 SOURCE = Path(__file__).parents[1] / "docs" / "model_families.py"
 _spec = importlib.util.spec_from_file_location("model_families", SOURCE)
+assert _spec is not None
+assert _spec.loader is not None
 families = sys.modules["model_families"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(families)
 

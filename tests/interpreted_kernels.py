@@ -17,6 +17,10 @@ from torch import Tensor
 
 from flexmask.kernels import decode_attention, projection
 
+# Checks replace parts of these modules.
+DECODE_ATTENTION: Any = decode_attention
+PROJECTION: Any = projection
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 
@@ -34,20 +38,21 @@ def start() -> None:
 
     for kernel in (decode_attention_kernel, projection_kernel, triton_interpreter.straying_kernel):
         triton_interpreter.watch(kernel)
-    for module in (decode_attention, projection):
+    for module in (DECODE_ATTENTION, PROJECTION):
         module.starts_early = lambda device: False  # that part is assembly
 
 
 def run(check: Callable[..., Any], **case: Any) -> Any:
     """Run a check; what a kernel raises comes without what triton wraps around it."""
-    decode_attention.arrival_counters.cache_clear()  # what fails may leave them anywhere
+    DECODE_ATTENTION.arrival_counters.cache_clear()  # what fails may leave them anywhere
     torch.manual_seed(0)
     try:
         return check(**case)
     except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        raise error from None
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
 
 
 def stray(access: str) -> None:
@@ -83,7 +88,7 @@ def check_decode_attention(
     places = (torch.tensor(slots), key_dim**-0.5, softcap, *_table(slots, capacity, sharing))
     plain = [torch.randn(rows, kv_heads, capacity, dim, dtype=dtype) for dim in dims]
     caches = [cache.clone() for cache in plain]
-    want = decode_attention.plain_decode_attention(*own, *angles, *plain, *places)
+    want = DECODE_ATTENTION.plain_decode_attention(*own, *angles, *plain, *places)
     for row, slot in enumerate(slots):
         for cache, filled in zip(caches, plain, strict=True):
             cache[row, :, slot:] = float("nan")  # what lies there is unread
@@ -91,9 +96,9 @@ def check_decode_attention(
 
     def launch() -> tuple[Tensor, ...]:
         kept = [cache.clone() for cache in caches]
-        return decode_attention._fast_decode_attention(*own, *angles, *kept, *places), *kept
+        return DECODE_ATTENTION._fast_decode_attention(*own, *angles, *kept, *places), *kept
 
-    decode_attention.tile_bytes = lambda device: tile_bytes
+    DECODE_ATTENTION.tile_bytes = lambda device: tile_bytes
     for got in _in_both_orders(launch):
         for name, *both in zip(("output", "keys", "values"), got, (want, *plain), strict=True):
             _assert_close(name, *both)
@@ -137,7 +142,7 @@ def check_projection(
         torch.randn(rows, outputs, dtype=dtype) if has_residual else None,
     )
     want = projection.project(*arguments)
-    projection.tile_bytes = lambda device: tile_bytes
+    PROJECTION.tile_bytes = lambda device: tile_bytes
     for got in _in_both_orders(lambda: projection._fast_project(*arguments)):
         _assert_close("output", got, want)
     return _constants()

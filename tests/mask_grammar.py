@@ -78,7 +78,7 @@ class CallableMask:
 
 def _nested(mask_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def outer(limit: Tensor) -> Callable[..., Tensor]:
-        def inner(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        def inner(b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return mask_mod(b, h, q_idx, kv_idx) & (kv_idx < limit)
 
         return inner
@@ -87,12 +87,12 @@ def _nested(mask_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_window(
-    b: Any, h: Any, q_idx: Any, kv_idx: Any, *, mask_mod: Callable[..., Tensor], window: int
+    b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor, *, mask_mod: Callable[..., Tensor], window: int
 ) -> Tensor:
     return mask_mod(b, h, q_idx, kv_idx) | ((q_idx - kv_idx).abs() < window)
 
 
-def _causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+def _causal(b: Any, h: Any, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return q_idx >= kv_idx
 
 

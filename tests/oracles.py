@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from flexmask.layout import Layout, TokenizedRequest
 from flexmask.request import Request
 from flexmask.strategy import Strategy
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=211,
     hidden_size=48,
     intermediate_size=64,
@@ -55,14 +56,15 @@ def make_model(architecture: str, implementation: str, device: str = "cpu") -> P
     register_attention()
     config = copy.deepcopy(CONFIGS[architecture])
     torch.manual_seed(0)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             # Larger weights than the usual initialisation: attention has to matter.
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
     model.set_attn_implementation(implementation)
-    return model.to(device).eval().requires_grad_(False)
+    return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
 
 
 def random_request(seed: int, prefix: int, segments: Sequence[int], tail: int) -> TokenizedRequest:
@@ -119,12 +121,12 @@ def oracle_logits(model: PreTrainedModel, strategy: Strategy, layout: Layout) ->
             attention_mask=_additive(masks),
             use_cache=False,
         )
-    return output.logits[0]
+    return cast(Tensor, output.logits[0])
 
 
 def _additive(masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
     if isinstance(masks, dict):
-        return {kind: _additive(mask) for kind, mask in masks.items()}
+        return {kind: cast(Tensor, _additive(mask)) for kind, mask in masks.items()}
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(masks.shape, device=masks.device).masked_fill(~masks, lowest)
 

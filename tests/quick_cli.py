@@ -49,7 +49,8 @@ class QuickEngine:
 def run() -> None:
     from flexmask_cli import __main__, generation_options
 
-    generation_options.load_engine = lambda *arguments, **options: QuickEngine()
+    options_module: Any = generation_options
+    options_module.load_engine = lambda *arguments, **options: QuickEngine()
     __main__.run()
 
 

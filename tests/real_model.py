@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def with_attention(model: PreTrainedModel, implementation: str) -> PreTrainedMod
     weights = model.state_dict()
     twin.load_state_dict({name: weights[name] for name in twin.state_dict()}, assign=True)
     twin.tie_weights()
-    return twin.eval().requires_grad_(False)
+    return cast(PreTrainedModel, twin.eval().requires_grad_(False))
 
 
 def dense_logits(
@@ -65,4 +66,4 @@ def dense_logits(
             logits_to_keep=len(answer),
             use_cache=False,
         )
-    return output.logits[0]
+    return cast(Tensor, output.logits[0])

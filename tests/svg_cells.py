@@ -37,7 +37,7 @@ def svg_cells(path: Path, size: int) -> NDArray[np.uint8]:
     found = np.full((size, size, 3), 255, dtype=np.uint8)
     tree = ElementTree.parse(path)
     paths = [
-        (element.get("d"), re.search(r"fill: (#\w{6})", element.get("style", "")))
+        (element.get("d", ""), re.search(r"fill: (#\w{6})", element.get("style", "")))
         for element in tree.iter("{http://www.w3.org/2000/svg}path")
     ]
     frame = max(
@@ -47,7 +47,9 @@ def svg_cells(path: Path, size: int) -> NDArray[np.uint8]:
     left, top = frame.min(0)
     side = np.ptp(frame[:, 0]) / size
     for d, fill in paths:
-        for outline in re.findall(r"M[^Mz]*z", d) if fill else []:
+        if fill is None:
+            continue
+        for outline in re.findall(r"M[^Mz]*z", d):
             points = _numbers(outline)
             x0, y0 = ((points.min(0) - (left, top)) / side).round(3)
             x1, y1 = ((points.max(0) - (left, top)) / side).round(3)
@@ -59,7 +61,7 @@ def svg_cells(path: Path, size: int) -> NDArray[np.uint8]:
 
 def _is_frame(points: NDArray[np.float64]) -> bool:
     """Whether an outline is the square of the axes, and not the whole figure."""
-    return points.min() > 1 and abs(np.ptp(points[:, 0]) - np.ptp(points[:, 1])) < 0.01
+    return bool(points.min() > 1 and abs(np.ptp(points[:, 0]) - np.ptp(points[:, 1])) < 0.01)
 
 
 def _numbers(d: str) -> NDArray[np.float64]:

@@ -760,7 +760,7 @@ def _if(b: Any, h: Any, q: Any, k: Any) -> Any:
     return q >= k if q > 3 else k == 0
 
 
-ILLEGAL: dict[str, tuple[MaskMod, str]] = {
+ILLEGAL: dict[str, tuple[Callable[..., Any], str]] = {
     "Python bool": (lambda b, h, q, k: True, "returns the Python bool True.*`q_idx >= 0`"),
     "if": (_if, "reads a value on the host: `if`.*torch.where"),
     "and": (lambda b, h, q, k: (q > k) and (k > 3), "reads a value on the host.*`&`"),
@@ -867,7 +867,7 @@ def test_a_captured_tensor_on_the_meta_device_is_named() -> None:
     ],
 )
 def test_sizes_are_checked(change: dict[str, Any], message: str) -> None:
-    sizes = {"B": 1, "H": 1, "Q_LEN": 10, "KV_LEN": 10, "device": "cpu"}
+    sizes: dict[str, Any] = {"B": 1, "H": 1, "Q_LEN": 10, "KV_LEN": 10, "device": "cpu"}
     with pytest.raises(MaskError, match=message):
         create_block_mask(causal, **(sizes | change))
 
@@ -883,6 +883,7 @@ def test_a_report_counts_tiles_and_pairs(family: Callable[[str], MaskMod]) -> No
     dense = create_mask(mask_mod, 2, 3, 650, 690, device="cpu")
     assert_identical(report.block_mask, theirs)
     assert report.tiles_partial == theirs.kv_num_blocks.sum()
+    assert theirs.full_kv_num_blocks is not None
     assert report.tiles_full == theirs.full_kv_num_blocks.sum()
     tiles = 2 * 3 * 11 * 7
     assert report.tiles_empty == tiles - report.tiles_partial - report.tiles_full
@@ -962,7 +963,7 @@ def test_decode_rows_see_what_buffers_hold_at_the_update() -> None:
 
 def test_decode_rows_refuse_illegal_masks() -> None:
     with pytest.raises(MaskError, match="Python bool"):
-        DecodeRowMask(lambda b, h, q, k: True, 1, S, "cpu")
+        DecodeRowMask(lambda b, h, q, k: True, 1, S, "cpu")  # type: ignore[arg-type]
     with pytest.raises(MaskError, match="depends on the head"):
         DecodeRowMask(per_head_windows("cpu"), 1, S, "cpu")
     with pytest.raises(MaskError, match=r"'short' of shape \(100,\) with 0 to 699"):

@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,13 +17,17 @@ KEY = BlockMaskKey(
     q_length=256,
     kv_length=256,
     reused=(),
-    block_size=128,
+    block_size=(128, 128),
     device="cpu",
 )
 
 
 def build():
     return create_block_mask(causal, 1, None, 256, 256)
+
+
+def build_again() -> Any:
+    return 1 / 0
 
 
 def test_a_mask_is_built_once_and_joined_to_the_mask_mod_of_the_moment():
@@ -32,20 +37,20 @@ def test_a_mask_is_built_once_and_joined_to_the_mask_mod_of_the_moment():
         return q_idx >= kv_idx
 
     first = cache.get(KEY, causal, build)
-    second = cache.get(KEY, other, lambda: 1 / 0)
+    second = cache.get(KEY, other, build_again)
     assert (first.mask_mod, second.mask_mod) == (causal, other)
     assert torch.equal(first.kv_indices, second.kv_indices)
     assert (cache.stats.hits, cache.stats.misses) == (1, 1)
 
 
 def test_every_part_of_the_key_makes_another_mask():
-    changes = {
+    changes: dict[str, Any] = {
         "strategy": PrefixSegment(),
         "layouts": (b"two",),
         "window": 64,
         "q_length": 384,
         "kv_length": 384,
-        "block_size": 64,
+        "block_size": (64, 64),
         "device": "cuda",
     }
     cache = BlockMaskCache()
@@ -69,7 +74,7 @@ def test_the_least_recently_used_mask_leaves_when_bytes_run_out():
     cache.get(keys[2], causal, build)
     assert cache.stats.evictions == 1
     assert cache.stats.bytes == 2 * one.stats.bytes
-    cache.get(keys[0], causal, lambda: 1 / 0)  # still there
+    cache.get(keys[0], causal, build_again)  # still there
     misses = cache.stats.misses
     cache.get(keys[1], causal, build)
     assert cache.stats.misses == misses + 1

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -359,7 +360,7 @@ MASKS = {
 def test_a_mask_that_breaks_a_rule_is_told_which_and_how_to_mend_it(working, body, message):
     working.install("flexmask-mine", HEAD + body)
     torch.manual_seed(0)
-    outcomes = run_rules(make_strategy("mine", {}))
+    outcomes: Any = run_rules(make_strategy("mine", {}))
     finding = next(outcome.finding for outcome in outcomes if outcome.finding)
     outcomes.close()
     assert str(finding).startswith(message)
@@ -409,7 +410,7 @@ class Mine(Strategy):
 def register_strategies(): return [Mine]
 """
     working.install("flexmask-mine", source)
-    outcomes = run_rules(make_strategy("mine", {}))
+    outcomes: Any = run_rules(make_strategy("mine", {}))
     finding = next(outcome.finding for outcome in outcomes if outcome.finding)
     assert str(finding).startswith(message)
     assert {outcome.status for outcome in outcomes} == {"skipped"}

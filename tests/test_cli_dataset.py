@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.feather
 import pyarrow.parquet
@@ -447,6 +448,10 @@ class FakeRun:
                 return
 
 
+def fake_run(clock, batch_s) -> Any:
+    return FakeRun(clock, batch_s)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
@@ -456,7 +461,7 @@ def clock(monkeypatch):
 
 def test_away_from_a_terminal_progress_is_a_plain_line_every_few_seconds(clock, capsys):
     interrupt = Interrupt()
-    rows = [*progress.track(FakeRun(clock, 4), 8, interrupt, is_quiet=False)]
+    rows = [*progress.track(fake_run(clock, 4), 8, interrupt, is_quiet=False)]
     assert len(rows) == 4
     assert capsys.readouterr().err.splitlines() == [
         "4 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:08 left",
@@ -465,7 +470,7 @@ def test_away_from_a_terminal_progress_is_a_plain_line_every_few_seconds(clock, 
 
 
 def test_quiet_shows_no_progress(clock, capsys):
-    assert len([*progress.track(FakeRun(clock, 9), 8, Interrupt(), is_quiet=True)]) == 4
+    assert len([*progress.track(fake_run(clock, 9), 8, Interrupt(), is_quiet=True)]) == 4
     assert capsys.readouterr().err == ""
 
 
@@ -475,7 +480,7 @@ def test_a_terminal_gets_a_bar(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    for _ in progress.track(FakeRun(clock, 4), 8, Interrupt(), is_quiet=False):
+    for _ in progress.track(fake_run(clock, 4), 8, Interrupt(), is_quiet=False):
         pass
     assert "compiling, then the first batch" in terminal.getvalue()
     assert "8 of 8 rows, 0.5 rows/s, 5 tokens/s, batches of 2, 0:00 left" in terminal.getvalue()
@@ -483,8 +488,8 @@ def test_a_terminal_gets_a_bar(clock, monkeypatch):
 
 def test_a_run_of_several_is_named_in_the_bar_or_in_a_line(clock, monkeypatch, capsys):
     def run():
-        named = {"is_quiet": False, "title": "1 of 2: mean (all)"}
-        assert len([*progress.track(FakeRun(clock, 1), 8, Interrupt(), **named)]) == 4
+        named: dict[str, Any] = {"is_quiet": False, "title": "1 of 2: mean (all)"}
+        assert len([*progress.track(fake_run(clock, 1), 8, Interrupt(), **named)]) == 4
 
     run()
     assert capsys.readouterr().err == "note: 1 of 2: mean (all)\n"
@@ -512,7 +517,7 @@ def test_the_first_ctrl_c_lets_the_batch_end_and_the_second_ends_at_once(clock, 
     interrupt = Interrupt()
     batches = 0
     with interrupt:
-        for _ in progress.track(FakeRun(clock, 1), 8, interrupt, is_quiet=False):
+        for _ in progress.track(fake_run(clock, 1), 8, interrupt, is_quiet=False):
             batches += 1
             signal.raise_signal(signal.SIGINT)
         assert batches == 1

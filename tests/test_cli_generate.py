@@ -156,7 +156,7 @@ def test_verbose_tells_what_the_generation_config_of_the_model_does(small, other
 
 
 def test_rows_with_invalid_logits_are_skipped_or_named(small, tmp_path, other_model, error_of):
-    tokenizer = load_tokenizer(model_path())
+    tokenizer = load_tokenizer(str(model_path()))
     names = ("Mirel", "Zanzibar", "Tasko")
     texts = [f"Q: Where is {name}?" for name in names]
     rows = [{"uuid": name, "segments": [text]} for name, text in zip(names, texts, strict=True)]

@@ -96,7 +96,11 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(
     found: list[int] = []
     while len(found) < 20:
         life_s = generator.uniform(0.1, 0.95) * duration_s
-        if run_and_kill(output, limit, lambda age_s, life_s=life_s: age_s >= life_s):
+
+        def is_over(age_s: float, life_s: float = life_s) -> bool:
+            return age_s >= life_s
+
+        if run_and_kill(output, limit, is_over):
             rows = finished_rows(output, whole)
             found.append(rows.num_rows)
             check_rows(rows, whole)

@@ -6,7 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import typer
@@ -104,13 +104,14 @@ def test_show_and_bench_take_what_says_which_prompts_generate_runs():
         *(field.name for field in dataclasses.fields(RequestOptions)),
         *("model", "trust_remote_code", "chat_template", "allow_special_tokens"),
     }
-    commands = typer.main.get_command(build_app()).commands
+    app: Any = typer.main.get_command(build_app())
     for name in ("generate", "show", "bench"):
-        assert wanted <= {parameter.name for parameter in commands[name].params}, name
+        assert wanted <= {parameter.name for parameter in app.commands[name].params}, name
 
 
 def test_no_command_has_more_than_ten_parameters():
-    for command in COMMANDS.values():
+    commands: list[Any] = [*COMMANDS.values()]
+    for command in commands:
         assert len(command.__wrapped__.__kwdefaults__ or ()) <= 10
         assert command.__wrapped__.__code__.co_kwonlyargcount <= 10
         assert command.__wrapped__.__code__.co_argcount == 0
@@ -125,6 +126,7 @@ def test_help_shows_whole_sentences_and_the_heading_of_each_group(monkeypatch, c
     printed = capsys.readouterr().out
     assert "..." not in printed.replace("[ARGS]...", "")
     for command in COMMANDS.values():
+        assert command.__doc__ is not None
         sentence = command.__doc__.partition("\n")[0]
         assert " ".join(sentence.split()) in " ".join(printed.split())
     headings = [line for line in printed.splitlines() if line.endswith(":") and line[0] != " "]

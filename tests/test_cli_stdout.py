@@ -32,7 +32,11 @@ def uuids(lines: list[str]) -> list[str]:
 
 def test_rows_come_in_input_order_as_soon_as_those_before_them_are_there() -> None:
     lines: list[str] = []
-    requests = [*REQUESTS[:2], BadRow("bad", "no segments"), *REQUESTS[2:]]
+    requests: list[Request | BadRow] = [
+        *REQUESTS[:2],
+        BadRow("bad", "no segments"),
+        *REQUESTS[2:],
+    ]
     stream = RowStream(lines.append, requests=requests)
     assert lines == []
     assert [request.uuid for request in stream.remaining] == list("abcd")

@@ -41,8 +41,11 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
     pattern = (
         r"(cold|warm): a batch of 3 rows in [0-9.]+ s, (\d+) graphs compiled or read from disk"
     )
-    assert int(re.fullmatch(pattern, cold)[2]) > 0
-    assert int(re.fullmatch(pattern, warm)[2]) == 0
+    of_cold, of_warm = re.fullmatch(pattern, cold), re.fullmatch(pattern, warm)
+    assert of_cold is not None
+    assert of_warm is not None
+    assert int(of_cold[2]) > 0
+    assert int(of_warm[2]) == 0
 
     before = compiled_files(tmp_path)
     assert before

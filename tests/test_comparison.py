@@ -1,6 +1,7 @@
 """Which ways are one cell, what is measured of it, and how cells are compared."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_requests_with_too_few_segments_stop_the_run_or_become_rows():
     with pytest.raises(RequestError, match="f:3: 2 segments asked for, got 1; lower `num_seg"):
         cut_to_counts([*REQUESTS, short], [1, 2])
     cut = cut_to_counts([*REQUESTS, short], [1, 2], "skip")
-    assert [len(request.segments) for request in cut[1]] == [1, 1, 1]
+    assert [len(request.segments) for request in cast(list[Request], cut[1])] == [1, 1, 1]
     assert cut[2][2] == BadRow("short", "f:3: 2 segments asked for, got 1", short)
 
 

@@ -34,7 +34,8 @@ def test_each_cell_is_compared_with_the_first_as_flexmask_eval_does(tmp_path):
     assert (figures["better_than_first"], figures["first_better"]) == (15, 1)
     assert (figures["ms_per_question"], figures["prompt_tokens"]) == (100.0, 20.0)
     assert results[2].figures()["error"] == "it <b>broke</b>"
-    assert results[2].score is results[2].measurement is None
+    assert results[2].score is None
+    assert results[2].measurement is None
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["cells"] == [json.loads(json.dumps(result.figures())) for result in results]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sampling_of_cases import sampled
 
 from flexmask.demo import model_path
 from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
 from flexmask.engine import Engine
 from flexmask.errors import ModelError, RequestError
 from flexmask.request import Request
+from sampling_of_cases import sampled
 
 Files = dict[str, str | bytes | None]
 """What stands in place of the bundled model's files; None for nothing."""

@@ -88,7 +88,7 @@ def test_rows_that_somebody_filters_are_still_a_result(tmp_path: Path) -> None:
 
 
 def test_a_checksum_is_of_values_and_not_of_buffers(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"a": None, "b": ["x", None, "é"], "c": 1.5, "d": True},
         {"a": "long text", "b": None, "c": None, "d": None},
         {"a": "", "b": [], "c": 0.1, "d": False},
@@ -99,7 +99,13 @@ def test_a_checksum_is_of_values_and_not_of_buffers(tmp_path: Path) -> None:
     whole = pa.RecordBatch.from_pylist(rows * 3, schema=schema)
     sliced = pa.RecordBatch.from_pylist([rows[2], *rows * 3], schema=schema).slice(1)
     assert checksum(sliced) == checksum(whole)
-    changed = [{"a": "x"}, {"b": ["x", None]}, {"b": ["x", None, "e"]}, {"c": -1.5}, {"d": None}]
+    changed: list[dict[str, Any]] = [
+        {"a": "x"},
+        {"b": ["x", None]},
+        {"b": ["x", None, "e"]},
+        {"c": -1.5},
+        {"d": None},
+    ]
     others = [pa.RecordBatch.from_pylist([rows[0] | c], schema=schema) for c in changed]
     first = pa.RecordBatch.from_pylist(rows[:1], schema=schema)
     assert len({checksum(batch) for batch in [first, *others]}) == len(changed) + 1
@@ -129,7 +135,7 @@ def test_two_columns_of_one_name_are_no_result(
     table = pyarrow.feather.read_table(path)
     for columns in (table.append_column("uuid", table["uuid"]), table.rename_columns(["a"] * 15)):
         columns = columns.replace_schema_metadata(table.schema.metadata)
-        with pa.ipc.new_file(path, columns.schema) as writer:
+        with pa.ipc.new_file(str(path), columns.schema) as writer:
             writer.write_table(columns)
         for command in ("eval", "show"):
             assert "its columns are not those that this version writes" in error_of(command, path)

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -229,8 +230,8 @@ def test_training_is_deterministic_and_its_decoding_is_generate(tmp_path):
 
 
 def _check_decoding(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     questions = single_paraphrases(read_questions(folder / "questions.jsonl"))[:3]
     prompts = [arrange(question, SINGLE, tokenizer) for question in questions]
     for prompt, tokens in zip(prompts, generate_greedily(model, prompts, -1, 6), strict=True):

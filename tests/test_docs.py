@@ -7,10 +7,12 @@ import shlex
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 import flexmask
 from flexmask.check import RULES, run_rules
@@ -40,6 +42,7 @@ def test_the_readme_lists_every_strategy_and_command():
     for name in BUILT_IN:
         assert f"| `{name}` |" in README
     for command in build_app().registered_commands:
+        assert command.callback is not None
         assert f"flexmask {command.name or command.callback.__name__}" in README
 
 
@@ -178,6 +181,8 @@ def test_the_page_of_strategies_has_each_with_its_parameters_and_a_command_to_tr
 def program(name):
     """A program of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -240,7 +245,7 @@ def test_the_python_of_the_page_on_pictures_runs():
     matplotlib.use("agg")
     text = (ROOT / "docs" / "show.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    names = {}
+    names: dict[str, Any] = {}
     exec(code, names)
     assert names["strategy"].name == "prefix_segment"
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")

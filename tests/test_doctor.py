@@ -12,7 +12,8 @@ from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.doctor import Check, attention_checks, environment_checks, run_checks
 from flexmask.doctor.check_result import WrongResult, tried
 from flexmask.doctor.kernel_checks import check_decode_kernels
-from flexmask.plugins.registry import PluginRecord, Registry
+from flexmask.plugins.distribution_loading import PluginRecord
+from flexmask.plugins.registry import Registry
 from flexmask.version import TESTED
 from flexmask_cli.app import main
 

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_batch(engine):
 
 
 def test_causal_equals_plain_generate_of_transformers(engine, tokenizer):
-    model = make_model("llama", "sdpa")
+    model: Any = make_model("llama", "sdpa")
     tokenize = RequestTokenizer(tokenizer)
     generations = run(engine, strategy=Causal(), max_new_tokens=32)
     for generation in generations:

@@ -1,6 +1,7 @@
 """Result files of runs whose prompts are fused after the model, or not at all."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_vote_counts_answers_as_the_judge_cuts_them(engine, source_of, tmp_pat
     with ResultWriter.open(
         output, config=CONFIG, requests=source, fusion=source.fusion, judge=Recording()
     ) as writer:
-        options = {"max_new_tokens": 1, "batch_size": 5}
+        options: dict[str, Any] = {"max_new_tokens": 1, "batch_size": 5}
         for _ in DatasetRun(engine, EnsembleIsolation(), writer, **options).batches(lambda: False):
             pass
     rows_of = {f"row{n}": size + 1 for n, size in enumerate(SIZES)}  # the votes, and the row

@@ -129,7 +129,8 @@ def test_processors_apply_to_the_logits_of_each_prompt_before_they_are_fused(
     found = tokens_of(run(engine, requests, fusion="mean", max_new_tokens=6))
     model = models("llama", "eager")
     for asked, tokens in zip(requests, found, strict=True):
-        alone, chosen = prompts(engine, asked.alone()), []
+        alone = prompts(engine, asked.alone())
+        chosen: list[int] = []
         while len(chosen) < 6 and 2 not in chosen:
             rows = []
             for prompt in alone:

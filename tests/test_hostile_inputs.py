@@ -36,7 +36,7 @@ def row(**values: Any) -> str:
 
 def feather(table: pa.Table = TABLE, **options: Any) -> bytes:
     file = io.BytesIO()
-    pyarrow.feather.write_feather(table, file, **options)  # type: ignore[arg-type]
+    pyarrow.feather.write_feather(table, file, **options)
     return file.getvalue()
 
 
@@ -176,10 +176,15 @@ CSV: dict[str, tuple[Content, Any]] = {
 DAMAGED = "damaged, or of an unknown kind"
 UNREADABLE = "the column 'segments' holds a .* that cannot be read"
 
+
+def cut(whole: Callable[[], bytes], length: int) -> Callable[[], bytes]:
+    return lambda: whole()[:length]
+
+
 BINARY: dict[str, tuple[Content, Any]] = {
-    **{f"Parquet cut at {n}": (lambda n=n: parquet()[:n], DAMAGED) for n in (4, 8, 50, 600)},
-    **{f"Feather cut at {n}": (lambda n=n: feather()[:n], DAMAGED) for n in (6, 8, 50, 600)},
-    **{f"stream cut at {n}": (lambda n=n: stream()[:n], DAMAGED) for n in (4, 8, 50, 500)},
+    **{f"Parquet cut at {n}": (cut(parquet, n), DAMAGED) for n in (4, 8, 50, 600)},
+    **{f"Feather cut at {n}": (cut(feather, n), DAMAGED) for n in (6, 8, 50, 600)},
+    **{f"stream cut at {n}": (cut(stream, n), DAMAGED) for n in (4, 8, 50, 500)},
     "Parquet without its last byte": (lambda: parquet()[:-1], DAMAGED),
     "Feather without its last byte": (lambda: feather()[:-1], DAMAGED),
     "a footer of 2 GiB": (lambda: parquet()[:-8] + b"\xff\xff\xff\x7fPAR1", DAMAGED),
@@ -195,13 +200,19 @@ BINARY: dict[str, tuple[Content, Any]] = {
     "numbers": (lambda: column([1]), "must be a list of strings, got a number"),
     "bytes": (lambda: column([b"\xff"]), "must be a list of strings, got bytes"),
     "structs": (lambda: column([[{"a": "x"}]]), "got an object as item 1"),
-    "a map": (lambda: column(pa.array([[("a", "x")]], pa.map_("string", "string"))), "tuple"),
+    "a map": (
+        lambda: column(pa.array([[("a", "x")]], pa.map_(pa.string(), pa.string()))),
+        "tuple",
+    ),
     "nulls": (lambda: column(pa.nulls(2)), "the row has no 'segments'"),
     "a dictionary": (lambda: column(pa.array(["x"]).dictionary_encode()), X),
     "views": (lambda: column(pa.array(["x"], pa.string_view())), X),
     "large lists": (lambda: column(pa.array([["x"]], pa.large_list(pa.large_string()))), X),
     "lists of one length": (lambda: column(pa.array([["x"]], pa.list_(pa.string(), 1))), X),
-    "runs": (lambda: column(pa.RunEndEncodedArray.from_arrays([2], ["x"])), X * 2),
+    "runs": (
+        lambda: column(pa.RunEndEncodedArray.from_arrays([2], ["x"])),  # type: ignore[call-overload]
+        X * 2,
+    ),
     "metadata that is no JSON": (
         lambda: feather(TABLE.replace_schema_metadata({"pandas": "{", "huggingface": "[" * 999})),
         [("x",), ("y",)],

@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from inspect import signature
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.feather
@@ -117,10 +117,10 @@ def test_a_split_of_a_saved_data_set_is_named_after_a_colon(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A hub with one data set of two splits; lists what was asked of it."""
     datasets = pytest.importorskip("datasets")
-    asked = []
+    asked: list[tuple[Any, ...]] = []
 
     def load_dataset(name: str, config: str | None, *, split: str | None, streaming: bool) -> Any:
         asked.append((name, config, split))
@@ -433,7 +433,7 @@ def test_a_text_file_is_read_in_the_encoding_that_is_given(
     ],
 )
 def test_an_encoding_or_delimiter_that_is_none_is_refused(
-    tmp_path: Path, options: dict[str, str], message: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
         read_requests(str(tmp_path / "rows.csv"), **options)
@@ -451,7 +451,12 @@ LINE = '{"segments": ["x"], "note": "' + "y" * 200 + '"}\n'
 def test_a_pipe_is_read_once_and_loses_nothing() -> None:
     read, write = os.pipe()
     with ThreadPoolExecutor(1) as pool, os.fdopen(write, "w") as file:
-        written = pool.submit(lambda: (file.write(LINE * 1000), file.close()))
+
+        def fill() -> None:
+            file.write(LINE * 1000)
+            file.close()
+
+        written = pool.submit(fill)
         source = RequestSource(open_input(f"/dev/fd/{read}"))
         assert [len(list(source)) for _ in range(2)] == [1000, 1000]
         written.result()

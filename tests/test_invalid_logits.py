@@ -112,7 +112,8 @@ def change_logits(monkeypatch):
     """Changes the logits of an engine's steps; is told their number within the batch, from 0."""
 
     def change_logits(engine, change):
-        decode, prefill, steps = engine.runner.decode, engine.runner.prefill, []
+        decode, prefill = engine.runner.decode, engine.runner.prefill
+        steps: list[torch.Tensor] = []
 
         def noted_prefill(plan):
             steps.clear()
