@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, item_bytes, limi
 @pytest.mark.parametrize(("softcap", "is_rotated"), [(0.0, False), (2.0, True)])
 def test_decode_attention_on_cpu_equals_the_formula(softcap, is_rotated, slots):
     step = decode_step(2, 6, 2, 16, 20, is_rotated, torch.float32)
-    query, key, value, cos, sin, keys, values = (None if t is None else t.clone() for t in step)
+    clones: list[Any] = [None if t is None else t.clone() for t in step]
+    query, key, value, cos, sin, keys, values = clones
     got = decode_attention(*step, torch.tensor(slots), 0.25, softcap)
     if is_rotated:
         query, key = (

@@ -5,6 +5,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -270,7 +271,7 @@ def test_a_config_file_does_not_choose_the_attention(folder, key, value):
     assert model.config._attn_implementation == "flexmask"
 
 
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_layers=2,
     num_attention_heads=4, num_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     bos_token_id=0, eos_token_id=1, pad_token_id=2,

@@ -60,7 +60,8 @@ def fused_by_hand(fusion, logits, weights):
 def dense_run(model, fusion, asked):
     """Greedy tokens and the scores that chose them; every prompt is run anew for each token."""
     prompts = [ids_of(asked, segment) for segment in asked.segments]
-    chosen, scores = [], []
+    chosen: list[int] = []
+    scores = []
     while len(chosen) < STEPS and EOS not in chosen:
         with torch.no_grad():
             rows = [model(torch.tensor([ids + chosen])).logits[0, -1] for ids in prompts]
@@ -109,7 +110,7 @@ def test_fused_logits_and_tokens_equal_those_of_prompts_run_alone(
 
 def scores_of_groups(steps, groups):
     """Scores ``(T, V)`` of each group by the tokens they chose; those of its rows are the same."""
-    found = {}
+    found: dict[tuple[int, ...], torch.Tensor] = {}
     ends = [start for start, _ in groups[1:]] + [len(steps)]
     for (start, sizes), end in zip(groups, ends, strict=True):
         row = 0

@@ -141,13 +141,13 @@ def test_dropout_in_training_is_refused():
 def test_an_unsupported_score_modification_is_refused(option):
     tensor = torch.zeros(1, 2, 4, 16)
     with pytest.raises(AttentionError, match=f"asks for attention with {option}"):
-        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: tensor})
+        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: tensor})  # type: ignore[arg-type]
 
 
 def test_a_missing_mask_is_never_taken_for_full_attention():
     tensor = torch.zeros(1, 2, 4, 16)
     with pytest.raises(AttentionError, match="needs a BlockMask, got NoneType"):
-        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None)
+        flexmask_attention(torch.nn.Identity(), tensor, tensor, tensor, None)  # type: ignore[arg-type]
 
 
 def test_compile_settings_are_put_back():

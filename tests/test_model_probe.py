@@ -1,6 +1,7 @@
 """Models that a mask cannot govern are refused by name; the others are what they are alone."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -87,10 +88,12 @@ def test_a_model_is_looked_at_once_and_keeps_its_training_flags(models, monkeypa
     model = make_model("llama", "flexmask")
     model.model.layers[0].train()
     seen = []
-    monkeypatch.setattr(
-        "flexmask.attention.strategy_context.probe_model",
-        lambda model: seen.append(model) or probe_model(model),
-    )
+
+    def recorded(model):
+        seen.append(model)
+        return probe_model(model)
+
+    monkeypatch.setattr("flexmask.attention.strategy_context.probe_model", recorded)
     for _ in range(2):
         under_a_strategy(model)
     assert seen == [model]
@@ -188,10 +191,9 @@ def test_attention_refuses_every_argument_that_it_does_not_know():
     query = torch.zeros(1, 1, 2, 16)
     mask = create_block_mask(causal, 1, None, 2, 2, "cpu")
     for name in ("block_indices", "indices", "sinks", "s_aux", "position_bias", "something_new"):
+        unknown: dict[str, Any] = {name: torch.zeros(1)}
         with pytest.raises(AttentionError, match=f"asks for attention with {name}"):
-            flexmask_attention(
-                torch.nn.Linear(1, 1), query, query, query, mask, **{name: torch.zeros(1)}
-            )
+            flexmask_attention(torch.nn.Linear(1, 1), query, query, query, mask, **unknown)
     with torch.no_grad():
         flexmask_attention(
             torch.nn.Linear(1, 1), query, query, query, mask, sinks=None, is_causal=True

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,8 @@ from flexmask import mask_strategy
 from flexmask.attention.backend import register_attention
 from flexmask.attention.flex_call import last_tile_first
 from flexmask.block_mask.cache import BlockMaskCache
-from flexmask.engine.model_runner import (
-    ModelRunner,
-    bucketed_capacity,
-    prefill_length,
-)
+from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
+from flexmask.engine.prefill_plan import prefill_length
 from flexmask.errors import AttentionError, LayoutError, MaskError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
 from flexmask_strategies.block_attention import BlockAttention
@@ -110,7 +108,7 @@ def test_every_architecture_equals_dense_attention(runners, models, architecture
 @pytest.mark.parametrize("strategy", [PrefixSegment(), EnsembleIsolation(), Document()], ids=str)
 def test_copies_of_a_prefix_that_are_read_once_count_as_often(models, strategy, device):
     runner = ModelRunner(models("llama", "flexmask", device), BlockMaskCache())
-    runner._pays_key_table = lambda batch_size: True
+    runner._pays_key_table = lambda batch_size: True  # type: ignore[method-assign]
     prefix = random_request(5, 30, [], 1).prefix
     requests = [dataclasses.replace(request, prefix=prefix) for request in REQUESTS]
     layouts = [strategy.layout(request) for request in requests]
@@ -118,7 +116,9 @@ def test_copies_of_a_prefix_that_are_read_once_count_as_often(models, strategy, 
     assert runner.cache_prefix(layouts[0], 30)
     tokens, logits = decode(runner, strategy, layouts)
     copies = [len(r.segments) if strategy.name != "prefix_segment" else 1 for r in requests]
-    assert runner.bound.key_table.sharing.tolist() == [[0, 30, count] for count in copies]
+    key_table = runner.bound.key_table
+    assert key_table is not None
+    assert key_table.sharing.tolist() == [[0, 30, count] for count in copies]
     for row, layout in enumerate(layouts):
         want_tokens, want_logits = oracle_tokens(
             models("llama", "sdpa", device), strategy, layout, STEPS
@@ -339,10 +339,11 @@ def test_a_row_depends_on_its_batch_by_rounding_only(runners):
 def test_flash_computes_what_tritons_kernel_computes(strategy):
     pytest.importorskip("flash_attn.cute")
     register_attention()
-    config = copy.deepcopy(CONFIGS["llama"])
+    config: Any = copy.deepcopy(CONFIGS["llama"])
     config.head_dim, config.max_position_embeddings = 64, 8192
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    model: Any = LlamaForCausalLM(config)
+    model = model.cuda().bfloat16().eval()
     model.set_attn_implementation("flexmask")
     layouts = [
         strategy.layout(random_request(seed, 100, [900, 800 + seed, 1000, 1200], 5))

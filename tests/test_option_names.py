@@ -43,13 +43,15 @@ def texts_of(module):
     tree = ast.parse(module.read_text(encoding="utf-8"))
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if is_text and id(node) not in docstrings:
+        if id(node) in docstrings:
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
 
 def test_the_core_names_no_option_of_the_command_line():
     NAMES.shown("`output`")
+    assert NAMES._flags is not None
     flags = "|".join(sorted(NAMES._flags.values(), key=len, reverse=True))
     found = [
         f"{module.name}: {text}"
@@ -70,4 +72,5 @@ def test_every_option_that_the_core_names_is_one_of_the_command_line():
         for name in re.findall(r"`(\w+)(?:=[^`]*)?`?", text)
     }
     assert {"allow_special_tokens", "num_examples", "resume"} <= named
+    assert NAMES._flags is not None
     assert named - PYTHON <= NAMES._flags.keys()

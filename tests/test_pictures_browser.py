@@ -8,7 +8,7 @@ import pytest
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
 from flexmask.plugins.registry import make_strategy
 from flexmask.show.mask_page import save_page
-from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.mask_picture import Picture, draw_difference, draw_mask
 from flexmask.show.palette import FULL_COLOUR, PARTIAL_COLOUR, part_colour, rgb
 from flexmask.show.picture_source import Subject, subject_of_lengths
 from flexmask.show.tokens import ShownRequest
@@ -32,7 +32,7 @@ def oracle(number, subject=SUBJECT):
 @pytest.fixture(scope="session")
 def page_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "mask.html"
-    pictures = [draw_mask(strategy, SUBJECT.shown, TILE) for strategy in STRATEGIES]
+    pictures: list[Picture] = [draw_mask(strategy, SUBJECT.shown, TILE) for strategy in STRATEGIES]
     pictures.append(draw_difference(STRATEGIES[0], STRATEGIES[1], SUBJECT.shown, TILE))
     save_page(pictures, SUBJECT, path)
     return path

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import sys
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from flexmask.block_mask import explain_mask
 from flexmask.errors import FlexMaskError
 from flexmask.plugins.registry import make_strategy
 from flexmask.show.figure import DPI, mask_figure, save_figure
-from flexmask.show.mask_picture import draw_difference, draw_mask
+from flexmask.show.mask_picture import Picture, draw_difference, draw_mask
 from flexmask.show.palette import rgb
 from flexmask.show.plotting import WIDTH_IN
 from flexmask.show.tokens import ShownRequest
@@ -84,6 +85,7 @@ def test_a_large_svg_file_embeds_an_image_of_the_oracle(tmp_path):
     picture = draw_mask(strategy, MIDDLE, tile=8)
     save_figure(picture, tmp_path / "mask.svg")
     embedded = re.search(r"base64,([\w+/=\s]+)", (tmp_path / "mask.svg").read_text())
+    assert embedded is not None
     image = imread(io.BytesIO(base64.b64decode(embedded[1])))
     step = len(image) // picture.size
     colours = (image[step // 2 :: step, step // 2 :: step, :3] * 255).round().astype(np.uint8)
@@ -96,9 +98,11 @@ def test_tiles_are_drawn_where_there_are_many_tokens():
     figure = mask_figure(picture)
     figure.savefig(io.BytesIO(), dpi=DPI)
     (ax,) = figure.axes
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    legend = ax.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["full tile", "partial tile", "empty tile, skipped"]
-    assert ax.get_legend().get_title().get_text().startswith("50.0% of pairs allowed")
+    assert legend.get_title().get_text().startswith("50.0% of pairs allowed")
 
 
 def test_the_same_picture_makes_the_same_file(tmp_path):
@@ -129,7 +133,7 @@ MANY = ShownRequest.of_lengths(30, (12, 20, 9, 15) * 6, 8, new_tokens=6)
 @pytest.mark.parametrize("shown", [SHOWN, LONG, MANY], ids=["short", "long", "many"])
 def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
     strategies = [make_strategy(name, {}) for name in (*NAMES, "few_shot_isolation")]
-    pictures = [draw_mask(strategy, shown) for strategy in strategies]
+    pictures: list[Picture] = [draw_mask(strategy, shown) for strategy in strategies]
     pictures.append(draw_difference(strategies[2], strategies[3], shown))
     for picture in pictures:
         figure = mask_figure(picture)
@@ -137,6 +141,7 @@ def test_no_text_of_a_figure_lies_on_another_or_outside(shown):
         figure.draw_without_rendering()
         (ax,) = figure.axes
         legend = ax.get_legend()
+        assert legend is not None
         texts = [ax.title, ax.xaxis.label, *ax.texts, legend.get_title(), *legend.get_texts()]
         boxes = [text.get_window_extent() for text in texts]
         whole = figure.bbox
@@ -152,13 +157,16 @@ def test_layouts_strategies_and_reports_plot_themselves_into_a_given_axis():
     layout = strategy.layout(SHOWN.tokens)
     report = explain_mask(lambda b, h, q, kv: q >= kv, 2, 3, 300, 500, "cpu", (64, 128))
     figure = matplotlib.figure.Figure()
-    for number, drawn in enumerate((layout, strategy, report)):
+    plotted: tuple[Any, ...] = (layout, strategy, report)
+    for number, drawn in enumerate(plotted):
         ax = figure.add_subplot(1, 3, number + 1)
         assert drawn.plot(ax) is ax
         assert ax.has_data()
-    heights = {tuple(line.get_ydata()) for line in figure.axes[0].lines}
+    heights = {tuple(cast(Any, line.get_ydata())) for line in figure.axes[0].lines}
     assert (5, 6, 7, 8) in heights  # the second segment's positions restart after the prefix
-    assert figure.axes[2].images[0].get_array().shape == (5, 4, 3)
+    image = figure.axes[2].images[0].get_array()
+    assert image is not None
+    assert image.shape == (5, 4, 3)
 
 
 def test_report_pictures_join_tiles_that_are_too_many():

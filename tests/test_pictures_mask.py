@@ -10,7 +10,8 @@ from flexmask.attention.model_probe import WHOLE_MODEL
 from flexmask.block_mask import DecodeRowMask, create_block_mask
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.block_mask.tile_states import EMPTY, FULL, PARTIAL
-from flexmask.engine.model_runner import BLOCK_SIZE, ModelRunner
+from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.prefill_kernel import BLOCK_SIZE
 from flexmask.errors import OptionError
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.mask_mods import causal

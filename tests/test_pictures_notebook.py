@@ -20,11 +20,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 def svg_of(content):
     """Colours of the cells of the SVG picture in a piece of HTML."""
     svg = ElementTree.fromstring(content).find(f".//{SVG}svg")
-    columns, rows = map(int, svg.get("viewBox").split()[2:])
+    assert svg is not None
+    columns, rows = map(int, svg.attrib["viewBox"].split()[2:])
     found = np.zeros((rows, columns, 3), dtype=np.uint8)
     for rectangle in svg.iter(f"{SVG}rect"):
-        x, y, width = (int(rectangle.get(name)) for name in ("x", "y", "width"))
-        found[y, x : x + width] = rgb(rectangle.get("fill"))
+        x, y, width = (int(rectangle.attrib[name]) for name in ("x", "y", "width"))
+        found[y, x : x + width] = rgb(rectangle.attrib["fill"])
     return found
 
 
@@ -39,6 +40,7 @@ def test_a_strategy_shows_its_mask_on_a_small_request(name):
 def test_a_layout_shows_its_parts_with_slots_and_positions():
     layout = make_strategy("ensemble_isolation", {}).layout(SMALL.tokens)
     table = ElementTree.fromstring(layout._repr_html_()).find("table")
+    assert table is not None
     rows = [[cell.text for cell in row] for row in table]
     assert rows == [
         ["part", "tokens", "slots", "positions"],

@@ -125,7 +125,9 @@ def test_both_distributions_carry_the_licence(installation):
         in_wheel = archive.read(name)
     with tarfile.open(installation.sdist) as archive:
         (name,) = (name for name in archive.getnames() if re.fullmatch("[^/]+/LICENSE", name))
-        in_sdist = archive.extractfile(name).read()
+        member = archive.extractfile(name)
+        assert member is not None
+        in_sdist = member.read()
     assert in_wheel == in_sdist == (ROOT / "LICENSE").read_bytes()
 
 

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
-from flexmask.attention.flex_call import _never_trivial
+from flexmask.attention.flex_call import PrefillKernel, _never_trivial
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine import prefill_kernel
@@ -108,14 +108,15 @@ def test_flash_that_was_asked_for_and_cannot_compile_a_mask_is_an_error(refused)
 
 
 def test_short_prompts_have_small_tiles_with_tritons_kernel():
-    for kernel, capacity, has_options, tile in (
+    cases: list[tuple[PrefillKernel | None, int, bool, tuple[int, int]]] = [
         ("triton", 640, True, (64, 32)),
         ("triton", 640, False, (128, 128)),  # FlexAttention's own blocks may be 128 wide
         ("triton", 16512, True, (64, 64)),
         ("triton", 65664, True, (128, 128)),
         ("flash", 640, True, (128, 128)),
         (None, 640, False, (64, 64)),
-    ):
+    ]
+    for kernel, capacity, has_options, tile in cases:
         assert prefill_tile(kernel, capacity, has_options=has_options) == tile
 
 
@@ -167,8 +168,7 @@ def test_empty_tiles_hide_keys_though_the_mask_mod_allows_all(kernel, device):
     with torch.no_grad():
         tiles = hidden_by_tiles(device)
         found, _ = flexmask_attention(module, query, key, value, tiles, prefill_kernel=kernel)
-        floats = (x.float() for x in (query, key, value))
-        wanted, _ = dense_attention(module, *floats, dense)
+        wanted, _ = dense_attention(module, query.float(), key.float(), value.float(), dense)
     assert (found.float() - wanted).abs().max() < (1e-4 if device == "cpu" else 3e-2)
 
 

@@ -166,7 +166,7 @@ def test_a_json_line_is_a_row(tmp_path: Path) -> None:
 
 
 def test_rows_that_failed_stand_in_their_place_with_the_reason(output: Path) -> None:
-    requests = [*REQUESTS[:2], BAD, *REQUESTS[2:]]
+    requests: list[Request | BadRow] = [*REQUESTS[:2], BAD, *REQUESTS[2:]]
     with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
         assert [request.uuid for request in writer.remaining] == [r.uuid for r in REQUESTS]
         assert len(writer.remaining) == len(REQUESTS)
@@ -187,7 +187,7 @@ def test_rows_that_failed_stand_in_their_place_with_the_reason(output: Path) -> 
 
 
 def test_rows_that_failed_are_tried_again_by_a_resumed_run(output: Path) -> None:
-    requests = [*REQUESTS[:2], BAD]
+    requests: list[Request | BadRow] = [*REQUESTS[:2], BAD]
     with ResultWriter.open(output, config=CONFIG, requests=requests) as writer:
         writer.write([BadRow("q0", "too long", REQUESTS[0]), answer(REQUESTS[1])])
     mended = [*REQUESTS[:2], Request(uuid="bad", segments=("0?",))]

@@ -414,7 +414,8 @@ def test_weights_are_kept_exactly(output: Path) -> None:
 def test_a_fusion_that_chooses_segments_gives_a_row_for_each_of_them(
     output: Path, name: str, segments: tuple[int | None, ...]
 ) -> None:
-    requests = [*make_requests(2), BadRow("bad", "rows.jsonl:3: segment 1 is empty")]
+    bad = BadRow("bad", "rows.jsonl:3: segment 1 is empty")
+    requests: list[Request | BadRow] = [*make_requests(2), bad]
     fusion = Fusion(name)
     with ResultWriter.open(output, config=CONFIG, requests=requests, fusion=fusion) as writer:
         remaining = list(writer.remaining)

@@ -46,7 +46,8 @@ def two_parts(
 
 def tokens_in_two_parts(model, strategy, layout, count=STEPS):
     """Greedy tokens and their logits, everything run anew for each."""
-    chosen, logits = [], []
+    chosen: list[int] = []
+    logits = []
     for _ in range(count):
         grown = layout.extended(len(chosen))
         grown = Layout((*layout.token_ids, *chosen), grown.segment_ids, grown.position_ids)
@@ -121,6 +122,7 @@ def test_the_weights_of_a_part_are_scaled_however_far_scores_lie_apart(spread):
         scores = score_mod(scores, b, h, q_idx, kv_idx).masked_fill(~is_seen, -math.inf)
         return scores.softmax(-1) @ values.repeat_interleave(2, 1)
 
+    assert placed is not None
     mods = (placed, strategy.score_mod(batch))
     score_mod = scaled_score_mod(*mods, query, key, key, None, dense_attention)
     values = torch.randn(1, 2, size, 8, generator=generator)

@@ -50,7 +50,8 @@ class TemperedSegments(Strategy):
 
 def dense_tokens(model, strategy, layout, count):
     """Greedy tokens and their logits, everything run anew for each."""
-    chosen, logits = [], []
+    chosen: list[int] = []
+    logits = []
     for _ in range(count):
         grown = layout.extended(len(chosen))
         grown = Layout((*layout.token_ids, *chosen), grown.segment_ids, grown.position_ids)

@@ -144,6 +144,7 @@ PICTURED = {
 @pytest.mark.parametrize("strategy", PICTURED, ids=str)
 def test_the_picture_in_the_docstring_is_the_mask(strategy):
     text = importlib.import_module(type(strategy).__module__).__doc__
+    assert text is not None
     rows = re.findall(r"^ {6}([P\dT]) ((?:#| )+)$", text, flags=re.MULTILINE)
     prefix, *segments = PICTURED[strategy]
     layout = strategy.layout(TokenizedRequest(prefix, tuple(segments), (7,)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_keyword_only_arguments_become_its_parameters():
     assert (edge.type, edge.default, edge.choices) == ("hard|soft", "hard", ("hard", "soft"))
     strategy = sliding.from_parameters({"window": "3"})
     assert strategy == sliding(window=3)
-    assert strategy.mask_mod("batch") == ("batch", 3, "hard")
+    assert strategy.mask_mod("batch") == ("batch", 3, "hard")  # type: ignore[arg-type,comparison-overlap]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_a_parameter_below_its_minimum_is_refused(minimum, message):
     def bounded(batch, *, size: int = parameter(9, help="", minimum=minimum)):
         return causal
 
-    assert bounded(size=minimum).size == minimum
+    strategy: Any = bounded(size=minimum)
+    assert strategy.size == minimum
     with pytest.raises(StrategyError, match=f"size must {message}, got -3"):
         bounded.from_parameters({"size": "-3"})
 
@@ -125,9 +126,10 @@ def test_a_strategy_is_made_straight_from_its_file(write):
 
 def test_a_file_that_has_changed_is_run_again(write):
     path = write(SOURCE)
-    before = make_strategy(path, {})
+    before: Any = make_strategy(path, {})
     write(SOURCE.replace("= 3", "= 4"))
-    assert (before.size, make_strategy(path, {}).size) == (3, 4)
+    after: Any = make_strategy(path, {})
+    assert (before.size, after.size) == (3, 4)
 
 
 def test_of_several_strategies_in_a_file_one_is_named(write):

@@ -51,7 +51,7 @@ class Argument:
             )
 
 
-class CheckingBuilder(interpreter.InterpreterBuilder):
+class CheckingBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
     """What runs a kernel's operations: pointers know here which argument they are of."""
 
     backwards = False
