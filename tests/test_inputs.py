@@ -391,8 +391,8 @@ def test_one_column_needs_no_delimiter(tmp_path: Path) -> None:
 def test_an_ambiguous_delimiter_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("segments;a,b\nx;y,z\n")
-    both = "`encoding` names .* and `delimiter` what stands between"
-    with pytest.raises(RequestError, match=f"divided by commas or semicolons; {both}"):
+    both = "`encoding` sets .* and `delimiter` the character between"
+    with pytest.raises(RequestError, match=f"separated by commas or semicolons; {both}"):
         read_requests(str(path))
     assert read_requests(str(path), delimiter=";")[0].segments == ("x",)
     path.write_text("segments|answers\nx|y\n")
@@ -416,9 +416,7 @@ def test_a_text_file_is_read_in_the_encoding_that_is_given(
     (request,) = read_requests(str(path), encoding=encoding)
     assert (request.segments, request.answers) == (("Où?",), ("é",))
     if encoding != "utf-8":
-        with pytest.raises(
-            RequestError, match=r"`encoding` names one .* and `delimiter`|not JSON"
-        ):
+        with pytest.raises(RequestError, match=r"`encoding` sets .* and `delimiter`|not JSON"):
             read_requests(str(path))
 
 
@@ -467,7 +465,7 @@ def test_what_can_be_read_only_once_or_for_ever_is_refused_at_once(tmp_path: Pat
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for path in (tmp_path / "fifo", tmp_path / "zero.csv"):
-        with pytest.raises(RequestError, match=r"not a file but a pipe or device, .*`input=-`"):
+        with pytest.raises(RequestError, match=r"not a file but a pipe or device; .*`input=-`"):
             read_requests(str(path))
 
 

@@ -244,7 +244,10 @@ def test_paraphrases_of_the_question_start_after_the_longest_example():
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (Tree("0,0,1"), "parents=0,0,1 names the parents of 3 segments, got 4; name"),
+        (
+            Tree("0,0,1"),
+            "parents=0,0,1 names the parents of 3 segments, got 4; name the parent of each",
+        ),
         (ParallelContext(n_windows=5), "n_windows=5 needs at least as many segments, got 4"),
         (
             FewShotIsolation(examples=2, paraphrases=3),
