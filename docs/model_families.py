@@ -129,12 +129,19 @@ def small_config(family: str, vocab_size: int) -> Any:
     return cls(**values | SPECIAL.get(family, {}))
 
 
+class NotSmallError(Exception):
+    """A family has no small model: too many parameters, or none can be made."""
+
+
 def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]:
     """Check a small model of a family (`flexmask.doctor.model_checks.check_model`).
 
     Returns:
         Name, state and detail of each check; a third check, under ``flexmask_dense``, if the
         first is not ok and the model does not support attention backends.
+
+    Raises:
+        NotSmallError: If no small model of the family can be made.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -146,12 +153,15 @@ def check_family(family: str, *, compiled: bool = False) -> list[dict[str, str]]
 
     register_attention()
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    config = small_config(family, len(tokenizer))
-    with torch.device("meta"):
-        meta_model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    try:
+        config = small_config(family, len(tokenizer))
+        with torch.device("meta"):
+            meta_model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # of transformers' own code, before flexmask has a part in it
+        raise NotSmallError(f"no small model can be made: {error}") from error
     size = meta_model.num_parameters()
     if size > MOST_PARAMETERS:
-        raise ValueError(f"the configuration is not small: {size:,} parameters")
+        raise NotSmallError(f"the configuration is not small: {size:,} parameters")
     torch.manual_seed(0)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=BACKEND)
