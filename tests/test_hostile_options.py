@@ -119,7 +119,7 @@ CASES: list[Case] = [
     *each(("bench",), "--segments", ("", IS_EMPTY), ("20000000", "at most 16,777,216")),
     *each(("eval",), "--language", ("x", "Missing argument")),
     *each(("new", "mine"), "--directory", ("", IS_EMPTY), (NAME, TOO_LONG),
-          ("rows.jsonl", "is there already")),
+          ("rows.jsonl", "already; choose another")),
     *each(("doctor",), "--device", ("cpu", "need a --model")),
     *each(("doctor",), "--model", ("", IS_EMPTY), ("folder", "has no config.json"),
           (f"/{NAME}", "does not exist"), ("rows.jsonl", "is a file")),
