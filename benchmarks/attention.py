@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexmask import create_block_mask, explain_mask
-from flexmask.attention.flex_call import TRITON_OPTIONS, last_tile_first
+from flexmask.attention.flex_call import TRITON_OPTIONS
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.bench.machine import matrix_rate, read_bandwidth
 from flexmask.device_clock import time_call
@@ -171,7 +171,7 @@ class Prefill:
     def _flexmask_way(self, kernel: str, options: dict[str, Any], tile: Tile) -> Way:
         """Return a kernel of flexmask, with queries reordered as in the engine."""
         length = self.length
-        order = last_tile_first(length, length, tile[0]).queries.int().cuda()
+        order = torch.arange(length).view(-1, tile[0]).flip(0).flatten().int().cuda()
         mark_static(order)
 
         def placed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def decode_flexmask(
 
     def prefill(loop: DecodeLoop) -> None:
         loop.load(last, uuids)
-        runner.prefill(runner.plan(layouts))
+        runner.prefill(runner.plan(dict(enumerate(layouts))))
 
     def start() -> DecodeLoop:
         runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))

@@ -68,6 +68,11 @@ class LayoutBatch:
         self.segment_ids.copy_(tables.segment_ids)
         self.position_ids.copy_(tables.position_ids)
 
+    def load_rows(self, rows: Tensor, tables: LayoutTables) -> None:
+        """Load tables of ``N`` rows into ``rows``, ``(N,)`` indices on the device."""
+        for buffer, content in zip((self.segment_ids, self.position_ids), tables, strict=True):
+            buffer.index_copy_(0, rows, content.to(self.device, non_blocking=True))
+
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Mark the slots from ``first_slots[b]`` on as fusion tail, for tokens to be generated."""
         self._fill_from(first_slots, TAIL)
@@ -75,6 +80,13 @@ class LayoutBatch:
     def close_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Mark the slots from ``first_slots[b]`` on as padding again."""
         self._fill_from(first_slots, PADDING)
+
+    def open_tail_of(self, rows: Tensor, first_slots: Tensor) -> None:
+        """Mark slots as fusion tail: those of ``rows[n]`` from ``first_slots[n]`` on."""
+        ids = self.segment_ids[rows]
+        slots = torch.arange(ids.shape[1], device=self.device)
+        is_tail = slots >= first_slots[:, None]
+        self.segment_ids.index_copy_(0, rows, ids.masked_fill_(is_tail, TAIL))
 
     def _fill_from(self, first_slots: Sequence[int] | Tensor, segment_id: int) -> None:
         first = torch.as_tensor(first_slots, device=self.device)

@@ -6,6 +6,7 @@ Each is, or returns, a FlexAttention mask_mod ``(b, h, q_idx, kv_idx) -> bool te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flexmask.layout import PADDING, PREFIX, TAIL
@@ -90,6 +91,23 @@ def holds_tokens(batch: LayoutBatch) -> MaskMod:
 def strategy_mask(strategy: Strategy, batch: LayoutBatch) -> MaskMod:
     """Return the mask of a batch as the engine uses it: the strategy's, without padding."""
     return and_masks(strategy.mask_mod(batch), holds_tokens(batch))
+
+
+def layer_masks(
+    strategy: Strategy, batch: LayoutBatch, windows: Mapping[str, int | None]
+) -> dict[str, MaskMod]:
+    """Return the strategy's mask for each kind of layer of a model.
+
+    Args:
+        strategy: The strategy.
+        batch: The buffers that the masks capture.
+        windows: Sliding window of each kind of layer, in tokens; None for no window.
+    """
+    allowed = strategy_mask(strategy, batch)
+    return {
+        kind: allowed if window is None else and_masks(allowed, within_window(batch, window))
+        for kind, window in windows.items()
+    }
 
 
 def within_window(batch: LayoutBatch, window: int) -> MaskMod:

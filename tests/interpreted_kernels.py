@@ -86,13 +86,13 @@ def check_decode_attention(
         own = [part.mT.contiguous().mT for part in own]
     angles = [torch.randn(rows, key_dim, dtype=dtype) if is_rotated else None for _ in range(2)]
     places = (torch.tensor(slots), key_dim**-0.5, softcap, *_table(slots, capacity, sharing))
-    plain = [torch.randn(rows, kv_heads, capacity, dim, dtype=dtype) for dim in dims]
+    plain = [torch.randn(kv_heads, rows, capacity, dim, dtype=dtype) for dim in dims]
     caches = [cache.clone() for cache in plain]
     want = DECODE_ATTENTION.plain_decode_attention(*own, *angles, *plain, *places)
     for row, slot in enumerate(slots):
         for cache, filled in zip(caches, plain, strict=True):
-            cache[row, :, slot:] = float("nan")  # what lies there is unread
-            filled[row, :, slot + 1 :] = float("nan")  # and stays as it is
+            cache[:, row, slot:] = float("nan")  # what lies there is unread
+            filled[:, row, slot + 1 :] = float("nan")  # and stays as it is
 
     def launch() -> tuple[Tensor, ...]:
         kept = [cache.clone() for cache in caches]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flexmask.attention.placement import RowPlacement
 from flexmask.attention.scaled_part import place_part
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
@@ -62,7 +63,9 @@ def dense_logits(
             position_ids=grown.position_tensor[None],
             attention_mask=dense_mask(strategy, grown)[None, None],
             score_mod=strategy.score_mod(batch),
-            scaled_part=None if part is None else place_part(part, torch.arange(size)[None]),
+            scaled_part=None
+            if part is None
+            else place_part(part, RowPlacement(torch.arange(size)[None])),
             logits_to_keep=len(answer),
             use_cache=False,
         )

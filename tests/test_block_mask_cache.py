@@ -2,94 +2,75 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
-from flexmask.block_mask import create_block_mask
-from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
-from flexmask.mask_mods import causal
+from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey, TileIndices
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.prefix_segment import PrefixSegment
 
-KEY = BlockMaskKey(
-    strategy=Causal(),
-    layouts=(b"one",),
-    window=None,
-    q_length=256,
-    kv_length=256,
-    reused=(),
-    block_size=(128, 128),
-    device="cpu",
-)
+KEY = BlockMaskKey(Causal(), b"one", None, b"slots", (128, 128))
+TILES = TileIndices(*(torch.ones(size, dtype=torch.int32) for size in (2, (2, 2), 2, (2, 2))))
 
 
-def build():
-    return create_block_mask(causal, 1, None, 256, 256)
-
-
-def build_again() -> Any:
-    return 1 / 0
-
-
-def test_a_mask_is_built_once_and_joined_to_the_mask_mod_of_the_moment():
+def test_tiles_are_found_once_they_are_kept():
     cache = BlockMaskCache()
-
-    def other(b, h, q_idx, kv_idx):
-        return q_idx >= kv_idx
-
-    first = cache.get(KEY, causal, build)
-    second = cache.get(KEY, other, build_again)
-    assert (first.mask_mod, second.mask_mod) == (causal, other)
-    assert torch.equal(first.kv_indices, second.kv_indices)
+    assert cache.find(KEY) is None
+    cache.keep(KEY, TILES)
+    assert cache.find(KEY) is TILES
     assert (cache.stats.hits, cache.stats.misses) == (1, 1)
 
 
-def test_every_part_of_the_key_makes_another_mask():
-    changes: dict[str, Any] = {
-        "strategy": PrefixSegment(),
-        "layouts": (b"two",),
-        "window": 64,
-        "q_length": 384,
-        "kv_length": 384,
-        "block_size": (64, 64),
-        "device": "cuda",
-    }
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strategy": PrefixSegment()},
+        {"strategy": Causal(), "layout": b"two"},
+        {"window": 64},
+        {"queries": b"others"},
+        {"tile": (64, 64)},
+    ],
+    ids=lambda change: list(change)[-1],
+)
+def test_every_part_of_the_key_makes_another_mask(change: dict[str, Any]):
     cache = BlockMaskCache()
-    for key in [KEY, *(replace(KEY, **{name: value}) for name, value in changes.items())]:
-        cache.get(key, causal, build)
-    assert cache.stats.hits == 0
-    assert cache.stats.entries == len(changes) + 1
-    parameters = replace(KEY, strategy=PrefixSegment(positions="sequential"))
-    cache.get(parameters, causal, build)
-    assert cache.stats.hits == 0
+    cache.keep(KEY, TILES)
+    assert cache.find(replace(KEY, **change)) is None
 
 
-def test_the_least_recently_used_mask_leaves_when_bytes_run_out():
-    one = BlockMaskCache()
-    one.get(KEY, causal, build)
-    cache = BlockMaskCache(max_bytes=2 * one.stats.bytes)
-    keys = [replace(KEY, layouts=(name,)) for name in (b"a", b"b", b"c")]
-    cache.get(keys[0], causal, build)
-    cache.get(keys[1], causal, build)
-    cache.get(keys[0], causal, build)
-    cache.get(keys[2], causal, build)
-    assert cache.stats.evictions == 1
-    assert cache.stats.bytes == 2 * one.stats.bytes
-    cache.get(keys[0], causal, build_again)  # still there
-    misses = cache.stats.misses
-    cache.get(keys[1], causal, build)
-    assert cache.stats.misses == misses + 1
+def test_parameters_of_a_strategy_make_another_mask():
+    cache = BlockMaskCache()
+    cache.keep(replace(KEY, strategy=PrefixSegment()), TILES)
+    assert cache.find(replace(KEY, strategy=PrefixSegment(positions="sequential"))) is None
 
 
-def test_a_mask_larger_than_the_cache_is_returned_and_not_kept():
+def test_the_tiles_used_longest_ago_leave_when_bytes_run_out():
+    cache = BlockMaskCache(max_bytes=2 * TILES.nbytes)
+    first, second, third = (replace(KEY, layout=name) for name in (b"a", b"b", b"c"))
+    cache.keep(first, TILES)
+    cache.keep(second, TILES)
+    cache.find(first)
+    cache.keep(third, TILES)
+    assert (cache.stats.evictions, cache.stats.bytes) == (1, 2 * TILES.nbytes)
+    assert cache.find(first) is TILES
+    assert cache.find(second) is None
+
+
+def test_tiles_larger_than_the_cache_are_not_kept():
     cache = BlockMaskCache(max_bytes=1)
-    assert cache.get(KEY, causal, build).kv_num_blocks.shape == (1, 1, 2)
+    cache.keep(KEY, TILES)
     assert (cache.stats.entries, cache.stats.bytes) == (0, 0)
 
 
 def test_several_threads_lose_no_count():
     cache = BlockMaskCache()
-    keys = [replace(KEY, layouts=(bytes([i % 4]),)) for i in range(64)]
+    keys = [replace(KEY, layout=bytes([i % 4])) for i in range(64)]
+
+    def use(key):
+        if cache.find(key) is None:
+            cache.keep(key, TILES)
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda key: cache.get(key, causal, build), keys))
+        list(pool.map(use, keys))
     assert cache.stats.hits + cache.stats.misses == 64
-    assert cache.stats.entries == 4
+    assert (cache.stats.entries, cache.stats.bytes) == (4, 4 * TILES.nbytes)

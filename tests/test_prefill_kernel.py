@@ -89,7 +89,7 @@ def prefill_with_flash(runner, asked_for):
     runner._kernels = kernels(asked_for)
     runner.prefill_kernel = choose(runner._kernels)
     layouts = [Causal().layout(random_request(seed, 9, [5], 1)) for seed in (1, 2)]
-    runner.prefill(runner.plan(layouts))
+    runner.prefill(runner.plan(dict(enumerate(layouts))))
 
 
 def test_where_flash_cannot_compile_a_mask_triton_goes_on_and_a_warning_says_so(refused):

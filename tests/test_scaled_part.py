@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention.model_masks import model_dense_mask
+from flexmask.attention.placement import RowPlacement
 from flexmask.attention.scaled_part import place_part, scaled_score_mod
 from flexmask.attention.strategy_context import use_strategy
 from flexmask.block_mask.cache import BlockMaskCache
@@ -74,7 +75,7 @@ def reference():
 
 def decode(runner, strategy, layouts):
     runner.prepare(strategy, len(layouts), CAPACITY)
-    runner.prefill(runner.plan(layouts))
+    runner.prefill(runner.plan(dict(enumerate(layouts))))
     token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
     logits = []
     for _ in range(STEPS):
@@ -109,7 +110,7 @@ def test_the_weights_of_a_part_are_scaled_however_far_scores_lie_apart(spread):
     size = len(layout)
     batch = LayoutBatch(1, size, torch.device("cpu"))
     batch.load([layout], [size], [0])
-    placed = place_part(strategy.scaled_part(batch), torch.arange(size)[None])
+    placed = place_part(strategy.scaled_part(batch), RowPlacement(torch.arange(size)[None]))
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, h, size, 16, generator=generator) for h in (4, 2))
     query *= spread
@@ -137,8 +138,8 @@ def test_the_weights_of_a_part_are_scaled_however_far_scores_lie_apart(spread):
 def test_a_part_scaled_by_one_is_none():
     strategy, slots = AdaptiveParallel(temperature=2.0, scale=0.5), torch.zeros(1, 8)
     batch = LayoutBatch(1, 8, torch.device("cpu"))
-    assert place_part(strategy.scaled_part(batch), slots) is None
-    assert place_part(AdaptiveParallel().scaled_part(batch), slots) is not None
+    assert place_part(strategy.scaled_part(batch), RowPlacement(slots)) is None
+    assert place_part(AdaptiveParallel().scaled_part(batch), RowPlacement(slots)) is not None
 
 
 def test_float16_is_refused():

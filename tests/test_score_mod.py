@@ -72,7 +72,7 @@ def dense_tokens(model, strategy, layout, count):
 
 def decode(runner, strategy, layouts):
     runner.prepare(strategy, len(layouts), CAPACITY)
-    runner.prefill(runner.plan(layouts))
+    runner.prefill(runner.plan(dict(enumerate(layouts))))
     token_ids = torch.tensor([[layout.token_ids[-1]] for layout in layouts], device=runner.device)
     logits = []
     for _ in range(STEPS):

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention import BACKEND, DENSE_BACKEND
 from flexmask.attention.added_mask import seen_through
-from flexmask.attention.flex_call import PrefillKernel, TileOrder, attend, check_lengths
+from flexmask.attention.flex_call import PrefillKernel, TokenStream, attend, check_lengths
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import ProbeMask
 from flexmask.attention.scaled_part import PlacedPart
@@ -61,7 +61,7 @@ def flexmask_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     cache_slots: Tensor | None = None,
-    tile_order: TileOrder | None = None,
+    stream: TokenStream | None = None,
     prefill_kernel: PrefillKernel | None = None,
     score_mod: ScoreMod | None = None,
     scaled_part: PlacedPart | None = None,
@@ -75,13 +75,14 @@ def flexmask_attention(
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``, with ``H`` a multiple of ``H_kv``.
         value: ``(B, H_kv, K, D_v)``.
-        attention_mask: The mask of ``Q`` queries and ``K`` keys; if a cache is bound, the keys
-            are its first slots.
+        attention_mask: The mask of ``Q`` queries and ``K`` keys. With ``cache_slots`` or
+            ``stream``, the keys are all slots of the cache.
         scaling: Factor on the scores; default ``D ** -0.5``.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
-        cache_slots: Slots of ``module.key_cache`` and ``module.value_cache`` that keys and values
-            are written to: ``(B, Q)``, or ``(B,)`` for one query per row.
-        tile_order: The order of queries that the mask is for.
+        cache_slots: ``(B,)`` slots of ``module.key_cache`` and ``module.value_cache`` that the
+            key and value of each row are written to; one query per row.
+        stream: Where the keys and values of a prefill are written, and the order of queries that
+            the mask is for; one batch row, which holds the tokens of many.
         prefill_kernel: The kernel for a prefill whose lengths are multiples of the tile.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after ``score_mod``.
@@ -112,20 +113,24 @@ def flexmask_attention(
         return rows, None
     own_key = key
     if cache_slots is not None:
-        key, value = _update_cache(module, key, value, cache_slots, attention_mask)
-    if tile_order is not None:
-        tiles = attention_mask.kv_num_blocks.shape[-1]
-        # Tells the compiler that the number of queries is the mask's, and no symbol of its own.
-        assume(len(tile_order.queries) == tiles * attention_mask.BLOCK_SIZE[0])
-        query, own_key = query[:, :, tile_order.queries], own_key[:, :, tile_order.queries]
+        key, value = _append_to_cache(module, key, value, cache_slots)
+    elif stream is not None:
+        # Tells the compiler that the number of tiles is the mask's, and no symbol of its own.
+        assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.shape[0])
+        key, value = _write_to_cache(module, key, value, stream)
+        query, own_key = (x[0][:, stream.queries].transpose(0, 1) for x in (query, own_key))
+    elif not key.is_cuda:
+        # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
+        # kernel reads such views wrongly (torch 2.13).
+        key, value = key.contiguous(), value.contiguous()
     output = attend(
         query, key, value, attention_mask, scaling, softcap, score_mod, prefill_kernel,
         scaled_part, own_key,
     )  # fmt: skip
-    if tile_order is not None:
-        output = output[:, :, tile_order.back]
+    if stream is not None:
+        output = output.transpose(0, 1).flatten(1, 2)[None, :, stream.places]
     output = output.transpose(1, 2)
-    if cache_slots is not None and cache_slots.dim() == 1 and not output.is_cuda:
+    if cache_slots is not None and not output.is_cuda:
         return kept_apart(output), None
     return output.contiguous(), None
 
@@ -233,23 +238,30 @@ def _attend_causal_rows(
 
 
 def bound_cache(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the caches bound to an attention module, ``(B, H_kv, capacity, D)`` each."""
+    """Return the caches bound to an attention module, ``(H_kv, B, capacity, D)`` each."""
     return cast(Tensor, module.key_cache), cast(Tensor, module.value_cache)
 
 
-def _update_cache(
-    module: nn.Module, key: Tensor, value: Tensor, slots: Tensor, mask: BlockMask
+def _append_to_cache(
+    module: nn.Module, key: Tensor, value: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write keys and values to the cache; return the slots of it that the mask covers."""
+    """Write a key and value per row; return those of all slots, ``(B, H_kv, capacity, D)``."""
     key_cache, value_cache = bound_cache(module)
-    rows = torch.arange(key.shape[0], device=key.device)
-    if slots.dim() == 1:
-        key_cache[rows, :, slots] = key[:, :, 0]
-        value_cache[rows, :, slots] = value[:, :, 0]
-        return key_cache, value_cache
-    # Not through a transposed view of the cache, which inductor would copy to and fro.
-    key_cache[rows[:, None], :, slots] = key.transpose(1, 2)
-    value_cache[rows[:, None], :, slots] = value.transpose(1, 2)
-    length = mask.kv_indices.shape[-1] * mask.BLOCK_SIZE[1]
-    count = key.shape[0]
-    return key_cache[:count, :, :length], value_cache[:count, :, :length]
+    count = len(slots)
+    rows = torch.arange(count, device=key.device)
+    key_cache[:, rows, slots] = key[:, :, 0].transpose(0, 1)
+    value_cache[:, rows, slots] = value[:, :, 0].transpose(0, 1)
+    return key_cache[:, :count].transpose(0, 1), value_cache[:, :count].transpose(0, 1)
+
+
+def _write_to_cache(
+    module: nn.Module, key: Tensor, value: Tensor, stream: TokenStream
+) -> tuple[Tensor, Tensor]:
+    """Write the keys and values of a stream; return those of all rows as one axis of keys."""
+    key_cache, value_cache = bound_cache(module)
+    capacity = key_cache.shape[2]
+    # Not through a flat view of the cache, which inductor would copy as a whole.
+    rows, slots = stream.slots // capacity, stream.slots % capacity
+    key_cache[:, rows, slots] = key[0, :, stream.sources]
+    value_cache[:, rows, slots] = value[0, :, stream.sources]
+    return key_cache.flatten(1, 2)[None], value_cache.flatten(1, 2)[None]

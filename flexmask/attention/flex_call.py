@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flexmask.attention.model_block_mask import plain_indices
 from flexmask.attention.scaled_part import PlacedPart, scaled_score_mod
-from flexmask.block_mask.cache import plain_indices
 from flexmask.errors import AttentionError
 from flexmask.torch_internals import compile_settings
 
@@ -40,36 +40,29 @@ def has_triton_options(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool
     return dtype.itemsize == 2 and max(key_dim, value_dim) <= 128
 
 
-class TileOrder(NamedTuple):
-    """An order of queries by tiles, the last tile first, and its inverse.
+class TokenStream(NamedTuple):
+    """The tokens of several batch rows as one stream, without padding between them.
 
-    A kernel processes tiles in order, and the last tile usually sees the most keys. Started last,
-    it would still run when all others have finished. Queries 0 1 2 3 4 5 in tiles of 2 become
-    4 5 2 3 0 1.
+    A kernel computes whole tiles of queries, each of one row, so queries are put into tiles for
+    attention and back afterwards. Tiles with the most keys come first: started last, they would
+    still run when all others have finished.
+
+    Example:
+        Two rows of 3 and 2 tokens are the stream ``a b c | d e``. In tiles of 2, with the tile of
+        ``c`` first: queries ``c c | a b | d e``, and the tokens are at places 2 3 0 4 5.
 
     Attributes:
-        queries: ``(Q,)`` index of the query at each place; the last query fills its tile.
-        back: ``(T,)`` place of each query.
+        sources: ``(W,)`` the token whose key and value are written to each of `slots`. A token
+            that several rows begin with is computed once and written for each.
+        slots: ``(W,)`` slots of the cache, counted over all rows.
+        queries: ``(N, Q)`` the tokens of each tile; the last token of a row fills its tile.
+        places: ``(T,)`` the place of each token, counted over all tiles.
     """
 
+    sources: Tensor
+    slots: Tensor
     queries: Tensor
-    back: Tensor
-
-    def to(self, device: torch.device) -> TileOrder:
-        """Return a copy on a device."""
-        return TileOrder(self.queries.to(device), self.back.to(device))
-
-
-def last_tile_first(num_queries: int, count: int, side: int) -> TileOrder:
-    """Order queries by tiles.
-
-    Args:
-        num_queries: Number of queries.
-        count: The same, rounded up to whole tiles.
-        side: Queries per tile.
-    """
-    tiles = torch.arange(count).view(-1, side).flip(0).flatten()  # is its own inverse
-    return TileOrder(tiles.clamp(max=num_queries - 1), tiles[:num_queries])
+    places: Tensor
 
 
 def _joined_score_mod(softcap: float | None, score_mod: ScoreMod | None) -> ScoreMod | None:
@@ -107,10 +100,6 @@ def _attend(
         compute_q_blocks=False,
     )
     heads, query = query.shape[1], _padded_groups(query, key.shape[1])
-    if not key.is_cuda:
-        # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
-        # kernel reads such views wrongly (torch 2.13).
-        key, value = key.contiguous(), value.contiguous()
 
     def weigh(value: Tensor, score_mod: ScoreMod | None) -> Tensor:
         output = flex_attention(

@@ -86,6 +86,21 @@ class ModelBlockMask(BlockMask):
         )
 
 
+def plain_indices(mask: BlockMask) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Copy the index tensors, so that they are not views of a larger tensor.
+
+    Dynamo guards on the sizes of a view's base, so views of one joint tensor would compile again
+    for another length.
+    """
+    full_num, full = mask.full_kv_num_blocks, mask.full_kv_indices
+    return (
+        mask.kv_num_blocks.clone(),
+        mask.kv_indices.clone(),
+        None if full_num is None else full_num.clone(),
+        None if full is None else full.clone(),
+    )
+
+
 def _own_scores() -> OwnScoresError:
     return OwnScoresError(
         "the model masks scores in code of its own, which no attention backend replaces; choose "

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from flexmask.attention.added_mask import added_mask
-from flexmask.attention.model_block_mask import ModelBlockMask
+from flexmask.attention.model_block_mask import ModelBlockMask, plain_indices
 from flexmask.attention.model_probe import probe_mask
 from flexmask.attention.strategy_context import ActiveStrategy, active_strategy
 from flexmask.block_mask import create_block_mask
-from flexmask.block_mask.cache import plain_indices
 from flexmask.errors import AttentionError
 from flexmask.mask_mods import and_masks, within_window
 from flexmask.torch_internals import mark_static

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from flexmask.torch_internals import mark_static
-
 if TYPE_CHECKING:
+    from flexmask.attention.placement import Placement
     from flexmask.mod_types import ScoreMod
     from flexmask.strategy import ScaledPart
 
@@ -34,31 +33,35 @@ MIN_VALUE_DIM = 16
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """A scaled part together with the slots of the queries.
+    """A scaled part, and the places of queries and keys.
 
     Attributes:
         part: The part, a function of slots.
-        slots: ``(B, Q)`` slot of each query, for the largest ``B`` and ``Q``.
+        placement: Translates the indices of queries and keys.
     """
 
     part: ScaledPart
-    slots: Tensor
+    placement: Placement
 
     def holds(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Return True for pairs whose key is in the part and whose query it is scaled for."""
-        return self.part.queries(b, self.slots[b, q_idx]) & self.part.keys(b, kv_idx)
+        of_query = self.part.queries(*self.placement.query(b, q_idx))
+        return of_query & self.holds_key(b, kv_idx)
+
+    def holds_key(self, b: Tensor, kv_idx: Tensor) -> Tensor:
+        """Return True for keys in the part."""
+        return self.part.keys(*self.placement.key(b, kv_idx))
 
     def is_own(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Return True for pairs of a query with its own key."""
-        return self.slots[b, q_idx] == kv_idx
+        row, slot = self.placement.query(b, q_idx)
+        key_row, key_slot = self.placement.key(b, kv_idx)
+        return (slot == key_slot) & (row == key_row)
 
 
-def place_part(part: ScaledPart | None, slots: Tensor) -> PlacedPart | None:
-    """Combine a part with the slots ``(B, Q)`` of queries, whose tensor must stay in place."""
-    if part is None or part.scale == 1:
-        return None
-    mark_static(slots)  # as LayoutBatch's, for flex's CPU kernel
-    return PlacedPart(part, slots)
+def place_part(part: ScaledPart | None, placement: Placement) -> PlacedPart | None:
+    """Combine a part with the places of queries and keys; None if it changes nothing."""
+    return None if part is None or part.scale == 1 else PlacedPart(part, placement)
 
 
 def scaled_score_mod(
@@ -73,7 +76,7 @@ def scaled_score_mod(
     """Measure the part, and return the score_mod that scales it.
 
     Args:
-        placed: The part and the slots of queries.
+        placed: The part and the places of queries and keys.
         score_mod: A change of scores that applies first.
         query: ``(B, H, Q, D)``.
         key: ``(B, H_kv, K, D)``.
@@ -97,8 +100,8 @@ def scaled_score_mod(
         part = in_part(score, b, h, q_idx, kv_idx)
         return torch.where(placed.is_own(b, q_idx, kv_idx), near[b, h, q_idx], part)
 
-    log_sum_exp, size = torch.ops.flexmask.part_log_sum_exp, placed.slots.shape
-    values, own_score = _which(placed.part, key), _own_scores(query, own_key, scaling)
+    log_sum_exp, size = torch.ops.flexmask.part_log_sum_exp, placed.placement.shape
+    values, own_score = _which(placed, key), _own_scores(query, own_key, scaling)
     near = log_sum_exp(attend(values, coarse), own_score, COARSE, *size)
     sums = log_sum_exp(attend(values, exact), near, 1.0, *size)
     factor = placed.part.scale - 1.0
@@ -112,10 +115,10 @@ def scaled_score_mod(
     return scaled
 
 
-def _which(part: ScaledPart, key: Tensor) -> Tensor:
+def _which(placed: PlacedPart, key: Tensor) -> Tensor:
     """Return values with 1 in the first column for keys of the part, in the second for others."""
-    rows, slots = (torch.arange(key.shape[dim], device=key.device) for dim in (0, 2))
-    is_part = part.keys(rows[:, None], slots)
+    rows, keys = (torch.arange(key.shape[dim], device=key.device) for dim in (0, 2))
+    is_part = placed.holds_key(rows[:, None], keys).expand(len(rows), len(keys))
     columns = torch.stack((is_part, ~is_part), -1).to(key.dtype)
     columns = nn.functional.pad(columns, (0, MIN_VALUE_DIM - 2))
     return columns[:, None].expand(-1, key.shape[1], -1, -1).contiguous()

@@ -15,14 +15,20 @@ from torch.nn.attention.flex_attention import flex_attention
 from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.attention.flex_call import PrefillKernel, has_triton_options
 from flexmask.attention.model_probe import AttentionShape
+from flexmask.attention.placement import RowPlacement
 from flexmask.attention.scaled_part import place_part
 from flexmask.bench.heads import Heads
 from flexmask.bench.machine import matrix_rate, read_bandwidth
 from flexmask.block_mask import MaskReport, create_block_mask, explain_mask
 from flexmask.device_clock import Spread, time_call
 from flexmask.engine.memory import free_bytes
-from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, flash_can_attend, prefill_tile
-from flexmask.engine.prefill_plan import prefill_length
+from flexmask.engine.prefill_kernel import (
+    BLOCK_SIZE,
+    Tile,
+    flash_can_attend,
+    prefill_tile,
+    whole_tiles,
+)
 from flexmask.errors import OptionError
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
@@ -105,13 +111,13 @@ class AttentionBench:
         _check_memory(self.length, heads, device, dtype)
         self._heads, self._device, self._dtype = heads, device, dtype
         self._kernel: PrefillKernel | None = "triton" if device.type == "cuda" else None
-        capacity = prefill_length(self.length, BLOCK_SIZE)
+        capacity = whole_tiles(self.length, BLOCK_SIZE)
         batch = LayoutBatch(1, capacity, device)
         batch.load([layout], [self.length], [0])
         self._mask_mod = strategy_mask(strategy, batch)
         self._score_mod = strategy.score_mod(batch)
         slots = torch.arange(capacity, device=device)[None]
-        self._scaled_part = place_part(strategy.scaled_part(batch), slots)
+        self._scaled_part = place_part(strategy.scaled_part(batch), RowPlacement(slots))
         self.report: MaskReport = explain_mask(
             self._mask_mod, 1, None, self.length, self.length, device
         )
@@ -161,7 +167,7 @@ class AttentionBench:
         dim = self._heads.dim
         has_options = has_triton_options(self._dtype, dim, dim)
         tile = prefill_tile(kernel, self.length, has_options=has_options)
-        slots = prefill_length(self.length, max(tile))
+        slots = whole_tiles(self.length, max(tile))
         note = f"{slots:,} slots in tiles of {tile[0]}x{tile[1]}"
         call = self._flexmask(kernel, tile, slots)
         return self._timed(way, call, self.report.allowed_pairs, note)

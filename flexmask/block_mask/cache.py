@@ -1,52 +1,59 @@
-"""A bounded cache of the index tensors of BlockMasks, keyed by everything that they depend on.
+"""A bounded cache of the tiles of masks, by prompt, keyed by everything that they depend on.
 
-Two layouts of the same shape have different masks, so a key contains the content of the layouts.
-The cache holds only the four index tensors: a mask_mod captures buffers whose content changes from
-batch to batch, so each BlockMask is made from the cached tensors and the current mask_mod.
+Two layouts of the same length have different masks, so a key contains the content of the layout.
+The cache holds only index tensors, on the host: a mask_mod captures buffers whose content changes
+from prompt to prompt, so each BlockMask is made of cached tensors and the current mask_mod.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
-
-if TYPE_CHECKING:
-    from flexmask.mod_types import MaskMod
-
-
-Indices = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Counts and indices of partial tiles, and of full ones."""
 
 
 @dataclass(frozen=True)
 class BlockMaskKey:
-    """Everything that a BlockMask depends on.
+    """Everything that the tiles of a prompt depend on.
 
     Attributes:
         strategy: The strategy with its parameters, equal to another if both give equal masks.
-        layouts: `Layout.digest` of each row.
+        layout: `Layout.digest` of the prompt.
         window: Sliding window of the model's layer, in positions; None for full attention.
-        q_length: Number of queries.
-        kv_length: Number of keys.
-        reused: The slots that have no query, because their keys and values are copied.
-        block_size: Queries and keys per tile.
-        device: Device of the index tensors.
+        queries: The slots of the queries, as bytes.
+        tile: Queries and keys per tile.
     """
 
     strategy: Hashable
-    layouts: tuple[bytes, ...]
+    layout: bytes
     window: int | None
-    q_length: int
-    kv_length: int
-    reused: Hashable
-    block_size: tuple[int, int]
-    device: str
+    queries: bytes
+    tile: tuple[int, int]
+
+
+class TileIndices(NamedTuple):
+    """The key tiles of each query tile, as in a BlockMask of one row and one head.
+
+    Attributes:
+        counts: ``(N,)`` partial tiles of each query tile.
+        indices: ``(N, W)`` their indices, in the first places.
+        full_counts: ``(N,)`` full tiles of each query tile.
+        full_indices: ``(N, W)`` their indices.
+    """
+
+    counts: Tensor
+    indices: Tensor
+    full_counts: Tensor
+    full_indices: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self)
 
 
 @dataclass(frozen=True)
@@ -60,52 +67,13 @@ class CacheStats:
     bytes: int
 
 
-def plain_indices(mask: BlockMask) -> Indices:
-    """Copy the index tensors, so that they are not views of a larger tensor.
-
-    Dynamo guards on the sizes of a view's base, so views of one joint tensor would compile again
-    for another length.
-    """
-    full_num, full = mask.full_kv_num_blocks, mask.full_kv_indices
-    return (
-        mask.kv_num_blocks.clone(),
-        mask.kv_indices.clone(),
-        None if full_num is None else full_num.clone(),
-        None if full is None else full.clone(),
-    )
-
-
-@dataclass(frozen=True)
-class _Entry:
-    indices: Indices
-    seq_lengths: tuple[int, int]
-    block_size: tuple[int, int]
-
-    @classmethod
-    def of(cls, mask: BlockMask) -> _Entry:
-        return cls(plain_indices(mask), mask.seq_lengths, mask.BLOCK_SIZE)
-
-    def joined(self, mask_mod: MaskMod) -> BlockMask:
-        return BlockMask.from_kv_blocks(
-            *self.indices,
-            BLOCK_SIZE=self.block_size,
-            mask_mod=mask_mod,
-            seq_lengths=self.seq_lengths,
-            compute_q_blocks=False,
-        )
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.indices if t is not None)
-
-
 class BlockMaskCache:
-    """Keeps the most recently used masks within ``max_bytes``; threads may share it."""
+    """Keeps the most recently used tiles within ``max_bytes``; threads may share it."""
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         """Create an empty cache."""
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries: OrderedDict[BlockMaskKey, TileIndices] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._lock = Lock()
 
@@ -117,33 +85,24 @@ class BlockMaskCache:
                 self._hits, self._misses, self._evictions, len(self._entries), self._bytes
             )
 
-    def get(
-        self, key: BlockMaskKey, mask_mod: MaskMod, build: Callable[[], BlockMask]
-    ) -> BlockMask:
-        """Return the mask of ``key`` with ``mask_mod``, and build it if it is not in the cache.
-
-        Args:
-            key: Everything that the index tensors depend on.
-            mask_mod: The mask_mod over the present buffers.
-            build: Builds the BlockMask.
-        """
+    def find(self, key: BlockMaskKey) -> TileIndices | None:
+        """Return the tiles of a prompt; None, and a miss is counted, if they are not kept."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
+            tiles = self._entries.get(key)
+            if tiles is None:
+                self._misses += 1
+            else:
                 self._entries.move_to_end(key)
                 self._hits += 1
-        if entry is None:
-            entry = _Entry.of(build())
-            self._keep(key, entry)
-        return entry.joined(mask_mod)
+            return tiles
 
-    def _keep(self, key: BlockMaskKey, entry: _Entry) -> None:
+    def keep(self, key: BlockMaskKey, tiles: TileIndices) -> None:
+        """Keep the tiles of a prompt, and drop those used longest ago if bytes run out."""
         with self._lock:
-            self._misses += 1
             replaced = self._entries.pop(key, None)
-            self._bytes += entry.bytes - (replaced.bytes if replaced else 0)
-            self._entries[key] = entry
+            self._bytes += tiles.nbytes - (replaced.nbytes if replaced else 0)
+            self._entries[key] = tiles
             while self._bytes > self._max_bytes and self._entries:
                 _, oldest = self._entries.popitem(last=False)
-                self._bytes -= oldest.bytes
+                self._bytes -= oldest.nbytes
                 self._evictions += 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexmask.attention.backend import dense_attention, flexmask_attention
+from flexmask.attention.placement import RowPlacement
 from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import create_block_mask
 from flexmask.check.cases import Case
@@ -84,7 +85,7 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     slots = torch.arange(batch.segment_ids.shape[1]).repeat(ROWS, 1)
     changes: dict[str, Any] = {
         "score_mod": strategy.score_mod(batch),
-        "scaled_part": place_part(strategy.scaled_part(batch), slots),
+        "scaled_part": place_part(strategy.scaled_part(batch), RowPlacement(slots)),
     }
     output, _ = flexmask_attention(module, query, key, value, block_mask, **changes)
     dense = _dense_mask(subject, batch, length)

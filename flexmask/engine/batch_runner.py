@@ -208,7 +208,10 @@ class BatchRunner:
         """Plan the prefill of a batch, unless that has been done already."""
         if self._planned is None or self._planned[0] != groups:
             layouts = [layout for group in groups for layout in group.layouts]
-            self._planned = (groups, self._executor.runner.plan(layouts))
+            self._planned = (
+                groups,
+                self._executor.runner.plan(dict(enumerate(layouts)), self._options.max_new_tokens),
+            )
         return self._planned[1]
 
     def _start(self, groups: Sequence[PromptGroup], loop: DecodeLoop) -> RunningBatch:
@@ -217,19 +220,21 @@ class BatchRunner:
         plan = self._plan(groups)
         seeds = [seed for group in groups for seed in group.seeds]
         spare = self._size.rows - len(seeds)  # a constant number of rows compiles once
-        last = [layout.token_ids[-1] for layout in plan.layouts]
+        layouts = [layout for group in groups for layout in group.layouts]
+        last = [layout.token_ids[-1] for layout in layouts] + [0] * spare
         seeds_of_rows = [*seeds, *seeds[-1:] * spare]
         weights_of_groups = [*[group.weights for group in groups], *[(1.0,)] * spare]
         loop.load(last, seeds_of_rows, weights_of_groups, self._processors(groups))
         peaks = [0, 0]
         before = self._clock.mark()
         with self._peak_bytes(peaks, 0):
-            plan = self._executor.runner.prefill(plan)
+            self._executor.runner.prefill(plan)
         prefilled = self._clock.mark()
         with self._peak_bytes(peaks, 1):
             steps = loop.run()
-        computed = sum(plan.computed_tokens[: len(seeds)])
-        return RunningBatch(groups, computed, steps, started, (before, prefilled), peaks)
+        return RunningBatch(
+            groups, plan.computed_tokens, steps, started, (before, prefilled), peaks
+        )
 
     def _processors(self, groups: Sequence[PromptGroup]) -> RowProcessors | None:
         rules, max_new_tokens = self._options.rules, self._options.max_new_tokens

@@ -123,7 +123,6 @@ class DecodeLoop:
         logits = self._replay_or_run(self._step if self._processors is None else self._forward)
         if self._processors is not None:
             assert logits is not None
-            self._runner.cache.tainted |= ~logits.amax(-1, keepdim=True).isfinite()
             self._choose(self._processors(logits))
             self._processors.append(self._token_ids)
 
@@ -164,7 +163,6 @@ class DecodeLoop:
         if self._fusion is not None:
             logits = self._fusion(logits)
         state = (
-            self._runner.cache.tainted,
             self._reported,
             self._token_ids,
             self._has_ended,
@@ -190,7 +188,6 @@ class DecodeLoop:
 def _take(
     chosen: Tensor,
     eos: Tensor,
-    tainted: Tensor,
     reported: Tensor,
     token_ids: Tensor,
     has_ended: Tensor,
@@ -201,7 +198,6 @@ def _take(
     A row that has ended repeats its last token. A row for which no token can be chosen ends too;
     the next step then reads token 0 for it, which has no meaning.
     """
-    tainted |= chosen < 0
     chosen = torch.where(has_ended, token_ids, chosen)
     has_ended |= chosen < 0
     if len(eos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,25 @@ from flexmask.attention.backend import bound_cache
 from flexmask.attention.model_probe import AttentionShape
 
 
+class LayerValues(NamedTuple):
+    """Keys and values of some tokens in all layers whose heads have the same sizes.
+
+    Attributes:
+        keys: ``(L, H_kv, P, D)`` of ``L`` layers and ``P`` tokens.
+        values: ``(L, H_kv, P, D_v)``.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
 class KVCache:
     """The key-value cache of one model.
 
     It consists of the buffers ``key_cache`` and ``value_cache`` of each attention module,
-    ``(B, H_kv, S, D)`` each, which all views of the model share.
-
-    Attributes:
-        tainted: ``(B, 1)`` bool, true where a row may hold NaN or infinity. Prefill and decode
-            set it.
+    ``(H_kv, B, S, D)`` each, which all views of the model share. The slots of all rows lie side
+    by side, so attention can take them as one axis of ``B * S`` keys. Layers with equal heads
+    share one tensor, so that one operation copies the keys of a token in all of them.
     """
 
     def __init__(
@@ -36,33 +47,27 @@ class KVCache:
         self._shapes = shapes
         self._dtype = dtype
         self._bound = (0, 0)
-        self.tainted = torch.zeros(0, 1, dtype=torch.bool)
+        self._layers: list[LayerValues] = []
 
     def bind(self, batch_size: int, capacity: int) -> None:
         """Replace the buffers by zeros for ``batch_size`` rows of ``capacity`` slots."""
         device = next(self._views[0].parameters()).device
         self._bound = (batch_size, capacity)
-        self.tainted = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
+        self._layers = []
+        names_by_sizes: dict[tuple[int, int, int], list[str]] = {}
         for name, shape in self._shapes.items():
-            size = (batch_size, shape.num_kv_heads, capacity)
-            key = torch.zeros(*size, shape.key_dim, dtype=self._dtype, device=device)
-            value = torch.zeros(*size, shape.value_dim, dtype=self._dtype, device=device)
-            for view in self._views:
-                module = view.get_submodule(name)
-                module.register_buffer("key_cache", key, persistent=False)
-                module.register_buffer("value_cache", value, persistent=False)
-
-    def clear_if_tainted(self) -> None:
-        """Fill the cache with zeros if `tainted` holds for any row; waits for the device.
-
-        A masked slot still counts if it holds NaN: its weight is zero, and zero times NaN is NaN.
-        """
-        if not self.tainted.any():
-            return
-        self.tainted.zero_()
-        for buffers in self._layers():
-            for buffer in buffers:
-                buffer.zero_()
+            sizes = (shape.num_kv_heads, shape.key_dim, shape.value_dim)
+            names_by_sizes.setdefault(sizes, []).append(name)
+        for (heads, *dims), names in names_by_sizes.items():
+            size = (len(names), heads, batch_size * capacity)
+            pair = [torch.zeros(*size, d, dtype=self._dtype, device=device) for d in dims]
+            self._layers.append(LayerValues(*pair))
+            for number, name in enumerate(names):
+                for view in self._views:
+                    module = view.get_submodule(name)
+                    for kind, tensor, dim in zip(("key", "value"), pair, dims, strict=True):
+                        layer = _own_tensor(tensor[number], (heads, batch_size, capacity, dim))
+                        module.register_buffer(f"{kind}_cache", layer, persistent=False)
 
     @property
     def num_bytes(self) -> int:
@@ -82,28 +87,46 @@ class KVCache:
 
     def of_row(self, row: int, num_slots: int) -> list[tuple[Tensor, Tensor]]:
         """Return the keys and values of a row, per layer: ``(H_kv, num_slots, D)`` each."""
-        return [(k[row, :, :num_slots], v[row, :, :num_slots]) for k, v in self._layers()]
+        caches = (bound_cache(self._views[0].get_submodule(name)) for name in self._shapes)
+        return [(keys[:, row, :num_slots], values[:, row, :num_slots]) for keys, values in caches]
 
-    def write_spans(
-        self, rows: Tensor, starts: Tensor, values: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
+    def copy_of(self, row: int, num_slots: int) -> tuple[LayerValues, ...]:
+        """Copy the keys and values of the first slots of a row."""
+        start = row * self._bound[1]
+        slots = slice(start, start + num_slots)
+        return tuple(
+            LayerValues(keys[:, :, slots].clone(), values[:, :, slots].clone())
+            for keys, values in self._layers
+        )
+
+    def write(self, slots: Tensor, values: Sequence[LayerValues]) -> None:
         """Write the same keys and values to several spans of slots.
 
         Args:
-            rows: ``(N,)`` batch row of each span.
-            starts: ``(N,)`` first slot of each span.
-            values: Keys and values per layer, ``(H_kv, P, D)`` each.
+            slots: ``(N, P)`` slots of each span, counted over the slots of all rows.
+            values: Those of ``P`` tokens, as `copy_of` returns them.
         """
-        length = values[0][0].shape[1]
-        slots = starts[:, None] + torch.arange(length, device=starts.device)
-        for buffers, pair in zip(self._layers(), values, strict=True):
+        for buffers, pair in zip(self._layers, values, strict=True):
             for buffer, content in zip(buffers, pair, strict=True):
-                _wide(buffer).transpose(1, 2)[rows[:, None], slots] = _wide(content).transpose(
-                    0, 1
-                )
+                _wide(buffer)[:, :, slots] = _wide(content)[:, :, None]
 
-    def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        return [bound_cache(self._views[0].get_submodule(name)) for name in self._shapes]
+    def clear(self, slots: Tensor) -> None:
+        """Fill slots ``(N,)``, counted over the slots of all rows, with zeros."""
+        for buffers in self._layers:
+            for buffer in buffers:
+                _wide(buffer).index_fill_(2, slots, 0)
+
+
+def _own_tensor(storage: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a tensor over the same memory that is no view to torch.compile.
+
+    It compiles a graph for each offset of a view into its base; each layer has another one.
+    """
+    own = storage.new_empty(0)
+    strides = [1]
+    for length in size[:0:-1]:
+        strides.insert(0, strides[0] * length)
+    return own.set_(storage.untyped_storage(), storage.storage_offset(), size, tuple(strides))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ decode for the shapes of the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
-from flexmask.block_mask import create_block_mask
-from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey
-from flexmask.engine.bound_strategy import BoundStrategy, DecodeKernel, spans_of
+from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.bound_strategy import BoundStrategy, changes_scores
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
@@ -29,9 +28,12 @@ from flexmask.engine.compiled_view import (
 )
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.memory import free_bytes
+from flexmask.engine.prefill_graphs import PrefillGraphs
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
-from flexmask.engine.prefill_plan import PrefillPlan, plan_prefill, prefill_length
+from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
+from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
+from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.layout import Layout
@@ -46,15 +48,12 @@ _TABLE_BYTES = 64
 _WIDE_TENSORS = 4
 """Tensors of a layer's largest width that are in memory at once: gate, up, product, output."""
 
-LEAST_ROWS = 2
-"""Fewest rows that a prefill computes, because a dimension of one would be another graph."""
-
 
 def bucketed_capacity(num_slots: int) -> int:
     """Round up the capacity of a cache for ``num_slots``: to a power of two, plus one tile.
 
-    A power of two, because longer prompts then seldom need a new shape; a tile more, because a
-    prefill as long as the cache would be another graph than a shorter one.
+    A power of two, because longer prompts then seldom need a new shape; a tile more, for the
+    tokens that are decoded after a prompt whose length is one.
     """
     return max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length()) + BLOCK_SIZE
 
@@ -68,7 +67,7 @@ class ModelRunner:
         context: Positions that the model knows; None for no limit.
         prefill_kernel: The kernel that computes prompts on a GPU, once `prepare` has chosen it.
         cache: The key-value cache.
-        decode_kernels: The kernel that decodes the current batch, by kind of layer.
+        decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
     """
 
@@ -117,6 +116,9 @@ class ModelRunner:
         self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
         self._token_bytes = _WIDE_TENSORS * _widest(model) * self._dtype.itemsize
         self._bound: BoundStrategy | None = None
+        self._planner: PrefillPlanner | None = None
+        self._graphs = PrefillGraphs(self.device)
+        self._kernels_of_rows: list[Mapping[str, DecodeKernel]] = []
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
 
@@ -138,26 +140,42 @@ class ModelRunner:
             if current == (strategy, batch_size, capacity):
                 return False
         self.release()
+        if capacity % BLOCK_SIZE:
+            raise LayoutError(f"capacity must be a multiple of {BLOCK_SIZE}, got {capacity}")
         if self._is_on_cpu and self.rows_that_fit(batch_size, capacity) < batch_size:
             raise torch.OutOfMemoryError(f"no room for {batch_size} rows of {capacity} slots")
+        with_key_table = self._pays_key_table(batch_size)
+        has_changes = changes_scores(strategy)
+        self.prefill_kernel = self._kernels.choose(strategy, capacity, changes_scores=has_changes)
+        self._tile = self._kernels.tile(self.prefill_kernel, capacity)
+        self._planner = PrefillPlanner(
+            strategy,
+            batch_size,
+            capacity,
+            self.layer_windows,
+            self._tile,
+            self._mask_cache,
+            changes_scores=has_changes,
+            with_key_table=with_key_table,
+            on_gpu=not self._is_on_cpu,
+        )
         bound = BoundStrategy(
             strategy,
             batch_size,
             capacity,
             self.device,
             self.layer_windows,
-            with_key_table=self._pays_key_table(batch_size),
+            (self._planner.most_tiles, self._tile[0]),
+            with_key_table=with_key_table,
         )
         if bound.query_part is not None and self._dtype == torch.float16:
             raise AttentionError(
                 f"strategy {strategy.name!r} scales a part of the keys, for which float16 is too "
                 "narrow; load the model in bfloat16 or float32"
             )
-        self.prefill_kernel = self._kernels.choose(
-            strategy, capacity, changes_scores=bound.changes_scores
-        )
-        self._tile = self._kernels.tile(self.prefill_kernel, capacity)
-        self.cache.bind(batch_size, capacity)
+        # With a key table, a spare row holds the cached prefix for all others.
+        self.cache.bind(batch_size + with_key_table, capacity)
+        self._kernels_of_rows = [{}] * batch_size
         self._bound = bound
         return True
 
@@ -196,141 +214,127 @@ class ModelRunner:
         assert self._bound is not None, "prepare comes first"
         return self._bound
 
+    @property
+    def planner(self) -> PrefillPlanner:
+        """The planner of prefills that `prepare` has made."""
+        assert self._planner is not None, "prepare comes first"
+        return self._planner
+
     def release(self) -> None:
         """Free what `prepare` allocated."""
-        self._bound = self.cached_prefix = None
+        self._bound = self._planner = self.cached_prefix = None
+        self._graphs.clear()
         self.cache.bind(0, 0)
 
+    @torch.no_grad()
     def cache_prefix(self, layout: Layout, length: int) -> bool:
         """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
 
         Wherever a prompt holds these tokens at positions 0, 1, …, and they are proved to see only
-        themselves, their keys and values are copied and not computed again.
+        themselves, their keys and values are copied and not computed again. It is computed in row
+        0, so no row may be in flight.
 
         Returns:
             False if they see other tokens in this prompt, or the strategy changes scores; then
             there is no cached prefix.
         """
         self.cached_prefix = None
-        bound = self.bound
-        if bound.changes_scores:
+        plan = self.planner.plan_prefix(layout, length)
+        if plan is None:
             return False
-        size = min(LEAST_ROWS, bound.batch_size)
-        plan = self._plan([layout] * size, [length, 0][:size], [()] * size)
-        bound.load(plan)
-        if not bound.see_only_themselves([[0]], length, plan.kv_length):
-            return False
-        self.cache.clear_if_tainted()
-        self._compute(plan)
-        values = tuple((k.clone(), v.clone()) for k, v in self.cache.of_row(0, length))
+        self._run(plan)
+        bound, values = self.bound, self.cache.copy_of(0, length)
+        if bound.key_table is not None:
+            spare = torch.arange(length, device=self.device) + bound.batch_size * bound.capacity
+            self.cache.write(spare[None], values)
         self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
         return True
 
-    def plan(self, layouts: Sequence[Layout]) -> PrefillPlan:
+    def plan(
+        self, prompts: Mapping[int, Layout], max_new_tokens: int | None = None
+    ) -> PrefillPlan:
         """Plan the prefill of prompts on the host: all tokens of each but the last.
 
         Args:
-            layouts: The layouts of the prompts, one per row. The last of them is repeated in rows
-                that have none, so that these can be decoded; their prompts are not computed.
+            prompts: The layout of each prompt, by the batch row that it will be in.
+            max_new_tokens: Most tokens that are decoded; None for all that fit.
 
         Raises:
             LayoutError: If a prompt is a single token, or leaves no room in the cache.
         """
-        batch_size = self.bound.batch_size
-        computed = max(len(layouts), min(LEAST_ROWS, batch_size))
-        layouts = [*layouts, *[layouts[-1]] * (batch_size - len(layouts))]
-        counts = [len(layout) - 1 for layout in layouts]
-        if min(counts) == 0:
-            raise LayoutError("a prompt needs at least two tokens")
-        length = prefill_length(max(counts), max(self._tile))
-        capacity = self.bound.capacity
-        if length >= capacity:
-            raise LayoutError(
-                f"a prefill of {length} slots needs a larger capacity, got {capacity}"
-            )
-        shared = self.cached_prefix
-        starts = [
-            () if shared is None else shared.starts_in(layout) for layout in layouts[:computed]
-        ]
-        return self._plan(layouts, counts, starts)
-
-    def _plan(
-        self,
-        layouts: Sequence[Layout],
-        counts: Sequence[int],
-        starts: Sequence[Sequence[int]],
-    ) -> PrefillPlan:
-        cached_tokens = 0 if self.cached_prefix is None else len(self.cached_prefix.token_ids)
-        return plan_prefill(
-            layouts,
-            counts,
-            starts,
-            cached_tokens,
-            batch_size=self.bound.batch_size,
-            capacity=self.bound.capacity,
-            tile=self._tile,
-            with_key_table=self.bound.key_table is not None,
-        )
+        return self.planner.plan(prompts, self.cached_prefix, max_new_tokens)
 
     @torch.no_grad()
-    def prefill(self, plan: PrefillPlan) -> PrefillPlan:
+    def prefill(self, plan: PrefillPlan) -> None:
         """Compute the keys and values of prompts, but for the last token of each.
 
-        `decode` starts with that token. On a GPU this returns before they are computed.
+        `decode` starts with that token. Rows that are not in the plan keep their prompts. On a GPU
+        this returns before anything is computed.
 
         Args:
             plan: The plan that `plan` made for the prompts.
-
-        Returns:
-            The plan that was followed. It is another one where the cached prefix would see more
-            than itself, because then it is computed and not copied.
         """
+        rows = self._run(plan)
         bound = self.bound
-        bound.load(plan)
-        bound.slots.copy_(torch.tensor(plan.counts))
-        # Before the computation is queued, because this waits for the device.
-        self.decode_kernels = bound.decode_kernels()
-        self.cache.clear_if_tainted()
-        if any(plan.starts):
-            if bound.see_only_themselves(plan.starts, plan.cached_tokens, plan.kv_length):
-                assert self.cached_prefix is not None
-                spans = spans_of(plan.starts, self.device)
-                self.cache.write_spans(*spans, self.cached_prefix.values)
-            else:
-                plan = self._plan(plan.layouts, plan.counts, [()] * len(plan.starts))
-                bound.load(plan)
-        self._compute(plan)
-        bound.batch.open_tail(bound.slots)
-        return plan
+        bound.batch.open_tail_of(rows, bound.slots[rows])
+        for row in plan.rows:
+            self._kernels_of_rows[row] = plan.decode_kernels
+        self.decode_kernels = {
+            kind: "flex_attention"
+            if any(of_row.get(kind) == "flex_attention" for of_row in self._kernels_of_rows)
+            else "decode_attention"
+            for kind in bound.query_masks
+        }
+        bound.make_decode_masks(self.decode_kernels)
 
-    @torch.no_grad()
-    def _compute(self, plan: PrefillPlan) -> None:
-        bound, token_slots = self.bound, plan.token_slots.to(self.device)
-        rows = len(token_slots)
-        masks = {kind: self._prefill_mask(kind, plan) for kind in bound.query_masks}
+    def _run(self, plan: PrefillPlan) -> Tensor:
+        """Load the prompts of a plan, copy and compute; returns its rows on the device."""
+        bound = self.bound
+        rows = torch.tensor(plan.rows).to(self.device, non_blocking=True)
+        bound.load(plan, rows)
+        self.cache.clear(plan.stale_slots.to(self.device, non_blocking=True))
+        if plan.copied_slots is not None:
+            assert self.cached_prefix is not None
+            slots = plan.copied_slots.to(self.device, non_blocking=True)
+            self.cache.write(slots, self.cached_prefix.values)
+        if plan.inputs is not None:
+            self._graphs.run(self._compute, plan.inputs, slack=self._num_keys // self._tile[1])
+        return rows
+
+    @property
+    def _num_keys(self) -> int:
+        """Slots of all rows of the cache."""
+        bound = self.bound
+        return (bound.batch_size + (bound.key_table is not None)) * bound.capacity
+
+    def _compute(self, inputs: StreamInputs) -> None:
+        """Compute a stream of tokens; nothing in it waits for the host."""
+        bound = self.bound
+        count = len(inputs.tile_rows)
+        bound.tile_rows[:count] = inputs.tile_rows
+        bound.tile_slots[:count] = inputs.tile_slots
+        masks = {
+            kind: stream_block_mask(tiles, self._tile, self._num_keys, bound.query_masks[kind])
+            for kind, tiles in inputs.tiles.items()
+        }
         arguments = dict(
-            input_ids=plan.input_ids.to(self.device),
-            position_ids=bound.batch.position_ids[:rows].gather(1, token_slots).long(),
+            input_ids=inputs.token_ids[None].long(),
+            position_ids=inputs.position_ids[None].long(),
             attention_mask=self._for_model(masks),
             use_cache=False,
-            cache_slots=token_slots,
-            tile_order=plan.tile_order.to(self.device),
+            stream=inputs.stream,
             score_mod=bound.query_score_mod,
             scaled_part=bound.query_part,
         )
         compute = self._prefill_model.base_model
         with compile_settings(self.device):
             try:
-                output = compute(prefill_kernel=self.prefill_kernel, **arguments)
+                compute(prefill_kernel=self.prefill_kernel, **arguments)
             except inductor_error() as error:
                 if self.prefill_kernel != "flash":
                     raise
                 self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
-                output = compute(prefill_kernel=self.prefill_kernel, **arguments)
-        # A key or value that is NaN or infinite makes the hidden state of its token so too.
-        hidden: Tensor = output.last_hidden_state
-        largest, smallest = hidden.amax((1, 2)), hidden.amin((1, 2))
-        self.cache.tainted[:rows, 0] |= ~(largest.isfinite() & smallest.isfinite())
+                compute(prefill_kernel=self.prefill_kernel, **arguments)
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:
@@ -357,37 +361,10 @@ class ModelRunner:
                 scaled_part=bound.decode_part,
                 key_table=bound.key_table,
             )
-        bound.slots += 1
+        # A row that has ended goes on until it gets another prompt.
+        bound.slots.add_(1).clamp_(max=bound.capacity - 1)
         logits: Tensor = output.logits[:, -1]
         return logits
-
-    def _prefill_mask(self, kind: str, plan: PrefillPlan) -> BlockMask:
-        mask_mod = self.bound.query_masks[kind]
-        rows, length = plan.query_slots.shape
-        key = BlockMaskKey(
-            strategy=self.bound.strategy,
-            layouts=tuple(layout.digest for layout in plan.layouts[:rows]),
-            window=self.layer_windows[kind],
-            q_length=length,
-            kv_length=plan.kv_length,
-            reused=(plan.counts[:rows], plan.starts, plan.cached_tokens),
-            block_size=plan.tile,
-            device=str(self.device),
-        )
-
-        def build() -> BlockMask:
-            return create_block_mask(
-                mask_mod,
-                rows,
-                None,
-                length,
-                plan.kv_length,
-                self.device,
-                plan.tile,
-                pointwise_only=True,
-            )
-
-        return self._mask_cache.get(key, mask_mod, build)
 
     def _for_model(self, masks: dict[str, BlockMask]) -> BlockMask | dict[str, BlockMask]:
         given: dict[str, BlockMask] = {k: ModelBlockMask.of(mask) for k, mask in masks.items()}

@@ -145,6 +145,11 @@ def prefill_tile(kernel: PrefillKernel | None, capacity: int, *, has_options: bo
     return (BLOCK_SIZE, BLOCK_SIZE)
 
 
+def whole_tiles(length: int, side: int) -> int:
+    """Round a length up to whole tiles."""
+    return -(-length // side) * side
+
+
 def has_flash() -> bool:
     """Return whether flash-attn-4 is installed."""
     # find_spec of a name in a package raises where the package is missing.

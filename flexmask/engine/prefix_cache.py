@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import Tensor
-
+from flexmask.engine.kv_cache import LayerValues
 from flexmask.layout import Layout
 
 MIN_PREFIX_TOKENS = 16
@@ -24,11 +24,11 @@ class CachedPrefix:
 
     Attributes:
         token_ids: The ``P`` tokens.
-        values: Keys and values of each layer, ``(H_kv, P, D)`` each.
+        values: Their keys and values in all layers.
     """
 
     token_ids: tuple[int, ...]
-    values: tuple[tuple[Tensor, Tensor], ...]
+    values: tuple[LayerValues, ...]
 
     def starts_in(self, layout: Layout) -> list[int]:
         """Find the slots of a prompt at which these tokens begin, each time at position 0.
@@ -36,6 +36,47 @@ class CachedPrefix:
         The last prompt token is left out, because decoding computes it.
         """
         return _starts_of(self.token_ids, layout)
+
+
+@dataclass(frozen=True)
+class SharedBeginning:
+    """Tokens that the prompt at one index of a list begins with like an other one.
+
+    Attributes:
+        row: Index of the prompt.
+        donor: Index of the other one.
+        length: Number of tokens.
+    """
+
+    row: int
+    donor: int
+    length: int
+
+
+def shared_beginnings(layouts: Sequence[Layout], counts: Sequence[int]) -> list[SharedBeginning]:
+    """Find for each prompt the longest beginning that another one has too.
+
+    Sorted by their tokens, a prompt shares most with its neighbours, as in a tree of prefixes.
+
+    Args:
+        layouts: The prompts.
+        counts: Tokens of each that may be shared.
+
+    Returns:
+        At most one for each prompt, of at least `MIN_PREFIX_TOKENS` at positions 0, 1 and so on;
+        the donor of one comes before it or has none itself.
+    """
+    order = sorted(range(len(layouts)), key=lambda index: layouts[index].token_ids)
+    shared = []
+    for donor, row in pairwise(order):
+        length = min(counts[donor], counts[row])
+        for values in ("token_ids", "position_ids"):
+            ours, theirs = (getattr(layouts[i], values)[:length] for i in (row, donor))
+            length = _common_length(ours, theirs)
+        length = _common_length(layouts[row].position_ids[:length], tuple(range(length)))
+        if length >= MIN_PREFIX_TOKENS:
+            shared.append(SharedBeginning(row, donor, length))
+    return shared
 
 
 def common_prefix_length(layouts: Sequence[Layout]) -> int:
@@ -90,7 +131,7 @@ def _zeros(values: tuple[int, ...]) -> Iterator[int]:
 
 
 def _common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        if one != other:
-            return index
-    return len(first)
+    if first == second:
+        return len(first)
+    differs = (one != other for one, other in zip(first, second, strict=True))
+    return next(index for index, differ in enumerate(differs) if differ)

@@ -85,8 +85,8 @@ def plain_decode_attention(
         cos: ``(B, D)`` cosines of the rotary embeddings that query and key are rotated by first;
             None if they are rotated already.
         sin: ``(B, D)`` sines.
-        key_cache: ``(B, H_kv, capacity, D)``.
-        value_cache: ``(B, H_kv, capacity, D_v)``.
+        key_cache: ``(H_kv, R, capacity, D)``, the first ``B`` of its ``R`` rows for the queries.
+        value_cache: ``(H_kv, R, capacity, D_v)``.
         slots: ``(B,)`` slot of each row's key and value.
         scale: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 for no soft-capping.
@@ -98,17 +98,21 @@ def plain_decode_attention(
     """
     if cos is not None and sin is not None:
         query, key = (_rotated(heads, cos[:, None], sin[:, None]) for heads in (query, key))
-    slot_of_row = slots.tolist()
+    count, slot_of_row = len(slots), slots.tolist()
     length = max(slot_of_row) + 1
     if min(slot_of_row) == max(slot_of_row):
-        key_cache[:, :, length - 1], value_cache[:, :, length - 1] = key, value
+        key_cache[:, :count, length - 1] = key.transpose(0, 1)
+        value_cache[:, :count, length - 1] = value.transpose(0, 1)
         mask = None
     else:
         rows = torch.arange(len(slots), device=slots.device)
-        key_cache[rows, :, slots], value_cache[rows, :, slots] = key, value
+        key_cache[:, rows, slots] = key.transpose(0, 1)
+        value_cache[:, rows, slots] = value.transpose(0, 1)
         index = torch.arange(length, device=slots.device)
         mask = (index <= slots[:, None])[:, None, None]
-    keys, values = key_cache[:, :, :length], value_cache[:, :, :length]
+    keys, values = (
+        cache[:, :count, :length].transpose(0, 1) for cache in (key_cache, value_cache)
+    )
     if key_slots is not None and sharing is not None:
         table = KeyTable(key_slots, sharing)
         keys, values, mask = _keys_of_table(table, key_cache, value_cache, slots)
@@ -140,7 +144,7 @@ def _keys_of_table(
     bias = torch.where(is_shared, copies.clamp(min=1).float().log()[:, None], 0.0)
     bias = bias.masked_fill(index > num_keys[:, None], float("-inf"))
     keys, values = (
-        cache[holders, :, key_slots].transpose(1, 2) for cache in (key_cache, value_cache)
+        cache[:, holders, key_slots].transpose(0, 1) for cache in (key_cache, value_cache)
     )
     return keys, values, bias[:, None, None].to(keys.dtype)
 
@@ -189,7 +193,7 @@ def _fast_decode_attention(
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch_size, heads, key_dim = query.shape
-    _, kv_heads, capacity, value_dim = value_cache.shape
+    kv_heads, cache_rows, capacity, value_dim = value_cache.shape
     group = heads // kv_heads
     splits = num_splits(batch_size * kv_heads, capacity)
     block_k, block_v = (max(16, power_of_two(dim)) for dim in (key_dim, value_dim))
@@ -220,6 +224,7 @@ def _fast_decode_attention(
         arrival_counters(query.device, batch_size * kv_heads),
         scale,
         softcap or 1.0,
+        cache_rows,
         capacity,
         *query.stride()[:2],
         *key.stride()[:2],

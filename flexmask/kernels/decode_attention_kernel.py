@@ -25,6 +25,7 @@ def decode_attention_kernel(
     arrived_ptr,
     scale,
     softcap,
+    cache_rows,
     capacity,
     stride_qb,
     stride_qh,
@@ -78,7 +79,7 @@ def decode_attention_kernel(
     share = tl.cdiv(tl.cdiv(num_keys, BLOCK_N), SPLITS) * BLOCK_N
     start = split * share
     stop = tl.minimum(start + share, num_keys)
-    base = pair.to(tl.int64) * capacity
+    base = (kv_head * cache_rows + b).to(tl.int64) * capacity
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if AHEAD > 0:
@@ -102,7 +103,7 @@ def decode_attention_kernel(
         if HAS_TABLE:
             key_slot = tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
             holder = tl.where(n < num_shared, source, b)
-            key_row = (holder * KV_HEADS + kv_head).to(tl.int64) * capacity + key_slot
+            key_row = (kv_head * cache_rows + holder).to(tl.int64) * capacity + key_slot
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
         keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]

@@ -1,0 +1,117 @@
+"""Prefills captured as CUDA graphs, one for each size of a stream."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmask.engine.stream_inputs import StreamInputs
+from flexmask.errors import FlexMaskWarning
+
+MOST_TOKENS = 6144
+"""Most tokens of a stream that is captured. More keep the device busy for longer than the host
+takes to queue them."""
+
+MOST_GRAPHS = 48
+"""Graphs that are kept, those used last."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    packed: Tensor
+    inputs: StreamInputs
+
+
+class PrefillGraphs:
+    """Runs prefills; on a GPU, short ones through CUDA graphs.
+
+    Queuing the kernels of a prefill takes the host longer than the device takes to compute a
+    thousand tokens, and replaying a graph takes it no time. A stream of some size is captured
+    when that size occurs for the second time; the first time compiles, and shows that it runs.
+
+    Attributes:
+        no_graph_reason: Why a graph could not be captured; empty if none failed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start without graphs."""
+        self._device = device
+        self._graphs: OrderedDict[tuple[int, ...], _Graph | None] = OrderedDict()
+        self._pool: Any = None
+        self.no_graph_reason = ""
+
+    def clear(self) -> None:
+        """Forget all graphs; call it when a buffer that they use is replaced."""
+        self._graphs.clear()
+        self._pool = None
+
+    def run(
+        self, compute: Callable[[StreamInputs], None], inputs: StreamInputs, slack: int
+    ) -> None:
+        """Copy inputs to the device and compute.
+
+        Args:
+            compute: Reads inputs on the device; everything else that it reads or writes keeps
+                its address until `clear`.
+            inputs: The inputs on the host.
+            slack: Numbers in memory behind the inputs (`stream_block_mask`).
+        """
+        packed = inputs.packed(slack)
+        if self._device.type != "cuda":
+            compute(inputs.over(packed))
+            return
+        sizes = inputs.sizes
+        if len(inputs.token_ids) > MOST_TOKENS or self.no_graph_reason:
+            compute(inputs.over(packed.to(self._device, non_blocking=True)))
+        elif sizes not in self._graphs:
+            compute(inputs.over(packed.to(self._device, non_blocking=True)))
+            self._keep(sizes, None)
+        else:
+            graph = self._graphs[sizes]
+            if graph is None:
+                graph = self._captured(compute, inputs, packed)
+            else:
+                graph.packed.copy_(packed, non_blocking=True)
+            if graph is None:
+                compute(inputs.over(packed.to(self._device, non_blocking=True)))
+                return
+            self._keep(sizes, graph)
+            graph.graph.replay()
+
+    def _keep(self, sizes: tuple[int, ...], graph: _Graph | None) -> None:
+        self._graphs[sizes] = graph
+        self._graphs.move_to_end(sizes)
+        while len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _captured(
+        self, compute: Callable[[StreamInputs], None], inputs: StreamInputs, packed: Tensor
+    ) -> _Graph | None:
+        """Capture a prefill; None, with a warning, if it does something that cannot be."""
+        on_device = packed.to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        given = inputs.over(on_device)
+        try:
+            # thread_local: what other threads do on the device is not captured, and no error.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                compute(given)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.no_graph_reason = " ".join(str(error).split())
+            warnings.warn(
+                f"prefill runs without a CUDA graph: {self.no_graph_reason}",
+                FlexMaskWarning,
+                stacklevel=2,
+            )
+            return None
+        # Graphs run one after the other, so they can share the memory of intermediate tensors.
+        self._pool = self._pool or graph.pool()
+        return _Graph(graph, on_device, given)
