@@ -13,7 +13,6 @@ import gc
 import json
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,27 +139,32 @@ def decode_flexmask(
     runner, vocab_size = engine.runner, engine.model.config.vocab_size
     layouts = [random_layout(strategy, context, vocab_size) for _ in range(batch_size)]
     reset_peak_memory()
-    last = [layout.token_ids[-1] for layout in layouts]
+    prompts = [layout.token_ids for layout in layouts]
     uuids = [str(row) for row in range(batch_size)]
 
     def prefill(loop: DecodeLoop) -> None:
-        loop.load(last, uuids)
+        loop.load(range(batch_size), prompts, uuids)
         runner.prefill(runner.plan(dict(enumerate(layouts))))
+
+    def decode(loop: DecodeLoop) -> None:
+        for _ in range(steps):
+            loop.step()
 
     def start() -> DecodeLoop:
         runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))
         loop = DecodeLoop(runner, Sampling(), steps, ())
         prefill(loop)
-        next(loop.run())
+        loop.step()
         return loop
 
     def timed() -> float:
         prefill(loop)
-        return seconds(lambda: deque(loop.run(), maxlen=0))
+        return seconds(lambda: decode(loop))
 
     synchronize()
     started = time.perf_counter()
     loop = start()
+    synchronize()
     first_s = time.perf_counter() - started
     step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
     floor = floor_s(engine.model, batch_size, context, bandwidth)

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flexmask.attention.backend import register_attention
+from flexmask.engine import GenerationRun
+from flexmask.engine.batch_runner import LAG, STEPS_AHEAD
 from flexmask.layout import Layout, TokenizedRequest
 from flexmask.request import Request
 from flexmask.strategy import Strategy
@@ -88,6 +90,14 @@ def random_text_request(seed: int, num_segments: int = 3, length: int = 12) -> R
     """Random words, in segments of ``length`` and more."""
     segments = tuple(random_words(100 * seed + i, length + i) for i in range(num_segments))
     return Request(segments, prefix=random_words(seed, 8), suffix="t9 t10", uuid=f"row{seed}")
+
+
+def as_on_gpu(run: GenerationRun) -> GenerationRun:
+    """Let a run work ahead of the host on a CPU as it does on a GPU."""
+    scheduler = run._scheduler
+    scheduler.overlaps = True
+    scheduler._runner._lag, scheduler._runner._steps_ahead = LAG, STEPS_AHEAD
+    return run
 
 
 def dense_mask(strategy: Strategy, layout: Layout) -> Tensor:

@@ -17,6 +17,7 @@ class QuickRun:
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = requests
+        self._is_stopped = False
         self.rules = SimpleNamespace(eos_token_ids=(), stop_strings=(), applied=(), sampling=None)
         self.stats = SimpleNamespace(
             **dict.fromkeys(
@@ -24,14 +25,20 @@ class QuickRun:
                     *("generations", "generated_tokens", "prompt_tokens", "computed_tokens"),
                     *("tokens_per_s", "prefill_s", "decode_s", "compilations", "batch_size"),
                     *("warm_compilations", "mask_hits", "mask_misses", "decode_peak_bytes"),
-                    *("halvings", "capacity"),
+                    *("halvings", "capacity", "cold_groups", "copied_tokens", "prefills"),
+                    *("decode_steps", "row_utilization"),
                 ),
                 0,
             )
         )
 
+    def stop(self) -> None:
+        self._is_stopped = True
+
     def batches(self) -> Iterator[list[Generation]]:
         for request in self._requests:
+            if self._is_stopped:
+                return
             text = request.answers[0] if request.answers else "none"
             yield [Generation(request, f" {text}", (1, 2), "length", 3)]
 

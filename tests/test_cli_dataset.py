@@ -436,7 +436,8 @@ class FakeRun:
     """A run of four batches that takes as long as a clock says."""
 
     def __init__(self, clock, batch_s):
-        self.generations = SimpleNamespace(stats=SimpleNamespace(generated_tokens=0, batch_size=2))
+        stats = SimpleNamespace(generated_tokens=0, batch_size=2, cold_groups=0)
+        self.generations = SimpleNamespace(stats=stats)
         self._clock, self._batch_s = clock, batch_s
 
     def batches(self, should_stop):
@@ -513,7 +514,7 @@ def ctrl_c_interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
-def test_the_first_ctrl_c_lets_the_batch_end_and_the_second_ends_at_once(clock, capsys):
+def test_the_first_ctrl_c_ends_the_run_in_order_and_the_second_ends_it_at_once(clock, capsys):
     interrupt = Interrupt()
     batches = 0
     with interrupt:
@@ -523,6 +524,6 @@ def test_the_first_ctrl_c_lets_the_batch_end_and_the_second_ends_at_once(clock, 
         assert batches == 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert "the current batch ends first; Ctrl-C again ends at once" in capsys.readouterr().err
+    assert "prompts in flight finish first; Ctrl-C again ends at once" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

@@ -182,8 +182,8 @@ def test_requests_with_too_few_segments_stop_the_run_or_become_rows():
     assert cut[2][2] == BadRow("short", "f:3: 2 segments asked for, got 1", short)
 
 
-def stats(batches, compilations, batch_size=8):
-    """After so many batches of two rows, a second of prefill and two of decode each."""
+def stats(batches, compilations, batch_size=8, **more):
+    """After so many prefills of two rows, a second of prefill and two of decode each."""
     return RunStats(
         batch_size,
         512,
@@ -193,9 +193,11 @@ def stats(batches, compilations, batch_size=8):
         generated_tokens=6 * batches,
         prefill_s=1.0 * batches,
         decode_s=2.0 * batches,
+        prefills=batches,
         first_token_s=1.5 * batches,
         compilations=compilations,
         decode_peak_bytes=10 * batches,
+        **more,
     )
 
 
@@ -206,13 +208,20 @@ def measured(states, **options):
     return stopwatch.measurement
 
 
-def test_batches_that_compile_are_counted_and_not_timed():
+def test_rows_during_which_something_compiles_are_counted_and_not_timed():
     found = measured([stats(1, 2), stats(2, 2), stats(3, 4), stats(4, 4)])
     assert (found.rows, found.prompt_tokens, found.computed_tokens) == (8, 800, 200)
     assert (found.timed_rows, found.timed_tokens, found.timed_s) == (4, 12, 6.0)
     assert found.compiling_s == 6.0
     assert (found.tokens_per_s, found.ms_per_row, found.first_token_ms) == (2.0, 1500.0, 1500.0)
     assert found.peak_bytes == 40
+
+
+def test_rows_that_were_in_flight_at_a_compilation_are_not_timed_either():
+    found = measured([stats(1, 2, cold_groups=1), stats(2, 2), stats(3, 2)])
+    assert (found.rows, found.timed_rows, found.timed_s, found.compiling_s) == (6, 2, 3.0, 6.0)
+    again = measured([stats(1, 0, cold_groups=1), stats(2, 0)], is_warm=True)
+    assert (again.timed_rows, again.timed_s) == (4, 6.0)
 
 
 def test_a_single_batch_is_timed_by_a_second_run():

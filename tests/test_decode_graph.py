@@ -10,7 +10,7 @@ from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.row_processors import RowProcessors
+from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import Fusion
@@ -19,7 +19,7 @@ from flexmask_strategies.prefix_segment import PrefixSegment
 from oracles import random_request
 
 LAYOUTS = [PrefixSegment().layout(random_request(seed, 9, [20, 30], 2)) for seed in (1, 2)]
-LAST_TOKENS = [layout.token_ids[-1] for layout in LAYOUTS]
+PROMPTS = [layout.token_ids for layout in LAYOUTS]
 UUIDS = ["a", "b"]
 STEPS = 12
 
@@ -29,10 +29,16 @@ def runner(models):
     return ModelRunner(models("llama", "flexmask", "cuda"), BlockMaskCache())
 
 
-def decode(runner, loop):
-    loop.load(LAST_TOKENS, UUIDS)
+def decode(runner, loop, groups=()):
+    loop.load(range(len(LAYOUTS)), PROMPTS, UUIDS, groups)
     runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
-    return list(loop.run())
+    return steps_of(loop, STEPS)
+
+
+def steps_of(loop, count):
+    steps = [loop.step() for _ in range(count)]
+    torch.cuda.synchronize()
+    return [tokens[:, 0].tolist() for tokens in steps]
 
 
 def new_loop(runner, sampling=Sampling(), eos=()):
@@ -64,40 +70,35 @@ def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
         fuse = LogitFusion(fusion, 2, len(LAYOUTS), runner.device)
         return DecodeLoop(runner, Sampling(), STEPS, (), fuse)
 
-    def decode_in(groups, loop):
-        loop.load(LAST_TOKENS, UUIDS, groups)
-        runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
-        return list(loop.run())
-
-    together, apart = [(1.0, 2.0)], [(1.0,), (1.0,)]
+    together, apart = [((0, 1), (1.0, 2.0))], [((0,), (1.0,)), ((1,), (1.0,))]
     loop = fusing_loop()
     for groups in (together, apart, together):
-        assert decode_in(groups, loop) == decode_in(groups, without_graph(fusing_loop()))
+        assert decode(runner, loop, groups) == decode(runner, without_graph(fusing_loop()), groups)
     assert loop.no_graph_reason == ""
-    assert all(first == second for first, second in decode_in(together, loop))
-    assert decode_in(apart, loop) == decode(runner, new_loop(runner))
+    assert all(first == second for first, second in decode(runner, loop, together))
+    assert decode(runner, loop, apart) == decode(runner, new_loop(runner))
 
 
 @pytest.fixture
 def processors(models, tokenizer, monkeypatch):
-    """Makes the processors of a batch anew, since they note what each row holds."""
+    """Makes processors anew, since they note what each row holds."""
     model = models("llama", "flexmask", "cuda")
     config = GenerationConfig(
         repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=3, eos_token_id=2
     )
     monkeypatch.setattr(model, "generation_config", config)
     rules = GenerationRules.of(model, tokenizer)
-    prompts = [layout.token_ids for layout in LAYOUTS]
-    return lambda: RowProcessors(rules, prompts, STEPS, model.device)
+    return lambda: BatchProcessors(rules, STEPS, model.device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=40, seed=3)], ids=str)
 def test_the_graph_up_to_the_logits_gives_what_steps_without_it_give(runner, processors, sampling):
     def decode_processed(loop):
-        loop.load(LAST_TOKENS, UUIDS, processors=processors())
-        runner.prefill(runner.plan(dict(enumerate(LAYOUTS))))
-        return list(loop.run())
+        loop.processors = processors()
+        tokens = decode(runner, loop)
+        loop.processors = None
+        return tokens
 
     loop = new_loop(runner, sampling)
     plain = decode(runner, loop)
@@ -152,6 +153,24 @@ def test_a_row_that_has_ended_repeats_its_last_token(runner):
     ended = decode(runner, new_loop(runner, eos=[ending]))
     first = [tokens[0] for tokens in expected].index(ending)
     assert [tokens[0] for tokens in ended[first:]] == [ending] * (STEPS - first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_k=40, seed=3)], ids=str)
+def test_a_prompt_that_is_loaded_beside_a_running_row_gets_the_tokens_it_gets_alone(
+    runner, sampling
+):
+    first, second = zip(*decode(runner, new_loop(runner, sampling)), strict=True)
+    loop = new_loop(runner, sampling)
+    for row in (0, 1):
+        loop.load([row], [PROMPTS[row]], [UUIDS[row]])
+        runner.prefill(runner.plan({row: LAYOUTS[row]}))
+        found = steps_of(loop, 5 if row == 0 else STEPS)
+        if row == 0:
+            begun = [tokens[0] for tokens in found]
+    assert [*begun, *(tokens[0] for tokens in found)][:STEPS] == list(first)
+    assert [tokens[1] for tokens in found] == list(second)
+    assert loop.no_graph_reason == ""
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from flexmask.sampling import Sampling
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from flexmask_strategies.prefix_segment import PrefixSegment
-from oracles import SHAPE, make_model
+from oracles import SHAPE, as_on_gpu, make_model
 from oracles import random_text_request as request
 from oracles import random_words as words
 
@@ -143,8 +143,11 @@ def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
     uuids = [str(i) for i in range(2000)]
     sampler = Sampler(Sampling(temperature=1.0, seed=3), 2000, 1, torch.device("cpu"))
-    sampler.load(uuids)
-    shares = torch.bincount(sampler(logits, torch.tensor([0]))[:, 0], minlength=3) / 2000
+    sampler.load(range(2000), uuids)
+    shares = (
+        torch.bincount(sampler(logits, torch.zeros(2000, 1, dtype=torch.long))[:, 0], minlength=3)
+        / 2000
+    )
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
 
 
@@ -360,7 +363,7 @@ def test_warming_up_stays_in_the_context(engine):
 
 @pytest.fixture
 def overlapping(engine, monkeypatch):
-    """A run as on a GPU, which works on a batch while the host hands out the one before."""
+    """A run as on a GPU, which works on prompts while the host hands out those before them."""
     prefill, events = engine.runner.prefill, []
 
     def noted_prefill(plan):
@@ -369,46 +372,34 @@ def overlapping(engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
     results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=3)
-    results._scheduler.overlaps = True
-    return results, events
+    return as_on_gpu(results), events
 
 
-def test_a_batch_is_handed_out_when_the_next_has_started(engine, overlapping):
+def test_generations_are_handed_out_when_the_next_prompts_have_started(engine, overlapping):
     results, events = overlapping
     for batch in results.batches():
         events.append(len(batch))
-    assert events == ["prefill", "prefill", 3, "prefill", 3, 1]
+    assert events == ["prefill", "prefill", "prefill", 3, 3, 1]
 
 
-def test_rows_that_only_fill_a_batch_are_not_computed(engine, monkeypatch):
-    prefill, computed = engine.runner.prefill, []
-
-    def noted_prefill(plan):
-        computed.append(len(plan.rows))
-        return prefill(plan)
-
-    monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
-    assert run(engine, batch_size=5) == run(engine, batch_size=3)
-    assert computed == [5, 2, 3, 3, 1]
-
-
-def test_batches_planned_ahead_give_the_same(engine, overlapping):
+def test_prompts_that_are_started_ahead_give_the_same(engine, overlapping):
     results, _ = overlapping
     assert list(results) == run(engine)
 
 
-def test_a_batch_that_fails_takes_no_finished_one_with_it(engine, overlapping, monkeypatch):
+def test_a_start_that_fails_takes_no_finished_generation_with_it(engine, overlapping, monkeypatch):
     results, _ = overlapping
     batches = results.batches()
-    start, calls = results._scheduler._runner.start, []
+    runner, calls = results._scheduler._runner, []
+    runner._steps_ahead, start = 0, runner.start
 
-    def fail_at_the_second(jobs):
-        calls.append(jobs)
-        if len(calls) == 2:
+    def fail_at_the_third(groups):
+        calls.append(groups)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return start(jobs)
+        return start(groups)
 
-    monkeypatch.setattr(results._scheduler._runner, "start", fail_at_the_second)
+    monkeypatch.setattr(runner, "start", fail_at_the_third)
     assert len(next(batches)) == 3
     with pytest.raises(KeyboardInterrupt):
         next(batches)

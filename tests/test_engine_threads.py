@@ -15,7 +15,7 @@ from flexmask.engine import Engine
 from flexmask.errors import FlexMaskWarning, ModelError, RequestError
 from flexmask.request import Request
 from flexmask.sampling import Sampling
-from oracles import make_model, random_words
+from oracles import as_on_gpu, make_model, random_words
 from oracles import random_text_request as request
 
 REQUESTS = [request(seed, 1 + seed % 4, 5 + 3 * seed) for seed in range(7)]
@@ -38,12 +38,6 @@ def start(engine, kind, **more):
 def alone(engine):
     """What each kind of run gives when no other is under way."""
     return {kind: list(start(engine, kind)) for kind in KINDS}
-
-
-def overlapping(run):
-    """A run that starts a batch before it hands out the one before, as on a GPU."""
-    run._scheduler.overlaps = True
-    return run
 
 
 def in_threads(*tasks):
@@ -69,7 +63,7 @@ def test_runs_in_several_threads_give_what_each_gives_alone(engine, alone, kinds
         assert in_threads(*tasks) == [alone[kind] for kind in kinds]
 
 
-@pytest.mark.parametrize("change", [lambda run: run, overlapping], ids=["cpu", "overlapping"])
+@pytest.mark.parametrize("change", [lambda run: run, as_on_gpu], ids=["cpu", "gpu"])
 def test_runs_iterated_alternately_give_what_each_gives_alone(engine, alone, change):
     kinds = ["isolated", "prefix", "causal", "fused", "hot"]
     runs = [change(start(engine, kind)) for kind in kinds]
@@ -101,7 +95,7 @@ def test_several_threads_may_share_one_run(engine, alone):
 
 
 def test_an_abandoned_run_and_one_whose_reader_fails_stop_no_other(engine, alone):
-    abandoned, failing = overlapping(start(engine, "prefix")), overlapping(start(engine, "causal"))
+    abandoned, failing = as_on_gpu(start(engine, "prefix")), as_on_gpu(start(engine, "causal"))
     assert next(abandoned.batches())
     with pytest.raises(ZeroDivisionError):
         for _ in failing:
@@ -118,54 +112,56 @@ def test_requests_may_come_from_another_run_of_the_engine(engine, alone):
 
     options = {"max_new_tokens": 3, "batch_size": 2}
     want = list(engine.generate(longer(alone["isolated"]), "causal", **options))
-    chained = longer(overlapping(start(engine, "isolated")))
-    assert list(overlapping(engine.generate(chained, "causal", **options))) == want
+    chained = longer(as_on_gpu(start(engine, "isolated")))
+    assert list(as_on_gpu(engine.generate(chained, "causal", **options))) == want
 
 
 def test_memory_that_runs_out_in_one_run_leaves_the_other_right(engine, alone, monkeypatch):
     prefill = engine.runner.prefill
 
     def prefill_with_little_memory(plan):
-        if len(plan.layouts) > 2:
+        if len(plan.rows) > 2:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
-    large = overlapping(start(engine, "prefix", batch_size=4))
-    small = overlapping(start(engine, "causal"))
+    large = as_on_gpu(start(engine, "prefix", batch_size=4))
+    small = as_on_gpu(start(engine, "causal"))
     with pytest.warns(FlexMaskWarning, match="4 rows at a time become 2"):
         rows = list(zip_longest(large, small))
     assert [row[0] for row in rows] == alone["prefix"]
     assert [row[1] for row in rows] == alone["causal"]
 
 
-def test_a_batch_that_fails_in_the_turn_of_another_run_fails_in_its_own(engine, alone):
-    run = overlapping(start(engine, "prefix"))
+def test_what_fails_in_the_turn_of_another_run_fails_in_its_own(engine, alone, monkeypatch):
+    run = as_on_gpu(start(engine, "prefix"))
     batches = run.batches()
-    assert next(batches)  # the second batch is running
+    assert next(batches)  # the next prompts are in flight
 
-    def fail(batch):
+    def fail():
         raise RuntimeError("the device is gone")
 
-    run._scheduler._runner._read = fail
+    monkeypatch.setattr(run._scheduler._runner, "_read_step", fail)
     assert list(start(engine, "isolated")) == alone["isolated"]
     with pytest.raises(RuntimeError, match="the device is gone"):
         list(batches)
 
 
-def test_a_batch_interrupted_in_the_turn_of_another_run_is_not_mistaken_for_done(engine, alone):
-    run = overlapping(start(engine, "prefix"))
+def test_prompts_interrupted_in_the_turn_of_another_run_are_not_mistaken_for_done(
+    engine, alone, monkeypatch
+):
+    run = as_on_gpu(start(engine, "prefix"))
     batches = run.batches()
     assert next(batches)
 
-    def interrupt(batch):
+    def interrupt():
         raise KeyboardInterrupt
 
-    run._scheduler._runner._read = interrupt
+    monkeypatch.setattr(run._scheduler._runner, "_read_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(start(engine, "isolated"))
     assert list(start(engine, "isolated")) == alone["isolated"]
-    with pytest.raises(ModelError, match="interrupted while it finished a batch of this one"):
+    with pytest.raises(ModelError, match="interrupted while it finished prompts of this one"):
         list(batches)
 
 
@@ -177,14 +173,18 @@ def test_a_request_refused_in_the_turn_of_another_run_is_told_to_its_own(engine,
     run = engine.generate(
         requests, "causal", on_refused=lambda *pair: refused.append(pair), **options
     )
-    batches = overlapping(run).batches()
+    batches = as_on_gpu(run).batches()
     kept = next(batches) + next(batches)
-    loop = run._scheduler._runner._running.steps
-    spoilt = [[-1] * len(tokens) for tokens in loop]
-    run._scheduler._runner._running = dataclasses.replace(
-        run._scheduler._runner._running, steps=iter(spoilt)
-    )
+    runner = run._scheduler._runner
+    read_step = runner._read_step
+
+    def read_spoilt_step():
+        runner._queued[0].tokens.fill_(-1)
+        read_step()
+
+    runner._read_step = read_spoilt_step
     assert list(start(engine, "isolated")) == alone["isolated"]
+    runner._read_step = read_step
     assert refused == []
     kept += [one for batch in batches for one in batch]
     assert all(isinstance(error, RequestError) for _, error in refused)

@@ -150,7 +150,7 @@ def test_a_config_that_asks_for_nothing_makes_no_processors(engine, configure, m
     def must_not_be_made(*args):
         raise AssertionError("processors for nothing")
 
-    monkeypatch.setattr("flexmask.engine.batch_runner.RowProcessors", must_not_be_made)
+    monkeypatch.setattr("flexmask.engine.executor.BatchProcessors", must_not_be_made)
     configure(repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, temperature=0.6)
     assert len(run(engine)) == len(REQUESTS)
 

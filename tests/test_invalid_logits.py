@@ -8,6 +8,7 @@ import torch
 from flexmask.engine import Engine
 from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE, most_likely
 from flexmask.errors import ModelError, RequestError
+from flexmask.generation import Generation
 from flexmask.request import Request
 from flexmask.results.dataset_run import DatasetRun
 from flexmask.results.result_writer import ResultWriter, read_finished_rows
@@ -86,12 +87,12 @@ def test_under_each_only_the_prompt_with_invalid_logits_is_refused(spoilt):
     assert len(kept) == sum(len(one.segments) for one in MIXED) - len(BAD)
 
 
-def test_without_anyone_to_refuse_to_it_raises_after_the_rest_of_the_batch(engine, spoilt):
-    batches = start(spoilt, MIXED[:3], batch_size=3).batches()
-    expected = list(start(engine, MIXED[1:3]))
-    assert sorted(next(batches), key=lambda one: one.request.uuid) == expected
-    with pytest.raises(RequestError, match=f"request 'row0': token 1: {FINITE}"):
-        next(batches)
+def test_without_anyone_to_refuse_to_it_raises_after_what_was_in_flight(engine, spoilt):
+    kept: list[Generation] = []
+    with pytest.raises(RequestError, match=f"request 'row6': token 1: {FINITE}"):
+        for batch in start(spoilt, [*CLEAN[:6], MIXED[6]], batch_size=3).batches():
+            kept += batch
+    assert sorted(kept, key=lambda one: one.request.uuid) == list(start(engine, CLEAN[3:6:2]))
     with pytest.raises(RequestError, match=r"request 'row\d': token 1: "):
         list(start(spoilt))
 

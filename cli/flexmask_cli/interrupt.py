@@ -1,4 +1,4 @@
-"""Handles Ctrl-C: the first stops a run after its current batch, the second stops it at once."""
+"""Handles Ctrl-C: the first lets what is in flight finish, the second stops the run at once."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ class Interrupt:
             raise KeyboardInterrupt
         self.is_requested = True
         write_note("")
-        write_note("interrupted: the current batch ends first; Ctrl-C again ends at once")
+        write_note("interrupted: prompts in flight finish first; Ctrl-C again ends at once")

@@ -22,7 +22,7 @@ SECONDS_PER_LINE = 5.0
 class Pace:
     """Rows and tokens per second of wall-clock time.
 
-    The first batch includes compilation, and is left out once a second one has finished.
+    The first prompts, which wait for compilation, are left out once others have finished.
     """
 
     def __init__(self, total: int, start: float) -> None:
@@ -30,14 +30,14 @@ class Pace:
         self._total = total
         self._since = (start, 0, 0)
         self._now = self._since
-        self._batches = 0
+        self._warm_since: tuple[float, int, int] | None = None
 
     def update(self, stats: RunStats, rows: int, now: float) -> None:
         """Record that ``rows`` rows are finished."""
-        self._batches += 1
-        if self._batches == 2:
-            self._since = self._now
+        self._since = self._warm_since or self._since
         self._now = (now, rows, stats.generated_tokens)
+        if self._warm_since is None and not stats.cold_groups:
+            self._warm_since = self._now
 
     @property
     def rows(self) -> int:

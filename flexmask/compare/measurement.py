@@ -22,21 +22,23 @@ _TOKEN_COUNTS = ("prompt_tokens", "computed_tokens", "generated_tokens")
 class Measurement:
     """Counts and times of one cell, summed over the runs that completed it.
 
-    Batches in which something was compiled, such as the first, are counted but not timed.
+    Times of the first prompts, and of those that were in flight when something was compiled, are
+    left out; the rows are counted.
 
     Attributes:
         machine: Device and versions; times measured on another machine are not added.
-        batch_size: Prompts per batch.
+        batch_size: Prompts that run together.
         rows: Rows generated.
         prompt_tokens: Prompt tokens, including copies of the prefix.
         computed_tokens: Prompt tokens that prefill computed; the others were reused from the
             prefix cache.
         generated_tokens: Tokens generated.
-        compiling_s: Seconds of the batches that were not timed.
-        timed_rows: Rows of the timed batches.
-        timed_tokens: Tokens generated in the timed batches.
-        timed_s: Seconds of prefill and decode of the timed batches.
-        first_token_s: For each timed batch, seconds from its start to its first tokens.
+        compiling_s: Seconds of prefill and decode that were left out.
+        timed_rows: Rows that finished in the other seconds.
+        timed_tokens: Tokens of these rows.
+        timed_s: These other seconds.
+        first_token_s: Seconds from the start of a prefill to the first tokens of its prompts,
+            several values if there are many prefills.
         peak_bytes: Peak device memory, including weights; 0 on a CPU.
     """
 
@@ -65,7 +67,7 @@ class Measurement:
 
     @property
     def first_token_ms(self) -> float | None:
-        """Median milliseconds from the start of a batch to its first tokens."""
+        """Median milliseconds from the start of a prefill to the first tokens of its prompts."""
         return 1e3 * median(self.first_token_s) if self.first_token_s else None
 
     def plus(self, later: Measurement) -> Measurement:
@@ -106,38 +108,40 @@ class Measurement:
 
 
 class Stopwatch:
-    """Collects a measurement from the statistics of a run, batch by batch."""
+    """Collects a measurement from the statistics of a run, as its rows finish."""
 
     def __init__(self, machine: Mapping[str, Any], *, is_warm: bool = False) -> None:
-        """Start before the first batch.
+        """Start before the run.
 
         Args:
             machine: Device and versions.
-            is_warm: Whether everything is compiled already, so that the first batch is timed too.
+            is_warm: Whether everything is compiled already, so that the first prompts are timed
+                too.
         """
         self.measurement = Measurement(machine)
         self._last: RunStats | None = None
         self._is_warm = is_warm
 
     def note(self, stats: RunStats) -> None:
-        """Add the batch that has just ended, given the run's statistics so far."""
+        """Add the rows that have just finished, given the run's statistics so far."""
         last, self._last = self._last, stats
 
         def added(name: str) -> Any:
             return getattr(stats, name) - (getattr(last, name) if last else 0)
 
         seconds = added("prefill_s") + added("decode_s")
-        is_first = last is None and not self._is_warm
-        if is_first or added("compilations") or added("halvings"):
+        is_cold = not self._is_warm and (last is None or last.cold_groups > 0)
+        if is_cold or added("compilations") or added("halvings"):
             times: dict[str, Any] = {"compiling_s": seconds}
         else:
+            prefills = added("prefills")
             times = {
                 "timed_rows": added("generations"),
                 "timed_tokens": added("generated_tokens"),
                 "timed_s": seconds,
-                "first_token_s": (added("first_token_s"),),
+                "first_token_s": (added("first_token_s") / prefills,) if prefills else (),
             }
-        batch = Measurement(
+        rows = Measurement(
             self.measurement.machine,
             stats.batch_size,
             peak_bytes=max(stats.prefill_peak_bytes, stats.decode_peak_bytes),
@@ -145,4 +149,4 @@ class Stopwatch:
             **{name: added(name) for name in _TOKEN_COUNTS},
             **times,
         )
-        self.measurement = batch if last is None else self.measurement.plus(batch)
+        self.measurement = rows if last is None else self.measurement.plus(rows)

@@ -1,102 +1,110 @@
-"""Runs one batch in two halves; between them the host is free while a GPU computes."""
+"""Runs a batch: prompts start in free rows and end while the other rows go on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flexmask.device_clock import DeviceClock, Mark
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_row import BatchRow
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.executor import BatchSize, Executor
-from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_cache import common_prefix_length, pays_off
 from flexmask.engine.prompt_group import PromptGroup
-from flexmask.engine.row_processors import RowProcessors
 from flexmask.engine.run_options import RunOptions
+from flexmask.engine.run_stats import RunStats
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError
 from flexmask.strategy import Strategy
 from flexmask.torch_internals import compiled_graphs
 
+LAG = 2
+"""Steps that a GPU runs ahead of the host, which checks whether rows have ended."""
+
+STEPS_AHEAD = 4
+"""Steps before its last token by which a row counts as free on a GPU.
+
+They are queued before the next prompts are planned, so that the device computes meanwhile.
+"""
+
 
 @dataclass(frozen=True)
-class RunningBatch:
-    """A batch between its two halves.
+class PlacedGroup:
+    """A prompt group and the batch rows of its prompts."""
+
+    group: PromptGroup
+    rows: Sequence[BatchRow]
+
+    @property
+    def is_complete(self) -> bool:
+        """True if none of its rows takes more tokens."""
+        return all(row.is_complete for row in self.rows)
+
+
+class _Occupant(NamedTuple):
+    """The prompt in a batch row.
 
     Attributes:
-        groups: The prompt groups in it, in the order of its rows.
-        computed_tokens: Tokens that its prefill computes.
-        steps: The next token of each row, step by step.
-        started: Time of the host's clock when the batch was started.
-        marks: Marks of the device's clock before prefill and before decoding.
-        peak_bytes: Most device memory in use so far, during prefill and during decoding.
+        row: Takes its tokens.
+        last_step: Number of the step that computes its last possible token.
     """
 
-    groups: Sequence[PromptGroup]
-    computed_tokens: int
-    steps: Iterator[list[int]]
+    row: BatchRow
+    last_step: int
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """The times of a prefill.
+
+    Attributes:
+        started: Time of the host's clock when it was asked for.
+        marks: Marks of the device's clock before and after it.
+    """
+
     started: float
     marks: tuple[Mark, Mark]
-    peak_bytes: list[int]
 
 
 @dataclass(frozen=True)
-class WorkCounts:
-    """Work of a run that is not part of any of its batches.
+class _QueuedStep:
+    """A decode step that is queued on the device.
 
     Attributes:
-        prefix_tokens: Tokens computed for the prefix cache.
-        prefix_s: Seconds of computing them.
-        compilations: Graphs compiled.
-        mask_hits: BlockMasks found in the cache.
-        mask_misses: BlockMasks built.
+        tokens: ``(B, 1)``; they are there once the second mark is reached.
+        occupants: The prompts whose tokens it computes, by batch row.
+        marks: Marks of the device's clock before and after it.
+        prefill: The prefill right before it.
     """
 
-    prefix_tokens: int = 0
-    prefix_s: float = 0.0
-    compilations: int = 0
-    mask_hits: int = 0
-    mask_misses: int = 0
-
-
-@dataclass(frozen=True)
-class FinishedBatch:
-    """The tokens of a batch and its costs.
-
-    Attributes:
-        rows: Each prompt group with its batch rows, in the order of the batch.
-        computed_tokens: Tokens that its prefill computed.
-        prefill_s: Seconds of prefill.
-        decode_s: Seconds of decoding.
-        first_token_s: Seconds from its start until its first tokens reached the host.
-        prefill_peak_bytes: Most device memory in use during prefill; 0 on a CPU.
-        decode_peak_bytes: The same during decoding.
-        work: Other work since the batch before it finished.
-    """
-
-    rows: Sequence[tuple[PromptGroup, Sequence[BatchRow]]]
-    computed_tokens: int
-    prefill_s: float
-    decode_s: float
-    first_token_s: float
-    prefill_peak_bytes: int
-    decode_peak_bytes: int
-    work: WorkCounts = WorkCounts()
+    tokens: Tensor
+    occupants: Mapping[int, _Occupant]
+    marks: tuple[Mark, Mark]
+    prefill: _Prefill | None
 
 
 class BatchRunner:
-    """Runs the batches of one run on an executor that other runs use too.
+    """Runs the prompts of one run in the rows of a batch, on an executor that other runs use too.
 
-    Each method takes its turn. Where another run's turn comes between the start and the end of a
-    batch, that run finishes the batch for this one; where another has prepared the executor since,
-    `start` prepares it again. So results are those of a run alone.
+    A row is free once its prompt has ended, or its last possible token is queued; then the next
+    prompt can be started in it. Each queued step notes whose tokens it computes.
+
+    Each method takes its turn. Where another run's turn comes while prompts are in flight, that
+    run finishes them for this one; where another has prepared the executor since, `start` prepares
+    it again. So results are those of a run alone.
+
+    Attributes:
+        size: The size of the batch; `fit` sets it.
+        stats: Work and times so far.
     """
 
     def __init__(
@@ -113,82 +121,148 @@ class BatchRunner:
         self._options = options
         self._device = executor.runner.device
         self._clock = DeviceClock(self._device)
-        self._work = WorkCounts()
-        self._size: BatchSize | None = None
+        self.size = BatchSize(0, 0, 0)
+        self.stats = RunStats(batch_size=0, capacity=0)
+        on_gpu = self._device.type == "cuda"
+        self._lag, self._steps_ahead = (LAG, STEPS_AHEAD) if on_gpu else (0, 0)
         self._lookahead: Sequence[PromptGroup] = ()
-        self._planned: tuple[Sequence[PromptGroup], PrefillPlan] | None = None
         self._loop: DecodeLoop | None = None
-        self._running: RunningBatch | None = None
-        self._outcome: FinishedBatch | Exception | None = None
+        self._occupants: Mapping[int, _Occupant] = {}
+        self._num_steps = 0
+        self._queued: deque[_QueuedStep] = deque()
+        self._in_flight: list[PlacedGroup] = []
+        self._finished: list[PlacedGroup] = []
+        self._cold: set[int] = set()
+        self._is_warm = False
+        self._error: Exception | None = None
+
+    @property
+    def has_prompts_in_flight(self) -> bool:
+        """True if prompts have been started and not finished."""
+        return bool(self._in_flight)
+
+    @property
+    def is_done(self) -> bool:
+        """True if no prompts are in flight, and `advance` has returned all that have finished."""
+        return not (self._in_flight or self._finished)
+
+    @property
+    def free_rows(self) -> int:
+        """Rows in which the next prompts can be started."""
+        beyond = self._num_steps + self._steps_ahead
+        return self.size.rows - sum(one.last_step > beyond for one in self._occupants.values())
 
     def fit(self, size: BatchSize, lookahead: Sequence[PromptGroup]) -> None:
         """Set what `start` prepares the executor for.
 
         Args:
-            size: The size of batches.
-            lookahead: Prompts of this batch and the next ones, in which a common prefix is looked
-                for.
+            size: The size of the batch; another one only where no prompts are in flight.
+            lookahead: The next prompts, in which a common prefix is looked for.
         """
-        if size != self._size:
-            self._forget()
-        self._size, self._lookahead = size, lookahead
+        if size != self.size:
+            assert not self._in_flight, "the batch has another size"
+            self._loop = None
+        self.size, self._lookahead = size, lookahead
 
-    def release(self) -> None:
-        """Free what the executor holds for batches of this size."""
+    def release(self) -> list[PromptGroup]:
+        """Free what the executor holds for batches of this size, after memory has run out.
+
+        Returns:
+            The groups that were given to `start` and have not finished.
+        """
         with TURN:
             self._executor.occupancy.admit(self)
-            self._forget()
+            while self._queued:
+                self._read_step()
             self._executor.release()
+            unfinished = [placed.group for placed in self._in_flight]
+            self._in_flight, self._occupants = [], {}
+            self._error = self._loop = None
+        return unfinished
 
     def start(self, groups: Sequence[PromptGroup]) -> None:
-        """Start a batch; on a GPU, prefill and the first steps are queued when this returns.
+        """Start prompts in free rows; on a GPU, the work is queued when this returns.
 
         Args:
-            groups: Its prompts, at most as many as `fit` was told.
+            groups: The prompts, at most as many as there are free rows.
 
         Raises:
-            torch.cuda.OutOfMemoryError: If the device's memory does not suffice.
+            torch.cuda.OutOfMemoryError: If the device's memory does not suffice. Then `release`
+                returns them.
         """
+        started = time.perf_counter()
+        placed = [PlacedGroup(group, [self._new_row() for _ in group.layouts]) for group in groups]
         with TURN:
             self._executor.occupancy.admit(self)
+            self._in_flight += placed
+            self._raise_error()
             with self._counting():
                 if self._loop is None:
                     self._loop = self._prepare()
-                self._running = self._start(groups, self._loop)
+                self._start(placed, self._loop, started)
 
-    def finish(self, next_groups: Sequence[PromptGroup] = ()) -> FinishedBatch:
-        """Run the batch that was started until all of its rows have ended.
+    def advance(self, finished: int, free: int) -> list[PlacedGroup]:
+        """Decode until enough prompts have finished or enough rows are free, or all have finished.
 
         Args:
-            next_groups: The batch after it, which is planned while the device computes this one.
+            finished: Prompts that are enough.
+            free: Free rows that are enough.
+
+        Returns:
+            The groups that have finished since the last call.
 
         Raises:
             torch.cuda.OutOfMemoryError: If the device's memory does not suffice.
-            ModelError: If another run was to finish the batch, and was interrupted.
+            ModelError: If another run was to finish prompts of this one, and was interrupted.
         """
+
+        def is_enough() -> bool:
+            if sum(len(placed.rows) for placed in self._finished) >= finished:
+                return True
+            return len(self._queued) <= self._lag and self.free_rows >= free
+
         with TURN:
-            if self._running is not None:
-                self._finish(self._running, next_groups)
-            outcome, self._outcome = self._outcome, None
-            assert outcome is not None, "start comes first"
-            if isinstance(outcome, Exception):
-                raise outcome
-            work, self._work = self._work, WorkCounts()
-        return replace(outcome, work=work)
+            self._decode_until(is_enough)
+            self._is_warm = True
+            found, self._finished = self._finished, []
+            if not found:
+                self._raise_error()
+        return found
 
     def settle(self) -> None:
-        """Finish the running batch, for `finish` to return; another run calls this in its turn."""
-        self._forget()
-        if self._running is not None:
-            self._finish(self._running)
+        """Finish all prompts in flight, for `advance` to return; another run calls this."""
+        try:
+            self._decode_until(lambda: False)
+        finally:
+            self._loop = None
 
-    def _forget(self) -> None:
-        self._loop = self._planned = None
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _decode_until(self, is_enough: Callable[[], bool]) -> None:
+        """Decode; an error is kept, so that groups that have finished are returned before it."""
+        if self._error is not None:
+            return
+        # The error if this is interrupted, perhaps in another run's turn.
+        self._error = ModelError(
+            "another run of this engine was interrupted while it finished prompts of this one; "
+            "run these requests again"
+        )
+        try:
+            with self._counting(), self._peak_bytes("decode_peak_bytes"):
+                while self._in_flight and not is_enough():
+                    while len(self._queued) <= self._lag and self._occupants:
+                        self._queue_step()
+                    self._read_step()
+            self._error = None
+        except Exception as error:  # raised where the run itself goes on
+            self._error = error
 
     def _prepare(self) -> DecodeLoop:
         """Prepare the executor, and compute the prefix that the prompts of the lookahead share."""
-        size, runner = self._size, self._executor.runner
-        assert size is not None, "fit comes first"
+        size, runner = self.size, self._executor.runner
         before = self._clock.mark()
         loop = self._executor.prepare(self._strategy, size, self._options)
         runner.cached_prefix = None
@@ -197,96 +271,95 @@ class BatchRunner:
         pays = length > 0 and pays_off(layouts, length, size.rows)
         computed = length if pays and runner.cache_prefix(layouts[0], length) else 0
         seconds = self._clock.seconds(before, self._clock.mark())
-        self._work = replace(
-            self._work,
-            prefix_tokens=self._work.prefix_tokens + computed,
-            prefix_s=self._work.prefix_s + seconds,
-        )
+        self._count(computed_tokens=computed, prefill_s=seconds)
         return loop
 
-    def _plan(self, groups: Sequence[PromptGroup]) -> PrefillPlan:
-        """Plan the prefill of a batch, unless that has been done already."""
-        if self._planned is None or self._planned[0] != groups:
-            layouts = [layout for group in groups for layout in group.layouts]
-            self._planned = (
-                groups,
-                self._executor.runner.plan(dict(enumerate(layouts)), self._options.max_new_tokens),
-            )
-        return self._planned[1]
-
-    def _start(self, groups: Sequence[PromptGroup], loop: DecodeLoop) -> RunningBatch:
-        started = time.perf_counter()
-        assert self._size is not None
-        plan = self._plan(groups)
-        seeds = [seed for group in groups for seed in group.seeds]
-        spare = self._size.rows - len(seeds)  # a constant number of rows compiles once
-        layouts = [layout for group in groups for layout in group.layouts]
-        last = [layout.token_ids[-1] for layout in layouts] + [0] * spare
-        seeds_of_rows = [*seeds, *seeds[-1:] * spare]
-        weights_of_groups = [*[group.weights for group in groups], *[(1.0,)] * spare]
-        loop.load(last, seeds_of_rows, weights_of_groups, self._processors(groups))
-        peaks = [0, 0]
+    def _start(self, groups: Sequence[PlacedGroup], loop: DecodeLoop, started: float) -> None:
+        runner = self._executor.runner
+        layouts = [layout for placed in groups for layout in placed.group.layouts]
+        rows = self._next_rows(len(layouts))
+        # Until the rows are free; the device works on these steps while the host plans.
+        while any(row in self._occupants for row in rows):
+            self._queue_step()
+        prompts = dict(zip(rows, layouts, strict=True))
+        plan = runner.plan(prompts, self._options.max_new_tokens)
+        last_step = self._num_steps + self._options.max_new_tokens
+        started_rows = [_Occupant(row, last_step) for placed in groups for row in placed.rows]
+        self._occupants = {**self._occupants, **dict(zip(rows, started_rows, strict=True))}
+        rest = iter(rows)
+        loop.load(
+            rows,
+            [layout.token_ids for layout in layouts],
+            [seed for placed in groups for seed in placed.group.seeds],
+            [(list(islice(rest, len(p.rows))), p.group.weights) for p in groups],
+        )
         before = self._clock.mark()
-        with self._peak_bytes(peaks, 0):
-            self._executor.runner.prefill(plan)
-        prefilled = self._clock.mark()
-        with self._peak_bytes(peaks, 1):
-            steps = loop.run()
-        return RunningBatch(
-            groups, plan.computed_tokens, steps, started, (before, prefilled), peaks
+        with self._peak_bytes("prefill_peak_bytes"):
+            runner.prefill(plan)
+        prefill = _Prefill(started, (before, self._clock.mark()))
+        with self._peak_bytes("decode_peak_bytes"):
+            self._queue_step(prefill)
+        self._count(
+            prefills=1, computed_tokens=plan.computed_tokens, copied_tokens=plan.copied_tokens
         )
 
-    def _processors(self, groups: Sequence[PromptGroup]) -> RowProcessors | None:
-        rules, max_new_tokens = self._options.rules, self._options.max_new_tokens
-        if not rules.applied:
-            return None
-        prompts = [layout.token_ids for group in groups for layout in group.layouts]
-        return RowProcessors(rules, prompts, max_new_tokens, self._device)
-
-    def _finish(self, batch: RunningBatch, next_groups: Sequence[PromptGroup] = ()) -> None:
-        """Store the finished batch, or the error that ended it, as the outcome."""
-        self._running = None
-        # The outcome if this is interrupted in another run's turn.
-        self._outcome = ModelError(
-            "another run of this engine was interrupted while it finished a batch of this one; "
-            "run these requests again"
-        )
-        try:
-            with self._counting():
-                if next_groups:
-                    self._plan(next_groups)
-                self._outcome = self._read(batch)
-        except Exception as error:  # raised where the run itself goes on
-            self._outcome = error
-
-    def _read(self, batch: RunningBatch) -> FinishedBatch:
+    def _new_row(self) -> BatchRow:
         options = self._options
         eos_token_ids = options.rules.eos_token_ids
-        rows = [
-            BatchRow(self._tokenizer, options.max_new_tokens, options.stop, eos_token_ids)
-            for group in batch.groups
-            for _ in group.layouts
-        ]
-        first_token_s = 0.0
-        with self._peak_bytes(batch.peak_bytes, 1):
-            for token_ids in batch.steps:
-                first_token_s = first_token_s or time.perf_counter() - batch.started
-                for row, token_id in zip(rows, token_ids[: len(rows)], strict=True):
-                    row.append(token_id)
-                if all(row.is_complete for row in rows):
-                    break
-        marks = (*batch.marks, self._clock.mark())
-        prefill_peak_bytes, decode_peak_bytes = batch.peak_bytes
-        rest = iter(rows)
-        return FinishedBatch(
-            rows=[(group, list(islice(rest, len(group.layouts)))) for group in batch.groups],
-            computed_tokens=batch.computed_tokens,
-            prefill_s=self._clock.seconds(*marks[:2]),
-            decode_s=self._clock.seconds(*marks[1:]),
-            first_token_s=first_token_s,
-            prefill_peak_bytes=prefill_peak_bytes,
-            decode_peak_bytes=decode_peak_bytes,
+        return BatchRow(self._tokenizer, options.max_new_tokens, options.stop, eos_token_ids)
+
+    def _next_rows(self, count: int) -> list[int]:
+        """Choose the rows that are free, then those that will be free first."""
+        occupants = self._occupants
+        free = (row for row in range(self.size.rows) if row not in occupants)
+        others = sorted(occupants, key=lambda row: occupants[row].last_step)
+        return list(islice(chain(free, others), count))
+
+    def _queue_step(self, prefill: _Prefill | None = None) -> None:
+        assert self._loop is not None
+        before = self._clock.mark()
+        tokens = self._loop.step()
+        marks = (before, self._clock.mark())
+        self._queued.append(_QueuedStep(tokens, self._occupants, marks, prefill))
+        self._num_steps += 1
+        self._free_rows()
+
+    def _read_step(self) -> None:
+        """Wait for the tokens of the step that was queued first, and give them to its rows."""
+        step = self._queued.popleft()
+        decode_s = self._clock.seconds(*step.marks)
+        unfinished = 0
+        has_ended = False
+        token_ids = step.tokens[:, 0].tolist()
+        for index, (row, _) in step.occupants.items():
+            if not row.is_complete:
+                row.append(token_ids[index])
+                unfinished += 1
+                has_ended |= row.is_complete
+        self._count(
+            decode_steps=1, row_steps=len(token_ids), used_row_steps=unfinished, decode_s=decode_s
         )
+        if step.prefill is not None:
+            prefill_s = self._clock.seconds(*step.prefill.marks)
+            first_token_s = time.perf_counter() - step.prefill.started
+            self._count(prefill_s=prefill_s, first_token_s=first_token_s)
+        if has_ended:
+            self._free_rows()
+            self._finished += [placed for placed in self._in_flight if placed.is_complete]
+            self._in_flight = [placed for placed in self._in_flight if not placed.is_complete]
+            self._note_cold_groups()
+
+    def _free_rows(self) -> None:
+        """Free the rows whose prompt has ended, or has its last possible token queued."""
+        self._occupants = {
+            index: one
+            for index, one in self._occupants.items()
+            if one.last_step > self._num_steps and not one.row.is_complete
+        }
+
+    def _count(self, **added: float) -> None:
+        sums: dict[str, Any] = {n: getattr(self.stats, n) + value for n, value in added.items()}
+        self.stats = replace(self.stats, **sums)
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -295,20 +368,31 @@ class BatchRunner:
         try:
             yield
         finally:
-            work, later = self._work, self._executor.mask_cache.stats
-            self._work = replace(
-                work,
-                compilations=work.compilations + compiled_graphs() - compiled,
-                mask_hits=work.mask_hits + later.hits - masks.hits,
-                mask_misses=work.mask_misses + later.misses - masks.misses,
+            later, new = self._executor.mask_cache.stats, compiled_graphs() - compiled
+            self._count(
+                compilations=new,
+                warm_compilations=new if self._is_warm else 0,
+                mask_hits=later.hits - masks.hits,
+                mask_misses=later.misses - masks.misses,
             )
+            if new or not self._is_warm:
+                self._cold = {placed.group.number for placed in self._in_flight}
+                self._note_cold_groups()
+
+    def _note_cold_groups(self) -> None:
+        self._cold &= {placed.group.number for placed in self._in_flight}
+        self.stats = replace(self.stats, cold_groups=len(self._cold))
 
     @contextmanager
-    def _peak_bytes(self, peaks: list[int], phase: int) -> Iterator[None]:
+    def _peak_bytes(
+        self, name: Literal["prefill_peak_bytes", "decode_peak_bytes"]
+    ) -> Iterator[None]:
         """Note the most memory that a phase allocates, which is when its work is queued."""
         if self._device.type != "cuda":
             yield
             return
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
-        peaks[phase] = max(peaks[phase], torch.cuda.max_memory_allocated(self._device))
+        peak = torch.cuda.max_memory_allocated(self._device)
+        most: dict[str, Any] = {name: max(getattr(self.stats, name), peak)}
+        self.stats = replace(self.stats, **most)

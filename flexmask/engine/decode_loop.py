@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 import torch
@@ -14,31 +13,29 @@ from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
-from flexmask.engine.row_processors import RowProcessors
+from flexmask.engine.row_loading import load_rows, to_device
+from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
 from flexmask.torch_internals import compile_settings
 
-LAG = 2
-"""Steps that the device runs ahead of the host, which checks whether rows have ended."""
-
-
-_StepResult = tuple[Tensor, torch.cuda.Event | None]
-
 
 class DecodeLoop:
-    """Decodes batches of one size; `flexmask.engine.executor.Executor` makes it.
+    """Decodes the rows of batches of one size; `flexmask.engine.executor.Executor` makes it.
 
     A step computes logits, samples a token for each row, marks rows that have ended, and passes
     the tokens to the next step. Where logits are fused, all rows of a group take the token that is
-    sampled from their fused logits.
+    sampled from their fused logits. Each row has its own state, so prompts can be loaded into some
+    rows between two steps, while the other rows go on.
 
     On CUDA a step is captured as a graph once and replayed: the whole step, or the part up to the
     logits where the model's generation config has processors, which the host applies row by row.
     Where a graph cannot be captured, a warning says so and steps run without one.
 
     Attributes:
+        processors: The logits processors of the model's generation config, applied before logits
+            are fused; None for none. The executor sets them for each run.
         no_graph_reason: Why a graph could not be captured; empty if none failed.
     """
 
@@ -62,81 +59,73 @@ class DecodeLoop:
         self._runner = runner
         rows, device = runner.bound.batch_size, runner.device
         self._fusion = fusion
-        self._processors: RowProcessors | None = None
+        self.processors: BatchProcessors | None = None
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
-        self._max_new_tokens = max_new_tokens
         self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._reported = torch.zeros_like(self._token_ids)
-        self._has_ended = torch.zeros(rows, 1, dtype=torch.bool, device=device)
-        self._step_number = torch.zeros(1, dtype=torch.long, device=device)
+        self._has_ended = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        self._step_numbers = torch.zeros_like(self._token_ids)
         self._graphs: dict[tuple[bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
         self.no_graph_reason = ""
 
     def load(
         self,
-        last_token_ids: Sequence[int],
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         seeds: Sequence[str],
-        groups: Sequence[Sequence[float]] = (),
-        processors: RowProcessors | None = None,
+        groups: Sequence[tuple[Sequence[int], Sequence[float]]] = (),
     ) -> None:
-        """Load a batch; called before its prefill, so that nothing has to wait for that.
+        """Load prompts into some rows, for the steps from now on; the other rows go on.
 
         Args:
-            last_token_ids: The last token of each prompt.
+            rows: The rows.
+            prompts: Token ids of the prompt of each row; decoding starts with the last one.
             seeds: One per row; with the seed of sampling they determine what is sampled.
-            groups: The weights of the rows of each group, where logits are fused
-                (`LogitFusion.load`).
-            processors: The logits processors of the model's generation config, applied before
-                logits are fused; None for none.
+            groups: The rows of each group and their weights, where logits are fused.
         """
-        self._sampler.load(seeds)
+        self._sampler.load(rows, seeds)
         if self._fusion is not None:
             self._fusion.load(groups)
-        self._processors = processors
-        self._token_ids.copy_(torch.tensor(last_token_ids)[:, None])
-        self._has_ended.zero_()
-        self._step_number.zero_()
-
-    def run(self) -> Iterator[list[int]]:
-        """Decode the batch that was loaded and that the runner has prefilled.
-
-        On a GPU the first steps are queued when this returns.
-
-        Returns:
-            The next token of each row, step by step. Tokens after the end of a row have no
-            meaning; `NOT_FINITE` or `NO_TOKEN` ends a row for which no token can be chosen.
-        """
-        lag = LAG if self._token_ids.is_cuda else 0
-        queued = deque(self._step_result() for _ in range(min(lag, self._max_new_tokens)))
-        return self._results(queued)
-
-    def _results(self, queued: deque[_StepResult]) -> Iterator[list[int]]:
-        for _ in range(self._max_new_tokens - len(queued)):
-            queued.append(self._step_result())
-            yield _arrived(*queued.popleft())
-        while queued:
-            yield _arrived(*queued.popleft())
+        if self.processors is not None:
+            self.processors.load(rows, prompts)
+        load_rows(self._token_ids, rows, torch.tensor([prompt[-1:] for prompt in prompts]))
+        index = to_device(torch.tensor(rows), self._token_ids.device)
+        self._has_ended.index_fill_(0, index, False)
+        self._step_numbers.index_fill_(0, index, 0)
 
     @torch.no_grad()
-    def _advance(self) -> None:
-        logits = self._replay_or_run(self._step if self._processors is None else self._forward)
-        if self._processors is not None:
+    def step(self) -> Tensor:
+        """Queue a step, and the copy of its tokens to the host.
+
+        Returns:
+            The next token of each row, ``(B, 1)``, on the host. On CUDA they are there once the
+            device has done what is queued so far. In a row that has ended or has no prompt they
+            have no meaning. `NOT_FINITE` or `NO_TOKEN` ends a row for which no token can be
+            chosen.
+        """
+        processors = self.processors
+        logits = self._replay_or_run(self._whole_step if processors is None else self._forward)
+        if processors is not None:
             assert logits is not None
-            self._choose(self._processors(logits))
-            self._processors.append(self._token_ids)
+            self._choose(processors(logits))
+            processors.append(self._token_ids)
+        if not self._reported.is_cuda:
+            return self._reported.clone()
+        tokens = torch.empty(self._reported.shape, dtype=torch.long, pin_memory=True)
+        return tokens.copy_(self._reported, non_blocking=True)
 
     def _replay_or_run(self, step: Callable[[], Tensor | None]) -> Tensor | None:
         """Replay the graph of ``step``, captured at its first call; without CUDA, run ``step``."""
         if not self._token_ids.is_cuda or self.no_graph_reason:
             return step()
-        key = (self._processors is None, tuple(self._runner.decode_kernels.values()))
+        key = (self.processors is None, tuple(self._runner.decode_kernels.values()))
         if key not in self._graphs:
             state = (
                 self._runner.bound.slots,
                 self._token_ids,
                 self._has_ended,
-                self._step_number,
+                self._step_numbers,
             )
             try:
                 self._graphs[key] = DecodeGraph(step, state)
@@ -152,7 +141,7 @@ class DecodeLoop:
                 return step()
         return self._graphs[key].replay()
 
-    def _step(self) -> None:
+    def _whole_step(self) -> None:
         self._choose(self._forward())
 
     def _forward(self) -> Tensor:
@@ -162,27 +151,11 @@ class DecodeLoop:
         """Choose a token for each row, and pass it to the next step."""
         if self._fusion is not None:
             logits = self._fusion(logits)
-        state = (
-            self._reported,
-            self._token_ids,
-            self._has_ended,
-            self._step_number,
-        )
+        state = (self._reported, self._token_ids, self._has_ended, self._step_numbers)
         if self._sampler.is_greedy and logits.is_cuda:
             with compile_settings(logits.device):
                 return _compiled_end_of_step()(logits, self._eos, *state)
-        _take(self._sampler(logits, self._step_number), self._eos, *state)
-
-    def _step_result(self) -> _StepResult:
-        """Queue a step and the copy of its tokens to the host."""
-        self._advance()
-        if not self._reported.is_cuda:
-            return self._reported.clone(), None
-        tokens = torch.empty(self._reported.shape, dtype=torch.long, pin_memory=True)
-        tokens.copy_(self._reported, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return tokens, event
+        _take(self._sampler(logits, self._step_numbers), self._eos, *state)
 
 
 def _take(
@@ -191,7 +164,7 @@ def _take(
     reported: Tensor,
     token_ids: Tensor,
     has_ended: Tensor,
-    step_number: Tensor,
+    step_numbers: Tensor,
 ) -> None:
     """Write the chosen tokens to ``reported`` and to ``token_ids``, which the next step reads.
 
@@ -204,7 +177,7 @@ def _take(
         has_ended |= torch.isin(chosen, eos)
     reported.copy_(chosen)
     token_ids.copy_(chosen.clamp(min=0))
-    step_number += 1
+    step_numbers += 1
 
 
 def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
@@ -215,10 +188,3 @@ def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
 def _compiled_end_of_step() -> Callable[..., None]:
     """Compile `_take_most_likely` into a few kernels; op by op it takes twelve."""
     return torch.compile(_take_most_likely, fullgraph=True, dynamic=False, options=STEP_OPTIONS)
-
-
-def _arrived(tokens: Tensor, event: torch.cuda.Event | None) -> list[int]:
-    if event is not None:
-        event.synchronize()
-    ids: list[int] = tokens[:, 0].tolist()
-    return ids

@@ -38,15 +38,15 @@ from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
 
-LOOKAHEAD_BATCHES = 16
-"""Batches whose prompts are planned ahead and sorted by length together."""
+LOOKAHEAD_BATCHES = 8
+"""Prompts, in batches, that are planned ahead and sorted by length together."""
 
 
 class Engine:
     """Generates under mask strategies with one model.
 
-    Several runs of one engine may be under way, in one thread or in several. They take turns, a
-    batch each, and each gives the results that it gives alone.
+    Several runs of one engine may be under way, in one thread or in several. They take turns with
+    the model, and each gives the results that it gives alone.
 
     Attributes:
         executor: Executes the batches of all runs.
@@ -269,11 +269,10 @@ class Engine:
         tokenizer = RequestTokenizer(self.tokenizer)
         scheduler = Scheduler(self.executor, strategy, tokenizer, options, iter([prompts]), rows)
         generated_tokens = 0
-        for batch in scheduler.batches():
-            for _, (row,) in batch.rows:
-                if row.fault:
-                    raise ModelError(f"cannot warm up, {row.fault}")
-                generated_tokens += len(row.token_ids)
+        for row in (row for finished in scheduler.run() for one in finished for row in one.rows):
+            if row.fault:
+                raise ModelError(f"cannot warm up, {row.fault}")
+            generated_tokens += len(row.token_ids)
         return replace(
             scheduler.stats,
             generations=len(prompts),

@@ -12,12 +12,13 @@ from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.memory import free_bytes
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.turns import TURN, Occupancy
 from flexmask.errors import ModelError
 from flexmask.strategy import Strategy
 
-MAX_AUTO_BATCH_SIZE = 128
+MAX_AUTO_BATCH_SIZE = 256
 CPU_AUTO_BATCH_SIZE = 8
 
 
@@ -39,8 +40,8 @@ class BatchSize:
 class Executor:
     """Executes batches on one model; the engine makes it, and all runs share it.
 
-    It holds one batch at a time. Runs take turns with it: hold `flexmask.engine.turns.TURN`,
-    then call ``occupancy.admit``.
+    It holds the batch of one run at a time. Runs take turns with it: hold
+    `flexmask.engine.turns.TURN`, then call ``occupancy.admit``.
 
     Attributes:
         model: The model.
@@ -107,18 +108,22 @@ class Executor:
         """Prepare for batches of one size, keeping what an earlier call allocated for the same.
 
         Returns:
-            The loop that decodes a batch once ``runner`` has prefilled it.
+            The loop that decodes prompts once ``runner`` has prefilled them.
 
         Raises:
             AttentionError: If the model cannot run under the strategy.
         """
         is_new = self.runner.prepare(strategy, size.rows, size.capacity)
-        chosen_by = (options.sampling, options.max_new_tokens, options.rules.eos_token_ids)
+        device = self.runner.device
+        rules, max_new_tokens = options.rules, options.max_new_tokens
+        chosen_by = (options.sampling, max_new_tokens, rules.eos_token_ids)
         fused = (options.fusion, size.group) if options.fusion.is_of_logits else None
         if is_new or self._loop is None or self._loop_key != (chosen_by, fused):
             self._loop_key = (chosen_by, fused)
-            fusion = LogitFusion(*fused, size.rows, self.runner.device) if fused else None
+            fusion = LogitFusion(*fused, size.rows, device) if fused else None
             self._loop = DecodeLoop(self.runner, *chosen_by, fusion)
+        processors = BatchProcessors(rules, max_new_tokens, device) if rules.applied else None
+        self._loop.processors = processors
         return self._loop
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ from threading import RLock
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_row import BatchRow
-from flexmask.engine.batch_runner import FinishedBatch
+from flexmask.engine.batch_runner import PlacedGroup
 from flexmask.engine.executor import Executor
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import OnRefused, PlannedRequest
@@ -33,8 +33,8 @@ class _Refused:
 class GenerationRun(Iterator[Generation]):
     """The generations of one `Engine.generate` call, in the order of the requests.
 
-    Prompts of similar length run together, so generations finish in another order; `batches`
-    yields them in that order. Several threads may share one run, and several runs one engine.
+    They finish in another order, in which `batches` yields them. Several threads may share one
+    run, and several runs one engine.
 
     Attributes:
         rules: The rules of the model's generation config, as they apply to this run.
@@ -103,7 +103,7 @@ class GenerationRun(Iterator[Generation]):
                     return generation
 
     def batches(self) -> Iterator[list[Generation]]:
-        """Yield the generations of each batch as it finishes.
+        """Yield generations as they finish, some at a time.
 
         Raises:
             RequestError: As iterating does.
@@ -115,6 +115,10 @@ class GenerationRun(Iterator[Generation]):
                 return
             yield [generation for generation in finished.values() if generation is not None]
 
+    def stop(self) -> None:
+        """Start no more prompts; iterating yields the generations of those in flight, and ends."""
+        self._scheduler.stop()
+
     def _groups(
         self, lookaheads: Iterator[Sequence[PlannedRequest]]
     ) -> Iterator[Sequence[PromptGroup]]:
@@ -124,28 +128,32 @@ class GenerationRun(Iterator[Generation]):
             yield [each.prompts for each in lookahead]
 
     def _run(self) -> Iterator[dict[int, Generation | None]]:
-        """Yield the generations of each batch by number; None for a request that is refused.
+        """Yield generations by number as they finish; None for a request that is refused.
 
         Raises:
-            RequestError: The first refusal of a batch, after its generations, if there is no
-                ``on_refused``.
+            RequestError: The first refusal, if there is no ``on_refused``; after the generations
+                of all prompts that were in flight.
         """
-        for batch in self._scheduler.batches():
-            outcomes = self._outcomes(batch)
+        refusal: RequestError | None = None
+        for finished in self._scheduler.run():
+            outcomes = self._outcomes(finished)
             refused = [one for one in outcomes.values() if isinstance(one, _Refused)]
             if self._on_refused is not None:
                 for one in refused:
                     self._on_refused(one.request, one.error)
+            elif refused:
+                refusal = refusal or refused[0].error
+                self._scheduler.stop()
             yield {
                 number: outcome if isinstance(outcome, Generation) else None
                 for number, outcome in outcomes.items()
             }
-            if refused and self._on_refused is None:
-                raise refused[0].error
+        if refusal is not None:
+            raise refusal
 
-    def _outcomes(self, batch: FinishedBatch) -> Mapping[int, Generation | _Refused]:
-        """The outcome of each prompt group of a batch by its number, in ascending order."""
-        outcomes = {group.number: self._outcome_of(group, rows) for group, rows in batch.rows}
+    def _outcomes(self, finished: Sequence[PlacedGroup]) -> Mapping[int, Generation | _Refused]:
+        """The outcome of each prompt group by its number, in ascending order."""
+        outcomes = {one.group.number: self._outcome_of(one.group, one.rows) for one in finished}
         generations = [one for one in outcomes.values() if isinstance(one, Generation)]
         self._num_generations += len(generations)
         self._prompt_tokens += sum(one.prompt_tokens for one in generations)

@@ -1,11 +1,11 @@
 """Fusion of the logits of several batch rows, within a decode step.
 
 The rows of a group, one per prompt of a request, get the same scores, so that they take the same
-token. Two tables hold the rows of each group::
+token. Two tables hold the rows of each group, which may be any rows::
 
-    row                  0       1       2       3          rows 0 to 2 are one group, 3 another
-    members              0 1 2   0 1 2   0 1 2   3 3 3
-    weights              1 1 1   1 1 1   1 1 1   1 0 0      weight 0: not a member
+    row                  0       1       2       3          rows 0, 1, 3 are one group, 2 another
+    members              0 1 3   0 1 3   2 2 2   0 1 3
+    weights              1 1 1   1 1 1   1 0 0   1 1 1      weight 0: not a member
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexmask.engine.row_loading import load_rows
 from flexmask.fusion import Fusion
 
 
@@ -28,7 +29,7 @@ class LogitFusion:
     def __init__(
         self, fusion: Fusion, group_size: int, batch_size: int, device: torch.device
     ) -> None:
-        """Allocate the tables for batches of one size.
+        """Allocate the tables for batches of one size; each row is a group of its own.
 
         Args:
             fusion: A fusion that `is_of_logits`.
@@ -37,27 +38,31 @@ class LogitFusion:
             device: Device of the logits.
         """
         self._fusion = fusion
-        self._members = torch.zeros(batch_size, group_size, dtype=torch.long, device=device)
-        self._weights = torch.ones(batch_size, group_size, device=device)
+        own = torch.arange(batch_size, device=device)[:, None]
+        self._members = own.repeat(1, group_size)
+        self._weights = torch.zeros(batch_size, group_size, device=device)
+        self._weights[:, 0] = 1.0
 
-    def load(self, groups: Sequence[Sequence[float]]) -> None:
-        """Load the groups of a batch.
+    def load(self, groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> None:
+        """Load groups; the rows of other groups keep theirs.
 
         Args:
-            groups: The weights of the rows of each group, in the order of the rows.
+            groups: The rows of each group and their weights.
         """
-        members = torch.zeros(self._members.shape, dtype=torch.long)
-        weights = torch.zeros(self._weights.shape)
+        size = self._members.shape[1]
+        rows = [row for own, _ in groups for row in own]
+        members = torch.zeros(len(rows), size, dtype=torch.long)
+        weights = torch.zeros(len(rows), size)
         start = 0
-        for group in groups:
-            rows = slice(start, start + len(group))
-            members[rows] = start
-            members[rows, : len(group)] = torch.arange(start, rows.stop)
+        for own, given in groups:
+            stop, count = start + len(own), len(own)
+            members[start:stop] = own[0]
+            members[start:stop, :count] = torch.tensor(own)
             # Only their proportions count; unscaled, they may be out of the range of float32.
-            weights[rows, : len(group)] = torch.tensor([w / max(group) for w in group])
-            start = rows.stop
-        self._members.copy_(members)
-        self._weights.copy_(weights)
+            weights[start:stop, :count] = torch.tensor([weight / max(given) for weight in given])
+            start = stop
+        load_rows(self._members, rows, members)
+        load_rows(self._weights, rows, weights)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Fuse the logits of each group.

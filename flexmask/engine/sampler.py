@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from flexmask.engine.row_loading import load_rows
 from flexmask.sampling import Sampling
 
 NUM_CHUNKS = 128
@@ -55,24 +56,26 @@ class Sampler:
             batch_size, max_new_tokens, dtype=torch.float64, device=device
         )
 
-    def load(self, seeds: Sequence[str]) -> None:
-        """Draw the random numbers of a batch: one uniform per row and token.
+    def load(self, rows: Sequence[int], seeds: Sequence[str]) -> None:
+        """Draw the random numbers of some rows: one uniform per row and token.
 
         Args:
+            rows: The rows.
             seeds: One per row; rows with the same one draw alike.
         """
         if self.is_greedy:
             return
         count = self._uniforms.shape[1]
-        rows = [_uniforms(self._sampling.seed, seed, count) for seed in seeds]
-        self._uniforms.copy_(torch.stack(rows))
+        drawn = [_uniforms(self._sampling.seed, seed, count) for seed in seeds]
+        load_rows(self._uniforms, rows, torch.stack(drawn))
 
-    def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, steps: Tensor) -> Tensor:
         """Choose one token per row.
 
         Args:
             logits: ``(B, V)``.
-            step: ``(1,)`` number of the token within the generation.
+            steps: ``(B, 1)`` number of the token within each generation; beyond the last one, the
+                choice has no meaning.
 
         Returns:
             Token ids ``(B, 1)``; `NOT_FINITE` or `NO_TOKEN` where no token can be chosen.
@@ -82,7 +85,8 @@ class Sampler:
         no_tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)  # warpers look at scores
         scores = self._warpers(cast(torch.LongTensor, no_tokens), logits.float())
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        targets = self._uniforms.index_select(1, step) * cumulative[:, -1:]
+        last = self._uniforms.shape[1] - 1
+        targets = self._uniforms.gather(1, steps.clamp(max=last)) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, targets, right=True)
         chosen = chosen.clamp(max=logits.shape[-1] - 1)
         return _where_finite(logits.amax(-1, keepdim=True), chosen)

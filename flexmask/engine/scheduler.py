@@ -1,18 +1,19 @@
-"""The scheduler of a run: groups prompts into batches, and halves these if memory runs out."""
+"""The scheduler of a run: starts prompts in free rows, and halves batches if memory runs out."""
 
 from __future__ import annotations
 
 import gc
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
 from flexmask.encoding.tokenization import RequestTokenizer
-from flexmask.engine.batch_runner import BatchRunner, FinishedBatch
+from flexmask.engine.batch_runner import BatchRunner, PlacedGroup
 from flexmask.engine.executor import BatchSize, Executor
 from flexmask.engine.memory import is_out_of_memory
 from flexmask.engine.model_runner import bucketed_capacity
@@ -22,15 +23,26 @@ from flexmask.engine.run_stats import RunStats
 from flexmask.errors import FlexMaskWarning, ModelError
 from flexmask.strategy import Strategy
 
+REFILLED_PART = 8
+"""One part in so many of the rows must be free before prompts are started in them.
+
+A prefill reads all weights once, however few prompts it computes, and a decode step takes nearly
+the same time whether its rows are used or not. So a few prompts at a time would cost more than the
+free rows do.
+"""
+
+
+Result = TypeVar("Result")
+
 
 class Scheduler:
-    """Runs the prompts of one run, batch by batch.
+    """Runs the prompts of one run in the rows of a batch.
 
-    Within a lookahead the longest prompts run first, so prompts of similar length share a batch.
+    Within a lookahead the longest prompts start first, so prompts of similar length run together.
+    Lookaheads follow each other without a break, unless the batch has to become larger.
 
     Attributes:
-        stats: Counts and times of the batches finished so far; generations are not counted here.
-        overlaps: True if a batch is started before the results of the one before are handed out.
+        overlaps: True if prompts are started before those that have finished are handed out.
     """
 
     def __init__(
@@ -63,94 +75,133 @@ class Scheduler:
         rows = batch_size or executor.auto_batch_size(
             sum(len(group.layouts) for group in first), capacity, _largest(first)
         )
-        self._group_size = 1
-        self.stats = RunStats(batch_size=rows, capacity=capacity)
-        self._has_finished_a_batch = False
+        self._size = BatchSize(rows, capacity, group=1)
+        self._halvings = 0
+        self._lookahead: Sequence[PromptGroup] = ()
+        self._waiting: deque[PromptGroup] = deque()
+        self._has_more = True
+        self._error: Exception | None = None
         self._runner = BatchRunner(executor, strategy, tokenizer, options)
         self._rows_that_fit = executor.runner.rows_that_fit
         self.overlaps = executor.runner.device.type == "cuda"
 
-    def batches(self) -> Iterator[FinishedBatch]:
-        """Run everything; yield each batch when it has finished.
+    @property
+    def stats(self) -> RunStats:
+        """Counts and times of the run so far; generations are not counted here."""
+        return replace(
+            self._runner.stats,
+            batch_size=self._size.rows,
+            capacity=self._size.capacity,
+            halvings=self._halvings,
+        )
 
-        On a GPU the next batch has been started by then, so the device computes while the caller
-        works on the results. Where memory runs out, batches are halved and their prompts run
-        again.
+    def run(self) -> Iterator[Sequence[PlacedGroup]]:
+        """Run everything; yield the groups that have finished, some at a time.
+
+        On a GPU the next prompts have been started by then, so the device computes while the
+        caller works on the results. Where memory runs out, batches are halved, and prompts that
+        have not finished run again.
 
         Raises:
             ModelError: If memory does not suffice for a single prompt group.
         """
-        for lookahead in self._lookaheads:
-            self._make_room(lookahead)
-            # The longest first: if memory does not suffice, that shows at once.
-            waiting = deque(sorted(lookahead, key=lambda group: -group.longest))
-            finished: FinishedBatch | None = None
-            while waiting:
-                batch = self._take_batch(waiting)
-                try:
-                    has_started = self._start(batch, lookahead)
-                finally:
-                    if finished is not None:
-                        yield finished
-                finished = None
-                if has_started:
-                    next_batch = self._take_batch(deque(waiting)) if self.overlaps else []
-                    finished = self._finish(next_batch)
-                if finished is None:
-                    waiting.extendleft(reversed(batch))
-                    self._halve(lookahead)
-                elif not self.overlaps:
-                    yield finished
-                    finished = None
-            if finished is not None:
+        finished: Sequence[PlacedGroup] = ()
+        while True:
+            if finished and not self.overlaps:
                 yield finished
+                finished = ()
+            try:
+                self._refill()
+            finally:
+                if finished:
+                    yield finished
+            if self._runner.is_done and not self._waiting:
+                break
+            finished = self._advance()
+        if self._error is not None:
+            raise self._error
 
-    def _make_room(self, lookahead: Sequence[PromptGroup]) -> None:
-        """Enlarge batches until every group of a lookahead fits, in slots and in rows."""
-        stats = self.stats
-        capacity = max(stats.capacity, self._capacity_for(lookahead))
-        batch_size = max(stats.batch_size, _largest(lookahead))
-        self._group_size = max(self._group_size, _largest(lookahead))
-        self.stats = replace(stats, capacity=capacity, batch_size=batch_size)
+    def stop(self) -> None:
+        """Start no more prompts; those in flight finish."""
+        self._waiting.clear()
+        self._has_more = False
 
-    def _take_batch(self, waiting: deque[PromptGroup]) -> list[PromptGroup]:
-        """Remove from ``waiting`` the first groups whose prompts fit into one batch."""
-        batch: list[PromptGroup] = []
-        room = self.stats.batch_size
-        while waiting and (room := room - len(waiting[0].layouts)) >= 0:
-            batch.append(waiting.popleft())
-        return batch
+    def _refill(self) -> None:
+        """Start prompts in free rows, if enough of them are free."""
+        runner = self._runner
+        is_running = runner.has_prompts_in_flight
+        if is_running and runner.free_rows < self._rows_to_refill:
+            return
+        self._look_ahead()
+        if not self._waiting or (is_running and self._size != runner.size):
+            return
+        runner.fit(self._size, self._lookahead)
+        groups = list(self._taken(runner.free_rows))
+        if groups:
+            self._try(lambda: runner.start(groups))
 
-    def _start(self, batch: Sequence[PromptGroup], lookahead: Sequence[PromptGroup]) -> bool:
-        """Start a batch; False if the device's memory does not suffice."""
-        size = BatchSize(self.stats.batch_size, self.stats.capacity, self._group_size)
-        self._runner.fit(size, lookahead)
+    def _advance(self) -> Sequence[PlacedGroup]:
+        """Decode until prompts can be started, or enough groups have finished to hand them out."""
+        enough = self._rows_to_refill
+        never = self._size.rows + 1
+        if self._waiting:
+            free = max(enough, len(self._waiting[0].layouts))
+        else:
+            free = enough if self._has_more else never
+        if self._size != self._runner.size:
+            free = never
+        return self._try(lambda: self._runner.advance(finished=enough, free=free)) or ()
+
+    @property
+    def _rows_to_refill(self) -> int:
+        return -(-self._size.rows // REFILLED_PART)
+
+    def _look_ahead(self) -> None:
+        """Take the next lookahead if no group is waiting, and make the batch large enough for it.
+
+        An error of the requests is raised once the prompts in flight have finished.
+        """
+        while not self._waiting and self._has_more:
+            try:
+                lookahead = next(self._lookaheads, None)
+            except Exception as error:
+                self._error, lookahead = error, None
+            if lookahead is None:
+                self._has_more = False
+                return
+            # The longest first: if memory does not suffice, that shows at once.
+            self._waiting.extend(sorted(lookahead, key=lambda group: -group.longest))
+            self._lookahead, size, largest = lookahead, self._size, _largest(lookahead)
+            self._size = BatchSize(
+                rows=max(size.rows, largest),
+                capacity=max(size.capacity, self._capacity_for(lookahead)),
+                group=max(size.group, largest),
+            )
+
+    def _taken(self, room: int) -> Iterator[PromptGroup]:
+        """Remove the first waiting groups whose prompts fit into ``room`` rows."""
+        while self._waiting and (room := room - len(self._waiting[0].layouts)) >= 0:
+            yield self._waiting.popleft()
+
+    def _try(self, work: Callable[[], Result]) -> Result | None:
+        """Do something with the runner; halve the batch and return None if memory runs out."""
         try:
-            self._runner.start(batch)
+            return work()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        return True
+        # Outside of the handler, because the error holds the tensors of its frames.
+        self._halve()
+        return None
 
-    def _finish(self, next_batch: Sequence[PromptGroup]) -> FinishedBatch | None:
-        """Run a batch to its end; None if the device's memory does not suffice."""
-        try:
-            finished = self._runner.finish(next_batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        self._count(finished)
-        return finished
-
-    def _halve(self, lookahead: Sequence[PromptGroup]) -> None:
+    def _halve(self) -> None:
         """Free memory and halve the batch size, but keep room for the largest group.
 
         Raises:
             ModelError: If batches have room for no more than that group already.
         """
-        size, capacity, least = self.stats.batch_size, self.stats.capacity, _largest(lookahead)
+        self._waiting.extendleft(reversed(self._runner.release()))
+        size, capacity, least = self._size.rows, self._size.capacity, _largest(self._waiting)
         memory = "GPU memory" if self.overlaps else "memory"
         if size == least:
             rows = "one row" if least == 1 else f"the {least} rows of a request"
@@ -158,38 +209,19 @@ class Scheduler:
                 f"not enough {memory} for {rows} of {capacity} slots; shorten the prompts"
                 + ("" if least == 1 else " or take fewer segments")
             )
-        self._runner.release()
         gc.collect()
         torch.cuda.empty_cache()
         # A size far too large is halved until it can fit, without trying the sizes in between.
         smaller = max(self._rows_that_fit(size // 2, capacity), least)
         message = f"out of {memory}: {size} rows at a time become {smaller}"
         warnings.warn(message, FlexMaskWarning, stacklevel=2)
-        halvings = self.stats.halvings + max(1, (size // smaller).bit_length() - 1)
-        self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
-
-    def _count(self, batch: FinishedBatch) -> None:
-        stats, work = self.stats, batch.work
-        is_warm, self._has_finished_a_batch = self._has_finished_a_batch, True
-        warm_compilations = work.compilations if is_warm else 0
-        self.stats = replace(
-            stats,
-            computed_tokens=stats.computed_tokens + batch.computed_tokens + work.prefix_tokens,
-            prefill_s=stats.prefill_s + batch.prefill_s + work.prefix_s,
-            decode_s=stats.decode_s + batch.decode_s,
-            first_token_s=stats.first_token_s + batch.first_token_s,
-            compilations=stats.compilations + work.compilations,
-            warm_compilations=stats.warm_compilations + warm_compilations,
-            mask_hits=stats.mask_hits + work.mask_hits,
-            mask_misses=stats.mask_misses + work.mask_misses,
-            prefill_peak_bytes=max(stats.prefill_peak_bytes, batch.prefill_peak_bytes),
-            decode_peak_bytes=max(stats.decode_peak_bytes, batch.decode_peak_bytes),
-        )
+        self._halvings += max(1, (size // smaller).bit_length() - 1)
+        self._size = replace(self._size, rows=smaller)
 
     def _capacity_for(self, groups: Sequence[PromptGroup]) -> int:
         longest = max((group.longest for group in groups), default=1)
         return bucketed_capacity(longest + self._max_new_tokens)
 
 
-def _largest(groups: Sequence[PromptGroup]) -> int:
+def _largest(groups: Iterable[PromptGroup]) -> int:
     return max((len(group.layouts) for group in groups), default=1)

@@ -7,7 +7,7 @@ from typing import Protocol
 from weakref import ref
 
 TURN = RLock()
-"""Held while an engine is made, and while a batch is prepared, started or finished.
+"""Held while an engine is made, and while prompts are started or decoded.
 
 There is one lock for all engines of a process, because they change settings of the process: those
 of torch's compiler (`flexmask.torch_internals.compile_settings`), and the default dtype, which
@@ -20,18 +20,18 @@ class Settles(Protocol):
     """A user of an executor that may hold it for several turns."""
 
     def settle(self) -> None:
-        """Finish the batch under way; from then on, expect the executor to be prepared again."""
+        """Finish what is under way; from then on, expect the executor to be prepared again."""
 
 
 class Occupancy:
-    """The user that prepared an executor last; the executor holds one batch at a time."""
+    """The user that prepared an executor last; the executor holds the batch of one at a time."""
 
     def __init__(self) -> None:
         """Start without a user."""
         self._occupant: ref[Settles] | None = None
 
     def admit(self, user: Settles) -> None:
-        """Give the executor to ``user``, after its current user has finished its batch.
+        """Give the executor to ``user``, after its current user has finished what is under way.
 
         Call it with `TURN` held. A user that has been garbage-collected has nothing to finish.
         """

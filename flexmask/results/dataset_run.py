@@ -1,4 +1,4 @@
-"""Runs a data set through an engine into a result file or a stream, batch by batch."""
+"""Runs a data set through an engine into a result file or a stream, some rows at a time."""
 
 from __future__ import annotations
 
@@ -79,16 +79,17 @@ class DatasetRun:
         )
 
     def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Generation]]:
-        """Write generations as batches finish, and yield them.
+        """Write generations as they finish, some at a time, and yield them.
 
         Args:
-            should_stop: Called after each write; True ends the run early.
+            should_stop: Called after each write; True ends the run once the prompts in flight
+                have finished.
         """
         for generations in self.generations.batches():
             self._write(generations)
             yield generations
             if should_stop():
-                return
+                self.generations.stop()
         self._write([])
 
     def _write(self, generations: Sequence[Generation]) -> None:

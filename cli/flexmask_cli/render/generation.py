@@ -129,11 +129,13 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         f"fusion: {fusion}",
         f"rows: {stats.generations} generated",
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
-        f"({stats.computed_tokens} computed, the others reused), "
+        f"({stats.computed_tokens} computed, {stats.copied_tokens} copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",
         f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"batch: {stats.batch_size} rows, {stats.row_utilization:.0%} of them in use over "
+        f"{stats.decode_steps} decode steps; {stats.prefills} prefills",
         f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
-        "first batch",
+        "first rows",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
     if stats.decode_peak_bytes:
@@ -172,7 +174,10 @@ def outcome_figures(
         stats: Statistics of the run; None if there was nothing to generate.
     """
     _, estimates = _accuracy(path, judge) if results.judged else (0, {})
-    run = None if stats is None else {**vars(stats), "tokens_per_s": stats.tokens_per_s}
+    run = None
+    if stats is not None:
+        rates = {name: getattr(stats, name) for name in ("tokens_per_s", "row_utilization")}
+        run = {**vars(stats), **rates}
     return {
         "output": str(path),
         **asdict(results),
