@@ -18,11 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataset_peers import rerun_rows_per_s, separate_rows_per_s
-from flexmask.attention.backend import register_attention
-from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
@@ -30,50 +27,8 @@ from flexmask.results.result_writer import ResultWriter
 from flexmask.results.run_config import RunConfig
 from flexmask.strategy import Strategy
 from flexmask.tasks.request_source import read_requests
-from flexmask.transformers_internals import set_attention_implementation
+from random_model import SHAPES, random_engine
 from stamp import environment_stamp
-
-LLAMA_3_2_3B: dict[str, Any] = {
-    "vocab_size": 128256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-TINY = LLAMA_3_2_3B | {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
-SMALL = LLAMA_3_2_3B | {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048}
-SMALL |= {"num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
-SMALL |= {"head_dim": 64}
-SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "100m": SMALL, "tiny": TINY}
-
-
-def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
-    """Return an engine with a model of random weights."""
-    register_attention()
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], eos_token_id=None, bos_token_id=None)
-    set_attention_implementation(config, "flexmask")
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(default)
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
-    return Engine(model.eval().requires_grad_(False), tokenizer)
 
 
 def timed_run(

@@ -24,9 +24,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
-from dataset_run import SHAPES, random_engine
+from random_model import DTYPES, SHAPES, random_engine
 from stamp import environment_stamp
 
 PROMPT_TOKENS = 1016
@@ -131,8 +129,7 @@ def time_loop() -> float:
 
 def save_model(shape: str, device: str, folder: Path) -> None:
     """Save a model of random weights, and the bundled tokenizer."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    engine = random_engine(shape, device, dtype)
+    engine = random_engine(shape, device, DTYPES[device])
     engine.model.save_pretrained(folder)
     engine.tokenizer.save_pretrained(folder)
 

@@ -1,9 +1,10 @@
 """Measures decode speed against the memory-bandwidth floor, beside ``transformers.generate``.
 
 One model of random weights at the Llama-3.2-3B shape; prompts of equal length. The floor of a
-step is the time to read all weights and the keys and values so far once, at the read bandwidth
-that this program measures. Peers are ``model.generate`` with SDPA and FlexAttention, with dynamic
-and static cache; their time per step is the difference between a long and a short generation.
+step is the time to read all weights and the keys and values so far once, or to compute its
+products, at the rates that this program measures (``floors.py``). Peers are ``model.generate``
+with SDPA and FlexAttention, with dynamic and static cache; their time per step is the difference
+between a long and a short generation.
 """
 
 from __future__ import annotations
@@ -21,20 +22,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dataset_run import SHAPES, random_engine
-from flexmask.bench.machine import read_bandwidth
-from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
-from flexmask.layout import Layout, TokenizedRequest
 from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
-from flexmask.strategy import Strategy
+from floors import ModelCost, Rates
+from random_model import DTYPES, SHAPES, random_engine
+from random_prompts import RandomPrompts
 from stamp import environment_stamp
 from start_peer import generate
 
-SEGMENTS = 5
 REPEATS = 3
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa dynamic": ("sdpa", {"cache_implementation": "dynamic"}),
@@ -93,28 +91,6 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def floor_s(model: PreTrainedModel, batch_size: int, context: int, bandwidth: float) -> float:
-    """Return the seconds to read the weights and the keys and values of ``context`` slots once."""
-    config = model.config
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    per_slot = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    return float(weights + batch_size * context * per_slot * model.dtype.itemsize) / bandwidth
-
-
-def random_layout(strategy: Strategy, context: int, vocab_size: int) -> Layout:
-    """Return the layout of a random request of five segments that takes ``context`` slots."""
-    tail, prefix = 8, 32
-    copies = SEGMENTS if strategy.name == "ensemble_isolation" else 1
-    length, rest = divmod(context - tail - copies * prefix, SEGMENTS)
-    lengths = [length + (i < rest) for i in range(SEGMENTS)]
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(5, vocab_size, (count,)).tolist())
-
-    request = TokenizedRequest(tokens(prefix), tuple(map(tokens, lengths)), tokens(tail))
-    return strategy.layout(request)
-
-
 def measured(
     way: str, batch_size: int, context: int, first_s: float, step_s: float, floor: float
 ) -> Decode:
@@ -132,12 +108,15 @@ def measured(
 
 
 def decode_flexmask(
-    engine: Engine, strategy_name: str, batch_size: int, context: int, steps: int, bandwidth: float
+    engine: Engine, strategy_name: str, batch_size: int, context: int, steps: int, floor: float
 ) -> Decode:
     """Decode with the engine's runner."""
     strategy = make_strategy(strategy_name, {})
-    runner, vocab_size = engine.runner, engine.model.config.vocab_size
-    layouts = [random_layout(strategy, context, vocab_size) for _ in range(batch_size)]
+    runner, prompts = engine.runner, RandomPrompts(engine.tokenizer)
+    layouts = [
+        strategy.layout(prompts.tokenizer(prompts.request(strategy, context)))
+        for _ in range(batch_size)
+    ]
     reset_peak_memory()
     prompts = [layout.token_ids for layout in layouts]
     uuids = [str(row) for row in range(batch_size)]
@@ -167,12 +146,11 @@ def decode_flexmask(
     synchronize()
     first_s = time.perf_counter() - started
     step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
-    floor = floor_s(engine.model, batch_size, context, bandwidth)
     return measured(f"flexmask {strategy_name}", batch_size, context, first_s, step_s, floor)
 
 
 def decode_peer(
-    model: PreTrainedModel, way: str, batch_size: int, context: int, steps: int, bandwidth: float
+    model: PreTrainedModel, way: str, batch_size: int, context: int, steps: int, floor: float
 ) -> Decode:
     """Decode with transformers' generate."""
     implementation, cache = PEERS[way]
@@ -191,7 +169,6 @@ def decode_peer(
     long_s = statistics.median(generate_s(steps + 2) for _ in range(REPEATS))
     short_s = statistics.median(generate_s(2) for _ in range(REPEATS))
     step_s = (long_s - short_s) / steps
-    floor = floor_s(model, batch_size, context, bandwidth)
     return measured(f"transformers {way}", batch_size, context, first_s, step_s, floor)
 
 
@@ -208,8 +185,8 @@ def print_row(result: Decode) -> None:
 def main() -> None:
     """Print a table, then a JSON line; ``--record`` writes it to a file after each result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="llama-3.2-3b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--device", choices=tuple(DTYPES), default="cuda")
     parser.add_argument("--strategy", default="ensemble_isolation")
     parser.add_argument("--cases", nargs="*", default=["1x1024", "8x1024", "64x1024", "1x16384"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
@@ -218,16 +195,14 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="file that receives the results so far")
     arguments = parser.parse_args()
 
-    bandwidth = read_bandwidth(torch.device(arguments.device))
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    dtype = DTYPES[arguments.device]
+    rates = Rates.measure(torch.device(arguments.device), dtype)
+    print(rates)
     print(f"{'way':43} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
           f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
-    if arguments.shape == "demo":
-        engine = Engine.from_pretrained(str(model_path()), device=arguments.device)
-    else:
-        dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-        engine = random_engine(arguments.shape, arguments.device, dtype)
-    record = {"shape": arguments.shape, "read_bytes_per_s": bandwidth}
+    engine = random_engine(arguments.shape, arguments.device, dtype)
+    cost = ModelCost.of(engine.model)
+    record = {"shape": arguments.shape, "rates": asdict(rates)}
     results: list[Decode] = []
 
     def line() -> str:
@@ -240,19 +215,21 @@ def main() -> None:
         if arguments.record is not None:
             arguments.record.write_text(line() + "\n")
 
-    for case in arguments.cases:
+    def sizes(case: str) -> tuple[int, int, int, float]:
+        """Return rows, context, steps and the floor of a step."""
         rows, context = map(int, case.split("x"))
-        note(
-            decode_flexmask(engine, arguments.strategy, rows, context, arguments.steps, bandwidth)
-        )
+        keys = rows * context
+        return rows, context, arguments.steps, cost.decode_step_s(rows, keys, keys, rates)
+
+    for case in arguments.cases:
+        note(decode_flexmask(engine, arguments.strategy, *sizes(case)))
     model = engine.model
     del engine
     gc.collect()
     torch.cuda.empty_cache()
     for way in arguments.peers:
         for case in arguments.peer_cases:
-            rows, context = map(int, case.split("x"))
-            note(decode_peer(model, way, rows, context, arguments.steps, bandwidth))
+            note(decode_peer(model, way, *sizes(case)))
     print(line())
 
 

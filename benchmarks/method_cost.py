@@ -9,29 +9,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dataset_run import SHAPES, random_engine
-from flexmask import Engine, Fusion, Request
+from flexmask import Engine, Request
 from flexmask.engine import RunStats
-from flexmask.plugins.registry import load_registry, make_strategy
+from flexmask.plugins.registry import load_registry
 from flexmask.tasks.request_source import read_requests
+from random_model import SHAPES, random_engine
 from stamp import environment_stamp
-
-FUSIONS = (
-    Fusion("none"),
-    Fusion("each"),
-    Fusion("mean"),
-    Fusion("max"),
-    Fusion("weighted_mean", "confidence"),
-    Fusion("weighted_max", "confidence"),
-    Fusion("vote"),
-)
-"""Fusions that run every segment as a prompt of its own."""
+from timed_run import FUSIONS, Way, timed_run
 
 
 @dataclass(frozen=True)
@@ -64,23 +54,10 @@ def measure(
     engine: Engine, requests: list[Request], way: str, max_new_tokens: int, batch_size: int | None
 ) -> MethodCost:
     """Run all requests one way, warm."""
-    fusions = {str(fusion): fusion for fusion in FUSIONS}
-    fusion = fusions.get(way, Fusion())
-    strategy = make_strategy("causal" if way in fusions else way, {})
-
-    def run(rows: list[Request]) -> tuple[float, RunStats]:
-        started = time.perf_counter()
-        results = engine.generate(
-            rows,
-            strategy,
-            fusion=fusion,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
-        for _ in results.batches():
-            pass
-        return time.perf_counter() - started, results.stats
-
+    chosen = Way.named(way)
+    run = partial(
+        timed_run, engine, way=chosen, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
     # The longest requests decide the cache size that the whole file needs.
     longest = sorted(requests, key=lambda r: -sum(map(len, r.segments)))
     first_s, _ = run(longest[:128])
