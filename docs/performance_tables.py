@@ -1,17 +1,21 @@
-"""Writes the tables of docs/performance.md from benchmarks/results: ``make docs``."""
+"""Writes the tables of docs/performance.md, and of speed in README.md: ``make docs``."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-TARGET = Path(__file__).with_name("performance.md")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BESIDE_VLLM = "vllm-peer-h100*.json"
+"""Records of flexmask beside vLLM: one of all parts, or several of some parts each."""
 
 
 def decode_table(gpu: str) -> str:
@@ -134,7 +138,122 @@ def methods_table() -> str:
     return _table(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+def vllm_cases_table() -> str:
+    """Return the table of decoding and first tokens beside vLLM."""
+    rows = [
+        [
+            f"{'decode' if each['part'] == 'decode' else 'first token'}, {_size(each)}",
+            f"`{each['way']}`",
+            *(cell for engine in ("flexmask", "vllm") for cell in _timing(each, engine)),
+            _speedup(each),
+        ]
+        for each in _beside_vllm()
+        if each["part"] != "dataset"
+    ]
+    head = ["", "strategy", "flexmask", "range", "of the floor", "vLLM", "range", "of the floor"]
+    return _table([*head, "speedup"], rows)
+
+
+def vllm_dataset_table() -> str:
+    """Return the table of a data set beside vLLM."""
+    rows = []
+    for each in _beside_vllm():
+        if each["part"] != "dataset":
+            continue
+        own, peer = each["flexmask"], each["vllm"]
+        tokens = [
+            f"{own[name]:,}" if own else NOT_RUN for name in ("least_tokens", "computed_tokens")
+        ]
+        rows.append(
+            [
+                f"`{each['way']}`",
+                *_timing(each, "flexmask")[::2],
+                *tokens,
+                f"`{peer['way']}`" if peer else NOT_RUN,
+                *_timing(each, "vllm")[::2],
+                f"{peer['computed_tokens']:,}" if peer else NOT_RUN,
+                _speedup(each),
+            ]
+        )
+    head = ["way", "flexmask", "of the floor", "tokens at least", "computed"]
+    return _table([*head, "vLLM runs", "vLLM", "of the floor", "computed", "speedup"], rows)
+
+
+def vllm_summary() -> str:
+    """Return README's tables beside vLLM: decoding and first tokens, then the data set."""
+    comparisons = _beside_vllm()
+    cases = [each for each in comparisons if each["way"] == "causal"]
+    sizes = list(dict.fromkeys(map(_size, cases)))
+    rows = []
+    for part, label in (("decode", "decode, tokens/s"), ("first_token", "first token, ms")):
+        pairs = {_size(each): _pair(each) for each in cases if each["part"] == part}
+        rows.append([label, *(pairs.get(size, "") for size in sizes)])
+    dataset = [each for each in comparisons if each["part"] == "dataset"]
+    questions = f"{dataset[0]['rows']:,} questions" if dataset else "questions"
+    ways = [f"`{each['way']}`" for each in dataset]
+    seconds = ["seconds", *map(_pair, dataset)]
+    return "\n".join(
+        [
+            _table(
+                ["flexmask / vLLM (of the floor)", *(f"{size} tokens" for size in sizes)], rows
+            ),
+            _table([questions, *ways], [seconds]),
+        ]
+    )
+
+
+NOT_RUN = "–"
+
+
+def _beside_vllm() -> list[dict[str, Any]]:
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(BESIDE_VLLM))]
+    return [comparison for record in records for comparison in record["comparisons"]]
+
+
+def _size(comparison: Mapping[str, Any]) -> str:
+    return f"{comparison['rows']} × {comparison['context']:,}"
+
+
+def _value(part: str, rows: int, seconds: float) -> str:
+    """A time as a number: tokens/s, ms or s."""
+    if part == "decode":
+        return f"{rows / seconds:,.0f}"
+    return f"{1e3 * seconds:.1f}" if part == "first_token" else f"{seconds:.2f}"
+
+
+def _timing(comparison: Mapping[str, Any], engine: str) -> list[str]:
+    """The time of an engine, the range of its runs, and its share of the floor."""
+    figure, part = comparison[engine], comparison["part"]
+    if figure is None:
+        return [NOT_RUN] * 3
+    unit = {"decode": "tokens/s", "first_token": "ms", "dataset": "s"}[part]
+    median, *ends = (
+        _value(part, comparison["rows"], seconds)
+        for seconds in (figure["median_s"], min(figure["seconds"]), max(figure["seconds"]))
+    )
+    low, high = ends[::-1] if part == "decode" else ends
+    return [f"{median} {unit}", f"{low} to {high}", f"{figure['floor_share']:.0%}"]
+
+
+def _pair(comparison: Mapping[str, Any]) -> str:
+    """The times of both engines, each with its share of the floor."""
+    cells = [
+        f"{_value(comparison['part'], comparison['rows'], figure['median_s'])} "
+        f"({figure['floor_share']:.0%})"
+        if figure
+        else NOT_RUN
+        for figure in (comparison["flexmask"], comparison["vllm"])
+    ]
+    return " / ".join(cells)
+
+
+def _speedup(comparison: Mapping[str, Any]) -> str:
+    own, peer = comparison["flexmask"], comparison["vllm"]
+    return f"{peer['median_s'] / own['median_s']:.2f}" if own and peer else NOT_RUN
+
+
+Tables = dict[str, Callable[[], str]]
+TABLES: Tables = {
     "decode": partial(decode_table, "h100"),
     "decode, H200": partial(decode_table, "h200"),
     "attention": attention_table,
@@ -146,13 +265,22 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def page(text: str) -> str:
-    """Return the page with its tables replaced."""
-    for name, table in TABLES.items():
+def targets() -> dict[Path, Tables]:
+    """Return the tables of each document; those beside vLLM once there is a record of them."""
+    if not any(RESULTS.glob(BESIDE_VLLM)):
+        return {PAGE: TABLES, README: {}}
+    beside_vllm = {"vllm cases": vllm_cases_table, "vllm dataset": vllm_dataset_table}
+    return {PAGE: TABLES | beside_vllm, README: {"vllm": vllm_summary}}
+
+
+def page(target: Path, tables: Tables) -> str:
+    """Return the text of a document with its tables replaced."""
+    text = target.read_text()
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, rf"\g<1>{table()}\g<2>", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"{TARGET}: expected one table {name!r}, found {count}")
+            raise ValueError(f"{target}: expected one table {name!r}, found {count}")
     return text
 
 
@@ -167,4 +295,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(page(TARGET.read_text()))
+    for target, tables in targets().items():
+        target.write_text(page(target, tables))
