@@ -61,7 +61,10 @@ def test_the_demo_writes_rows_answers_and_its_configuration(small):
     result = run(*small, "--stop", "\\n", "-v")
     assert result.returncode == 0, result.stderr
     assert "accuracy:" in result.stdout
-    assert "compilations: 2, of them 0 after the first batch" in result.stdout
+    assert "compilations: 2, of them 0 after the first rows" in result.stdout
+    assert re.search(
+        r"batch: 2 rows, \d+% of them in use over \d+ decode steps; 2 prefills", result.stdout
+    )
     table = pyarrow.feather.read_table(small[-1])
     names = ["uuid", "answers", "paraphrases", "prediction", "generation"]
     assert table.column_names[:5] == names

@@ -68,6 +68,8 @@ def test_each_generation_is_the_one_that_its_request_gets_alone(engine, kind):
             assert run.stats.warm_compilations == 0
             assert run.stats.prefills > (batch_size > 1) * len(REQUESTS) / batch_size
             assert (run.stats.cold_groups, run.stats.generations) == (0, len(REQUESTS))
+            if "fusion" not in kind:
+                assert run.stats.used_row_steps == run.stats.generated_tokens
 
 
 @pytest.fixture(scope="module")
