@@ -95,7 +95,7 @@ def test_decode_attention_equals_plain_attention(heads, kv_heads, dim, softcap, 
             for cache, plain in zip(arguments[5:7], wide[5:], strict=True):
                 for row, slot in enumerate(slots):
                     got = cache[:, row, : slot + 1].cpu()
-                    assert relative_error(got, plain[row, :, : slot + 1]) < TOLERANCE[dtype]
+                    assert relative_error(got, plain[:, row, : slot + 1]) < TOLERANCE[dtype]
 
 
 def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
