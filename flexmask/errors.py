@@ -64,6 +64,10 @@ class OutputError(FlexMaskError):
     """A result file cannot be written, resumed or read."""
 
 
+class KVStoreError(FlexMaskError):
+    """A folder of keys and values is of another model, or cannot be read or written."""
+
+
 class OptionError(FlexMaskError):
     """An option has a value that it cannot have."""
 

@@ -19,6 +19,7 @@ from flexmask_cli.commands.compare import compare
 from flexmask_cli.commands.doctor import doctor
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
+from flexmask_cli.commands.kv_cache import kv_cache
 from flexmask_cli.commands.new import new
 from flexmask_cli.commands.plugins import plugins
 from flexmask_cli.commands.show import show
@@ -46,6 +47,7 @@ COMMANDS = {
     "check": check,
     "new": new,
     "warmup": warmup,
+    "kv-cache": kv_cache,
     "doctor": doctor,
 }
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import typer
 
 from flexmask.errors import OptionError
-from flexmask.limits import read_size
+from flexmask.limits import read_bytes, read_size
 
 Completion = Callable[[str], list[str]]
 """Returns the values that start with what the user has typed."""
@@ -49,9 +49,25 @@ def size(*names: str, help: str, least: int = 1) -> Any:
     return typer.Option(*names, help=help, metavar="N", parser=str, callback=read)
 
 
+def byte_size(*names: str, help: str, least: int = 0) -> Any:
+    """Declare an option that takes a number of bytes, such as ``8GiB``, of at least ``least``."""
+
+    def read(parameter: typer.CallbackParam, value: str | None) -> int | None:
+        if value is None:
+            return None
+        return read_bytes(option_name(parameter), value, least=least)
+
+    return typer.Option(*names, help=help, metavar="SIZE", parser=str, callback=read)
+
+
 def path(*names: str, help: str) -> Any:
     """Declare an option that takes a path."""
     return typer.Option(*names, help=help, metavar="PATH", parser=str, callback=_read_path)
+
+
+def path_argument(*, metavar: str, help: str) -> Any:
+    """Declare an argument that takes a path."""
+    return typer.Argument(metavar=metavar, help=help, parser=str, callback=_read_path)
 
 
 def paths_argument(*, metavar: str, help: str) -> Any:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from flexmask.errors import OutputError
+from flexmask.file_syncing import sync_folder
 from flexmask.results.journal_stream import JournalContent, read_stream, sealed
 from flexmask.results.whole_file import (
     NOT_FOLLOWED,
     WRITING,
     create_temporary,
     os_errors,
-    sync_folder,
     temporary_path,
 )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-_LONGEST_SHOWN = 80
+from flexmask.record_differences import differences
 
 IDENTITY = ("model_files", "plugin")
 """Entries that identify the model files and the plugin code; early versions recorded none."""
@@ -62,23 +62,4 @@ class RunConfig:
 
     def differences(self, earlier: RunConfig) -> list[str]:
         """Return the settings that differ from an earlier run's, such as ``seed: 1 → 2``."""
-        old, new = dict(_leaves(earlier.run)), dict(_leaves(self.run))
-        return [
-            f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
-            for key in {**old, **new}
-            if old.get(key) != new.get(key)
-        ]
-
-
-def _leaves(values: Mapping[str, Any], parents: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{parents}{key}.")
-        else:
-            yield f"{parents}{key}", repr(json.loads(json.dumps(value)))
-
-
-def _shown(value: str | None) -> str:
-    if value is None:
-        return "not set"
-    return value if len(value) <= _LONGEST_SHOWN else value[: _LONGEST_SHOWN - 1] + "…"
+        return differences(earlier.run, self.run)

@@ -10,6 +10,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from flexmask.errors import OutputError
+from flexmask.file_syncing import sync_folder
 
 WRITING = "cannot be written ({}); finished rows are kept, `resume` continues from them"
 """Message of `os_errors` for a failed write of rows."""
@@ -99,16 +100,6 @@ def replacing(
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(target)
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename to ``path`` survive a crash of the machine."""
-    fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems do not sync folders
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _status(path: Path) -> os.stat_result | None:
