@@ -106,13 +106,15 @@ def use_randomly(folder: Path, seed: int) -> None:
 
 
 def kill(folder: Path) -> None:
-    """Ten processes that write are killed."""
+    """Processes that write are killed: ten, and until three were in the middle of a file."""
     generator = random.Random(0)
-    for _ in range(10):
+    kills = 0
+    while kills < 10 or len(list(folder.glob("*/.*.tmp"))) < 3:
+        kills += 1
         reader, writer = os.pipe()
         child = forked(partial(write_forever, folder, writer))
         os.read(reader, 1)
-        time.sleep(generator.random() / 20)
+        time.sleep(generator.random() / 10)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -127,7 +129,7 @@ def write_forever(folder: Path, started: int) -> None:
 
     os.write = write_slowly  # type: ignore[assignment]
     spans = [span_of(number, num_tokens=LARGE_TOKENS) for number in range(40)]
-    with open_store(folder, folder_bytes=1_000_000) as store:
+    with open_store(folder, folder_bytes=2_000_000) as store:
         write(started, b"1")
         generator = random.Random(os.getpid())
         while True:

@@ -366,7 +366,8 @@ def test_two_processes_share_a_folder(shared: Shared) -> None:
 def test_killed_writers_leave_nothing_wrong(shared: Shared) -> None:
     found = report(shared.folder / "kill", is_verified=True)
     assert (found.bad_files, found.foreign) == ((), ())
-    assert found.spans > 5
+    assert found.spans > 0
+    assert found.temporary >= 3
     with open_store(shared.folder / "kill") as store:
         spans = [number for number in range(40) if store.contains(identity_of(number))]
         for number in spans:
