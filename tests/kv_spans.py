@@ -121,21 +121,21 @@ def kill(folder: Path) -> None:
 
 def write_forever(folder: Path, started: int) -> None:
     """Spend most of the time in the middle of writing a file, as on a slow disk."""
-    write = os.write
 
-    def write_slowly(file: int, content: memoryview) -> int:
+    def write_slowly(file: int, parts: list[memoryview]) -> int:
         time.sleep(0.0001)
-        return write(file, content[:4096])
+        return os.write(file, parts[0][:4096])
 
-    os.write = write_slowly  # type: ignore[assignment]
+    os.writev = write_slowly  # type: ignore[assignment]
     spans = [span_of(number, num_tokens=LARGE_TOKENS) for number in range(40)]
     with open_store(folder, folder_bytes=2_000_000) as store:
-        write(started, b"1")
+        os.write(started, b"1")
         generator = random.Random(os.getpid())
         while True:
             number = generator.randrange(len(spans))
             if store.get(identity_of(number)) is None:
                 store.put(identity_of(number), spans[number])
+                store.flush()
 
 
 def fill(folder: Path) -> None:

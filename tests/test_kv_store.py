@@ -21,11 +21,12 @@ import flexmask
 import kv_spans
 from damage import DAMAGES
 from flexmask.errors import FlexMaskWarning, KVStoreError
-from flexmask.kv_store import device_copy, folder_writer
+from flexmask.kv_store import folder_writer, host_memory
 from flexmask.kv_store import store as store_module
 from flexmask.kv_store.folder_files import DESCRIPTION, place_of
 from flexmask.kv_store.folder_report import report
 from flexmask.kv_store.folder_scan import LEFTOVER_AGE_S, prune, scan
+from flexmask.kv_store.host_memory import HostMemory
 from flexmask.kv_store.kv_format import KVFormat, LayerGroup
 from flexmask.kv_store.span_folder import SpanFolder
 from flexmask.kv_store.span_header import LEAF_BYTES
@@ -212,10 +213,12 @@ def test_a_store_does_what_a_plain_reference_does(
 ) -> None:
     monkeypatch.setattr(store_module, "has_host_tier", lambda device: has_host)
     monkeypatch.setattr(store_module, "TOUCH_INTERVAL_S", 0)
-    monkeypatch.setattr(device_copy, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(host_memory, "SLAB_BYTES", 4 * CHUNK_BYTES)
     generator = random.Random(device_bytes)
     folder = tmp_path / "spans"
     reference = Reference(folder, has_host=has_host, device_bytes=device_bytes)
+    largest = max(map(held_on_host, range(NUM_SPANS)))
     sizes = {"device_bytes": device_bytes, "host_bytes": HOST_BYTES, "folder_bytes": FOLDER_BYTES}
     with KVStore(FORMAT, device=device, folder=folder, **sizes) as store:
         for _ in range(150):
@@ -238,10 +241,11 @@ def test_a_store_does_what_a_plain_reference_does(
             }
             assert list(store._on_device._entries) == list(map(identity_of, reference.device))
             assert list(store._on_host._entries) == list(map(identity_of, reference.host))
-            assert store.held_bytes == (
-                sum(reference.device.values()),
-                sum(reference.host.values()),
-            )
+            device_held = sum(reference.device.values())
+            host_held = sum(reference.host.values())
+            assert store.held_bytes == (device_held, host_held)
+            # Beside the tier: a span that is written, and one that is being read.
+            assert store._host_memory.num_bytes <= HOST_BYTES + 2 * largest
     assert min(reference.counts["folder"][name] for name in ("hits", "misses", "evictions")) > 0
     assert not has_host or reference.counts["host"]["evictions"] > 0
 
@@ -259,6 +263,28 @@ def test_spans_are_files_that_safetensors_reads(tmp_path: Path) -> None:
     for one, other in zip(loaded.values(), found.tensors(), strict=True):
         assert one.dtype == torch.bfloat16
         assert torch.equal(one, other)
+
+
+def test_host_memory_is_used_again_and_neighbours_are_one_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(host_memory, "SLAB_BYTES", 16)
+    memory = HostMemory(28, is_pinned=False)
+    first, second = memory.take(6), memory.take(8)
+    assert [len(run) for run in first.runs] == [6]
+    assert first.numbers + second.numbers == (0, 1, 2, 3)
+    third = memory.take(5)
+    memory.give_back(first, ())
+    memory.give_back(third, ())
+    parts = memory.take(15)  # on both sides of the second
+    assert parts.numbers == (0, 1, 4, 5)
+    assert [len(run) for run in parts.runs] == [8, 7]
+    memory.give_back(second, ())
+    assert memory.take(9).numbers == (2, 3, 6)
+    assert memory.num_bytes == 28
+    memory.take(1)
+    assert memory.num_bytes == 32
 
 
 def test_parts_of_larger_tensors_do_not_keep_these_in_memory() -> None:
@@ -560,7 +586,8 @@ def use(store: KVStore, generator: random.Random, times: int) -> int:
 
 def test_several_threads_use_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "has_host_tier", lambda device: True)
-    monkeypatch.setattr(device_copy, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(host_memory, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(host_memory, "SLAB_BYTES", 4 * CHUNK_BYTES)
     hits: list[int] = []
 
     def use_and_count(seed: int) -> None:

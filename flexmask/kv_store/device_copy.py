@@ -1,24 +1,17 @@
-"""Copies of spans on the device and in pinned host memory, and the order of work on streams."""
+"""Copies of spans on the device and in host memory, and the order of work on streams."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from flexmask.kv_store.host_memory import HostMemory, held_bytes
 from flexmask.kv_store.kv_format import KVFormat
 from flexmask.kv_store.span_values import SpanValues
-
-CHUNK_BYTES = 2 << 20
-"""Host copies consist of chunks of this size.
-
-torch rounds each allocation of pinned memory up to a power of two, and keeps what is freed for
-allocations of the same size. Chunks of one size are rounded by nothing, and any of them serves any
-span, so that pinned memory stays at what is held.
-"""
 
 
 @dataclass(frozen=True)
@@ -64,87 +57,86 @@ class DeviceCopy:
         return self.values
 
 
-@dataclass(frozen=True)
 class HostCopy:
     """Keys and values in host memory, as the bytes of their tensors, one after the other.
 
+    Its memory is used again once nobody holds the object and the device is done with it.
+
     Attributes:
-        chunks: ``uint8`` tensors of `CHUNK_BYTES`, which is pinned memory beside a GPU.
         num_bytes: Bytes of the tensors.
         num_tokens: Their number of tokens.
         first_position: Position that the first key is rotated for; None for unrotated keys.
-        ready: When they are filled; None if they are.
     """
 
-    chunks: tuple[Tensor, ...]
-    num_bytes: int
-    num_tokens: int
-    first_position: int | None
-    ready: Moment | None = None
+    def __init__(
+        self, memory: HostMemory, num_bytes: int, num_tokens: int, first_position: int | None
+    ) -> None:
+        """Take memory that is not filled, and that an earlier copy may still be read from."""
+        self.num_bytes = num_bytes
+        self.num_tokens = num_tokens
+        self.first_position = first_position
+        self._memory = memory
+        self._chunks = memory.take(num_bytes)
+        self._filled: Moment | None = None
+        self._last_uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_last_uses"):
+            self._memory.give_back(self._chunks, tuple(self._last_uses.values()))
 
     @classmethod
-    def empty(
-        cls, num_bytes: int, num_tokens: int, first_position: int | None, *, is_pinned: bool
-    ) -> Self:
-        """Allocate chunks that are not filled."""
-        chunks = tuple(
-            torch.empty(CHUNK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
-            for _ in range(held_bytes(num_bytes) // CHUNK_BYTES)
-        )
-        return cls(chunks, num_bytes, num_tokens, first_position)
-
-    @classmethod
-    def of(cls, copy: DeviceCopy) -> Self:
+    def of(cls, copy: DeviceCopy, memory: HostMemory) -> Self:
         """Start to copy tensors from the device, on the current stream."""
         values = copy.usable_values()
+        made = cls(memory, values.num_bytes, values.num_tokens, values.first_position)
         device = values.groups[0].keys.device
-        is_pinned = device.type == "cuda"
-        empty = cls.empty(
-            values.num_bytes, values.num_tokens, values.first_position, is_pinned=is_pinned
-        )
-        for flat, chunk in _pieces(values.flat_bytes(), empty.chunks):
-            chunk.copy_(flat, non_blocking=True)
-        return replace(empty, ready=Moment.now(device))
+        for event in made._chunks.events:
+            torch.cuda.current_stream(device).wait_event(event)
+        for flat, run in _pieces(values.flat_bytes(), made._chunks.runs):
+            run.copy_(flat, non_blocking=True)
+        made._filled = made._used_until(Moment.now(device))
+        return made
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the chunks."""
-        return len(self.chunks) * CHUNK_BYTES
+        """Bytes of the memory that it holds."""
+        return held_bytes(self.num_bytes)
 
     def to_device(self, kv_format: KVFormat, device: torch.device) -> DeviceCopy:
         """Start to copy to the device, on the current stream."""
         values = SpanValues.empty(kv_format, self.num_tokens, self.first_position, device)
-        if self.ready is not None:
-            torch.cuda.current_stream(device).wait_event(self.ready.event)
-        for flat, chunk in _pieces(values.flat_bytes(), self.chunks):
-            flat.copy_(chunk, non_blocking=True)
-        return DeviceCopy(values, Moment.now(device))
+        if self._filled is not None:
+            torch.cuda.current_stream(device).wait_event(self._filled.event)
+        for flat, run in _pieces(values.flat_bytes(), self._chunks.runs):
+            flat.copy_(run, non_blocking=True)
+        return DeviceCopy(values, self._used_until(Moment.now(device)))
 
     def buffers(self) -> list[memoryview]:
-        """Return the memory of the tensors' bytes; waits until it is filled."""
-        if self.ready is not None:
-            self.ready.event.synchronize()
-        sizes = (CHUNK_BYTES,) * (len(self.chunks) - 1)
-        last = self.num_bytes - sum(sizes)
-        return [
-            chunk.numpy().data[:size]
-            for chunk, size in zip(self.chunks, (*sizes, last), strict=True)
-        ]
+        """Return the memory, to be read or, if it is not filled yet, to be written.
+
+        It waits until the device has filled it, or is done with its earlier use.
+        """
+        events = self._chunks.events if self._filled is None else (self._filled.event,)
+        for event in events:
+            event.synchronize()
+        return [run.numpy().data for run in self._chunks.runs]
+
+    def _used_until(self, moment: Moment | None) -> Moment | None:
+        if moment is not None:
+            self._last_uses[moment.stream] = moment.event
+        return moment
 
 
-def held_bytes(num_bytes: int) -> int:
-    """Return the bytes of the chunks that hold so many bytes."""
-    return -(-num_bytes // CHUNK_BYTES) * CHUNK_BYTES
-
-
-def _pieces(flat: Sequence[Tensor], chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the parts of tensors and of chunks that have the same bytes."""
-    at = 0
-    for tensor in flat:
-        start = 0
-        while start < len(tensor):
-            number, offset = divmod(at, CHUNK_BYTES)
-            size = min(len(tensor) - start, CHUNK_BYTES - offset)
-            yield tensor[start : start + size], chunks[number][offset : offset + size]
-            start += size
-            at += size
+def _pieces(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the parts of two rows of tensors that have the same bytes of the whole."""
+    rows = [iter(ones), iter(others)]
+    parts = [next(row) for row in rows]
+    while True:
+        size = min(map(len, parts))
+        yield parts[0][:size], parts[1][:size]
+        for number, row in enumerate(rows):
+            parts[number] = parts[number][size:]
+            if not len(parts[number]):
+                if (part := next(row, None)) is None:
+                    return
+                parts[number] = part

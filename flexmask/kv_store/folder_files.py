@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,9 @@ VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
 Removal = Literal["removed", "gone", "kept"]
 """Removed by this call, gone before, or kept because it was used meanwhile."""
+
+MOST_BUFFERS = 1024
+"""Most buffers that POSIX systems read or write in one call."""
 
 _READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -100,8 +103,7 @@ def write_file(name: str, folder: int, parts: Iterable[bytes | memoryview]) -> N
     fd = os.open(temporary, flags, 0o666, dir_fd=folder)
     try:
         try:
-            for part in parts:
-                _write_all(fd, memoryview(part))
+            _write_all(fd, [memoryview(part) for part in parts])
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -110,6 +112,16 @@ def write_file(name: str, folder: int, parts: Iterable[bytes | memoryview]) -> N
         with suppress(OSError):
             os.unlink(temporary, dir_fd=folder)
         raise
+
+
+def remaining(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of buffers, taken as one run of bytes, after the first ``count``."""
+    left = list(buffers)
+    while left and count >= left[0].nbytes:
+        count -= left.pop(0).nbytes
+    if left:
+        left[0] = left[0][count:]
+    return left
 
 
 def touch(file: int) -> None:
@@ -136,6 +148,7 @@ def _state(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _write_all(fd: int, content: memoryview) -> None:
-    while content.nbytes:
-        content = content[os.write(fd, content) :]
+def _write_all(fd: int, parts: list[memoryview]) -> None:
+    """Write in few calls, after each of which a busy interpreter may keep this thread waiting."""
+    while parts:
+        parts = remaining(parts, os.writev(fd, parts[:MOST_BUFFERS]))

@@ -54,18 +54,21 @@ class MemoryTier(Generic[Entry]):
             self.counts.add(too_large=1)
         return num_bytes <= self.max_bytes
 
-    def add(self, identity: bytes, entry: Entry, num_bytes: int) -> list[tuple[bytes, Entry]]:
-        """Add an entry that the tier takes and does not hold, as the one used last.
+    def make_room(self, num_bytes: int) -> list[tuple[bytes, Entry]]:
+        """Remove entries until another one of so many bytes fits.
 
         Returns:
-            Identities and entries that have left for it, the one used longest ago first.
+            Identities and entries that have left, the one used longest ago first.
         """
         evicted = []
         while self.num_bytes + num_bytes > self.max_bytes:
             other, (left, size) = self._entries.popitem(last=False)
             self.num_bytes -= size
             evicted.append((other, left))
-        self._entries[identity] = entry, num_bytes
-        self.num_bytes += num_bytes
         self.counts.add(evictions=len(evicted))
         return evicted
+
+    def add(self, identity: bytes, entry: Entry, num_bytes: int) -> None:
+        """Add an entry that is not here, and for which there is room, as the one used last."""
+        self._entries[identity] = entry, num_bytes
+        self.num_bytes += num_bytes

@@ -13,10 +13,12 @@ from typing import Any
 from flexmask.kv_store.counters import Counts
 from flexmask.kv_store.folder_description import prepare_folder
 from flexmask.kv_store.folder_files import (
+    MOST_BUFFERS,
     VANISHED,
     opened_file,
     opened_folder,
     place_of,
+    remaining,
     remove,
     status_of,
     touch,
@@ -286,14 +288,11 @@ def _read_leaf(file: int, offset: int, leaf: Sequence[memoryview]) -> int | OSEr
     left = list(leaf)
     try:
         while left:
-            count = os.preadv(file, left, offset)
+            count = os.preadv(file, left[:MOST_BUFFERS], offset)
             if not count:
                 return None
             offset += count
-            while left and count >= left[0].nbytes:
-                count -= left.pop(0).nbytes
-            if left:
-                left[0] = left[0][count:]
+            left = remaining(left, count)
     except OSError as error:
         return error
     return crc_of(leaf)

@@ -18,9 +18,10 @@ import torch
 
 from flexmask.errors import FlexMaskWarning
 from flexmask.kv_store.counters import FolderCounters, StoreCounters, TierCounters
-from flexmask.kv_store.device_copy import DeviceCopy, HostCopy, Moment, held_bytes
+from flexmask.kv_store.device_copy import DeviceCopy, HostCopy, Moment
 from flexmask.kv_store.folder_files import place_of
 from flexmask.kv_store.folder_writer import FolderWriter, Written
+from flexmask.kv_store.host_memory import HostMemory, held_bytes
 from flexmask.kv_store.kv_format import KVFormat
 from flexmask.kv_store.memory_tier import MemoryTier
 from flexmask.kv_store.span_folder import SpanFolder
@@ -40,8 +41,9 @@ class KVStore:
     in host memory stays, so that it can leave the device again without being copied.
 
     On a CPU there is one tier of memory, whose bound is ``device_bytes``. What `get` has returned
-    lives as long as it is used, also after it has left. Beside the tiers, at most
-    `folder_writer.MAX_WAITING_BYTES` wait to be written to the folder; `put` waits for the others.
+    lives as long as it is used, also after it has left. Beside the tiers, host memory holds the
+    spans that are being read, and at most `folder_writer.MAX_WAITING_BYTES` that wait to be
+    written to the folder; `put` waits for the others.
 
     Any thread may use a store. It is a context manager, whose end writes what waits.
     """
@@ -80,6 +82,9 @@ class KVStore:
         self._has_host = has_host_tier(self._device)
         self._on_device: MemoryTier[DeviceCopy] = MemoryTier(device_bytes)
         self._on_host: MemoryTier[HostCopy] = MemoryTier(host_bytes if self._has_host else 0)
+        self._host_memory = HostMemory(
+            self._on_host.max_bytes, is_pinned=self._device.type == "cuda"
+        )
         self._lock = threading.Lock()
         self._folder: SpanFolder | None = None
         if folder is not None:
@@ -267,7 +272,7 @@ class KVStore:
         if not self._has_host:
             return SpanValues.empty(self._format, *size, self._device)
         num_bytes = self._format.num_bytes(header.num_tokens)
-        return HostCopy.empty(num_bytes, *size, is_pinned=self._device.type == "cuda")
+        return HostCopy(self._host_memory, num_bytes, *size)
 
     def _tell_once(self, identity: bytes, folder: SpanFolder, problem: str) -> None:
         if self._has_told:
@@ -282,17 +287,27 @@ class KVStore:
         )
 
     def _promoted(self, identity: bytes, host_copy: HostCopy) -> DeviceCopy:
+        is_kept = self._makes_room_on_device(host_copy.num_bytes)
         copy = host_copy.to_device(self._format, self._device)
-        self._keep_on_device(identity, copy)
+        if is_kept:
+            self._add_to_device(identity, copy)
         return copy
 
     def _keep_on_device(self, identity: bytes, copy: DeviceCopy) -> None:
-        num_bytes = copy.values.num_bytes
+        if self._makes_room_on_device(copy.values.num_bytes):
+            self._add_to_device(identity, copy)
+
+    def _makes_room_on_device(self, num_bytes: int) -> bool:
+        """Move spans to host memory until so many bytes fit; False if they never do."""
         if not self._on_device.takes(num_bytes):
-            return
-        self._on_device.counts.add(bytes_in=num_bytes)
-        for other, evicted in self._on_device.add(identity, copy, num_bytes):
+            return False
+        for other, evicted in self._on_device.make_room(num_bytes):
             self._copy_to_host(other, evicted, is_needed=False)
+        return True
+
+    def _add_to_device(self, identity: bytes, copy: DeviceCopy) -> None:
+        self._on_device.counts.add(bytes_in=copy.values.num_bytes)
+        self._on_device.add(identity, copy, copy.values.num_bytes)
 
     def _copy_to_host(
         self, identity: bytes, copy: DeviceCopy, *, is_needed: bool
@@ -310,14 +325,17 @@ class KVStore:
         fits = self._on_host.takes(held_bytes(num_bytes))
         if not (fits or is_needed):
             return None
+        if fits:
+            self._on_host.make_room(held_bytes(num_bytes))
         self._on_device.counts.add(bytes_out=num_bytes)
-        host_copy = HostCopy.of(copy)
+        host_copy = HostCopy.of(copy, self._host_memory)
         if fits:
             self._add_to_host(identity, host_copy)
         return host_copy
 
     def _keep_on_host(self, identity: bytes, host_copy: HostCopy) -> None:
         if self._on_host.use(identity) is None and self._on_host.takes(host_copy.held_bytes):
+            self._on_host.make_room(host_copy.held_bytes)
             self._add_to_host(identity, host_copy)
 
     def _add_to_host(self, identity: bytes, host_copy: HostCopy) -> None:
