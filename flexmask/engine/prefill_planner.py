@@ -219,13 +219,9 @@ class PrefillPlanner:
     ) -> list[_Row]:
         """Divide each prompt into tokens to compute, and those that are written from others."""
         rows, layouts = list(prompts), list(prompts.values())
-        shared = [] if self._changes_scores else shared_beginnings(layouts, counts)
         # The cached prefix is copied anyway.
-        shared = [
-            one
-            for one in shared
-            if one.length >= MIN_PREFIX_TOKENS + (prefix_length if starts[one.row] else 0)
-        ]
+        least = MIN_PREFIX_TOKENS + (prefix_length if any(starts) else 0)
+        shared = [] if self._changes_scores else shared_beginnings(layouts, counts, least)
         spans = [(rows[one.row], 0, one.length) for one in shared]
         spans += [(rows[one.donor], 0, one.length) for one in shared]
         proofs = self._are_causal(spans, prompts, max(counts))

@@ -53,7 +53,9 @@ class SharedBeginning:
     length: int
 
 
-def shared_beginnings(layouts: Sequence[Layout], counts: Sequence[int]) -> list[SharedBeginning]:
+def shared_beginnings(
+    layouts: Sequence[Layout], counts: Sequence[int], least: int = MIN_PREFIX_TOKENS
+) -> list[SharedBeginning]:
     """Find for each prompt the longest beginning that another one has too.
 
     Sorted by their tokens, a prompt shares most with its neighbours, as in a tree of prefixes.
@@ -61,20 +63,27 @@ def shared_beginnings(layouts: Sequence[Layout], counts: Sequence[int]) -> list[
     Args:
         layouts: The prompts.
         counts: Tokens of each that may be shared.
+        least: Fewest tokens that are worth sharing.
 
     Returns:
-        At most one for each prompt, of at least `MIN_PREFIX_TOKENS` at positions 0, 1 and so on;
-        the donor of one comes before it or has none itself.
+        At most one for each prompt, at positions 0, 1 and so on; the donor of one comes before it
+        or has none itself.
     """
     order = sorted(range(len(layouts)), key=lambda index: layouts[index].token_ids)
+    first_positions = tuple(range(least))
     shared = []
     for donor, row in pairwise(order):
+        ours, theirs = layouts[row], layouts[donor]
         length = min(counts[donor], counts[row])
+        if length < least or ours.token_ids[:least] != theirs.token_ids[:least]:
+            continue  # most prompts, and comparing these few tokens is fast
+        if ours.position_ids[:least] != first_positions:
+            continue
         for values in ("token_ids", "position_ids"):
-            ours, theirs = (getattr(layouts[i], values)[:length] for i in (row, donor))
-            length = _common_length(ours, theirs)
-        length = _common_length(layouts[row].position_ids[:length], tuple(range(length)))
-        if length >= MIN_PREFIX_TOKENS:
+            mine, others = (getattr(layout, values)[:length] for layout in (ours, theirs))
+            length = _common_length(mine, others)
+        length = _common_length(ours.position_ids[:length], tuple(range(length)))
+        if length >= least:
             shared.append(SharedBeginning(row, donor, length))
     return shared
 
