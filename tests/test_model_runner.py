@@ -345,6 +345,12 @@ def test_what_prompts_of_a_prefill_begin_with_is_computed_once(runners, models, 
         assert (logits[row] - want_logits).abs().max() < 1e-4
 
 
+def test_tiles_of_one_batch_entry_compute_the_same(models, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "_has_flat_tiles", True)  # as for FLASH
+    runner = ModelRunner(models("llama", "flexmask"), BlockMaskCache())
+    assert_equals_oracle(runner, models("llama", "sdpa"), EnsembleIsolation(), REQUESTS)
+
+
 def test_nan_of_an_earlier_prompt_does_not_reach_the_next(runners):
     runner, strategy = runners("llama"), SlidingWindow(window=32)
     layout = strategy.layout(REQUESTS[0])

@@ -116,9 +116,13 @@ def flexmask_attention(
         key, value = _append_to_cache(module, key, value, cache_slots)
     elif stream is not None:
         # Tells the compiler that the number of tiles is the mask's, and no symbol of its own.
-        assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.shape[0])
+        assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.numel())
         key, value = _write_to_cache(module, key, value, stream)
+        # (1, H, T, D) becomes (N, H, Q, D), or (1, H, N * Q, D) where the mask is flat.
+        is_flat = attention_mask.kv_num_blocks.shape[0] == 1
         query, own_key = (x[0][:, stream.queries].transpose(0, 1) for x in (query, own_key))
+        if is_flat:
+            query, own_key = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, own_key))
     elif not key.is_cuda:
         # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
         # kernel reads such views wrongly (torch 2.13).

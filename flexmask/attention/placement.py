@@ -101,6 +101,20 @@ class TilePlacement:
         return kv_idx // self.capacity, kv_idx % self.capacity
 
 
+@dataclass(frozen=True)
+class FlatTilePlacement(TilePlacement):
+    """The same tiles one after the other, as one batch entry.
+
+    FlexAttention's FLASH backend takes no axis of keys that several batch entries share.
+    """
+
+    def query(self, b: Tensor, q_idx: Tensor) -> Place:
+        """Return the row and the slot of a query, counted over all tiles."""
+        side = self.slots.shape[1]
+        tile = q_idx // side
+        return self.rows[tile], self.slots[tile, q_idx % side]
+
+
 def placed_mask(mask_mod: MaskMod, placement: Placement) -> MaskMod:
     """Translate a mask over slots; rows do not see each other."""
 

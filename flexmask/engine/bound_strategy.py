@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.backend import CausalRows
 from flexmask.attention.placement import (
+    FlatTilePlacement,
     RowPlacement,
     TilePlacement,
     placed_mask,
@@ -41,7 +42,8 @@ class BoundStrategy:
         tile_rows: ``(N,)`` batch row of each tile of queries of a prefill.
         tile_slots: ``(N, Q)`` slots of these queries.
         query_masks: Masks of the queries of a prefill over the slots of all rows, by kind of
-            layer.
+            layer; each tile is a batch entry.
+        flat_masks: The same, for all tiles as one batch entry.
         query_score_mod: Changes the scores of these queries; None for no change.
         query_part: The scaled part of the keys for these queries (`ScaledPart`), or None.
         decode_score_mod: As `query_score_mod`, for the token that is decoded next.
@@ -85,9 +87,11 @@ class BoundStrategy:
             self.key_table = KeyTable(key_slots, sharing)
         self._tiles = TilePlacement(self.tile_rows, self.tile_slots, capacity)
         self._mask_mods = layer_masks(strategy, self.batch, windows)
-        self.query_masks = {
-            kind: placed_mask(mask_mod, self._tiles) for kind, mask_mod in self._mask_mods.items()
-        }
+        flat = FlatTilePlacement(self.tile_rows, self.tile_slots, capacity)
+        self.query_masks, self.flat_masks = (
+            {kind: placed_mask(mask_mod, at) for kind, mask_mod in self._mask_mods.items()}
+            for at in (self._tiles, flat)
+        )
         for mask_mod in self._mask_mods.values():
             check_row_mask(mask_mod, batch_size, capacity, device)
         self._decode_masks: dict[str, DecodeRowMask] = {}

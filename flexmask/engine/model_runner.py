@@ -313,28 +313,37 @@ class ModelRunner:
         count = len(inputs.tile_rows)
         bound.tile_rows[:count] = inputs.tile_rows
         bound.tile_slots[:count] = inputs.tile_slots
+        with compile_settings(self.device):
+            try:
+                self._compute_tiles(inputs)
+            except inductor_error() as error:
+                if self.prefill_kernel != "flash":
+                    raise
+                self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
+                self._compute_tiles(inputs)
+
+    def _compute_tiles(self, inputs: StreamInputs) -> None:
+        bound, flat = self.bound, self._has_flat_tiles
+        mask_mods = bound.flat_masks if flat else bound.query_masks
         masks = {
-            kind: stream_block_mask(tiles, self._tile, self._num_keys, bound.query_masks[kind])
+            kind: stream_block_mask(tiles, self._tile, self._num_keys, mask_mods[kind], flat=flat)
             for kind, tiles in inputs.tiles.items()
         }
-        arguments = dict(
+        self._prefill_model.base_model(
             input_ids=inputs.token_ids[None].long(),
             position_ids=inputs.position_ids[None].long(),
             attention_mask=self._for_model(masks),
             use_cache=False,
             stream=inputs.stream,
+            prefill_kernel=self.prefill_kernel,
             score_mod=bound.query_score_mod,
             scaled_part=bound.query_part,
         )
-        compute = self._prefill_model.base_model
-        with compile_settings(self.device):
-            try:
-                compute(prefill_kernel=self.prefill_kernel, **arguments)
-            except inductor_error() as error:
-                if self.prefill_kernel != "flash":
-                    raise
-                self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
-                compute(prefill_kernel=self.prefill_kernel, **arguments)
+
+    @property
+    def _has_flat_tiles(self) -> bool:
+        """True if all tiles of queries are one batch entry of the kernel."""
+        return self.prefill_kernel == "flash"
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexmask.attention.flex_call import TokenStream
 from flexmask.block_mask.cache import TileIndices
+
+if TYPE_CHECKING:
+    from flexmask.mod_types import MaskMod
 
 ALIGNMENT = 32
 """Numbers to whose multiples the start of each tensor is rounded, so that kernels can read 128
@@ -86,14 +90,9 @@ class StreamInputs:
 
 
 def stream_block_mask(
-    tiles: TileIndices,
-    tile: tuple[int, int],
-    num_keys: int,
-    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    tiles: TileIndices, tile: tuple[int, int], num_keys: int, mask_mod: MaskMod, *, flat: bool
 ) -> BlockMask:
     """Make the BlockMask of tiles of queries over an axis of ``num_keys`` keys.
-
-    Each tile of queries is a batch row of the BlockMask.
 
     FlexAttention wants index tensors as wide as the axis has tiles, and reads only the first
     places of each row. So the rows overlap in memory: each begins ``W`` numbers after the one
@@ -108,25 +107,29 @@ def stream_block_mask(
             ``num_keys / tile[1]`` numbers behind them.
         tile: Queries and keys of a tile.
         num_keys: Keys of the axis.
-        mask_mod: The mask of queries and keys of the stream.
+        mask_mod: The mask of queries and keys.
+        flat: True if all tiles are one batch entry, false if each is its own.
     """
     columns = num_keys // tile[1]
 
+    def shaped(counts: Tensor) -> Tensor:
+        return counts[None, None] if flat else counts[:, None, None]
+
     def widened(indices: Tensor) -> Tensor:
         rows, width = indices.shape
+        size = (1, 1, rows, columns) if flat else (rows, 1, 1, columns)
+        strides = (rows * width, rows * width, width, 1) if flat else (width, width, width, 1)
         storage = indices.untyped_storage()
-        wide = indices.new_empty(0)
-        strides = (width, width, width, 1)
-        return wide.set_(storage, indices.storage_offset(), (rows, 1, 1, columns), strides)
+        return indices.new_empty(0).set_(storage, indices.storage_offset(), size, strides)
 
     return BlockMask.from_kv_blocks(
-        tiles.counts[:, None, None],
+        shaped(tiles.counts),
         widened(tiles.indices),
-        tiles.full_counts[:, None, None],
+        shaped(tiles.full_counts),
         widened(tiles.full_indices),
         BLOCK_SIZE=tile,
         mask_mod=mask_mod,
-        seq_lengths=(tile[0], num_keys),
+        seq_lengths=(len(tiles.counts) * tile[0] if flat else tile[0], num_keys),
         compute_q_blocks=False,
     )
 
