@@ -32,6 +32,10 @@ class DeviceClock:
         event.record()
         return event
 
+    def has_passed(self, mark: Mark) -> bool:
+        """Return True if the work before a mark is done, without waiting for it."""
+        return not isinstance(mark, torch.cuda.Event) or mark.query()
+
     def seconds(self, first: Mark, second: Mark) -> float:
         """Return the seconds from one mark to another; waits for the second."""
         if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):

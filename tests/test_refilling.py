@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from flexmask.device_clock import DeviceClock
 from flexmask.engine import Engine
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.errors import FlexMaskWarning
@@ -97,6 +98,21 @@ def prefills(engine, monkeypatch):
     monkeypatch.setattr(engine.runner, "prefill", noted_prefill)
     monkeypatch.setattr(engine.runner, "decode", noted_decode)
     return found
+
+
+def test_masks_of_the_next_prompts_are_found_while_the_device_works(
+    engine, alone, prefills, monkeypatch
+):
+    monkeypatch.setattr(DeviceClock, "has_passed", lambda clock, mark: False)
+    plan, planned = engine.runner.plan, []
+
+    def noted_plan(prompts, max_new_tokens):
+        planned.append(prompts)
+        return plan(prompts, max_new_tokens)
+
+    monkeypatch.setattr(engine.runner, "plan", noted_plan)
+    assert list(as_on_gpu(start(engine, batch_size=2))) == alone
+    assert len(planned) > len(prefills)  # some plans are made ahead, and not run
 
 
 def longest_first(generations):

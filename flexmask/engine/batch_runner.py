@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -24,6 +24,7 @@ from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError
+from flexmask.layout import Layout
 from flexmask.strategy import Strategy
 from flexmask.torch_internals import compiled_graphs
 
@@ -35,6 +36,10 @@ STEPS_AHEAD = 4
 
 They are queued before the next prompts are planned, so that the device computes meanwhile.
 """
+
+
+FORESEEN_TOGETHER = 16
+"""Prompts that are looked at together while the device works; that takes a few milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class BatchRunner:
         self._in_flight: list[PlacedGroup] = []
         self._finished: list[PlacedGroup] = []
         self._cold: set[int] = set()
+        self._foreseen: deque[PromptGroup] = deque()
+        self._known: set[int] = set()
         self._is_warm = False
         self._error: Exception | None = None
 
@@ -163,6 +170,14 @@ class BatchRunner:
             assert not self._in_flight, "the batch has another size"
             self._loop = None
         self.size, self._lookahead = size, lookahead
+
+    def foresee(self, groups: Iterable[PromptGroup]) -> None:
+        """Name prompts that will be started soon, in this order.
+
+        While the device works, the host finds the tiles of their masks and proves what can be
+        shared. The plan that is made when rows are free then finds that in its caches.
+        """
+        self._foreseen = deque(group for group in groups if group.number not in self._known)
 
     def release(self) -> list[PromptGroup]:
         """Free what the executor holds for batches of this size, after memory has run out.
@@ -255,6 +270,8 @@ class BatchRunner:
                 while self._in_flight and not is_enough():
                     while len(self._queued) <= self._lag and self._occupants:
                         self._queue_step()
+                    while self._foreseen and not self._clock.has_passed(self._queued[0].marks[1]):
+                        self._look_at_foreseen()
                     self._read_step()
             self._error = None
         except Exception as error:  # raised where the run itself goes on
@@ -277,6 +294,7 @@ class BatchRunner:
     def _start(self, groups: Sequence[PlacedGroup], loop: DecodeLoop, started: float) -> None:
         runner = self._executor.runner
         layouts = [layout for placed in groups for layout in placed.group.layouts]
+        self._known.difference_update(placed.group.number for placed in groups)
         rows = self._next_rows(len(layouts))
         # Until the rows are free; the device works on these steps while the host plans.
         while any(row in self._occupants for row in rows):
@@ -302,6 +320,16 @@ class BatchRunner:
         self._count(
             prefills=1, computed_tokens=plan.computed_tokens, copied_tokens=plan.copied_tokens
         )
+
+    def _look_at_foreseen(self) -> None:
+        """Plan some of the foreseen prompts, for what the planner remembers of them."""
+        layouts: list[Layout] = []
+        while self._foreseen and len(layouts) < FORESEEN_TOGETHER:
+            group = self._foreseen.popleft()
+            self._known.add(group.number)
+            layouts += group.layouts
+        prompts = dict(enumerate(layouts[: self.size.rows]))
+        self._executor.runner.plan(prompts, self._options.max_new_tokens)
 
     def _new_row(self) -> BatchRow:
         options = self._options

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -139,6 +139,7 @@ class Scheduler:
         groups = list(self._taken(runner.free_rows))
         if groups:
             self._try(lambda: runner.start(groups))
+            runner.foresee(islice(self._waiting, self._size.rows))
 
     def _advance(self) -> Sequence[PlacedGroup]:
         """Decode until prompts can be started, or enough groups have finished to hand them out."""
