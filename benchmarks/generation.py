@@ -112,9 +112,9 @@ def decode_flexmask(
 ) -> Decode:
     """Decode with the engine's runner."""
     strategy = make_strategy(strategy_name, {})
-    runner, prompts = engine.runner, RandomPrompts(engine.tokenizer)
+    runner, drawn = engine.runner, RandomPrompts(engine.tokenizer)
     layouts = [
-        strategy.layout(prompts.tokenizer(prompts.request(strategy, context)))
+        strategy.layout(drawn.tokenizer(drawn.request(strategy, context)))
         for _ in range(batch_size)
     ]
     reset_peak_memory()
@@ -123,7 +123,7 @@ def decode_flexmask(
 
     def prefill(loop: DecodeLoop) -> None:
         loop.load(range(batch_size), prompts, uuids)
-        runner.prefill(runner.plan(dict(enumerate(layouts))))
+        runner.prefill(runner.plan(dict(enumerate(layouts)), steps))
 
     def decode(loop: DecodeLoop) -> None:
         for _ in range(steps):
