@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -169,3 +170,14 @@ def test_the_templates_of_a_row_share_one_budget() -> None:
 def test_a_template_nested_too_deep_is_refused(source: str) -> None:
     with pytest.raises(TemplateSyntaxFault, match="nested too deep"):
         RowTemplate(source)
+
+
+def test_blocks_nested_too_deep_are_refused_whatever_the_recursion_limit() -> None:
+    limit = sys.getrecursionlimit()
+    try:
+        for some in (limit, 20 * limit):  # torch's compiler raises it
+            sys.setrecursionlimit(some)
+            with pytest.raises(TemplateSyntaxFault, match="nested too deep"):
+                RowTemplate("{% if 1 %}" * 300 + "{% endif %}" * 300)
+    finally:
+        sys.setrecursionlimit(limit)

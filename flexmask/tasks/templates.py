@@ -117,12 +117,14 @@ class RowTemplate:
         try:
             self._names = find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
+        except (RecursionError, MemoryError, IndentationError):
+            # From the parser, and from Python's compiler, which reports a hundred levels of
+            # blocks as an error of indentation if the recursion limit of the process is high.
+            raise TemplateSyntaxFault("nested too deep; write it flatter") from None
         except (TemplateError, SyntaxError) as error:
             line = getattr(error, "lineno", None)
             reason = error.message if isinstance(error, TemplateSyntaxError) else str(error)
             raise TemplateSyntaxFault(f"line {line}: {reason}" if line else reason) from None
-        except (RecursionError, MemoryError):  # from the parser, and from Python's compiler
-            raise TemplateSyntaxFault("nested too deep; write it flatter") from None
 
     def render(self, columns: Mapping[str, Any], **more: str) -> str:
         """Render the template; columns that it does not name are not read.
