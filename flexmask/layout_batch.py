@@ -75,11 +75,8 @@ class LayoutBatch:
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Mark the slots from ``first_slots[b]`` on as fusion tail, for tokens to be generated."""
-        self._fill_from(first_slots, TAIL)
-
-    def close_tail(self, first_slots: Sequence[int] | Tensor) -> None:
-        """Mark the slots from ``first_slots[b]`` on as padding again."""
-        self._fill_from(first_slots, PADDING)
+        rows = torch.arange(len(self.segment_ids), device=self.device)
+        self.open_tail_of(rows, torch.as_tensor(first_slots, device=self.device))
 
     def open_tail_of(self, rows: Tensor, first_slots: Tensor) -> None:
         """Mark slots as fusion tail: those of ``rows[n]`` from ``first_slots[n]`` on."""
@@ -87,11 +84,6 @@ class LayoutBatch:
         slots = torch.arange(ids.shape[1], device=self.device)
         is_tail = slots >= first_slots[:, None]
         self.segment_ids.index_copy_(0, rows, ids.masked_fill_(is_tail, TAIL))
-
-    def _fill_from(self, first_slots: Sequence[int] | Tensor, segment_id: int) -> None:
-        first = torch.as_tensor(first_slots, device=self.device)
-        slots = torch.arange(self.segment_ids.shape[1], device=self.device)
-        self.segment_ids.masked_fill_(slots >= first[:, None], segment_id)
 
     def positions_at(self, slots: Tensor) -> Tensor:
         """Return the position of one slot per row: ``(B, 1)`` positions of ``(B,)`` slots."""

@@ -54,7 +54,7 @@ def span_of(number: int, device: torch.device = CPU, num_tokens: int | None = No
 
 
 def is_span(found: SpanValues, number: int, num_tokens: int | None = None) -> bool:
-    """Whether these are the keys and values of span ``number``, bit for bit."""
+    """Return True if these are the keys and values of span ``number``, bit for bit."""
     expected = span_of(number, num_tokens=num_tokens)
     pairs = zip(found.tensors(), expected.tensors(), strict=True)
     return found.first_position == expected.first_position and all(
@@ -87,18 +87,23 @@ def share(folder: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def use_randomly(folder: Path, seed: int) -> None:
-    generator = random.Random(seed)
+def use(store: KVStore, generator: random.Random, times: int, numbers: int) -> int:
+    """Get or put spans; returns how many were found, each as it should be."""
     hits = 0
+    for _ in range(times):
+        number = generator.randrange(numbers)
+        found = store.get(identity_of(number))
+        if found is None:
+            store.put(identity_of(number), span_of(number))
+        else:
+            assert is_span(found, number)
+            hits += 1
+    return hits
+
+
+def use_randomly(folder: Path, seed: int) -> None:
     with open_store(folder, folder_bytes=30_000) as store:
-        for _ in range(250):
-            number = generator.randrange(30)
-            found = store.get(identity_of(number))
-            if found is None:
-                store.put(identity_of(number), span_of(number))
-            else:
-                assert is_span(found, number)
-                hits += 1
+        hits = use(store, random.Random(seed), times=250, numbers=30)
         store.flush()
         counters = store.counters.folder
         assert counters.damaged == counters.unreadable == counters.not_written == 0

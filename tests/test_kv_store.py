@@ -43,6 +43,7 @@ from kv_spans import (
     path_of,
     span_of,
     tokens_of,
+    use,
 )
 
 DEVICE_BYTES, HOST_BYTES, FOLDER_BYTES = 5_000, 4_096, 16_000
@@ -560,7 +561,7 @@ def test_spans_are_pruned_while_they_are_read(tmp_path: Path) -> None:
         thread = threading.Thread(target=prune_all)
         thread.start()
         try:
-            hits = use(store, random.Random(0), 400)
+            hits = use(store, random.Random(0), times=400, numbers=20)
         finally:
             is_over.set()
             thread.join()
@@ -570,20 +571,6 @@ def test_spans_are_pruned_while_they_are_read(tmp_path: Path) -> None:
     assert (counters.damaged, counters.unreadable, counters.not_written) == (0, 0, 0)
 
 
-def use(store: KVStore, generator: random.Random, times: int) -> int:
-    """Get or put spans; how many were found, each as it should be."""
-    hits = 0
-    for _ in range(times):
-        number = generator.randrange(20)
-        found = store.get(identity_of(number))
-        if found is None:
-            store.put(identity_of(number), span_of(number))
-        else:
-            assert is_span(found, number)
-            hits += 1
-    return hits
-
-
 def test_several_threads_use_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "has_host_tier", lambda device: True)
     monkeypatch.setattr(host_memory, "CHUNK_BYTES", CHUNK_BYTES)
@@ -591,7 +578,7 @@ def test_several_threads_use_one_store(tmp_path: Path, monkeypatch: pytest.Monke
     hits: list[int] = []
 
     def use_and_count(seed: int) -> None:
-        hits.append(use(store, random.Random(seed), 150))
+        hits.append(use(store, random.Random(seed), times=150, numbers=20))
 
     with KVStore(
         FORMAT, device=CPU, device_bytes=3000, host_bytes=3000, folder=tmp_path, folder_bytes=9000

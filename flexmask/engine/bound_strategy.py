@@ -20,8 +20,9 @@ from flexmask.attention.scaled_part import place_part
 from flexmask.block_mask import DecodeRowMask
 from flexmask.block_mask.decode_row import check_row_mask
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
+from flexmask.engine.row_loading import to_device
 from flexmask.kernels.decode_attention import KeyTable
-from flexmask.layout_batch import LayoutBatch
+from flexmask.layout_batch import LayoutBatch, LayoutTables
 from flexmask.mask_mods import layer_masks
 from flexmask.strategy import Strategy
 
@@ -117,11 +118,13 @@ class BoundStrategy:
             plan: The plan.
             rows: Its batch rows on the device.
         """
-        self.batch.load_rows(rows, plan.tables)
-        self.slots.index_copy_(0, rows, _moved(torch.tensor(plan.counts), rows))
+        device = rows.device
+        tables = LayoutTables(*(to_device(table, device) for table in plan.tables))
+        self.batch.load_rows(rows, tables)
+        self.slots.index_copy_(0, rows, to_device(torch.tensor(plan.counts), device))
         if self.key_table is not None and plan.key_table is not None:
             for buffer, content in zip(self.key_table, plan.key_table, strict=True):
-                buffer.index_copy_(0, rows, _moved(content, rows))
+                buffer.index_copy_(0, rows, to_device(content, device))
 
     def make_decode_masks(self, kernels: Mapping[str, DecodeKernel]) -> None:
         """Make the masks that decoding reads; on CUDA each of them compiles."""
@@ -147,7 +150,3 @@ def changes_scores(strategy: Strategy) -> bool:
     """Return True if a strategy has a score_mod or a scaled part."""
     batch = LayoutBatch(1, 1, torch.device("cpu"))
     return strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None
-
-
-def _moved(tensor: Tensor, to: Tensor) -> Tensor:
-    return tensor.to(to.device, non_blocking=True)

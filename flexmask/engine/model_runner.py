@@ -33,6 +33,7 @@ from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
 from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
+from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
@@ -290,12 +291,12 @@ class ModelRunner:
     def _run(self, plan: PrefillPlan) -> Tensor:
         """Load the prompts of a plan, copy and compute; returns its rows on the device."""
         bound = self.bound
-        rows = torch.tensor(plan.rows).to(self.device, non_blocking=True)
+        rows = to_device(torch.tensor(plan.rows), self.device)
         bound.load(plan, rows)
-        self.cache.clear(plan.stale_slots.to(self.device, non_blocking=True))
+        self.cache.clear(to_device(plan.stale_slots, self.device))
         if plan.copied_slots is not None:
             assert self.cached_prefix is not None
-            slots = plan.copied_slots.to(self.device, non_blocking=True)
+            slots = to_device(plan.copied_slots, self.device)
             self.cache.write(slots, self.cached_prefix.values)
         if plan.inputs is not None:
             self._graphs.run(self._compute, plan.inputs, slack=self._num_keys // self._tile[1])

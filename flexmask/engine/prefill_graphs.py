@@ -64,26 +64,27 @@ class PrefillGraphs:
             slack: Numbers in memory behind the inputs (`stream_block_mask`).
         """
         packed = inputs.packed(slack)
-        if self._device.type != "cuda":
-            compute(inputs.over(packed))
-            return
-        sizes = inputs.sizes
-        if len(inputs.token_ids) > MOST_TOKENS or self.no_graph_reason:
+        graph = self._graph_for(compute, inputs, packed)
+        if graph is None:
             compute(inputs.over(packed.to(self._device, non_blocking=True)))
-        elif sizes not in self._graphs:
-            compute(inputs.over(packed.to(self._device, non_blocking=True)))
-            self._keep(sizes, None)
         else:
-            graph = self._graphs[sizes]
-            if graph is None:
-                graph = self._captured(compute, inputs, packed)
-            else:
-                graph.packed.copy_(packed, non_blocking=True)
-            if graph is None:
-                compute(inputs.over(packed.to(self._device, non_blocking=True)))
-                return
-            self._keep(sizes, graph)
             graph.graph.replay()
+
+    def _graph_for(
+        self, compute: Callable[[StreamInputs], None], inputs: StreamInputs, packed: Tensor
+    ) -> _Graph | None:
+        """Return the graph of inputs of this size, with these inputs; None to run without one."""
+        is_short = len(inputs.token_ids) <= MOST_TOKENS
+        if self._device.type != "cuda" or not is_short or self.no_graph_reason:
+            return None
+        sizes = inputs.sizes
+        graph = self._graphs.get(sizes)
+        if graph is not None:
+            graph.packed.copy_(packed, non_blocking=True)
+        elif sizes in self._graphs:
+            graph = self._captured(compute, inputs, packed)
+        self._keep(sizes, graph)
+        return graph
 
     def _keep(self, sizes: tuple[int, ...], graph: _Graph | None) -> None:
         self._graphs[sizes] = graph

@@ -21,7 +21,7 @@ from flexmask.engine.proof_cache import ProofCache
 from flexmask.engine.stream_inputs import StreamInputs
 from flexmask.errors import LayoutError
 from flexmask.kernels.decode_attention import KeyTable
-from flexmask.layout import TAIL, Layout
+from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch, LayoutTables, layout_tables
 from flexmask.mask_mods import layer_masks
 from flexmask.strategy import Strategy
@@ -51,12 +51,12 @@ def padded_length(length: int, *, on_gpu: bool) -> int:
     step = TOKEN_MULTIPLE
     if on_gpu:
         step = max(BLOCK_SIZE, (1 << max(0, length - 1).bit_length()) // (2 * GPU_STEPS))
-    return max(1, -(-length // step)) * step
+    return max(step, whole_tiles(length, step))
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What a plan does for one row.
+    """The part of a plan for one row.
 
     Attributes:
         slots: Slots of the tokens to compute.
@@ -250,7 +250,7 @@ class PrefillPlanner:
         layouts: Mapping[int, Layout],
         num_keys: int,
     ) -> list[bool]:
-        """Whether each span ``(row, start, length)`` is proved to see itself causally only."""
+        """Return for each span ``(row, start, length)`` if it is proved to see only itself."""
 
         def prove(some: Sequence[tuple[int, int, int]]) -> list[bool]:
             rows, starts, lengths = torch.tensor(some).unbind(1)
@@ -261,7 +261,7 @@ class PrefillPlanner:
             proved: list[bool] = torch.stack(proofs).all(0).tolist()
             return proved
 
-        claims = [("span", layouts[row].digest, *rest) for row, *rest in spans]
+        claims = [(layouts[row].digest, *rest) for row, *rest in spans]
         return self._span_proofs.of(claims, spans, prove)
 
     def _decode_kernels(
@@ -275,8 +275,7 @@ class PrefillPlanner:
         kernels: dict[str, DecodeKernel] = dict.fromkeys(self._masks, "flex_attention")
         if self._changes_scores:
             return kernels
-        for row, count in zip(prompts, counts, strict=True):
-            self._batch.segment_ids[row, count:] = TAIL
+        self._batch.open_tail_of(torch.tensor(list(prompts)), torch.tensor(counts))
         places = list(zip(prompts, counts, strict=True))
         for kind, mask_mod in self._masks.items():
 

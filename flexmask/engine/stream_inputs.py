@@ -24,7 +24,7 @@ bytes at once."""
 
 @dataclass(frozen=True)
 class StreamInputs:
-    """What a model computes in a packed prefill; int32 throughout.
+    """The inputs of a model in a packed prefill; int32 throughout.
 
     Attributes:
         token_ids: ``(T,)`` tokens to compute.
