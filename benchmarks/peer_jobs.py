@@ -69,7 +69,7 @@ def read_jobs(path: Path) -> list[Job]:
 
 
 class OutcomeFile:
-    """What a process says of its environment, then its outcomes, each written at once."""
+    """The environment of a process, then its outcomes, each written at once."""
 
     def __init__(self, path: Path) -> None:
         """Write and read ``path``."""

@@ -20,7 +20,7 @@ SHOWN_LINES = 15
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a process.
+    """The end of a process.
 
     Attributes:
         environment: Its versions and settings; None if it failed before it was ready.

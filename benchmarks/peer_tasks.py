@@ -20,12 +20,12 @@ PARTS = ("decode", "first_token", "dataset")
 STRATEGIES = ("causal", "ensemble_isolation", "prefix_segment")
 WAYS = ("none", "each", "vote", "mean", "ensemble_isolation", "prefix_segment")
 VLLM_WAYS = ("causal", "none", "each")
-"""What vLLM can run: prompts as they are."""
+"""The way that vLLM can run: prompts as they are."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """One thing to measure.
 
     Attributes:
         shape: Shape of the model.

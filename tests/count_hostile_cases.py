@@ -41,7 +41,7 @@ KINDS = {
 
 @dataclass
 class Count:
-    """What came of the cases of a kind."""
+    """The outcome of the cases of a kind."""
 
     passed: int = 0
     wrong: int = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TierCounters:
-    """What a tier of memory has done.
+    """Counts of a tier of memory.
 
     Attributes:
         hits: Requests that found their span here.
@@ -30,7 +30,7 @@ class TierCounters:
 
 @dataclass(frozen=True)
 class FolderCounters(TierCounters):
-    """What this process has done with the folder.
+    """Counts of what this process did with the folder.
 
     Attributes:
         damaged: Files that were not what was written, and were removed.
@@ -45,7 +45,7 @@ class FolderCounters(TierCounters):
 
 @dataclass(frozen=True)
 class StoreCounters:
-    """What the tiers of a store have done since it was made.
+    """Counts of the tiers of a store since it was made.
 
     A request asks the tiers in this order, and no tier after the first that has the span. A tier
     that the store does not have counts nothing.

@@ -33,7 +33,7 @@ class BadFile:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What a folder of spans holds, after pruning if it was pruned.
+    """The content of a folder of spans, after pruning if it was pruned.
 
     Attributes:
         path: The folder.

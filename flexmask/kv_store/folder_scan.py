@@ -74,7 +74,7 @@ class FolderContent:
 
 @dataclass(frozen=True)
 class Removed:
-    """What was removed of a folder.
+    """Counts of the files removed from a folder.
 
     Attributes:
         spans: Number of spans.
@@ -108,7 +108,7 @@ def scan(path: Path) -> FolderContent:
 
 
 class _Scan:
-    """What was found of a folder so far."""
+    """The files found in a folder so far."""
 
     def __init__(self, path: Path) -> None:
         self.spans: list[FoundFile] = []

@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, an exhausted quota and a limit of the process."""
 
 Written = SpanValues | HostCopy
-"""What is written: the tensors themselves on a CPU, else a copy of them in host memory."""
+"""The tensors to write. Those of a GPU are copied to host memory first."""
 
 
 class FolderWriter:

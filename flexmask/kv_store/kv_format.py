@@ -58,7 +58,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """What all spans of a store have in common; the engine makes it of its model.
+    """The properties that all spans of a store share: those of the model and of this format.
 
     Attributes:
         model: Name of the model, for listings; it is not compared, since a folder may be moved.

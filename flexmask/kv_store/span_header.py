@@ -42,7 +42,7 @@ class DamagedSpan(Exception):
 
 @dataclass(frozen=True)
 class SpanHeader:
-    """What the file of a span says of it.
+    """The header of a span's file.
 
     Attributes:
         identity: The span's identity, 32 bytes.

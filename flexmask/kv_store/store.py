@@ -107,7 +107,7 @@ class KVStore:
 
     @property
     def counters(self) -> StoreCounters:
-        """What the tiers have done so far."""
+        """The counts of all tiers so far."""
         return StoreCounters(
             TierCounters(**self._on_device.counts.values()),
             TierCounters(**self._on_host.counts.values()),
