@@ -8,6 +8,7 @@ import torch
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
+from flexmask.engine.prompt_spans import SpanFinder
 from flexmask.engine.sampler import Sampler
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
@@ -73,7 +74,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
     monkeypatch.setattr("flexmask.engine.batch_runner.common_prefix_length", lambda layouts: 0)
-    monkeypatch.setattr("flexmask.engine.prefill_planner.shared_beginnings", lambda *_: [])
+    monkeypatch.setattr(SpanFinder, "spans_of", lambda _, layouts: [()] * len(layouts))
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens == plain.stats.prompt_tokens - len(requests)

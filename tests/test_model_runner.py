@@ -15,7 +15,7 @@ from flexmask.attention.model_probe import WHOLE_MODEL
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prefill_kernel import BLOCK_SIZE
-from flexmask.engine.prefill_planner import padded_length
+from flexmask.engine.stream_planner import padded_length
 from flexmask.errors import AttentionError, LayoutError, MaskError
 from flexmask.layout import Layout, TokenizedRequest, copied_prefix_layout
 from flexmask_strategies.block_attention import BlockAttention

@@ -328,8 +328,7 @@ class BatchRunner:
             group = self._foreseen.popleft()
             self._known.add(group.number)
             layouts += group.layouts
-        prompts = dict(enumerate(layouts[: self.size.rows]))
-        self._executor.runner.plan(prompts, self._options.max_new_tokens)
+        self._executor.runner.planner.foresee(layouts, self._options.max_new_tokens)
 
     def _new_row(self) -> BatchRow:
         options = self._options

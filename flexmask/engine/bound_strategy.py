@@ -103,7 +103,7 @@ class BoundStrategy:
         self._bind_scores()
 
     def _bind_scores(self) -> None:
-        score_mod = self.strategy.score_mod(self.batch)
+        score_mod = self.strategy.applied_score_mod(self.batch)
         part = self.strategy.scaled_part(self.batch)
         one_of_each_row = RowPlacement(self.slots[:, None])
         self.query_part = place_part(part, self._tiles)
@@ -144,9 +144,3 @@ class BoundStrategy:
                 self._decode_masks[kind].update(self.slots)
                 masks[kind] = self._decode_masks[kind].block_mask
         return masks
-
-
-def changes_scores(strategy: Strategy) -> bool:
-    """Return True if a strategy has a score_mod or a scaled part."""
-    batch = LayoutBatch(1, 1, torch.device("cpu"))
-    return strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None

@@ -19,7 +19,7 @@ from flexmask.attention.flex_call import PrefillKernel
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
 from flexmask.block_mask.cache import BlockMaskCache
-from flexmask.engine.bound_strategy import BoundStrategy, changes_scores
+from flexmask.engine.bound_strategy import BoundStrategy
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
@@ -37,7 +37,10 @@ from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
+from flexmask.kv_store.span_values import SpanValues
+from flexmask.kv_store.store import KVStore
 from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
 from flexmask.torch_internals import compile_settings, inductor_error, use_bundled_assembler
 
@@ -70,6 +73,7 @@ class ModelRunner:
         cache: The key-value cache.
         decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
+        store: Keys and values of spans, which `prefill` copies or adds; None for none.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class ModelRunner:
         self._kernels_of_rows: list[Mapping[str, DecodeKernel]] = []
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
+        self.store: KVStore | None = None
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
@@ -146,7 +151,7 @@ class ModelRunner:
         if self._is_on_cpu and self.rows_that_fit(batch_size, capacity) < batch_size:
             raise torch.OutOfMemoryError(f"no room for {batch_size} rows of {capacity} slots")
         with_key_table = self._pays_key_table(batch_size)
-        has_changes = changes_scores(strategy)
+        has_changes = strategy.changes_scores(LayoutBatch(1, 1, torch.device("cpu")))
         self.prefill_kernel = self._kernels.choose(strategy, capacity, changes_scores=has_changes)
         self._tile = self._kernels.tile(self.prefill_kernel, capacity)
         self._planner = PrefillPlanner(
@@ -156,7 +161,6 @@ class ModelRunner:
             self.layer_windows,
             self._tile,
             self._mask_cache,
-            changes_scores=has_changes,
             with_key_table=with_key_table,
             on_gpu=not self._is_on_cpu,
         )
@@ -236,8 +240,8 @@ class ModelRunner:
         0, so no row may be in flight.
 
         Returns:
-            False if they see other tokens in this prompt, or the strategy changes scores; then
-            there is no cached prefix.
+            False if they are not proved to see only themselves, with unchanged scores; then there
+            is no cached prefix.
         """
         self.cached_prefix = None
         plan = self.planner.plan_prefix(layout, length)
@@ -246,8 +250,7 @@ class ModelRunner:
         self._run(plan)
         bound, values = self.bound, self.cache.copy_of(0, length)
         if bound.key_table is not None:
-            spare = torch.arange(length, device=self.device) + bound.batch_size * bound.capacity
-            self.cache.write(spare[None], values)
+            self.cache.write([bound.batch_size * bound.capacity], values)
         self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
         return True
 
@@ -263,7 +266,7 @@ class ModelRunner:
         Raises:
             LayoutError: If a prompt is a single token, or leaves no room in the cache.
         """
-        return self.planner.plan(prompts, self.cached_prefix, max_new_tokens)
+        return self.planner.plan(prompts, self.cached_prefix, self.store, max_new_tokens)
 
     @torch.no_grad()
     def prefill(self, plan: PrefillPlan) -> None:
@@ -294,12 +297,14 @@ class ModelRunner:
         rows = to_device(torch.tensor(plan.rows), self.device)
         bound.load(plan, rows)
         self.cache.clear(to_device(plan.stale_slots, self.device))
-        if plan.copied_slots is not None:
-            assert self.cached_prefix is not None
-            slots = to_device(plan.copied_slots, self.device)
-            self.cache.write(slots, self.cached_prefix.values)
+        for copy in plan.copies:
+            self.cache.write(copy.first_slots, copy.values)
         if plan.inputs is not None:
             self._graphs.run(self._compute, plan.inputs, slack=self._num_keys // self._tile[1])
+        for span in plan.kept:
+            assert self.store is not None
+            values = self.cache.copy_of(span.first_slot, span.length)
+            self.store.put(span.identity, SpanValues(values, span.first_position))
         return rows
 
     @property
