@@ -93,7 +93,10 @@ def models() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def without_inductor() -> Iterator[None]:
-    """Layers are traced as always, and run op by op: for tests that kernels have no part in."""
+    """Layers are traced as always, and run op by op: for tests that kernels have no part in.
+
+    Attention then asks the mask_mod about each pair and reads no lists of tiles.
+    """
     with torch.compiler.set_stance(force_backend="eager"):
         yield
 
