@@ -23,6 +23,8 @@ class LayoutBatch:
     Attributes:
         segment_ids: ``(B, capacity)`` int32; `PADDING` where a slot holds no token.
         position_ids: ``(B, capacity)`` int32; after the prompt, those of generated tokens.
+        indices_in_segments: ``(B, capacity)`` int32; the number of tokens of the same segment id
+            before each token. Generated tokens continue the fusion tail.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
@@ -30,9 +32,15 @@ class LayoutBatch:
         shape = (batch_size, capacity)
         self.segment_ids = torch.full(shape, PADDING, dtype=torch.int32, device=device)
         self.position_ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.indices_in_segments = torch.zeros(shape, dtype=torch.int32, device=device)
         # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
-        mark_static(self.segment_ids)
-        mark_static(self.position_ids)
+        for buffer in self.buffers:
+            mark_static(buffer)
+
+    @property
+    def buffers(self) -> LayoutTables:
+        """All buffers."""
+        return LayoutTables(self.segment_ids, self.position_ids, self.indices_in_segments)
 
     @property
     def device(self) -> torch.device:
@@ -65,12 +73,12 @@ class LayoutBatch:
 
     def copy_from(self, tables: LayoutTables) -> None:
         """Load tables that `layout_tables` made for a batch of this shape."""
-        self.segment_ids.copy_(tables.segment_ids)
-        self.position_ids.copy_(tables.position_ids)
+        for buffer, content in zip(self.buffers, tables, strict=True):
+            buffer.copy_(content)
 
     def load_rows(self, rows: Tensor, tables: LayoutTables) -> None:
         """Load tables of ``N`` rows into ``rows``, ``(N,)`` indices on the device."""
-        for buffer, content in zip((self.segment_ids, self.position_ids), tables, strict=True):
+        for buffer, content in zip(self.buffers, tables, strict=True):
             buffer.index_copy_(0, rows, content.to(self.device, non_blocking=True))
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
@@ -91,15 +99,17 @@ class LayoutBatch:
 
 
 class LayoutTables(NamedTuple):
-    """The content of a `LayoutBatch`, on the CPU.
+    """The content of a `LayoutBatch`.
 
     Attributes:
         segment_ids: ``(B, capacity)`` int32.
         position_ids: ``(B, capacity)`` int32.
+        indices_in_segments: ``(B, capacity)`` int32.
     """
 
     segment_ids: Tensor
     position_ids: Tensor
+    indices_in_segments: Tensor
 
 
 def layout_tables(
@@ -124,14 +134,18 @@ def layout_tables(
     if len(layouts) > batch_size:
         raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
     segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
-    position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
+    position_ids, indices = torch.zeros((2, batch_size, capacity), dtype=torch.int32)
     slots = torch.arange(capacity, dtype=torch.int32)
     for row, (layout, count, start) in enumerate(zip(layouts, num_tokens, starts, strict=True)):
         stop = start + len(layout)
         if stop > capacity:
             raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
         segment_ids[row, start : start + count] = layout.segment_tensor[:count]
-        torch.add(slots, layout.next_position - stop, out=position_ids[row])
-        position_ids[row, :start] = 0
-        position_ids[row, start:stop] = layout.position_tensor
-    return LayoutTables(segment_ids, position_ids)
+        for table, prompt, next_value in (
+            (position_ids[row], layout.position_tensor, layout.next_position),
+            (indices[row], layout.index_tensor, len(layout) - layout.tail_start),
+        ):
+            torch.add(slots, next_value - stop, out=table)
+            table[:start] = 0
+            table[start:stop] = prompt
+    return LayoutTables(segment_ids, position_ids, indices)
