@@ -32,4 +32,9 @@ class Generation:
     @property
     def prediction(self) -> str:
         """The answer: the first line of the text that is not blank, stripped."""
-        return self.text.strip().partition("\n")[0].strip()
+        return first_line(self.text)
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text that is not blank, stripped."""
+    return text.strip().partition("\n")[0].strip()

@@ -83,7 +83,7 @@ def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeyp
             assert exit_.value.code == 0, command
             assert shown in capsys.readouterr().out
             commands += 1
-    assert commands == 10
+    assert commands == 11
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("answers.parquet", "concatenated.jsonl", "concatenated.run.json"),
         *("questions.csv", "trivia.toml"),

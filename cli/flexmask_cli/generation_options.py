@@ -18,6 +18,7 @@ from flexmask_cli.options import (
     BatchOptions,
     ChatOptions,
     EngineOptions,
+    JudgeOptions,
     ModelOptions,
     ResultOptions,
     RowOptions,
@@ -42,6 +43,7 @@ class RunOptions:
     chat: ChatOptions
     batch: BatchOptions
     sampling: SamplingOptions
+    judging: JudgeOptions
     engine: EngineOptions
     results: ResultOptions
 
@@ -55,10 +57,8 @@ class PlannedRun:
 
     @property
     def judge(self) -> Judge:
-        """The task's judge; without a task, exact match of the first line."""
-        from flexmask.tasks.judge import Judge
-
-        return self.task.judge if self.task else Judge()
+        """The judge of the answers."""
+        return self.options.judging.of(self.task)
 
     @property
     def uses_chat_template(self) -> bool:
@@ -74,7 +74,7 @@ class PlannedRun:
         """Check what would otherwise fail after the model is loaded.
 
         Raises:
-            OptionError: If a needed package or device is missing.
+            OptionError: If a needed package, file or device is missing.
         """
         from flexmask.device import resolve_device, resolve_dtype
 
@@ -104,7 +104,7 @@ class PlannedRun:
                 "model_files": model_files(self.options.model.model or str(model_path())),
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
-                "judge": asdict(self.judge),
+                "judge": self.judge.record(),
                 "fusion": asdict(fusion),
                 **self._that_change_rows(),
                 "sampling": asdict(self.options.sampling.sampling),

@@ -6,8 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from flexmask.errors import JudgeError
 from flexmask.generation import Generation
-from flexmask.tasks.judge import Judge, is_exact_match
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.matching import is_exact_match
 from flexmask.tasks.request_source import BadRow
 
 RUN = b"flexmask"
@@ -48,7 +50,11 @@ NEVER_NULL = (
 
 
 def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
-    """Return the row of a generation, or of a bad row, which has no text and counts as wrong."""
+    """Return the row of a generation, or of a bad row, which has no text and counts as wrong.
+
+    Raises:
+        JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
+    """
     request = result.request
     row: dict[str, Any] = {
         "uuid": result.uuid if isinstance(result, BadRow) else result.request.uuid,
@@ -73,7 +79,10 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
             "finish_reason": result.finish_reason,
             "error": None,
         }
-    return row | verdict(row["prediction"], row["answers"], judge)
+    try:
+        return row | verdict(row["prediction"], row["answers"], judge)
+    except JudgeError as error:
+        raise JudgeError(f"{request.label if request else row['uuid']}: {error}") from error
 
 
 def verdict(prediction: str, answers: tuple[str, ...], judge: Judge) -> dict[str, Any]:

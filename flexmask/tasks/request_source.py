@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Protocol
 
-from flexmask.errors import OptionError, RequestError
+from flexmask.errors import JudgeError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
 from flexmask.request import Request, RequestKey
+from flexmask.tasks.judge import Judge
 
 OnError = Literal["stop", "skip"]
 """Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
@@ -119,6 +120,7 @@ class RequestSource:
         num_segments: Number of segments to keep of each request; None for all.
         on_error: Effect of a bad row.
         fusion: The fusion that requests are checked for: it may need weights.
+        judge: The judge that accepted answers are checked for.
     """
 
     rows: Input
@@ -127,6 +129,7 @@ class RequestSource:
     num_segments: int | None = None
     on_error: OnError = "stop"
     fusion: Fusion = Fusion()
+    judge: Judge = Judge()
 
     def __iter__(self) -> Iterator[Request | BadRow]:
         """Iterate from the beginning.
@@ -183,6 +186,10 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         self.fusion.check(request)
+        try:
+            self.judge.check_answers(request.answers)
+        except JudgeError as error:
+            raise RequestError(str(error)) from None
         characters = len(request.prefix) + len(request.suffix) + sum(map(len, request.segments))
         if characters > MAX_CHARACTERS:
             raise RequestError(

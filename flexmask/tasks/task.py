@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from flexmask.error_text import did_you_mean
-from flexmask.errors import FlexMaskError, TaskError
+from flexmask.errors import FlexMaskError, OptionError, TaskError
 from flexmask.inputs.bounded_file import read_whole
 from flexmask.inputs.rows import printable
 from flexmask.inputs.text_rows import is_deeper
-from flexmask.tasks.judge import CUTS, METRICS, Judge
+from flexmask.tasks.judge import CUTS, Judge
+from flexmask.tasks.metric import FunctionMetric, parse_metric
 from flexmask.tasks.paraphrases import ParaphraseSelection
 from flexmask.tasks.toml_section import Section
 
@@ -163,11 +164,7 @@ def _read_task(path: Path) -> Task:
         segment=prompt.text("segment"),
         suffix=prompt.text("suffix", ""),
         chat_template=prompt.flag("chat_template", False),
-        judge=Judge(
-            cut=answer.choice("cut", CUTS, CUTS[0]),
-            metric=answer.choice("judge", METRICS, METRICS[0]),
-            language=answer.text("language", "en"),
-        ),
+        judge=_judge(answer),
         sample=sample,
     )
     for section in (prompt, paraphrases, answer):
@@ -177,6 +174,20 @@ def _read_task(path: Path) -> Task:
 
 def _too_deep(file: str) -> TaskError:
     return TaskError(f"{file}: nested more than {_MAX_DEPTH} levels deep; write it flatter")
+
+
+def _judge(answer: Section) -> Judge:
+    metric, language = answer.text("judge", "exact"), answer.text("language", "en")
+    try:
+        parsed = parse_metric(metric, language)
+    except OptionError as error:
+        raise answer.error("judge", str(error)) from None
+    if isinstance(parsed, FunctionMetric):
+        raise answer.error(
+            "judge",
+            f"cannot be a Python function, because a task runs no code; pass `judge={metric}`",
+        )
+    return Judge(answer.choice("cut", CUTS, CUTS[0]), metric, language)
 
 
 def _selection(paraphrases: Section) -> ParaphraseSelection:

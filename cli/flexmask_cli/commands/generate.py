@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -104,15 +104,16 @@ def generate(
         on_bad_row=run.rows.on_bad_row,
     )
     planned = PlannedRun(run, opened.task)
+    requests = replace(opened.requests, judge=planned.judge)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(opened.requests, fusion.chosen, planned, skips=skips)
+        _print_prompts(requests, fusion.chosen, planned, skips=skips)
         return
 
     if output.output == STDOUT:
         planned.check()
         with warnings_as_lines():
-            _write_stream(planned, chosen, fusion.chosen, opened.requests, output)
+            _write_stream(planned, chosen, fusion.chosen, requests, output)
         return
 
     from flexmask.results.output_path import check_output_name, default_output_path
@@ -133,7 +134,7 @@ def generate(
         ResultWriter.open(
             path,
             config=planned.config(*chosen, fusion.chosen, opened.name),
-            requests=opened.requests,
+            requests=requests,
             fusion=fusion.chosen,
             mode=run.results.mode,
             judge=planned.judge,

@@ -73,8 +73,6 @@ def print_kernels(engine: Engine) -> None:
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print questions, predictions and accepted answers."""
-    from flexmask.tasks.judge import is_exact_match
-
     rows = []
     questions = _questions([generation.request for generation in generations])
     for generation, question in zip(generations, questions, strict=True):
@@ -82,7 +80,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
         prediction = judge.prediction(generation)
         row = {"question": question, "prediction": prediction}
         if request.answers:
-            is_right = is_exact_match(prediction, request.answers)
+            is_right = judge.score(prediction, request.answers) == 1
             row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
         rows.append({name: " ".join(text.split()) for name, text in row.items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
