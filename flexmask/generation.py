@@ -21,6 +21,7 @@ class Generation:
         token_ids: Generated tokens, including the end-of-sequence token or stop string.
         finish_reason: Why it ended.
         prompt_tokens: Slots of its prompts, copies of the prefix included.
+        prompts: The texts that a chat template made of its request; None without one.
     """
 
     request: Request
@@ -28,6 +29,7 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    prompts: tuple[str, ...] | None = None
 
     @property
     def prediction(self) -> str:

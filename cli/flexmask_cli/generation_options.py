@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flexmask.fusion import Fusion
     from flexmask.strategy import Strategy
     from flexmask.tasks.judge import Judge
+    from flexmask.tasks.request_source import RequestSource
     from flexmask.tasks.task import Task
 
 
@@ -69,6 +70,10 @@ class PlannedRun:
     def model_name(self) -> str:
         """The model's name as results record it."""
         return self.options.model.model or DEMO
+
+    def checked(self, requests: RequestSource) -> RequestSource:
+        """Return requests that are checked for the judge and the chat template."""
+        return replace(requests, judge=self.judge, is_chat=self.uses_chat_template)
 
     def check(self) -> None:
         """Check what would otherwise fail after the model is loaded.

@@ -55,7 +55,7 @@ class GenerationRun(Iterator[Generation]):
         Args:
             executor: Executes the batches.
             strategy: The mask strategy.
-            tokenizer: Decodes generated tokens.
+            tokenizer: Decodes generated tokens, and writes prompts for the record.
             lookaheads: The planned requests, as many at a time as are sorted by length.
             options: The options of the run.
             batch_size: Prompts that run together; None to choose.
@@ -66,6 +66,7 @@ class GenerationRun(Iterator[Generation]):
         """
         self.rules = options.rules
         self._options = options
+        self._tokenizer = tokenizer
         self._on_refused = on_refused
         self._request_of: dict[int, Request] = {}
         self._num_generations = self._prompt_tokens = self._generated_tokens = 0
@@ -168,6 +169,14 @@ class GenerationRun(Iterator[Generation]):
             return _Refused(request, RequestError(f"{request.label}{uuid}: {fault}"))
         prompt_tokens = sum(map(len, group.layouts))
         generations = [row.generation(request, prompt_tokens) for row in rows]
-        if self._options.fusion.name != "vote":
-            return generations[0]
-        return generations[majority([*map(self._options.answer_of, generations)])]
+        chosen = generations[0]
+        if self._options.fusion.name == "vote":
+            chosen = generations[majority([*map(self._options.answer_of, generations)])]
+        return replace(chosen, prompts=self._prompts_of(request))
+
+    def _prompts_of(self, request: Request) -> tuple[str, ...] | None:
+        """The texts that the chat template makes of a request; None without one."""
+        if not self._tokenizer.is_chat:
+            return None
+        prompts = (one for _, some in self._options.fusion.prompts(request) for one in some)
+        return tuple(map(self._tokenizer.chat_text, prompts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -113,7 +113,7 @@ def compare(
     planned.check()
     ways = with_plain_prompts(ways)
     counts = dict.fromkeys(way.num_segments for way in ways)
-    requests = replace(opened.requests, judge=planned.judge)
+    requests = planned.checked(opened.requests)
     requests_of = cut_to_counts(requests, [*counts], run.rows.on_bad_row)
     sameness = Sameness(
         requests_of,

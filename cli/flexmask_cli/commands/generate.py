@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -104,7 +104,7 @@ def generate(
         on_bad_row=run.rows.on_bad_row,
     )
     planned = PlannedRun(run, opened.task)
-    requests = replace(opened.requests, judge=planned.judge)
+    requests = planned.checked(opened.requests)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
         _print_prompts(requests, fusion.chosen, planned, skips=skips)
