@@ -168,6 +168,11 @@ class RequestTokenizer:
         """Return the text of generated tokens as a continuation, without special tokens."""
         return self._decoder.decode(token_ids, skip_special_tokens=True)
 
+    @property
+    def decodes_in_order(self) -> bool:
+        """False if later tokens may change the text of earlier ones, whole characters included."""
+        return self._decoder.is_in_order
+
     def token_text(self, token_id: int) -> str:
         """Return the text of one token in the middle of a text, including a leading space."""
         return self._decoder.decode((token_id,), skip_special_tokens=False)

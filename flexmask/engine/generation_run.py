@@ -116,6 +116,20 @@ class GenerationRun(Iterator[Generation]):
                 return
             yield [generation for generation in finished.values() if generation is not None]
 
+    def steps(self) -> Iterator[list[Generation]]:
+        """Yield after each decode step, with the generations that it has finished.
+
+        Raises:
+            RequestError: As iterating does.
+        """
+        self._scheduler.is_stepwise = True
+        yield from self.batches()
+
+    @property
+    def tokens_in_flight(self) -> Sequence[int]:
+        """The tokens so far of the prompt that was started first, of those in flight."""
+        return self._scheduler.tokens_in_flight
+
     def stop(self) -> None:
         """Start no more prompts; iterating yields the generations of those in flight, and ends."""
         self._scheduler.stop()

@@ -129,7 +129,8 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
         f"({stats.computed_tokens} computed, {stats.copied_tokens} copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",
-        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s, first token "
+        f"{stats.first_token_s / max(1, stats.prefills):.2f} s after a prefill starts",
         f"batch: {stats.batch_size} rows, {stats.row_utilization:.0%} of them in use over "
         f"{stats.decode_steps} decode steps; {stats.prefills} prefills",
         f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
