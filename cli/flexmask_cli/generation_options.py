@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from flexmask_cli.options import (
     BatchOptions,
     ChatOptions,
     EngineOptions,
+    JudgeOptions,
     ModelOptions,
     ResultOptions,
     RowOptions,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from flexmask.fusion import Fusion
     from flexmask.strategy import Strategy
     from flexmask.tasks.judge import Judge
+    from flexmask.tasks.request_source import RequestSource
     from flexmask.tasks.task import Task
 
 
@@ -42,6 +44,7 @@ class RunOptions:
     chat: ChatOptions
     batch: BatchOptions
     sampling: SamplingOptions
+    judging: JudgeOptions
     engine: EngineOptions
     results: ResultOptions
 
@@ -55,10 +58,8 @@ class PlannedRun:
 
     @property
     def judge(self) -> Judge:
-        """The task's judge; without a task, exact match of the first line."""
-        from flexmask.tasks.judge import Judge
-
-        return self.task.judge if self.task else Judge()
+        """The judge of the answers."""
+        return self.options.judging.of(self.task)
 
     @property
     def uses_chat_template(self) -> bool:
@@ -70,11 +71,15 @@ class PlannedRun:
         """The model's name as results record it."""
         return self.options.model.model or DEMO
 
+    def checked(self, requests: RequestSource) -> RequestSource:
+        """Return requests that are checked for the judge and the chat template."""
+        return replace(requests, judge=self.judge, is_chat=self.uses_chat_template)
+
     def check(self) -> None:
         """Check what would otherwise fail after the model is loaded.
 
         Raises:
-            OptionError: If a needed package or device is missing.
+            OptionError: If a needed package, file or device is missing.
         """
         from flexmask.device import resolve_device, resolve_dtype
 
@@ -104,7 +109,7 @@ class PlannedRun:
                 "model_files": model_files(self.options.model.model or str(model_path())),
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
-                "judge": asdict(self.judge),
+                "judge": self.judge.record(),
                 "fusion": asdict(fusion),
                 **self._that_change_rows(),
                 "sampling": asdict(self.options.sampling.sampling),

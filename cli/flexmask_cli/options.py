@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
@@ -21,6 +21,7 @@ from flexmask_cli.option_kinds import Pair, flag, is_utf8, pairs, size, text
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.results.resume import OutputMode
+    from flexmask.tasks.judge import Judge
     from flexmask.tasks.request_source import OnError
     from flexmask.tasks.task import Task
 
@@ -33,6 +34,7 @@ Parameters = Annotated[
         help="Set a parameter of the strategy. Repeatable.",
     ),
 ]
+JUDGE_FORM = "exact|f1|lemma|contains|regex:PATTERN|choice|number|file.py:name"
 AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 
 
@@ -201,6 +203,48 @@ class ChatOptions:
         if self.chat_template is None:
             return task is not None and task.chat_template
         return self.chat_template
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The judge of a run's answers."""
+
+    heading: ClassVar[str] = "Judging"
+
+    judge: Annotated[
+        str | None,
+        text(
+            "--judge",
+            metavar=JUDGE_FORM,
+            help="How answers are scored (docs/datasets.md). Default: as the task says; without "
+            "a task, exact.",
+        ),
+    ] = None
+    cut: Annotated[
+        str | None,
+        text(
+            "--cut",
+            metavar="first line|all",
+            help="The part of a generation in which the answer is. Default: as the task says; "
+            "without a task, the first line that is not blank.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Check the judge; a Python file is not run.
+
+        Raises:
+            OptionError: If there is no such judge or cut.
+        """
+        if (self.judge, self.cut) != (None, None):
+            _ = self.of(None)
+
+    def of(self, task: Task | None) -> Judge:
+        """Return the judge of a task, as changed by these options."""
+        from flexmask.tasks.judge import Judge
+
+        judge = task.judge if task else Judge()
+        return replace(judge, metric=self.judge or judge.metric, cut=self.cut or judge.cut)
 
 
 @dataclass(frozen=True)

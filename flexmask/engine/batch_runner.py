@@ -216,12 +216,18 @@ class BatchRunner:
                     self._loop = self._prepare()
                 self._start(placed, self._loop, started)
 
-    def advance(self, finished: int, free: int) -> list[PlacedGroup]:
+    @property
+    def tokens_in_flight(self) -> Sequence[int]:
+        """The tokens so far of the prompt that was started first, of those in flight."""
+        return tuple(self._in_flight[0].rows[0].token_ids) if self._in_flight else ()
+
+    def advance(self, finished: int, free: int, steps: int | None = None) -> list[PlacedGroup]:
         """Decode until enough prompts have finished or enough rows are free, or all have finished.
 
         Args:
             finished: Prompts that are enough.
             free: Free rows that are enough.
+            steps: Decode steps that are enough; None for any number.
 
         Returns:
             The groups that have finished since the last call.
@@ -230,8 +236,11 @@ class BatchRunner:
             torch.cuda.OutOfMemoryError: If the device's memory does not suffice.
             ModelError: If another run was to finish prompts of this one, and was interrupted.
         """
+        before = self.stats.decode_steps
 
         def is_enough() -> bool:
+            if steps is not None and self.stats.decode_steps - before >= steps:
+                return True
             if sum(len(placed.rows) for placed in self._finished) >= finished:
                 return True
             return len(self._queued) <= self._lag and self.free_rows >= free

@@ -27,6 +27,7 @@ from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
+from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
@@ -213,6 +214,61 @@ class Engine:
         return GenerationRun(
             self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
         )
+
+    def stream(
+        self,
+        request: Request,
+        strategy: Strategy | str,
+        *,
+        fusion: Fusion | str = "attention",
+        max_new_tokens: int = 20,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+    ) -> TextStream:
+        """Generate for one request, and yield its text in pieces as tokens are read.
+
+        Example::
+
+            for piece in engine.stream(request, "causal", max_new_tokens=200):
+                print(piece, end="", flush=True)
+
+        Args:
+            request: The request.
+            strategy: As for `generate`, like all that follows.
+            fusion: One that makes a single generation from the first token on: not ``vote`` or
+                ``each``.
+            max_new_tokens: Most tokens.
+            sampling: The way tokens are chosen.
+            stop: Strings that end the text.
+            chat_template: Put the request into the tokenizer's chat template.
+            allow_special_tokens: Read the text of a special token as that token.
+
+        Returns:
+            An iterator of texts that are whole characters; joined, they are the text of its
+            ``generation``, which is there after the last.
+
+        Raises:
+            OptionError: If the fusion makes several generations.
+            FlexMaskError: As `generate`.
+        """
+        name = fusion if isinstance(fusion, str) else fusion.name
+        if name in ("vote", "each"):
+            raise OptionError(f"fusion {name!r} makes several generations; stream another fusion")
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got {request!r:.60}")
+        run = self.generate(
+            [request],
+            strategy,
+            fusion=fusion,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            chat_template=chat_template,
+            allow_special_tokens=allow_special_tokens,
+        )
+        return TextStream(run, RequestTokenizer(self.tokenizer), (*stop, *run.rules.stop_strings))
 
     def warm_up(
         self,

@@ -222,17 +222,23 @@ def _without_failures(rows: pa.Table) -> pa.Table:
 def _hashes(rows: pa.Table) -> Iterator[tuple[RequestKey, tuple[int, int]]]:
     """Yield for each key a hash of its prompt and one of its answers."""
     asked = ["prefix", "paraphrases", "suffix", "weights"]
+    asked += ["system", "messages", "answer_prefix", "segment_turns"]
     for batch in rows.to_batches():
         columns = batch.select([*asked, "answers"]).to_pydict().values()
-        for key, (prefix, segments, suffix, weights, answers) in zip(
+        for key, (prefix, segments, suffix, weights, system, messages, *more, answers) in zip(
             keys(batch), zip(*columns, strict=True), strict=True
         ):
-            content = (prefix, tuple(segments), suffix, tuple(weights or ()))
+            turns = tuple((turn["role"], turn["content"]) for turn in messages)
+            content = (prefix, tuple(segments), suffix, tuple(weights or ()), system, turns, *more)
             yield key, (hash(content), hash(tuple(answers)))
 
 
 def _content(request: Request) -> tuple[object, ...]:
-    return request.prefix, request.segments, request.suffix, request.weights
+    turns = tuple((message.role, message.content) for message in request.messages)
+    return (
+        *(request.prefix, request.segments, request.suffix, request.weights),
+        *(request.system, turns, request.answer_prefix, request.segment_turns),
+    )
 
 
 def _check_same_requests(
@@ -245,7 +251,7 @@ def _check_same_requests(
         )
     if changed:
         raise OutputError(
-            f"{path}: the prefix, suffix, segments or weights of requests have changed since "
+            f"{path}: the texts or weights of requests have changed since "
             f"({_named(changed)}); {START_AGAIN}"
         )
 

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Protocol
 
-from flexmask.errors import OptionError, RequestError
+from flexmask.errors import JudgeError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
 from flexmask.request import Request, RequestKey
+from flexmask.tasks.judge import Judge
 
 OnError = Literal["stop", "skip"]
 """Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
 
-FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
+FIELDS = (
+    *("uuid", "prefix", "segments", "suffix", "answers", "weights"),
+    *("system", "messages", "answer_prefix"),
+)
 """Columns that a request is read from if there is no task."""
 
 MAX_CHARACTERS = 8 * 2**20
@@ -68,12 +72,14 @@ class PlainRequests:
     Attributes:
         columns: Renamed columns: for a name, the columns of the row to read.
         prefix: Replaces the prefix of every row.
+        system: Replaces the system turn of every row.
         reads_weights: Whether to read the column ``weights``.
     """
 
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str | None = None
     reads_weights: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -102,6 +108,9 @@ class PlainRequests:
             answers=columns.answers(),
             uuid=columns.uuid(str(row.number)),
             weights=columns.weights(["segments"]) if self.reads_weights else (),
+            system=columns.text("system") if self.system is None else self.system,
+            messages=columns.messages(),
+            answer_prefix=columns.text("answer_prefix"),
         )
 
     def check_columns(self, columns: Collection[str]) -> None:
@@ -119,6 +128,9 @@ class RequestSource:
         num_segments: Number of segments to keep of each request; None for all.
         on_error: Effect of a bad row.
         fusion: The fusion that requests are checked for: it may need weights.
+        judge: The judge that accepted answers are checked for.
+        is_chat: Whether requests are put into a chat template; without one, requests with a
+            system turn or messages are bad.
     """
 
     rows: Input
@@ -127,6 +139,8 @@ class RequestSource:
     num_segments: int | None = None
     on_error: OnError = "stop"
     fusion: Fusion = Fusion()
+    judge: Judge = Judge()
+    is_chat: bool = True
 
     def __iter__(self) -> Iterator[Request | BadRow]:
         """Iterate from the beginning.
@@ -183,7 +197,18 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         self.fusion.check(request)
-        characters = len(request.prefix) + len(request.suffix) + sum(map(len, request.segments))
+        try:
+            self.judge.check_answers(request.answers)
+        except JudgeError as error:
+            raise RequestError(str(error)) from None
+        if not self.is_chat and (request.system or request.messages):
+            raise RequestError(
+                "it has a system turn or messages, which need a chat template; pass "
+                "`chat_template`"
+            )
+        turns = (request.system, *(message.content for message in request.messages))
+        texts = (*turns, request.prefix, *request.segments, request.suffix)
+        characters = sum(map(len, texts))
         if characters > MAX_CHARACTERS:
             raise RequestError(
                 f"its prompt has {characters:,} characters, more than any model takes; shorten "

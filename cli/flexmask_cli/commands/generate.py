@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -33,10 +34,10 @@ from flexmask_cli.render.lines import (
     warnings_as_lines,
 )
 from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
-from flexmask_cli.streams import run_goes_on
+from flexmask_cli.streams import run_goes_on, write_text
 
 if TYPE_CHECKING:
-    from flexmask.engine import RunStats
+    from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetRun
     from flexmask.results.result_writer import ResultWriter
@@ -104,15 +105,16 @@ def generate(
         on_bad_row=run.rows.on_bad_row,
     )
     planned = PlannedRun(run, opened.task)
+    requests = planned.checked(opened.requests)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(opened.requests, fusion.chosen, planned, skips=skips)
+        _print_prompts(requests, fusion.chosen, planned, skips=skips)
         return
 
     if output.output == STDOUT:
         planned.check()
         with warnings_as_lines():
-            _write_stream(planned, chosen, fusion.chosen, opened.requests, output)
+            _write_stream(planned, chosen, fusion.chosen, requests, output)
         return
 
     from flexmask.results.output_path import check_output_name, default_output_path
@@ -133,7 +135,7 @@ def generate(
         ResultWriter.open(
             path,
             config=planned.config(*chosen, fusion.chosen, opened.name),
-            requests=opened.requests,
+            requests=requests,
             fusion=fusion.chosen,
             mode=run.results.mode,
             judge=planned.judge,
@@ -145,7 +147,8 @@ def generate(
         print_json(outcome_figures(path, writer.summary, planned.judge, stats))
     elif not run.results.quiet:
         if stats is not None:
-            print_answers(shown, planned.judge)
+            if shown:
+                print_answers(shown, planned.judge)
             print_stats(stats, fusion.chosen)
         print_outcome(path, writer.summary, planned.judge)
 
@@ -183,6 +186,8 @@ def _generate_rest(
     if not writer.remaining:
         return [], None
     engine = planned.load_engine()
+    if _is_streamed(planned, fusion, writer, output):
+        return [], _stream(engine, planned, chosen, fusion, writer, output)
     run = DatasetRun(
         engine,
         chosen.strategy,
@@ -202,6 +207,50 @@ def _generate_rest(
     if output.verbose:
         print_kernels(engine)
     return shown, run.generations.stats
+
+
+def _is_streamed(
+    planned: PlannedRun, fusion: Fusion, writer: ResultWriter | RowStream, output: OutputOptions
+) -> bool:
+    """Return True if the one answer of a run is printed to a terminal as it is generated."""
+    prints_text = not (output.as_json or output.output == STDOUT or planned.options.results.quiet)
+    is_one = len(writer.remaining) == 1 and fusion.name not in ("vote", "each")
+    return is_one and prints_text and _is_terminal()
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _stream(
+    engine: Engine,
+    planned: PlannedRun,
+    chosen: ChosenStrategy,
+    fusion: Fusion,
+    writer: ResultWriter | RowStream,
+    output: OutputOptions,
+) -> RunStats | None:
+    """Generate for the one request, print its text meanwhile, and write its row."""
+    from flexmask.tasks.request_source import BadRow
+
+    (request,) = writer.remaining
+    options = {name: value for name, value in planned.for_engine().items() if name != "batch_size"}
+    try:
+        stream = engine.stream(request, chosen.strategy, fusion=writer.fusion, **options)
+        if output.verbose:
+            print_notes(engine, chosen.strategy, fusion, stream.run)
+        for piece in stream:
+            write_text(piece, end="")
+    except RequestError as error:
+        if planned.options.rows.on_bad_row == "stop":
+            raise
+        writer.write([BadRow(request.uuid, str(error), request)])
+        return None
+    write_text("")
+    writer.write([stream.generation])
+    if output.verbose:
+        print_kernels(engine)
+    return stream.run.stats
 
 
 def _run(run: DatasetRun, writer: ResultWriter | RowStream, *, is_quiet: bool) -> list[Generation]:

@@ -73,8 +73,6 @@ def print_kernels(engine: Engine) -> None:
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print questions, predictions and accepted answers."""
-    from flexmask.tasks.judge import is_exact_match
-
     rows = []
     questions = _questions([generation.request for generation in generations])
     for generation, question in zip(generations, questions, strict=True):
@@ -82,7 +80,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
         prediction = judge.prediction(generation)
         row = {"question": question, "prediction": prediction}
         if request.answers:
-            is_right = is_exact_match(prediction, request.answers)
+            is_right = judge.score(prediction, request.answers) == 1
             row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
         rows.append({name: " ".join(text.split()) for name, text in row.items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -131,7 +129,8 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
         f"({stats.computed_tokens} computed, {stats.copied_tokens} copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",
-        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s, first token "
+        f"{stats.first_token_s / max(1, stats.prefills):.2f} s after a prefill starts",
         f"batch: {stats.batch_size} rows, {stats.row_utilization:.0%} of them in use over "
         f"{stats.decode_steps} decode steps; {stats.prefills} prefills",
         f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
