@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -32,6 +32,7 @@ from flexmask_cli.render.lines import (
     print_warnings,
     warnings_as_lines,
 )
+from flexmask_cli.scaling_options import ScalingOptions
 from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
 from flexmask_cli.streams import run_goes_on
 
@@ -94,6 +95,7 @@ def generate(
     data: RequestOptions,
     output: OutputOptions,
     run: RunOptions,
+    scaling: ScalingOptions,
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
     chosen = choose_strategy(strategy.strategy, strategy.parameters)
@@ -106,13 +108,14 @@ def generate(
     planned = PlannedRun(run, opened.task)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(opened.requests, fusion.chosen, planned, skips=skips)
+        _print_prompts(scaling.rows_of(opened.requests), fusion.chosen, planned, skips=skips)
         return
 
     if output.output == STDOUT:
         planned.check()
         with warnings_as_lines():
-            _write_stream(planned, chosen, fusion.chosen, opened.requests, output)
+            requests = scaling.rows_of(opened.requests)
+            _write_stream(planned, chosen, fusion.chosen, requests, output)
         return
 
     from flexmask.results.output_path import check_output_name, default_output_path
@@ -124,16 +127,20 @@ def generate(
         chosen.strategy.name,
         data.num_segments,
         str(fusion.chosen),
+        scaling.chosen_shard,
     )
     check_output_name(path)
     planned.check()
+    requests = scaling.rows_of(opened.requests)
     with (
         run_goes_on(),
         warnings_as_lines(),
         ResultWriter.open(
             path,
-            config=planned.config(*chosen, fusion.chosen, opened.name),
-            requests=opened.requests,
+            config=replace(
+                planned.config(*chosen, fusion.chosen, opened.name), shard=requests.shard
+            ),
+            requests=requests,
             fusion=fusion.chosen,
             mode=run.results.mode,
             judge=planned.judge,

@@ -162,6 +162,15 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
     write_text(f"{results.rows} rows in {path}")
 
 
+def print_counts(path: Path, results: ResultSummary) -> None:
+    """Print the number of rows in a merged file, of those that failed and of correct ones."""
+    if results.judged:
+        write_text(f"exact: {results.correct} of {results.judged}")
+    if results.failed:
+        write_text(f"failed: {results.failed} rows; the column 'error' says why")
+    write_text(f"{results.rows} rows in {path}")
+
+
 def outcome_figures(
     path: Path, results: ResultSummary, judge: Judge, stats: RunStats | None
 ) -> dict[str, Any]:
