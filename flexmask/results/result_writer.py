@@ -267,13 +267,19 @@ class ResultWriter:
         Raises:
             OutputError: If rows are missing on a clean exit, or the file cannot be written.
         """
-        is_needed = not self._is_untouched and self.summary.rows > 0
+        if exception_type is not None or self._is_untouched:
+            self.suspend()
+            return
+        is_needed = self.summary.rows > 0
         try:
-            if exception_type is None and not self._is_untouched:
-                self._finish()
-                is_needed = False
+            self._finish()
+            is_needed = False
         finally:
             self._journal.close(keep=is_needed)
+
+    def suspend(self) -> None:
+        """Close without writing the result file; the journal keeps the finished rows."""
+        self._journal.close(keep=not self._is_untouched and self.summary.rows > 0)
 
     def _finish(self) -> None:
         if not self.is_complete:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
-from flexmask_cli.dataset_options import RequestOptions
+from flexmask_cli.cluster_run import check_input, first_generations, generate_on_cluster
+from flexmask_cli.dataset_options import OpenInput, RequestOptions
 from flexmask_cli.generation_options import PlannedRun, RunOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.option_groups import takes_options
@@ -39,7 +42,7 @@ from flexmask_cli.streams import run_goes_on
 if TYPE_CHECKING:
     from flexmask.engine import RunStats
     from flexmask.generation import Generation
-    from flexmask.results.dataset_run import DatasetRun
+    from flexmask.results.dataset_run import DatasetJob, DatasetRun
     from flexmask.results.result_writer import ResultWriter
     from flexmask.results.row_stream import RowStream
     from flexmask.tasks.request_source import RequestSource
@@ -98,13 +101,16 @@ def generate(
     scaling: ScalingOptions,
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
-    chosen = choose_strategy(strategy.strategy, strategy.parameters)
-    opened = data.open(
+    choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
+    chosen = choose()
+    open_input = partial(
+        data.open,
         fusion=fusion.chosen,
         num_segments=data.num_segments,
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
     )
+    opened = open_input()
     planned = PlannedRun(run, opened.task)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
@@ -112,6 +118,8 @@ def generate(
         return
 
     if output.output == STDOUT:
+        if scaling.is_on_ray:
+            raise OptionError("--engine ray writes a file; leave out --output -")
         planned.check()
         with warnings_as_lines():
             requests = scaling.rows_of(opened.requests)
@@ -119,7 +127,6 @@ def generate(
         return
 
     from flexmask.results.output_path import check_output_name, default_output_path
-    from flexmask.results.result_writer import ResultWriter
 
     path = output.output or default_output_path(
         opened.stem,
@@ -130,31 +137,42 @@ def generate(
         scaling.chosen_shard,
     )
     check_output_name(path)
-    planned.check()
-    requests = scaling.rows_of(opened.requests)
-    with (
-        run_goes_on(),
-        warnings_as_lines(),
-        ResultWriter.open(
-            path,
-            config=replace(
-                planned.config(*chosen, fusion.chosen, opened.name), shard=requests.shard
-            ),
-            requests=requests,
-            fusion=fusion.chosen,
-            mode=run.results.mode,
-            judge=planned.judge,
-        ) as writer,
-    ):
-        shown, stats = _generate_rest(planned, chosen, fusion.chosen, writer, output)
+    planned.check(is_elsewhere=scaling.is_on_ray)
+    with run_goes_on(), warnings_as_lines():
+        if scaling.is_on_ray:
+            check_input(data.input)
+            job = planned.job(
+                choose, partial(_requests_of, open_input), fusion.chosen, opened.name
+            )
+            outcome = generate_on_cluster(
+                job,
+                path,
+                run.results.mode,
+                scaling,
+                run.engine.device,
+                is_quiet=run.results.quiet,
+                is_verbose=output.verbose,
+            )
+            summary, stats = outcome.summary, outcome.stats
+            shown = [] if stats is None else first_generations(path, SHOWN_ANSWERS)
+        else:
+            requests = scaling.rows_of(opened.requests)
+            job = planned.job(lambda: chosen, lambda: requests, fusion.chosen, opened.name)
+            with job.open_writer(path, requests, run.results.mode, requests.shard) as writer:
+                shown, stats = _generate_rest(job, writer, output, is_quiet=run.results.quiet)
+            summary = writer.summary
     # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
     if output.as_json:
-        print_json(outcome_figures(path, writer.summary, planned.judge, stats))
+        print_json(outcome_figures(path, summary, planned.judge, stats))
     elif not run.results.quiet:
         if stats is not None:
             print_answers(shown, planned.judge)
             print_stats(stats, fusion.chosen)
-        print_outcome(path, writer.summary, planned.judge)
+        print_outcome(path, summary, planned.judge)
+
+
+def _requests_of(open_input: Callable[[], OpenInput]) -> RequestSource:
+    return open_input().requests
 
 
 def _write_stream(
@@ -170,37 +188,26 @@ def _write_stream(
     if planned.options.results.mode != "new":
         raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
     stream = RowStream(print_json_line, requests=requests, fusion=fusion, judge=planned.judge)
-    _generate_rest(planned, chosen, fusion, stream, output)
+    job = planned.job(lambda: chosen, lambda: requests, fusion, requests.rows.name)
+    _generate_rest(job, stream, output, is_quiet=planned.options.results.quiet)
 
 
 def _generate_rest(
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
-    writer: ResultWriter | RowStream,
-    output: OutputOptions,
+    job: DatasetJob, writer: ResultWriter | RowStream, output: OutputOptions, *, is_quiet: bool
 ) -> tuple[list[Generation], RunStats | None]:
     """Generate for the remaining requests; load the model only if there are some.
 
     Returns:
         The first generations, to be shown, and the statistics of the run; None without a run.
     """
-    from flexmask.results.dataset_run import DatasetRun
-
     if not writer.remaining:
         return [], None
-    engine = planned.load_engine()
-    run = DatasetRun(
-        engine,
-        chosen.strategy,
-        writer,
-        on_error=planned.options.rows.on_bad_row,
-        **planned.for_engine(),
-    )
+    engine, strategy = job.load_engine(), job.make_strategy()
+    run = job.run(engine, strategy, writer)
     if output.verbose:
-        print_notes(engine, chosen.strategy, fusion, run.generations)
+        print_notes(engine, strategy, job.fusion, run.generations)
     try:
-        shown = _run(run, writer, is_quiet=planned.options.results.quiet)
+        shown = _run(run, writer, is_quiet=is_quiet)
     except KeyboardInterrupt:
         rows = writer.summary.rows
         done = "were printed" if output.output == STDOUT else "are kept, --resume does the rest"

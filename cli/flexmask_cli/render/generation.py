@@ -198,10 +198,14 @@ def outcome_figures(
 def _accuracy(path: Path, judge: Judge) -> tuple[int, dict[str, Estimate]]:
     """Return the number of judged questions, and by metric the mean of their scores."""
     from flexmask.results.evaluation import estimate_mean, scores_by_question
-    from flexmask.results.result_writer import read_finished_rows
+    from flexmask.results.formats import open_rows
 
-    rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
-    uuids, correct, scores = rows.to_pydict().values()
+    found: dict[str, list[Any]] = {"uuid": [], "correct": [], "score": []}
+    for batch in open_rows(path):
+        judged = batch.filter(batch["correct"].is_valid())
+        for name, values in found.items():
+            values += judged[name].to_pylist()
+    uuids, correct, scores = found.values()
     columns = {"exact": correct}
     if judge.metric != "exact":
         columns[judge.metric] = scores
