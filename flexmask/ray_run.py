@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ModuleNotFoundError:
     from flexmask.errors import OptionError
 
@@ -136,8 +137,8 @@ def run_on_ray(
     try:
         if journal.read().rows.num_rows and mode != "overwrite":
             raise OutputError(
-                f"{journal.path}: holds finished rows of a run without `engine`; finish it "
-                "without, or pass `overwrite`"
+                f"{journal.path}: holds finished rows of a run in one process; resume it without "
+                "`engine=ray`, or pass `overwrite`"
             )
         if target.exists() and mode == "new":
             raise OutputError(
@@ -164,7 +165,7 @@ def _finished_outcome(job: DatasetJob, output: Path) -> Outcome:
         if not writer.is_complete:
             raise OutputError(
                 f"{output}: complete, but {len(writer.remaining):,} of its rows are new or have "
-                "failed; generate them without `engine`"
+                "failed; generate them without `engine=ray`"
             )
     return Outcome(writer.summary, None, is_complete=True)
 
@@ -254,7 +255,7 @@ class RemoteAssignments:
 
     def report(self, rows: int, tokens: int) -> bool:
         """Count rows; return True if the worker shall stop."""
-        return bool(ray.get(self._queue.report.remote(rows, tokens)))
+        return bool(ray.get(self._queue.report.remote(self._worker, rows, tokens)))
 
     def finish(self, number: int) -> None:
         """Record that a shard has its result file."""
@@ -337,7 +338,11 @@ class _Run:
             output, mode, found, lambda rows: number_of_shards(rows, workers)
         )
         self._num_workers = min(workers, self._folder.count)
-        self._queue = ray.remote(num_cpus=0)(ShardQueue).remote(self._folder.count)
+        here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )  # the queue does not survive the driver, and shall not die before it
+        queue = ray.remote(num_cpus=0, scheduling_strategy=here)(ShardQueue)
+        self._queue = queue.remote(self._folder.count)
         self._job_ref = ray.put(job)
         self._running: dict[Any, tuple[str, Any]] = {}
         self._idle: deque[tuple[str, Any]] = deque()
@@ -356,12 +361,12 @@ class _Run:
                 self._look()
                 for ref in done:
                     self._settle(ref, *self._running.pop(ref))
+            resumed = ray.get(self._queue.resumed_rows.remote())
+            progress = self._look()
         finally:
             for _, worker in (*self._running.values(), *self._idle):
                 ray.kill(worker)
-        resumed = ray.get(self._queue.resumed_rows.remote())
-        progress = self._look()
-        ray.kill(self._queue)
+            ray.kill(self._queue)
         if self._is_stopped and progress.finished < self._folder.count:
             counts = ResultSummary(resumed + progress.rows, resumed, 0, 0)
             return Outcome(counts, self._stats, is_complete=False)

@@ -36,7 +36,8 @@ class LocalAssignments:
 
     def __init__(self, queue: ShardQueue, worker: str) -> None:
         self._queue, self._worker = queue, worker
-        self.opened, self.report, self.warn = queue.opened, queue.report, queue.warn
+        self.opened, self.warn = queue.opened, queue.warn
+        self.report = partial(queue.report, worker)
         self.finish = partial(queue.finish, worker)
         self.give_back = partial(queue.give_back, worker)
 

@@ -43,7 +43,8 @@ class ClusterProgress:
     def __call__(self, progress: Progress, workers: int) -> bool:
         """Show a line if it is time; return True if the run shall stop."""
         now = time.monotonic()
-        if self._since is None and progress.rows:  # rates leave out loading and compiling
+        has_started = progress.workers_with_rows >= workers
+        if self._since is None and has_started:  # rates leave out loading and compiling
             self._since = (now, progress.rows, progress.tokens)
         if not self._is_quiet and now - self._shown_at >= SECONDS_PER_LINE:
             self._shown_at = now
