@@ -133,7 +133,7 @@ def test_help_shows_whole_sentences_and_the_heading_of_each_group(monkeypatch, c
     assert headings == [
         *("Options:", "Commands:"),
         *("Strategy:", "Input:", "Output:", "Model:"),
-        *("Generation:", "Judging:", "Device:", "Options:"),
+        *("Generation:", "Judging:", "Device:", "Scaling:", "Options:"),
     ]
 
 

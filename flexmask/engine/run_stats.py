@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+_LARGEST = ("batch_size", "capacity", "prefill_peak_bytes", "decode_peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class RunStats:
     prefill_peak_bytes: int = 0
     decode_peak_bytes: int = 0
     halvings: int = 0
+
+    def plus(self, other: RunStats) -> RunStats:
+        """Return counts and times of two runs together; sizes and peaks are the larger ones."""
+        return RunStats(
+            **{
+                each.name: max(mine, theirs) if each.name in _LARGEST else mine + theirs
+                for each in fields(self)
+                for mine, theirs in [(getattr(self, each.name), getattr(other, each.name))]
+            }
+        )
 
     @property
     def tokens_per_s(self) -> float:

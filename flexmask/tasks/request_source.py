@@ -16,6 +16,7 @@ from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
 from flexmask.request import Request, RequestKey
 from flexmask.tasks.judge import Judge
+from flexmask.tasks.shards import InputPart, ShardRecord
 
 OnError = Literal["stop", "skip"]
 """Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
@@ -131,6 +132,7 @@ class RequestSource:
         judge: The judge that accepted answers are checked for.
         is_chat: Whether requests are put into a chat template; without one, requests with a
             system turn or messages are bad.
+        part: The rows to read, if a shard is run; the limit is that of the whole input.
     """
 
     rows: Input
@@ -141,6 +143,7 @@ class RequestSource:
     fusion: Fusion = Fusion()
     judge: Judge = Judge()
     is_chat: bool = True
+    part: InputPart | None = None
 
     def __iter__(self) -> Iterator[Request | BadRow]:
         """Iterate from the beginning.
@@ -148,14 +151,15 @@ class RequestSource:
         Raises:
             RequestError: If there are no rows, or all are bad; at a bad row unless bad rows are
                 skipped; if the input cannot be read; if no row has a column that the task reads.
+                Of a shard, which may have no rows, only bad rows are refused: `survey` has
+                checked the rest.
         """
-        row_of: dict[str, int] = {}
+        row_of: dict[str, int] = {} if self.part is None else dict(self.part.taken)
         first_bad = None
         has_good = False
         seen: set[str] = set()
         count = 0
-        limit = None if self.limit is None else min(self.limit, sys.maxsize)
-        for row in islice(self.rows, limit):
+        for row in self.limited_rows() if self.part is None else self._rows_of(self.part):
             count += 1
             if not row.error and not seen.issuperset(row.values):
                 seen.update(row.values)
@@ -181,14 +185,34 @@ class RequestSource:
             else:
                 row_of[request.uuid] = row.number
                 yield request
+        if self.part is not None:
+            if count < len(self.part.rows):
+                raise RequestError(f"{self.rows.name}: the input changed while it was read")
+            return
         if not has_good:
             raise RequestError(
                 f"no row can be used; the first: {first_bad.error}"
                 if first_bad
                 else f"{self.rows.name}: no rows in it"
             )
-        if limit is None or count < limit:
+        if self.limit is None or count < self.limit:
             self.make.check_columns(seen)
+
+    @property
+    def shard(self) -> ShardRecord | None:
+        """The shard that is read; None if it is the whole input."""
+        return None if self.part is None else self.part.record
+
+    def limited_rows(self) -> Iterator[Row]:
+        """Iterate over the rows of the whole input, as many as ``limit`` allows."""
+        return islice(self.rows, None if self.limit is None else min(self.limit, sys.maxsize))
+
+    def uuid_of(self, row: Row) -> str:
+        """Return the uuid of a row without making its request."""
+        return self._own_uuid(row, str(row.number))
+
+    def _rows_of(self, part: InputPart) -> Iterator[Row]:
+        return islice(self.rows.rows_from(part.rows.start), len(part.rows))
 
     def _request(self, row: Row) -> Request:
         if row.error:
@@ -217,13 +241,18 @@ class RequestSource:
         return replace(request, source=row.where)
 
     def _free_uuid(self, row: Row, taken: Container[str]) -> str:
+        uuid = self._own_uuid(row, row.where)
+        return row.where if uuid in taken else uuid
+
+    def _own_uuid(self, row: Row, default: str) -> str:
+        """Return the column ``uuid``, ``default`` if absent, or the row's place if unusable."""
         try:
             names = {name: it for name, it in self.make.columns.items() if name == "uuid"}
-            uuid = Columns(row.values, names).uuid(row.where)
+            uuid = Columns(row.values, names).uuid(default)
             uuid.encode()
         except (RequestError, UnicodeEncodeError):
             return row.where
-        return row.where if uuid in taken else uuid
+        return uuid
 
 
 def read_requests(

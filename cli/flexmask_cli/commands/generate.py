@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
-from flexmask_cli.dataset_options import RequestOptions
+from flexmask_cli.cluster_run import check_input, first_generations, generate_on_cluster
+from flexmask_cli.dataset_options import OpenInput, RequestOptions
 from flexmask_cli.generation_options import PlannedRun, RunOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.option_groups import takes_options
@@ -33,15 +36,17 @@ from flexmask_cli.render.lines import (
     print_warnings,
     warnings_as_lines,
 )
+from flexmask_cli.scaling_options import ScalingOptions
 from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
 from flexmask_cli.streams import run_goes_on, write_text
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
-    from flexmask.results.dataset_run import DatasetRun
+    from flexmask.results.dataset_run import DatasetJob, DatasetRun
     from flexmask.results.result_writer import ResultWriter
     from flexmask.results.row_stream import RowStream
+    from flexmask.strategy import Strategy
     from flexmask.tasks.request_source import RequestSource
 
 STDOUT = Path("-")
@@ -95,30 +100,36 @@ def generate(
     data: RequestOptions,
     output: OutputOptions,
     run: RunOptions,
+    scaling: ScalingOptions,
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
-    chosen = choose_strategy(strategy.strategy, strategy.parameters)
-    opened = data.open(
+    choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
+    chosen = choose()
+    open_input = partial(
+        data.open,
         fusion=fusion.chosen,
         num_segments=data.num_segments,
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
     )
+    opened = open_input()
     planned = PlannedRun(run, opened.task)
     requests = planned.checked(opened.requests)
     if output.dry_run:
         skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(requests, fusion.chosen, planned, skips=skips)
+        _print_prompts(scaling.rows_of(requests), fusion.chosen, planned, skips=skips)
         return
 
     if output.output == STDOUT:
+        if scaling.is_on_ray:
+            raise OptionError("--engine ray writes a file; leave out --output -")
         planned.check()
         with warnings_as_lines():
+            requests = scaling.rows_of(requests)
             _write_stream(planned, chosen, fusion.chosen, requests, output)
         return
 
     from flexmask.results.output_path import check_output_name, default_output_path
-    from flexmask.results.result_writer import ResultWriter
 
     path = output.output or default_output_path(
         opened.stem,
@@ -126,31 +137,46 @@ def generate(
         chosen.strategy.name,
         data.num_segments,
         str(fusion.chosen),
+        scaling.chosen_shard,
     )
     check_output_name(path)
-    planned.check()
-    with (
-        run_goes_on(),
-        warnings_as_lines(),
-        ResultWriter.open(
-            path,
-            config=planned.config(*chosen, fusion.chosen, opened.name),
-            requests=requests,
-            fusion=fusion.chosen,
-            mode=run.results.mode,
-            judge=planned.judge,
-        ) as writer,
-    ):
-        shown, stats = _generate_rest(planned, chosen, fusion.chosen, writer, output)
+    planned.check(is_elsewhere=scaling.is_on_ray)
+    with run_goes_on(), warnings_as_lines():
+        if scaling.is_on_ray:
+            check_input(data.input)
+            job = planned.job(
+                choose, partial(_requests_of, open_input, planned), fusion.chosen, opened.name
+            )
+            outcome = generate_on_cluster(
+                job,
+                path,
+                run.results.mode,
+                scaling,
+                run.engine.device,
+                is_quiet=run.results.quiet,
+                is_verbose=output.verbose,
+            )
+            summary, stats = outcome.summary, outcome.stats
+            shown = [] if stats is None else first_generations(path, SHOWN_ANSWERS)
+        else:
+            requests = scaling.rows_of(requests)
+            job = planned.job(lambda: chosen, lambda: requests, fusion.chosen, opened.name)
+            with job.open_writer(path, requests, run.results.mode, requests.shard) as writer:
+                shown, stats = _generate_rest(job, writer, output, is_quiet=run.results.quiet)
+            summary = writer.summary
     # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
     if output.as_json:
-        print_json(outcome_figures(path, writer.summary, planned.judge, stats))
+        print_json(outcome_figures(path, summary, planned.judge, stats))
     elif not run.results.quiet:
         if stats is not None:
             if shown:
                 print_answers(shown, planned.judge)
             print_stats(stats, fusion.chosen)
-        print_outcome(path, writer.summary, planned.judge)
+        print_outcome(path, summary, planned.judge)
+
+
+def _requests_of(open_input: Callable[[], OpenInput], planned: PlannedRun) -> RequestSource:
+    return planned.checked(open_input().requests)
 
 
 def _write_stream(
@@ -166,39 +192,28 @@ def _write_stream(
     if planned.options.results.mode != "new":
         raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
     stream = RowStream(print_json_line, requests=requests, fusion=fusion, judge=planned.judge)
-    _generate_rest(planned, chosen, fusion, stream, output)
+    job = planned.job(lambda: chosen, lambda: requests, fusion, requests.rows.name)
+    _generate_rest(job, stream, output, is_quiet=planned.options.results.quiet)
 
 
 def _generate_rest(
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
-    writer: ResultWriter | RowStream,
-    output: OutputOptions,
+    job: DatasetJob, writer: ResultWriter | RowStream, output: OutputOptions, *, is_quiet: bool
 ) -> tuple[list[Generation], RunStats | None]:
     """Generate for the remaining requests; load the model only if there are some.
 
     Returns:
         The first generations, to be shown, and the statistics of the run; None without a run.
     """
-    from flexmask.results.dataset_run import DatasetRun
-
     if not writer.remaining:
         return [], None
-    engine = planned.load_engine()
-    if _is_streamed(planned, fusion, writer, output):
-        return [], _stream(engine, planned, chosen, fusion, writer, output)
-    run = DatasetRun(
-        engine,
-        chosen.strategy,
-        writer,
-        on_error=planned.options.rows.on_bad_row,
-        **planned.for_engine(),
-    )
+    engine, strategy = job.load_engine(), job.make_strategy()
+    if _is_streamed(job, writer, output, is_quiet=is_quiet):
+        return [], _stream(engine, strategy, job, writer, output)
+    run = job.run(engine, strategy, writer)
     if output.verbose:
-        print_notes(engine, chosen.strategy, fusion, run.generations)
+        print_notes(engine, strategy, job.fusion, run.generations)
     try:
-        shown = _run(run, writer, is_quiet=planned.options.results.quiet)
+        shown = _run(run, writer, is_quiet=is_quiet)
     except KeyboardInterrupt:
         rows = writer.summary.rows
         done = "were printed" if output.output == STDOUT else "are kept, --resume does the rest"
@@ -210,11 +225,11 @@ def _generate_rest(
 
 
 def _is_streamed(
-    planned: PlannedRun, fusion: Fusion, writer: ResultWriter | RowStream, output: OutputOptions
+    job: DatasetJob, writer: ResultWriter | RowStream, output: OutputOptions, *, is_quiet: bool
 ) -> bool:
     """Return True if the one answer of a run is printed to a terminal as it is generated."""
-    prints_text = not (output.as_json or output.output == STDOUT or planned.options.results.quiet)
-    is_one = len(writer.remaining) == 1 and fusion.name not in ("vote", "each")
+    prints_text = not (output.as_json or output.output == STDOUT or is_quiet)
+    is_one = len(writer.remaining) == 1 and job.fusion.name not in ("vote", "each")
     return is_one and prints_text and _is_terminal()
 
 
@@ -224,9 +239,8 @@ def _is_terminal() -> bool:
 
 def _stream(
     engine: Engine,
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
+    strategy: Strategy,
+    job: DatasetJob,
     writer: ResultWriter | RowStream,
     output: OutputOptions,
 ) -> RunStats | None:
@@ -234,15 +248,15 @@ def _stream(
     from flexmask.tasks.request_source import BadRow
 
     (request,) = writer.remaining
-    options = {name: value for name, value in planned.for_engine().items() if name != "batch_size"}
+    options = {name: value for name, value in job.options.items() if name != "batch_size"}
     try:
-        stream = engine.stream(request, chosen.strategy, fusion=writer.fusion, **options)
+        stream = engine.stream(request, strategy, fusion=writer.fusion, **options)
         if output.verbose:
-            print_notes(engine, chosen.strategy, fusion, stream.run)
+            print_notes(engine, strategy, job.fusion, stream.run)
         for piece in stream:
             write_text(piece, end="")
     except RequestError as error:
-        if planned.options.rows.on_bad_row == "stop":
+        if job.on_error == "stop":
             raise
         writer.write([BadRow(request.uuid, str(error), request)])
         return None

@@ -161,6 +161,15 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
     write_text(f"{results.rows} rows in {path}")
 
 
+def print_counts(path: Path, results: ResultSummary) -> None:
+    """Print the number of rows in a merged file, of those that failed and of correct ones."""
+    if results.judged:
+        write_text(f"exact: {results.correct} of {results.judged}")
+    if results.failed:
+        write_text(f"failed: {results.failed} rows; the column 'error' says why")
+    write_text(f"{results.rows} rows in {path}")
+
+
 def outcome_figures(
     path: Path, results: ResultSummary, judge: Judge, stats: RunStats | None
 ) -> dict[str, Any]:
@@ -188,10 +197,14 @@ def outcome_figures(
 def _accuracy(path: Path, judge: Judge) -> tuple[int, dict[str, Estimate]]:
     """Return the number of judged questions, and by metric the mean of their scores."""
     from flexmask.results.evaluation import estimate_mean, scores_by_question
-    from flexmask.results.result_writer import read_finished_rows
+    from flexmask.results.formats import open_rows
 
-    rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
-    uuids, correct, scores = rows.to_pydict().values()
+    found: dict[str, list[Any]] = {"uuid": [], "correct": [], "score": []}
+    for batch in open_rows(path):
+        judged = batch.filter(batch["correct"].is_valid())
+        for name, values in found.items():
+            values += judged[name].to_pylist()
+    uuids, correct, scores = found.values()
     columns = {"exact": correct}
     if judge.metric != "exact":
         columns[judge.metric] = scores
