@@ -327,7 +327,11 @@ class BatchRunner:
         with self._peak_bytes("decode_peak_bytes"):
             self._queue_step(prefill)
         self._count(
-            prefills=1, computed_tokens=plan.computed_tokens, copied_tokens=plan.copied_tokens
+            prefills=1,
+            computed_tokens=plan.computed_tokens,
+            copied_tokens=plan.copied_tokens,
+            cached_spans=plan.cached_spans,
+            kept_spans=len(plan.kept),
         )
 
     def _look_at_foreseen(self) -> None:

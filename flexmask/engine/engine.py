@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Self
@@ -10,6 +10,7 @@ from typing import Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
+from flexmask.checkpoint.identity import model_files
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.executor import Executor
@@ -32,6 +33,7 @@ from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
+from flexmask.kv_store.options import KVCacheOptions
 from flexmask.layout import TokenizedRequest
 from flexmask.limits import check_size
 from flexmask.plugins.registry import make_strategy
@@ -60,6 +62,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         prefill_kernel: PrefillKernel | None = None,
+        kv_cache: KVCacheOptions | None = None,
+        model_files: Mapping[str, str] | None = None,
     ) -> None:
         """Wrap a model loaded with ``attn_implementation="flexmask"``.
 
@@ -68,13 +72,43 @@ class Engine:
             tokenizer: Its tokenizer.
             prefill_kernel: The kernel that computes prompts on a GPU: ``triton`` or ``flash``,
                 which needs ``flexmask[flash]``; None to choose.
+            kv_cache: Where keys and values of documents and prefixes are kept, to be copied where
+                they occur again; None to keep none.
+            model_files: What identifies the model's files, for ``kv_cache.folder``;
+                `from_pretrained` finds it.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
+            KVStoreError: If the folder of the cache is another model's, or cannot be written.
+            OptionError: If a folder is asked for and the files of the model are not known.
         """
         self.executor = Executor(model, prefill_kernel)
         self.tokenizer = tokenizer
+        if kv_cache is not None:
+            if kv_cache.folder is not None and not model_files:
+                raise OptionError(
+                    "a folder of keys and values needs model_files, which identify the model; "
+                    "Engine.from_pretrained finds them"
+                )
+            name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+            self.runner.use_store(kv_cache, name, model_files or {})
+
+    def close(self) -> None:
+        """Write keys and values that wait for the cache's folder, and end its threads.
+
+        Raises:
+            KVStoreError: If the folder could not be written.
+        """
+        store, self.runner.store = self.runner.store, None
+        if store is not None:
+            store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -95,6 +129,7 @@ class Engine:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         prefill_kernel: PrefillKernel | None = None,
+        kv_cache: KVCacheOptions | None = None,
     ) -> Self:
         """Load a model by hub id, folder or GGUF file.
 
@@ -105,6 +140,7 @@ class Engine:
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             trust_remote_code: Run code that comes with the model.
             prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
+            kv_cache: Where keys and values are kept, as in `Engine`.
 
         Raises:
             AttentionError: If the kernel is not available, or the architecture does not support
@@ -112,6 +148,7 @@ class Engine:
             OptionError: If the device is not available, or does not support the dtype.
             ModelError: If the model cannot be loaded, or some of its weights are missing.
             CompilerError: If torch.compile finds no compiler.
+            KVStoreError: If the folder of the cache is another model's, or cannot be written.
         """
         target = resolve_device(device)
         with TURN:
@@ -121,7 +158,8 @@ class Engine:
                 dtype=resolve_dtype(dtype, target),
                 trust_remote_code=trust_remote_code,
             )
-        return cls(*loaded, prefill_kernel=prefill_kernel)
+        files = model_files(model) if kv_cache and kv_cache.folder else None
+        return cls(*loaded, prefill_kernel=prefill_kernel, kv_cache=kv_cache, model_files=files)
 
     def generate(
         self,

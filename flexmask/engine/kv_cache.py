@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from flexmask.attention.backend import bound_cache
+from flexmask.attention.key_turns import KeyTurn
 from flexmask.attention.model_probe import AttentionShape
 from flexmask.engine.row_loading import to_device
+from flexmask.kv_store.kv_format import LayerGroup
 from flexmask.kv_store.span_values import LayerGroupValues
 
 
@@ -37,17 +39,17 @@ class KVCache:
         self._dtype = dtype
         self._bound = (0, 0)
         self._layers: list[LayerGroupValues] = []
+        self._names_by_sizes: dict[tuple[int, int, int], list[str]] = {}
+        for name, shape in shapes.items():
+            sizes = (shape.num_kv_heads, shape.key_dim, shape.value_dim)
+            self._names_by_sizes.setdefault(sizes, []).append(name)
 
     def bind(self, batch_size: int, capacity: int) -> None:
         """Replace the buffers by zeros for ``batch_size`` rows of ``capacity`` slots."""
         device = next(self._views[0].parameters()).device
         self._bound = (batch_size, capacity)
         self._layers = []
-        names_by_sizes: dict[tuple[int, int, int], list[str]] = {}
-        for name, shape in self._shapes.items():
-            sizes = (shape.num_kv_heads, shape.key_dim, shape.value_dim)
-            names_by_sizes.setdefault(sizes, []).append(name)
-        for (heads, *dims), names in names_by_sizes.items():
+        for (heads, *dims), names in self._names_by_sizes.items():
             size = (len(names), heads, batch_size * capacity)
             pair = [torch.zeros(*size, d, dtype=self._dtype, device=device) for d in dims]
             self._layers.append(LayerGroupValues(*pair))
@@ -57,6 +59,15 @@ class KVCache:
                     for kind, tensor, dim in zip(("key", "value"), pair, dims, strict=True):
                         layer = _own_tensor(tensor[number], (heads, batch_size, capacity, dim))
                         module.register_buffer(f"{kind}_cache", layer, persistent=False)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Layers whose heads have equal sizes, by their index among the attention modules."""
+        indices = {name: index for index, name in enumerate(self._shapes)}
+        return tuple(
+            LayerGroup(tuple(indices[name] for name in names), *sizes)
+            for sizes, names in self._names_by_sizes.items()
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -91,6 +102,38 @@ class KVCache:
             LayerGroupValues(group.keys[:, :, slots].clone(), group.values[:, :, slots].clone())
             for group in self._layers
         )
+
+    def turned(
+        self,
+        values: Sequence[LayerGroupValues],
+        turns: Mapping[str, KeyTurn],
+        old_position: int,
+        new_position: int,
+    ) -> tuple[LayerGroupValues, ...]:
+        """Turn the keys of tokens with consecutive positions to other positions.
+
+        Args:
+            values: Keys and values of ``P`` tokens, as `copy_of` returns them.
+            turns: The turn of each attention module's keys, by its name.
+            old_position: Position of the first token so far.
+            new_position: Its new position.
+        """
+        steps = torch.arange(values[0].keys.shape[2], device=values[0].keys.device)
+        angles = {
+            turn: turn.angles(steps + old_position, steps + new_position)
+            for turn in turns.values()
+        }
+        result = []
+        for group, names in zip(values, self._names_by_sizes.values(), strict=True):
+            keys = group.keys.clone()
+            for turn in {turns[name] for name in names}:
+                layers = [index for index, name in enumerate(names) if turns[name] is turn]
+                if len(layers) == len(names):
+                    keys = turn.turn(keys, angles[turn])
+                else:
+                    keys[layers] = turn.turn(keys[layers], angles[turn])
+            result.append(LayerGroupValues(keys, group.values))
+        return tuple(result)
 
     def write(self, first_slots: Sequence[int], values: Sequence[LayerGroupValues]) -> None:
         """Write the same keys and values to several places.

@@ -16,8 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from flexmask.attention.flex_call import PrefillKernel
+from flexmask.attention.key_turns import KeyTurn, key_turns
 from flexmask.attention.model_block_mask import ModelBlockMask
-from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
+from flexmask.attention.model_probe import WHOLE_MODEL, probe_model, rotations
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.bound_strategy import BoundStrategy
 from flexmask.engine.compiled_view import (
@@ -37,6 +38,8 @@ from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
+from flexmask.kv_store.kv_format import KVFormat
+from flexmask.kv_store.options import KVCacheOptions
 from flexmask.kv_store.span_values import SpanValues
 from flexmask.kv_store.store import KVStore
 from flexmask.layout import Layout
@@ -74,6 +77,8 @@ class ModelRunner:
         decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
         store: Keys and values of spans, which `prefill` copies or adds; None for none.
+        own_positions_reason: Why spans from the store are used at their own position only; None
+            if they are used at any.
     """
 
     def __init__(
@@ -127,6 +132,48 @@ class ModelRunner:
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
         self.store: KVStore | None = None
+        self._probe, self._names = probe, names
+        self._turns: Mapping[str, KeyTurn] = {}
+        self._store_bytes = 0
+        self.own_positions_reason: str | None = None
+
+    def use_store(
+        self, options: KVCacheOptions, model: str, model_files: Mapping[str, str]
+    ) -> None:
+        """Keep keys and values of spans in a store, and copy them from there.
+
+        Args:
+            options: Where, and how many bytes.
+            model: Name of the model.
+            model_files: Identity of its files.
+
+        Raises:
+            KVStoreError: If the folder is that of another model, or cannot be written.
+        """
+        turns = key_turns(self._probe)
+        self.own_positions_reason = turns.reason
+        self._turns = {self._names[module]: turn for module, turn in turns.by_module.items()}
+        kv_format = KVFormat(
+            model,
+            model_files,
+            str(self._dtype).removeprefix("torch."),
+            self.cache.layer_groups,
+            {"rotary": rotations(self._probe.model.config.get_text_config())},
+        )
+        self._store_bytes = options.host_bytes if self._is_on_cpu else options.gpu_bytes
+        self.store = KVStore(
+            kv_format,
+            device=self.device,
+            device_bytes=self._store_bytes,
+            host_bytes=0 if self._is_on_cpu else options.host_bytes,
+            folder=options.folder,
+            folder_bytes=options.folder_bytes if options.folder else 0,
+        )
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the device's memory that the store may still take."""
+        return self._store_bytes - self.store.held_bytes[0] if self.store else 0
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
@@ -163,6 +210,7 @@ class ModelRunner:
             self._mask_cache,
             with_key_table=with_key_table,
             on_gpu=not self._is_on_cpu,
+            turns_keys=bool(self._turns),
         )
         bound = BoundStrategy(
             strategy,
@@ -199,7 +247,7 @@ class ModelRunner:
         free = free_bytes(self.device)
         if free is None:
             return rows
-        free += self.cache.num_bytes  # freed before other rows are bound
+        free += self.cache.num_bytes - self.reserved_bytes  # freed before other rows are bound
         while rows > 1 and rows * self.bytes_per_row(capacity) > free:
             rows //= 2
         return rows if rows * self.cache.bytes_per_row(capacity) <= free else 0
@@ -298,7 +346,11 @@ class ModelRunner:
         bound.load(plan, rows)
         self.cache.clear(to_device(plan.stale_slots, self.device))
         for copy in plan.copies:
-            self.cache.write(copy.first_slots, copy.values)
+            values = copy.values
+            if copy.old_position != copy.new_position:
+                positions = (copy.old_position, copy.new_position)
+                values = self.cache.turned(values, self._turns, *positions)
+            self.cache.write(copy.first_slots, values)
         if plan.inputs is not None:
             self._graphs.run(self._compute, plan.inputs, slack=self._num_keys // self._tile[1])
         for span in plan.kept:

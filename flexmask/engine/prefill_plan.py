@@ -24,13 +24,15 @@ class SpanCopy:
         values: Those of ``P`` tokens, on the device.
         length: ``P``.
         first_slots: The first slot of each place, counted over the slots of all rows.
-        distance: By how many positions keys are turned forward.
+        old_position: Position of the first token where its keys were computed.
+        new_position: Its position in these places.
     """
 
     values: tuple[LayerGroupValues, ...]
     length: int
     first_slots: tuple[int, ...]
-    distance: int
+    old_position: int
+    new_position: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class PrefillPlan:
         decode_kernels: The kernel that can decode these rows, by kind of layer.
         key_table: Slots of the keys of each row; None if decoding does not use a table.
         computed_tokens: Tokens to compute.
-        copied_tokens: Tokens whose keys and values are copied.
+        copied_tokens: Tokens whose keys and values are copied, or computed once for several.
+        cached_spans: Spans whose keys and values the store had.
     """
 
     rows: tuple[int, ...]
@@ -84,3 +87,4 @@ class PrefillPlan:
     key_table: KeyTable | None
     computed_tokens: int
     copied_tokens: int
+    cached_spans: int = 0

@@ -176,6 +176,7 @@ class PrefillPlanner:
             key_table=self._key_table(starts, length),
             computed_tokens=computed,
             copied_tokens=sum(counts) - computed,
+            cached_spans=len(found),
         )
 
     def _tables(self, prompts: Sequence[PromptSpans]) -> LayoutTables:
@@ -210,21 +211,23 @@ class PrefillPlanner:
                 for prompt, own in zip(prompts, prefix_starts, strict=True)
                 for start in own
             ]
-            copies.append(SpanCopy(prefix.values, len(prefix.token_ids), tuple(first_slots), 0))
+            copies.append(SpanCopy(prefix.values, len(prefix.token_ids), tuple(first_slots), 0, 0))
         places: dict[tuple[int, int], list[int]] = {}
         values_of = {}
         for (number, index), values in found.items():
             prompt = prompts[number]
             span = prompt.spans[index]
-            assert values.first_position is not None
-            distance = prompt.first_position(span) - values.first_position
-            key = id(values), distance
+            key = id(values), prompt.first_position(span)
             values_of[key] = values
             places.setdefault(key, []).append(prompt.row * self._capacity + span.start)
-        copies += [
-            SpanCopy(values_of[key].groups, values_of[key].num_tokens, tuple(slots), key[1])
-            for key, slots in places.items()
-        ]
+        for key, slots in places.items():
+            values = values_of[key]
+            assert values.first_position is not None
+            copies.append(
+                SpanCopy(
+                    values.groups, values.num_tokens, tuple(slots), values.first_position, key[1]
+                )
+            )
         return tuple(copies)
 
     def _kept(self, prompts: Sequence[PromptSpans], found: Found) -> tuple[KeptSpan, ...]:
