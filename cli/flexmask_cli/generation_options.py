@@ -17,8 +17,8 @@ from flexmask_cli.dataset_options import DEMO
 from flexmask_cli.engine_loading import load_engine, load_tokenizer
 from flexmask_cli.options import (
     BatchOptions,
+    CachedEngineOptions,
     ChatOptions,
-    EngineOptions,
     JudgeOptions,
     ModelOptions,
     ResultOptions,
@@ -48,7 +48,7 @@ class RunOptions:
     batch: BatchOptions
     sampling: SamplingOptions
     judging: JudgeOptions
-    engine: EngineOptions
+    engine: CachedEngineOptions
     results: ResultOptions
 
 

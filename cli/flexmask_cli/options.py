@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
@@ -13,10 +14,11 @@ from flexmask.checkpoint.model_name import check_model_name
 from flexmask.device import check_device_name, check_dtype_name
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
+from flexmask.kv_store.options import DEFAULT_FOLDER_BYTES, KVCacheOptions
 from flexmask.limits import read_size
 from flexmask.sampling import Sampling
 from flexmask_cli import completion
-from flexmask_cli.option_kinds import Pair, flag, is_utf8, pairs, size, text
+from flexmask_cli.option_kinds import Pair, byte_size, flag, is_utf8, pairs, path, size, text
 
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
@@ -348,6 +350,39 @@ class EngineOptions(DeviceOptions):
         """The prefill kernel; None for ``auto``."""
         return (
             None if self.prefill_kernel == "auto" else cast("PrefillKernel", self.prefill_kernel)
+        )
+
+
+@dataclass(frozen=True)
+class CachedEngineOptions(EngineOptions):
+    """Device, dtype and prefill kernel of an engine, and where it keeps keys and values."""
+
+    kv_cache: Annotated[
+        Path | None,
+        path(
+            "--kv-cache",
+            help="A folder that keeps keys and values of prefixes and documents for later runs; "
+            "many may share it (docs/kv-cache.md).",
+        ),
+    ] = None
+    kv_cache_folder_size: Annotated[
+        int,
+        byte_size("--kv-cache-folder-size", help="Most bytes in that folder.", least=1),
+    ] = DEFAULT_FOLDER_BYTES
+    kv_cache_gpu: Annotated[
+        int, byte_size("--kv-cache-gpu", help="Bytes of GPU memory that keep them in a run.")
+    ] = 0
+    kv_cache_host: Annotated[
+        int, byte_size("--kv-cache-host", help="Bytes of host memory that keep them in a run.")
+    ] = 0
+
+    @property
+    def chosen_cache(self) -> KVCacheOptions | None:
+        """Where keys and values are kept; None for nowhere."""
+        if not (self.kv_cache or self.kv_cache_gpu or self.kv_cache_host):
+            return None
+        return KVCacheOptions(
+            self.kv_cache_gpu, self.kv_cache_host, self.kv_cache, self.kv_cache_folder_size
         )
 
 

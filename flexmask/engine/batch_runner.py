@@ -253,6 +253,16 @@ class BatchRunner:
                 self._raise_error()
         return found
 
+    def flush_store(self) -> None:
+        """Wait until the store's folder has all spans that were kept.
+
+        Raises:
+            KVStoreError: If it could not be written.
+        """
+        store = self._executor.runner.store
+        if store is not None:
+            store.flush()
+
     def settle(self) -> None:
         """Finish all prompts in flight, for `advance` to return; another run calls this."""
         try:

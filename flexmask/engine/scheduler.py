@@ -107,6 +107,7 @@ class Scheduler:
 
         Raises:
             ModelError: If memory does not suffice for a single prompt group.
+            KVStoreError: If the folder of keys and values could not be written.
         """
         finished: Sequence[PlacedGroup] = ()
         while True:
@@ -121,6 +122,7 @@ class Scheduler:
             if self._runner.is_done and not self._waiting:
                 break
             finished = self._advance()
+        self._runner.flush_store()
         if self._error is not None:
             raise self._error
 
