@@ -136,6 +136,7 @@ def test_generate_prints_the_one_answer_on_a_terminal_as_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexmask_cli.commands import generate
+    from flexmask_cli.generation_options import PlannedRun
 
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"segments": ["Q: one?"], "suffix": "A:", "answers": ["42"]}\n')
@@ -151,8 +152,7 @@ def test_generate_prints_the_one_answer_on_a_terminal_as_it_comes(
         asked.append(request.uuid)
         return Stream([" 4", "\x1b", "2"])
 
-    planned: Any = generate.PlannedRun
-    monkeypatch.setattr(planned, "load_engine", lambda _: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(PlannedRun, "load_engine", lambda _: SimpleNamespace(stream=stream))
     monkeypatch.setattr(generate, "_is_terminal", lambda: True)
     monkeypatch.setattr(generate, "print_stats", lambda stats, fusion: None)
     printed = run_command("generate", "-i", "rows.jsonl", "-o", "out.jsonl", "-s", "causal")
