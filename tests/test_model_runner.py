@@ -367,7 +367,8 @@ def test_what_prompts_of_a_prefill_begin_with_is_computed_once(runners, models, 
     plan = runner.plan(dict(enumerate(layouts)), 8)
     alone = sum(len(layout) - 1 for layout in layouts)
     # ensemble_isolation has two copies of the prefix in each prompt; both are shared.
-    again = 30 + 40 if isinstance(strategy, PrefixSegment) else 40 + 2 * 40 + 2 * 30
+    has_copies = isinstance(strategy, EnsembleIsolation)
+    again = 40 + 2 * 40 + 2 * 30 if has_copies else 40 + 30
     assert plan.computed_tokens == alone - again
     assert plan.copied_tokens == again
     tokens, logits = decode(runner, strategy, layouts[:3], steps=8)
