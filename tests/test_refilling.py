@@ -13,6 +13,7 @@ from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import Fusion
+from flexmask.layout import Layout
 from flexmask.sampling import Sampling
 from oracles import as_on_gpu, make_model
 from oracles import random_text_request as request
@@ -105,7 +106,8 @@ def test_masks_of_the_next_prompts_are_found_while_the_device_works(
     engine, alone, prefills, monkeypatch
 ):
     monkeypatch.setattr(DeviceClock, "has_passed", lambda clock, mark: False)
-    foresee, foreseen = PrefillPlanner.foresee, []
+    foresee = PrefillPlanner.foresee
+    foreseen: list[tuple[int, Layout]] = []
 
     def noted(planner, layouts, max_new_tokens):
         foreseen.extend((len(prefills), layout) for layout in layouts)

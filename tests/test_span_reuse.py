@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from flexmask import Engine
@@ -118,13 +120,21 @@ def test_a_store_in_a_folder_serves_another_engine_of_the_same_model_only(
 def test_a_folder_needs_a_model_whose_files_are_known(tmp_path, models):
     options = KVCacheOptions(folder=tmp_path)
     with pytest.raises(OptionError, match="model_files"):
-        Engine(models("llama", "flexmask", "cpu"), PreTrainedTokenizerFast, kv_cache=options)
+        Engine(
+            models("llama", "flexmask", "cpu"),
+            PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())),
+            kv_cache=options,
+        )
 
 
 def test_gpu_memory_needs_a_gpu(models):
     options = KVCacheOptions(gpu_bytes=2**20)
     with pytest.raises(OptionError, match="gpu_bytes needs a model on a GPU"):
-        Engine(models("llama", "flexmask", "cpu"), PreTrainedTokenizerFast, kv_cache=options)
+        Engine(
+            models("llama", "flexmask", "cpu"),
+            PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())),
+            kv_cache=options,
+        )
 
 
 def test_a_cache_without_bytes_is_refused():
