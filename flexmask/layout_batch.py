@@ -7,6 +7,7 @@ that captured them is not compiled again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from flexmask.errors import LayoutError
 from flexmask.layout import PADDING, TAIL, Layout
 from flexmask.torch_internals import mark_static
+
+CPU = torch.device("cpu")
 
 
 class LayoutBatch:
@@ -33,6 +36,15 @@ class LayoutBatch:
         # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
         mark_static(self.segment_ids)
         mark_static(self.position_ids)
+
+    @cached_property
+    def choices(self) -> ChoiceTables:
+        """The choices behind the prompts, in buffers too; allocated when a mask asks for them."""
+        batch_size, capacity = self.segment_ids.shape
+        tables = _without_choices(batch_size, capacity, self.device)
+        for buffer in tables:
+            mark_static(buffer)
+        return tables
 
     @property
     def device(self) -> torch.device:
@@ -67,10 +79,19 @@ class LayoutBatch:
         """Load tables that `layout_tables` made for a batch of this shape."""
         self.segment_ids.copy_(tables.segment_ids)
         self.position_ids.copy_(tables.position_ids)
+        if tables.choices is not None:
+            for buffer, content in zip(self.choices, tables.choices, strict=True):
+                buffer.copy_(content)
 
     def load_rows(self, rows: Tensor, tables: LayoutTables) -> None:
         """Load tables of ``N`` rows into ``rows``, ``(N,)`` indices on the device."""
-        for buffer, content in zip((self.segment_ids, self.position_ids), tables, strict=True):
+        pairs = [
+            (self.segment_ids, tables.segment_ids),
+            (self.position_ids, tables.position_ids),
+        ]
+        if tables.choices is not None:
+            pairs += zip(self.choices, tables.choices, strict=True)
+        for buffer, content in pairs:
             buffer.index_copy_(0, rows, content.to(self.device, non_blocking=True))
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
@@ -90,16 +111,32 @@ class LayoutBatch:
         return self.position_ids.gather(1, slots[:, None]).long()
 
 
+class ChoiceTables(NamedTuple):
+    """Choices that continue prompts, for each slot of each row.
+
+    Attributes:
+        choice_ids: ``(B, capacity)`` int32: the number of the token's choice, from 1; 0 where
+            there is none.
+        tail_slots: ``(B, capacity)`` int32: the slot that the token would have if its choice were
+            the only one; its own slot where there is none.
+    """
+
+    choice_ids: Tensor
+    tail_slots: Tensor
+
+
 class LayoutTables(NamedTuple):
     """The content of a `LayoutBatch`, on the CPU.
 
     Attributes:
         segment_ids: ``(B, capacity)`` int32.
         position_ids: ``(B, capacity)`` int32.
+        choices: The choices; None if no layout has any.
     """
 
     segment_ids: Tensor
     position_ids: Tensor
+    choices: ChoiceTables | None = None
 
 
 def layout_tables(
@@ -134,4 +171,19 @@ def layout_tables(
         torch.add(slots, layout.next_position - stop, out=position_ids[row])
         position_ids[row, :start] = 0
         position_ids[row, start:stop] = layout.position_tensor
-    return LayoutTables(segment_ids, position_ids)
+    has_choices = any(layout.choice_lengths for layout in layouts)
+    choices = _without_choices(batch_size, capacity, CPU) if has_choices else None
+    if choices is not None:
+        for row, (layout, start) in enumerate(zip(layouts, starts, strict=True)):
+            own = slice(start, start + len(layout))
+            choices.choice_ids[row, own] = layout.choice_tensor
+            choices.tail_slots[row, own] = layout.tail_slot_tensor + start
+    return LayoutTables(segment_ids, position_ids, choices)
+
+
+def _without_choices(batch_size: int, capacity: int, device: torch.device) -> ChoiceTables:
+    shape = (batch_size, capacity)
+    slots = torch.arange(capacity, dtype=torch.int32, device=device)
+    return ChoiceTables(
+        torch.zeros(shape, dtype=torch.int32, device=device), slots.repeat(batch_size, 1)
+    )

@@ -89,8 +89,21 @@ class PromptEncoder:
             prefix, left = self._opening(turn.before, turn.prefix)
         space, encoded = self._encode_segments(segments, left)
         with _naming("suffix"):
-            suffix = self._ending(turn.suffix, turn.after)
+            suffix, _ = self._ending(turn.suffix, turn.after)
         return EncodedPrompt(prefix.then(space), encoded, suffix)
+
+    def encode_choices(self, turn: UserTurn, choices: Sequence[str]) -> list[Encoded]:
+        """Encode texts, each of which continues a prompt.
+
+        Raises:
+            RequestError: If the tokenizer has no tokens for one; the message names it.
+        """
+        _, left = self._ending(turn.suffix, turn.after)
+        encoded = []
+        for number, text in enumerate(choices, start=1):
+            with _naming(f"choice {number}"):
+                encoded.append(self._encoder.encode(text, left))
+        return encoded
 
     def encode_text(self, text: str) -> Encoded:
         """Encode a text that continues another."""
@@ -103,10 +116,10 @@ class PromptEncoder:
             return space.then(encoded), "text"
         return self._encode_parts(self._encoder.split(before, tail=prefix), "start", "text")
 
-    def _encode_ending(self, suffix: str, after: str) -> Encoded:
-        """Encode everything after the segments."""
+    def _encode_ending(self, suffix: str, after: str) -> tuple[Encoded, Left]:
+        """Encode everything after the segments; also return what is to the left of an answer."""
         right: Right = "end" if self._is_chat else "text"
-        return self._encode_parts(self._encoder.split(after, head=suffix), "text", right)[0]
+        return self._encode_parts(self._encoder.split(after, head=suffix), "text", right)
 
     def _encode_parts(
         self, parts: Sequence[str | int], left: Left, right: Right

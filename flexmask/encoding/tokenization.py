@@ -132,6 +132,21 @@ class RequestTokenizer:
         special_texts = [piece.special_text for _, piece in prompt.named() if piece.special_text]
         return replace(tokenized, special_text=special_texts[0]) if special_texts else tokenized
 
+    def choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        """Tokenize the choices of a request, each as a piece that continues the prompt.
+
+        Raises:
+            RequestError: If a choice cannot be tokenized or leaves no token, or has tokens that
+                the model does not know.
+        """
+        encoded = self._encoder.encode_choices(self._turn(request), request.choices)
+        for number, piece in enumerate(encoded, start=1):
+            if not piece.token_ids:
+                text = request.choices[number - 1]
+                raise RequestError(f"choice {number} ({text!r:.40}) has no tokens")
+            self._check_known(f"choice {number}", piece)
+        return tuple(piece.token_ids for piece in encoded)
+
     def in_chat(self, request: Request) -> Request:
         """Return the request with the text of the chat template, if one is used.
 

@@ -1,4 +1,4 @@
-"""The engine: generates for requests with one model, under mask strategies."""
+"""The engine: generates for requests, or scores their choices, under mask strategies."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
+from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
-from flexmask.fusion import Fusion
+from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.layout import TokenizedRequest
 from flexmask.limits import check_size
@@ -213,6 +214,64 @@ class Engine:
         return GenerationRun(
             self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
         )
+
+    def score(
+        self,
+        requests: Iterable[Request],
+        strategy: Strategy | str,
+        *,
+        fusion: Fusion | str = "attention",
+        batch_size: int | None = None,
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+        on_refused: Callable[[Request, RequestError], None] | None = None,
+    ) -> ScoringRun:
+        """Score the choices of each request; results come in the order of the requests.
+
+        A request and its choices are one prompt: every choice continues it, at the positions after
+        it, and sees of it what generated tokens would see; choices do not see each other.
+
+        Args:
+            requests: The requests, each with at least two choices.
+            strategy: The mask strategy, or the name of one for its default parameters.
+            fusion: The way the segments of a request become one score, one of `SCORE_FUSIONS`:
+                ``attention``, ``none`` and ``each`` as in `generate`; ``mean`` and ``mean_prob``
+                fuse the scores of the segments (`flexmask.choice_scores.fused_scores`).
+            batch_size: Prompts that run together; None chooses by memory.
+            chat_template: Put requests into the tokenizer's chat template.
+            allow_special_tokens: As in `generate`.
+            on_refused: As in `generate`.
+
+        Raises:
+            RequestError: If a request is refused and there is no ``on_refused``.
+            ModelError: If a chat template is asked for and the tokenizer has none that can be
+                used.
+            OptionError: If an option has an impossible value.
+            StrategyError: If there is no strategy of that name.
+            TypeError: If requests are of another type.
+        """
+        if isinstance(strategy, str):
+            strategy = make_strategy(strategy, {})
+        if isinstance(fusion, str):
+            fusion = Fusion(fusion)
+        check_score_fusion(fusion)
+        if batch_size is not None:
+            check_size("batch_size", batch_size, 1)
+        requests = checked_requests(requests)
+        tokenizer = RequestTokenizer(
+            self.tokenizer,
+            chat_template=chat_template,
+            allow_special_tokens=allow_special_tokens,
+            num_embeddings=num_embeddings(self.model),
+        )
+        planner = PromptPlanner(
+            strategy, tokenizer, 0, self.runner.context, fusion, None, on_refused,
+            scores_choices=True,
+        )  # fmt: skip
+        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
+        lookaheads = planner.lookaheads(requests, LOOKAHEAD_BATCHES * max(1, rows))
+        scorer = ChoiceScorer(self.executor, strategy, batch_size)
+        return ScoringRun(scorer, lookaheads, fusion, on_refused)
 
     def warm_up(
         self,

@@ -141,6 +141,17 @@ class PrefillPlanner:
         counts = [len(layout) - 1 for layout in prompts.values()]
         return self._plan(prompts, counts, prefix, max_new_tokens or self._capacity)
 
+    def plan_whole(
+        self, prompts: Mapping[int, Layout], prefix: CachedPrefix | None = None
+    ) -> PrefillPlan:
+        """Plan to compute all tokens of prompts, after which nothing is decoded.
+
+        Args:
+            prompts: The layout of each prompt, by batch row, shorter than the capacity.
+            prefix: A prefix that is copied where prompts hold it.
+        """
+        return self._plan(prompts, [len(layout) for layout in prompts.values()], prefix, 0)
+
     def plan_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Plan to compute the first ``length`` tokens of a prompt in row 0.
 
@@ -273,7 +284,7 @@ class PrefillPlanner:
         mask is proved to be causal for the slots of the fusion tail.
         """
         kernels: dict[str, DecodeKernel] = dict.fromkeys(self._masks, "flex_attention")
-        if self._changes_scores:
+        if self._changes_scores or not max_new_tokens:
             return kernels
         self._batch.open_tail_of(torch.tensor(list(prompts)), torch.tensor(counts))
         places = list(zip(prompts, counts, strict=True))
