@@ -109,12 +109,8 @@ class Request:
             raise RequestError("one of the weights must be more than 0")
 
     def _check_choices(self) -> None:
-        if len(self.choices) == 1:
-            raise RequestError(f"choices must be at least two, got only {self.choices[0]!r:.60}")
-        for number, choice in enumerate(self.choices, start=1):
-            if not choice:
-                raise RequestError(f"choice {number} is empty")
-            _check_text(f"choice {number}", choice)
+        if self.choices:
+            check_choices(self.choices)
         if self.answer is not None:
             right = self.choices[choice_index(self.answer, self.choices)]
             object.__setattr__(self, "answers", self.answers or (right.strip(),))
@@ -153,6 +149,22 @@ class Request:
             replace(self, segments=(text,), weights=(), segment=number)
             for number, text in enumerate(self.segments, start=1)
         ]
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Check that one of some choices can be chosen.
+
+    Raises:
+        RequestError: If there are fewer than two, one is empty, or one holds half of a surrogate
+            pair.
+    """
+    if len(choices) < 2:
+        got = f"only {choices[0]!r:.60}" if choices else "none"
+        raise RequestError(f"choices must be at least two, got {got}")
+    for number, choice in enumerate(choices, start=1):
+        if not choice:
+            raise RequestError(f"choice {number} is empty")
+        _check_text(f"choice {number}", choice)
 
 
 def choice_index(answer: int | str, choices: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from flexmask.attention.placement import RowPlacement
 from flexmask.attention.scaled_part import place_part
 from flexmask.choice_scores import ChoiceScore, Score, fused_scores
 from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine import Engine
 from flexmask.engine.choice_prompt import ChoicePrompt, stored_choices
 from flexmask.engine.choice_strategy import ChoiceStrategy
 from flexmask.errors import LayoutError, OptionError, RequestError
@@ -190,6 +191,16 @@ def test_the_engine_scores_as_a_dense_pass_for_each_choice(scored, models, token
             assert choice.token_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
             assert choice.logprob == pytest.approx(expected.sum().item(), abs=1e-5)
             assert choice.is_greedy == (logits.argmax(-1).tolist() == list(tokens))
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_equal_those_on_a_cpu(scored, models, tokenizer):
+    torch.set_float32_matmul_precision("highest")
+    requests, scores, _ = scored
+    on_gpu = Engine(models("llama", "flexmask", "cuda"), tokenizer)
+    for one, other in zip(on_gpu.score(requests, PrefixSegment()), scores, strict=True):
+        found = [choice.logprob for choice in one.choices]
+        assert found == pytest.approx([choice.logprob for choice in other.choices], abs=1e-4)
 
 
 def test_a_prompt_is_computed_once_however_many_choices_it_has(scored, tokenizer):

@@ -66,9 +66,9 @@ class InputOptions:
             metavar="INPUT",
             help="A JSON Lines, CSV, Parquet, Feather or Arrow file; a folder saved by datasets "
             "or a hub id, either with :split; or - for JSON Lines on standard input. Without a "
-            "task its rows have the column segments and may have uuid, prefix, suffix, answers "
-            "and weights. Default: the sample rows of the task; without a task, the questions "
-            "that come with flexmask.",
+            "task its rows have the column segments and may have uuid, prefix, suffix, answers, "
+            "weights and, for score, choices and answer. Default: the sample rows of the task; "
+            "without a task, the questions that come with flexmask.",
         ),
     ] = None
     column: Annotated[
@@ -122,6 +122,7 @@ class InputOptions:
         num_segments: int | None = None,
         limit: int | None = None,
         on_bad_row: OnError = "stop",
+        reads_choices: bool = False,
     ) -> OpenInput:
         """Load the task and open the input; no row is read yet.
 
@@ -130,6 +131,7 @@ class InputOptions:
             num_segments: Number of segments to keep of each request; None for all.
             limit: Number of rows to read; None for all.
             on_bad_row: ``stop`` raises at a bad row; ``skip`` yields it as a `BadRow`.
+            reads_choices: Read the columns ``choices``, which is required then, and ``answer``.
 
         Raises:
             OptionError: If an option needs a task and there is none, or has a wrong value.
@@ -140,18 +142,19 @@ class InputOptions:
         from flexmask.tasks.task_requests import TaskPrompts
 
         by_column = fusion.weights == "column"
-        columns = self._columns(by_column)
+        columns = self._columns(by_column, reads_choices)
         task = self._load_task(columns)
         rows = self._rows(task)
         prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
         make = (
-            PlainRequests(columns, prefix, by_column)
+            PlainRequests(columns, prefix, by_column, reads_choices)
             if task is None
             else TaskPrompts(
                 task,
                 rows,
                 prefix=prefix,
                 reads_weights=by_column,
+                reads_choices=reads_choices,
                 chosen_columns=columns,
                 examples_format=self._examples_format(),
             )
@@ -182,11 +185,14 @@ class InputOptions:
             examples=self._change_examples(task.examples),
         )
 
-    def _columns(self, reads_weights: bool) -> dict[str, tuple[str, ...]]:
+    def _columns(self, reads_weights: bool, reads_choices: bool) -> dict[str, tuple[str, ...]]:
         """Return the columns to read instead of each name."""
         columns = {name: tuple(columns.split(",")) for name, columns in self.column}
         if "weights" in columns and not reads_weights:
             raise OptionError("--column weights=… is read with --fusion-weights column only")
+        for name in ("choices", "answer"):
+            if name in columns and not reads_choices and self.task is None:
+                raise OptionError(f"--column {name}=… is read by score only")
         return columns
 
     def _change_examples(self, examples: Examples) -> Examples:

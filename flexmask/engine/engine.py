@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Self
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
@@ -22,6 +23,7 @@ from flexmask.engine.model_runner import (
     bucketed_capacity,
     num_embeddings,
 )
+from flexmask.engine.output_head import TokenScores
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.run_options import RunOptions
@@ -32,7 +34,7 @@ from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
-from flexmask.layout import TokenizedRequest
+from flexmask.layout import TAIL, Layout, TokenizedRequest
 from flexmask.limits import check_size
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, checked_requests
@@ -272,6 +274,43 @@ class Engine:
         lookaheads = planner.lookaheads(requests, LOOKAHEAD_BATCHES * max(1, rows))
         scorer = ChoiceScorer(self.executor, strategy, batch_size)
         return ScoringRun(scorer, lookaheads, fusion, on_refused)
+
+    def score_tokens(
+        self,
+        prompts: Sequence[tuple[TokenizedRequest, Choices]],
+        strategy: Strategy,
+        *,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[int, list[TokenScores]]]:
+        """Score choices of prompts that are tokenized already; what `score` does with texts.
+
+        Args:
+            prompts: Each prompt with the tokens of its choices: at least one of each. A prompt
+                that is a fusion tail alone is causal.
+            strategy: The mask strategy.
+            batch_size: Prompts that run together; None chooses by memory.
+
+        Yields:
+            The index of a prompt, and the scores of the tokens of each of its choices; long
+            prompts first.
+
+        Raises:
+            RequestError: If a prompt cannot be laid out, or exceeds the model's context.
+        """
+        made = []
+        for number, (tokenized, choices) in enumerate(prompts):
+            if tokenized.prefix or tokenized.segments:
+                layout = strategy.layout(tokenized)
+            else:
+                count = len(tokenized.tail)
+                layout = Layout(tokenized.tail, (TAIL,) * count, tuple(range(count)))
+            added = max(map(len, choices)) - 1
+            context = self.runner.context
+            if excess := beyond_context(layout, added, context, "the longest choice"):
+                raise RequestError(f"prompt {number}: {excess}; shorten the prompt")
+            made.append(ChoicePrompt(layout.with_choices(stored_choices(choices)), choices))
+        for batch in ChoiceScorer(self.executor, strategy, batch_size).scores(made):
+            yield from batch
 
     def warm_up(
         self,

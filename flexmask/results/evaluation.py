@@ -100,21 +100,31 @@ def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> E
         OutputError: If it is not a result file, or has no accepted answers.
     """
     table = read_finished_rows(path)
-    columns = (table[name].to_pylist() for name in ("uuid", "prediction", "answers"))
+    names = ("uuid", "prediction", "answers", "correct")
+    columns = (table[name].to_pylist() for name in names)
     judged = [row for row in zip(*columns, strict=True) if row[2]]
+    holds_scores = "choices" in table.column_names
+    if holds_scores:  # where the right choice is known, and not accepted answers alone
+        judged = [row for row in judged if row[3] is not None]
     if not judged:
         raise OutputError(f"{path}: none of its rows has accepted answers to judge by")
     scores = {}
     for metric in metrics:
         judge = Judge(metric=metric, language=language)
-        of_rows = [judge.score(prediction, answers) for _, prediction, answers in judged]
+        of_rows = [
+            # Texts that are equal once normalized are two choices nevertheless.
+            float(correct)
+            if holds_scores and metric == "exact"
+            else judge.score(prediction, answers)
+            for _, prediction, answers, correct in judged
+        ]
         by_question = scores_by_question((uuid for uuid, *_ in judged), of_rows)
         scores[metric] = list(by_question.values())
     return Evaluation(
         path=path,
         rows=table.num_rows,
         failed=table["finish_reason"].to_pylist().count(FAILED),
-        answers={uuid: tuple(answers) for uuid, _, answers in judged},
+        answers={uuid: tuple(answers) for uuid, _, answers, _ in judged},
         scores=scores,
         estimates={metric: estimate_mean(values) for metric, values in scores.items()},
     )

@@ -19,7 +19,7 @@ import pyarrow as pa
 from flexmask.errors import OutputError
 from flexmask.results.batch_checksum import checksum
 from flexmask.results.journal_stream import JournalContent, is_stream, read_stream
-from flexmask.results.schema import RUN, SCHEMA
+from flexmask.results.schema import RUN, SCHEMAS
 from flexmask.results.whole_file import WRITING, os_errors, replacing, target_of
 
 _FEATHER = b"ARROW1"
@@ -161,17 +161,18 @@ def _read_parquet(path: Path) -> pa.Table:
 
     with ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
-    if table.column_names != SCHEMA.names:
+    schema = SCHEMAS.get(tuple(table.column_names))
+    if schema is None:
         return table
-    return table.cast(SCHEMA.with_metadata(table.schema.metadata))  # Parquet renames list items
+    return table.cast(schema.with_metadata(table.schema.metadata))  # Parquet renames list items
 
 
 def _read_json_lines(path: Path) -> pa.Table:
     sidecar = sidecar_path(path)
     metadata = {RUN: sidecar.read_bytes()} if sidecar.exists() else {}
-    schema = SCHEMA.with_metadata(metadata)
     with path.open(encoding="utf-8") as file:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
-    if any(row.keys() != set(schema.names) for row in rows):
-        return pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
-    return pa.Table.from_pylist(rows, schema=schema)
+    for names, schema in SCHEMAS.items():
+        if all(row.keys() == set(names) for row in rows):
+            return pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
+    return pa.Table.from_pylist(rows).replace_schema_metadata(metadata)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexmask.answers import normalize_answer
+from flexmask.choice_scores import Normalize, Score, check_normalization
 from flexmask.errors import OptionError
 from flexmask.generation import Generation
 
@@ -99,6 +100,28 @@ class Judge:
         if self.metric == "lemma":
             return float(is_lemma_match(prediction, answers, self.language))
         return float(is_exact_match(prediction, answers))
+
+
+@dataclass(frozen=True)
+class ChoiceJudge:
+    """Picks the choice with the highest score, and compares it with the right one by its index.
+
+    Attributes:
+        normalize: What log-probabilities are divided by before they are compared.
+    """
+
+    normalize: Normalize = "none"
+    metric = "exact"
+
+    def __post_init__(self) -> None:
+        check_normalization(self.normalize)
+
+    def check(self) -> None:
+        """Do nothing: no package is needed."""
+
+    def prediction(self, score: Score) -> str:
+        """Return the text of the choice with the highest score."""
+        return score.request.choices[score.chosen(self.normalize)].strip()
 
 
 def _f1(prediction: str, answer: str) -> float:

@@ -14,13 +14,14 @@ from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
-from flexmask.request import Request, RequestKey
+from flexmask.request import Request, RequestKey, check_choices, choice_index
 
 OnError = Literal["stop", "skip"]
 """Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
 
-FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights")
-"""Columns that a request is read from if there is no task."""
+FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights", "choices", "answer")
+"""Columns that a request is read from if there is no task; ``weights``, ``choices`` and ``answer``
+are read only where they are used."""
 
 MAX_CHARACTERS = 8 * 2**20
 """Size limit of a request. A million tokens of English are some five million characters;
@@ -69,11 +70,14 @@ class PlainRequests:
         columns: Renamed columns: for a name, the columns of the row to read.
         prefix: Replaces the prefix of every row.
         reads_weights: Whether to read the column ``weights``.
+        reads_choices: Whether to read the columns ``choices``, which is required then, and
+            ``answer``.
     """
 
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str | None = None
     reads_weights: bool = False
+    reads_choices: bool = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -102,10 +106,39 @@ class PlainRequests:
             answers=columns.answers(),
             uuid=columns.uuid(str(row.number)),
             weights=columns.weights(["segments"]) if self.reads_weights else (),
+            choices=choices_of(columns) if self.reads_choices else (),
+            answer=answer_of(columns) if self.reads_choices else None,
         )
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Do nothing: rows without segments are refused one by one."""
+
+
+def choices_of(columns: Columns) -> tuple[str, ...]:
+    """Return the choices of a row.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        RequestError: If they are no choices.
+    """
+    if "choices" not in columns or columns["choices"] is None:
+        keys = ", ".join(repr(key) for key in columns) or "none"
+        raise MissingColumnError(
+            f"the row has no 'choices', a list of strings; its columns: {keys}"
+        )
+    choices = columns.choices()
+    check_choices(choices)
+    return choices
+
+
+def answer_of(columns: Columns) -> int | None:
+    """Return the index of a row's right choice; None if it names none.
+
+    Raises:
+        RequestError: If what it names is none of its choices.
+    """
+    answer = columns.answer()
+    return None if answer is None else choice_index(answer, columns.choices())
 
 
 @dataclass(frozen=True)
@@ -183,7 +216,8 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         self.fusion.check(request)
-        characters = len(request.prefix) + len(request.suffix) + sum(map(len, request.segments))
+        texts = (request.prefix, request.suffix, *request.segments, *request.choices)
+        characters = sum(map(len, texts))
         if characters > MAX_CHARACTERS:
             raise RequestError(
                 f"its prompt has {characters:,} characters, more than any model takes; shorten "
@@ -208,6 +242,7 @@ def read_requests(
     limit: int | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    with_choices: bool = False,
 ) -> list[Request]:
     """Read all requests of an input with a column ``segments``, a list of strings.
 
@@ -221,6 +256,7 @@ def read_requests(
         limit: Number of rows to read; None for all.
         delimiter: Character between the cells of CSV; None to detect it.
         encoding: Encoding of a text file; None for UTF-8.
+        with_choices: Also read the columns ``choices`` and ``answer``, for `Engine.score`.
 
     Raises:
         OptionError: If the delimiter or the encoding is invalid.
@@ -228,5 +264,6 @@ def read_requests(
             file, the line and what to do.
     """
     rows = open_input(source, TextFormat(delimiter, encoding))
-    requests = RequestSource(rows, limit=limit, num_segments=num_segments)
+    make = PlainRequests(reads_choices=with_choices)
+    requests = RequestSource(rows, make, limit=limit, num_segments=num_segments)
     return [request for request in requests if isinstance(request, Request)]

@@ -28,6 +28,7 @@ _MAX_BYTES = 2**20
 _MAX_DEPTH = 20
 """Nesting limit of tables and lists; a task has five levels, and its rows may have more."""
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
+CHOICE = "{{ choice }}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Task:
         prefix: Jinja template of the prefix, with ``instruction``, ``examples`` and the row.
         segment: Template of a segment, with ``paraphrase``, ``instruction`` and the row.
         suffix: Template of the suffix, with ``instruction`` and the row.
+        choice: Template of a choice, with ``choice``, a text of the row's column ``choices``.
         chat_template: Whether the request is put into the tokenizer's chat template.
         judge: Extracts answers from generations and scores them.
         sample: Sample rows, used if there is no input.
@@ -82,6 +84,7 @@ class Task:
     examples: Examples = Examples()
     prefix: str = ""
     suffix: str = ""
+    choice: str = CHOICE
     chat_template: bool = False
     judge: Judge = Judge()
     sample: tuple[Mapping[str, Any], ...] = ()
@@ -162,6 +165,7 @@ def _read_task(path: Path) -> Task:
         prefix=prompt.text("prefix", ""),
         segment=prompt.text("segment"),
         suffix=prompt.text("suffix", ""),
+        choice=prompt.text("choice", CHOICE),
         chat_template=prompt.flag("chat_template", False),
         judge=Judge(
             cut=answer.choice("cut", CUTS, CUTS[0]),

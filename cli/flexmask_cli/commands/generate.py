@@ -2,88 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
-from flexmask.errors import OptionError, RequestError
-from flexmask.fusion import Fusion
+from flexmask.fusion import FUSIONS
+from flexmask_cli.dataset_command import DatasetCommand, OutputOptions
 from flexmask_cli.dataset_options import RequestOptions
-from flexmask_cli.generation_options import PlannedRun, RunOptions
-from flexmask_cli.interrupt import Interrupt
+from flexmask_cli.generation_options import PlannedGeneration, RunOptions
 from flexmask_cli.option_groups import takes_options
-from flexmask_cli.option_kinds import flag, path
-from flexmask_cli.options import BadRows, FusionOptions, StrategyOptions
-from flexmask_cli.progress import track
+from flexmask_cli.options import FusionOptions, StrategyOptions
 from flexmask_cli.render.generation import (
-    SHOWN_ANSWERS,
-    outcome_figures,
     print_answers,
     print_kernels,
     print_notes,
-    print_outcome,
-    print_prompt,
+    print_rules,
     print_stats,
 )
-from flexmask_cli.render.lines import (
-    print_json,
-    print_json_line,
-    print_warnings,
-    warnings_as_lines,
-)
-from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
-from flexmask_cli.streams import run_goes_on
+from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
-    from flexmask.engine import RunStats
+    from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetRun
     from flexmask.results.result_writer import ResultWriter
     from flexmask.results.row_stream import RowStream
-    from flexmask.tasks.request_source import RequestSource
-
-STDOUT = Path("-")
-"""Value of ``--output`` for standard output."""
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The output of a run, and what is printed."""
-
-    heading: ClassVar[str] = "Output"
-
-    output: Annotated[
-        Path | None,
-        path(
-            "--output",
-            "-o",
-            help="A .feather, .parquet or .jsonl file; - writes JSON Lines to standard output. "
-            "Default: outputs/<input>/<model>/<strategy>-<segments>.feather; with a fusion, "
-            "<strategy>-<fusion>-<segments>.feather.",
-        ),
-    ] = None
-    dry_run: Annotated[bool, flag("--dry-run", help="Print the prompts and generate nothing.")] = (
-        False
-    )
-    verbose: Annotated[
-        bool,
-        flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
-    ] = False
-    as_json: Annotated[
-        bool, flag("--json", help="Print counts, accuracy and figures of the run as JSON.")
-    ] = False
-
-    def __post_init__(self) -> None:
-        """Refuse options that exclude each other.
-
-        Raises:
-            OptionError: If two of them print to standard output.
-        """
-        if self.as_json and self.output == STDOUT:
-            raise OptionError("--json and --output - both print to standard output; leave out one")
-        if self.as_json and self.dry_run:
-            raise OptionError("--dry-run prints prompts; leave out --json")
 
 
 @takes_options
@@ -103,138 +46,41 @@ def generate(
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
     )
-    planned = PlannedRun(run, opened.task)
-    if output.dry_run:
-        skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(opened.requests, fusion.chosen, planned, skips=skips)
-        return
-
-    if output.output == STDOUT:
-        planned.check()
-        with warnings_as_lines():
-            _write_stream(planned, chosen, fusion.chosen, opened.requests, output)
-        return
-
-    from flexmask.results.output_path import check_output_name, default_output_path
-    from flexmask.results.result_writer import ResultWriter
-
-    path = output.output or default_output_path(
-        opened.stem,
-        planned.model_name,
-        chosen.strategy.name,
-        data.num_segments,
-        str(fusion.chosen),
-    )
-    check_output_name(path)
-    planned.check()
-    with (
-        run_goes_on(),
-        warnings_as_lines(),
-        ResultWriter.open(
-            path,
-            config=planned.config(*chosen, fusion.chosen, opened.name),
-            requests=opened.requests,
-            fusion=fusion.chosen,
-            mode=run.results.mode,
-            judge=planned.judge,
-        ) as writer,
-    ):
-        shown, stats = _generate_rest(planned, chosen, fusion.chosen, writer, output)
-    # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
-    if output.as_json:
-        print_json(outcome_figures(path, writer.summary, planned.judge, stats))
-    elif not run.results.quiet:
-        if stats is not None:
-            print_answers(shown, planned.judge)
-            print_stats(stats, fusion.chosen)
-        print_outcome(path, writer.summary, planned.judge)
+    planned = PlannedGeneration(run, opened.task)
+    Generate(planned, chosen, fusion.chosen, opened, data.num_segments, output).run()
 
 
-def _write_stream(
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
-    requests: RequestSource,
-    output: OutputOptions,
-) -> None:
-    """Generate for all requests, and write their rows to stdout as JSON Lines."""
-    from flexmask.results.row_stream import RowStream
+@dataclass(frozen=True)
+class Generate(DatasetCommand["Generation"]):
+    """A run that generates."""
 
-    if planned.options.results.mode != "new":
-        raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
-    stream = RowStream(print_json_line, requests=requests, fusion=fusion, judge=planned.judge)
-    _generate_rest(planned, chosen, fusion, stream, output)
+    @property
+    def result_name(self) -> str:
+        """The name of the strategy."""
+        return self.chosen.strategy.name
 
+    def start(self, engine: Engine, writer: ResultWriter | RowStream) -> DatasetRun[Generation]:
+        """Plan to generate for the remaining rows."""
+        from flexmask.results.dataset_run import DatasetRun
 
-def _generate_rest(
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
-    writer: ResultWriter | RowStream,
-    output: OutputOptions,
-) -> tuple[list[Generation], RunStats | None]:
-    """Generate for the remaining requests; load the model only if there are some.
+        return DatasetRun.generating(
+            engine,
+            self.chosen.strategy,
+            writer,
+            on_error=self.planned.options.rows.on_bad_row,
+            **self.planned.for_engine(),
+        )
 
-    Returns:
-        The first generations, to be shown, and the statistics of the run; None without a run.
-    """
-    from flexmask.results.dataset_run import DatasetRun
+    def print_notes(self, engine: Engine, run: DatasetRun[Generation]) -> None:
+        """Print strategy, model, attention, batches and rules of generation."""
+        print_notes(engine, self.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}")
+        print_rules(engine.generation_rules(), run.engine_run.stats)
 
-    if not writer.remaining:
-        return [], None
-    engine = planned.load_engine()
-    run = DatasetRun(
-        engine,
-        chosen.strategy,
-        writer,
-        on_error=planned.options.rows.on_bad_row,
-        **planned.for_engine(),
-    )
-    if output.verbose:
-        print_notes(engine, chosen.strategy, fusion, run.generations)
-    try:
-        shown = _run(run, writer, is_quiet=planned.options.results.quiet)
-    except KeyboardInterrupt:
-        rows = writer.summary.rows
-        done = "were printed" if output.output == STDOUT else "are kept, --resume does the rest"
-        print_warnings([f"interrupted; {rows} rows {done}"])
-        raise
-    if output.verbose:
+    def print_kernels(self, engine: Engine) -> None:
+        """Print the kernels of prefill and decode."""
         print_kernels(engine)
-    return shown, run.generations.stats
 
-
-def _run(run: DatasetRun, writer: ResultWriter | RowStream, *, is_quiet: bool) -> list[Generation]:
-    """Generate; return the first generations."""
-    first: list[Generation] = []
-    interrupt = Interrupt()
-    with interrupt:
-        for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
-            first += batch[: SHOWN_ANSWERS - len(first)]
-    if interrupt.is_requested and not writer.is_complete:
-        raise KeyboardInterrupt
-    return first
-
-
-def _print_prompts(
-    requests: RequestSource, fusion: Fusion, run: PlannedRun, *, skips: bool
-) -> None:
-    from flexmask.tasks.request_source import BadRow
-
-    tokenize = run.load_tokenizer() if run.uses_chat_template else None
-    for request in requests:
-        if isinstance(request, BadRow):
-            print_prompt(request)
-            continue
-        weights = request.weights if fusion.weights == "column" else itertools.repeat(None)
-        prompts = itertools.chain(*(prompts for _, prompts in fusion.prompts(request)))
-        for prompt, weight in zip(prompts, weights, strict=False):
-            try:
-                written = tokenize.in_chat(prompt) if tokenize else prompt
-            except RequestError as error:
-                reason = f"{prompt.label}: {error}"
-                if not skips:
-                    raise RequestError(reason) from error
-                print_prompt(BadRow(prompt.uuid, reason, prompt))
-            else:
-                print_prompt(written, weight)
+    def print_made(self, shown: Sequence[Generation], stats: RunStats) -> None:
+        """Print answers, counts and times."""
+        print_answers(shown, self.planned.judge)
+        print_stats(stats, self.fusion)

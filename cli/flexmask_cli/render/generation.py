@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmask.fusion import FUSIONS
 from flexmask.printable import WORDS, printable
 from flexmask_cli.option_names import OPTION_NAMES
 from flexmask_cli.render.table import percent, print_table
 from flexmask_cli.streams import write_note, write_text
 
 if TYPE_CHECKING:
-    from flexmask.engine import Engine, GenerationRun, RunStats
+    from flexmask.engine import Engine, RunStats
     from flexmask.engine.generation_rules import GenerationRules
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
@@ -22,27 +21,32 @@ if TYPE_CHECKING:
     from flexmask.results.evaluation import Estimate
     from flexmask.results.result_writer import ResultSummary
     from flexmask.strategy import Strategy
-    from flexmask.tasks.judge import Judge
+    from flexmask.tasks.judge import ChoiceJudge, Judge
     from flexmask.tasks.request_source import BadRow
 
 SHOWN_ANSWERS = 8
 """Number of generations that are shown."""
 
 
-def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: GenerationRun) -> None:
-    """Print strategy, model, attention and batches of a run to stderr."""
-    model, kinds, stats = engine.model, engine.runner.layer_windows, run.stats
+def print_notes(engine: Engine, strategy: Strategy, fusion: str) -> None:
+    """Print strategy, model and attention of a run to stderr."""
+    model, kinds = engine.model, engine.runner.layer_windows
     layers = ", ".join(
         kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
     )
     for line in (
         f"strategy: {strategy}",
-        f"fusion: {fusion}, {FUSIONS[fusion.name]}",
+        f"fusion: {fusion}",
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
-        f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
-        *_rules_of_generation(run.rules),
     ):
+        write_note(line)
+
+
+def print_rules(rules: GenerationRules, stats: RunStats) -> None:
+    """Print batches, and the effects of the model's generation config on a run, to stderr."""
+    write_note(f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots")
+    for line in _rules_of_generation(rules):
         write_note(line)
 
 
@@ -76,7 +80,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     from flexmask.tasks.judge import is_exact_match
 
     rows = []
-    questions = _questions([generation.request for generation in generations])
+    questions = questions_of([generation.request for generation in generations])
     for generation, question in zip(generations, questions, strict=True):
         request = generation.request
         prediction = judge.prediction(generation)
@@ -90,7 +94,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     print_table(rows, wrapped=["question", "prediction", "accepted"])
 
 
-def _questions(requests: Sequence[Request]) -> list[str]:
+def questions_of(requests: Sequence[Request]) -> list[str]:
     """Return the question of each request: its first segment, or its suffix.
 
     If segments are paraphrases of a question, all requests have the same suffix, such as ``A:``.
@@ -118,6 +122,8 @@ def print_prompt(request: Request | BadRow, weight: float | None = None) -> None
     segments = enumerate(request.segments, start=request.segment or 1)
     parts[1:1] = [(f"segment {number}", text) for number, text in segments]
     lines += [f"<{name}>{text}</{name}>" for name, text in parts]
+    choices = enumerate(request.choices)
+    lines += [f"<choice {number}>{text}</choice {number}>" for number, text in choices]
     if request.answers:
         lines.append(f"accepted: {' | '.join(request.answers)}")
     write_text("\n".join([*lines, ""]))
@@ -146,7 +152,7 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
     write_text("\n".join(["", *lines]))
 
 
-def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
+def print_outcome(path: Path, results: ResultSummary, judge: Judge | ChoiceJudge) -> None:
     """Print the number of rows in the result file, and its accuracy."""
     if results.judged:
         questions, estimates = _accuracy(path, judge)
@@ -163,7 +169,7 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
 
 
 def outcome_figures(
-    path: Path, results: ResultSummary, judge: Judge, stats: RunStats | None
+    path: Path, results: ResultSummary, judge: Judge | ChoiceJudge, stats: RunStats | None
 ) -> dict[str, Any]:
     """Return what `print_outcome` and `print_stats` print, as JSON values.
 
@@ -186,7 +192,7 @@ def outcome_figures(
     }
 
 
-def _accuracy(path: Path, judge: Judge) -> tuple[int, dict[str, Estimate]]:
+def _accuracy(path: Path, judge: Judge | ChoiceJudge) -> tuple[int, dict[str, Estimate]]:
     """Return the number of judged questions, and by metric the mean of their scores."""
     from flexmask.results.evaluation import estimate_mean, scores_by_question
     from flexmask.results.result_writer import read_finished_rows
