@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.results.result_writer import read_finished_rows, read_run_config
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "uuid": "ada",
         "segments": ["Q: Where was Ada born?", "Q: What is the place of Ada's birth?"],

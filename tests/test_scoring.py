@@ -77,7 +77,8 @@ def dense_logprobs(model, strategy: Strategy, layout: Layout) -> Tensor:
             score_mod=score_mod,
             scaled_part=part,
         )
-    return output.logits[0].float().log_softmax(-1)
+    logprobs: Tensor = output.logits[0].float().log_softmax(-1)
+    return logprobs
 
 
 def one_by_one(model, strategy: Strategy, layout: Layout, choices) -> list[list[float]]:
