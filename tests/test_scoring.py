@@ -14,7 +14,18 @@ from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
 from flexmask.engine.choice_prompt import ChoicePrompt, stored_choices
 from flexmask.engine.choice_strategy import ChoiceStrategy
-from flexmask.errors import LayoutError, OptionError, RequestError
+from flexmask.engine.output_head import TokenScores
+from flexmask.engine.prompt_group import PromptGroup
+from flexmask.engine.prompt_planner import PlannedRequest
+from flexmask.engine.scoring import ChoiceScorer, ScoringRun
+from flexmask.errors import (
+    FlexMaskWarning,
+    LayoutError,
+    ModelError,
+    OptionError,
+    RequestError,
+)
+from flexmask.fusion import Fusion
 from flexmask.layout import TAIL, Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import layer_masks
@@ -311,3 +322,65 @@ def test_a_request_that_cannot_be_scored_is_refused_by_name(engine, tokenizer):
     assert "needs positions up to 259 (8 of them for the longest choice)" in refused(long)
     with pytest.raises(OptionError, match=r"attention, none, each, mean, mean_prob, got 'vote'"):
         engine.score([blank], Causal(), fusion="vote")
+
+
+def planned(number: int) -> PlannedRequest:
+    """A planned request of two choices, as the prompt planner makes it."""
+    request = Request(("q",), uuid=f"row{number}", choices=(" a", " b c"))
+    choices = ((3,), (4, 5))
+    layout = Causal().layout(random_request(number, 2, [3], 2))
+    layouts = (layout.with_choices(stored_choices(choices)),)
+    return PlannedRequest(request, PromptGroup(number, layouts, ("",), (1.0,), (choices,)))
+
+
+def token_scores(*logprobs: float) -> TokenScores:
+    return TokenScores(torch.tensor(logprobs), torch.tensor([True] * len(logprobs)))
+
+
+class SpoiltScorer(ChoiceScorer):
+    """Gives every second prompt a log-probability that is NaN."""
+
+    def scores(self, prompts):
+        for index in reversed(range(len(prompts))):
+            spoilt = float("nan") if index % 2 else -1.0
+            yield [(index, [token_scores(-0.5), token_scores(-1.0, spoilt)])]
+
+
+def test_a_request_whose_logits_are_nan_is_refused_and_the_others_are_kept(engine):
+    def run(on_refused=None):
+        scorer = SpoiltScorer(engine.executor, Causal(), 4)
+        return ScoringRun(scorer, iter([[planned(n) for n in range(4)]]), Fusion(), on_refused)
+
+    refused = []
+    scores = list(run(lambda request, error: refused.append((request.uuid, str(error)))))
+    assert [score.request.uuid for score in scores] == ["row0", "row2"]
+    assert [uuid for uuid, _ in refused] == ["row3", "row1"]
+    assert "request 'row3': the model's logits hold NaN" in refused[0][1]
+    with pytest.raises(RequestError, match="request 'row3': the model's logits hold NaN"):
+        list(run())
+
+
+def test_batches_are_halved_where_memory_runs_out_and_no_prompt_is_lost(engine, monkeypatch):
+    tried = []
+
+    def batch(self, prompts, rows, capacity, upcoming):
+        tried.append((rows, len(prompts)))
+        if rows > 2:
+            raise torch.OutOfMemoryError("no room")
+        return [[token_scores(-0.5), token_scores(-1.0, -1.0)] for _ in prompts]
+
+    monkeypatch.setattr(ChoiceScorer, "_batch", batch)
+    monkeypatch.setattr(engine.executor, "release", lambda: None)
+    scorer = ChoiceScorer(engine.executor, Causal(), 8)
+    run = ScoringRun(scorer, iter([[planned(n) for n in range(5)]]), Fusion())
+    with pytest.warns(FlexMaskWarning, match="out of memory: . rows at a time become"):
+        scores = list(run)
+    assert [score.request.uuid for score in scores] == [f"row{n}" for n in range(5)]
+    assert tried == [(8, 5), (4, 4), (2, 2), (2, 2), (2, 1)]
+    list(scorer.scores([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))] * 3))
+    assert tried[5:] == [(2, 2), (2, 1)]
+    assert run.stats.halvings == 2
+    monkeypatch.setattr(scorer, "_batch_size", 1)
+    monkeypatch.setattr(ChoiceScorer, "_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ModelError, match="not enough memory for one row of"):
+        list(scorer.scores([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))]))

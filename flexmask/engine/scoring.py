@@ -78,7 +78,9 @@ class ChoiceScorer:
         capacity = max(capacity, self.stats.capacity)
         chosen = self._batch_size or self._executor.auto_batch_size(len(prompts), capacity)
         rows = max(1, self._executor.runner.rows_that_fit(chosen, capacity))
-        rows = max(rows, self.stats.batch_size) if not self.stats.halvings else rows
+        # The same shapes for every lookahead, and no size again that did not fit.
+        bound = min if self.stats.halvings else max
+        rows = bound(rows, self.stats.batch_size or rows)
         layouts = [prompt.layout for prompt in prompts]
         while waiting:
             some = [waiting.popleft() for _ in range(min(rows, len(waiting)))]
@@ -158,7 +160,8 @@ class ChoiceScorer:
         smaller = max(1, self._executor.runner.rows_that_fit(rows // 2, capacity))
         message = f"out of {memory}: {rows} rows at a time become {smaller}"
         warnings.warn(message, FlexMaskWarning, stacklevel=2)
-        self.stats = replace(self.stats, halvings=self.stats.halvings + 1)
+        halvings = self.stats.halvings + 1
+        self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
         return smaller
 
 
