@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import RLock
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from flexmask.engine.run_stats import RunStats
 from flexmask.engine.turns import TURN
 from flexmask.errors import FlexMaskWarning, ModelError, RequestError
 from flexmask.fusion import Fusion
+from flexmask.layout import Layout
 from flexmask.request import Request
 from flexmask.strategy import Strategy
 from flexmask.torch_internals import compiled_graphs
@@ -98,8 +98,20 @@ class ChoiceScorer:
             rows = self._halved(rows, capacity)
 
     def _batch(
-        self, prompts: Sequence[ChoicePrompt], rows: int, capacity: int, upcoming: Any
+        self,
+        prompts: Sequence[ChoicePrompt],
+        rows: int,
+        capacity: int,
+        upcoming: Sequence[Layout],
     ) -> list[list[TokenScores]]:
+        """Score one batch; for each prompt, return the scores of the tokens of each choice.
+
+        Args:
+            prompts: The prompts, at most ``rows``.
+            rows: Batch rows that the executor is prepared for.
+            capacity: Slots per row.
+            upcoming: All prompts of the lookahead, in which a common prefix is looked for.
+        """
         runner, started = self._executor.runner, time.perf_counter()
         with TURN:
             self._executor.occupancy.admit(self)
@@ -133,7 +145,7 @@ class ChoiceScorer:
         )
         return [[next(of_choices) for _ in prompt.choices] for prompt in prompts]
 
-    def _cache_prefix(self, layouts: Sequence[Any], rows: int) -> int:
+    def _cache_prefix(self, layouts: Sequence[Layout], rows: int) -> int:
         """Compute what all prompts begin with once, if that pays; returns its tokens."""
         # The last token of a prompt predicts, so it is computed with each prompt.
         shortest = min(layout.prompt_length for layout in layouts) - 1
