@@ -56,7 +56,7 @@ def page() -> str:
         _class(
             Strategy,
             "flexmask.",
-            ["mask_mod", "layout", "allowed", "score_mod", "scaled_part"],
+            ["mask_mod", "layout", "allowed", "score_mod", "scored_queries", "scaled_part"],
             with_init=False,
         ),
         _class(ScaledPart, "flexmask.strategy.", []),

@@ -22,6 +22,7 @@ COMPARED = {
 }
 
 PARAMETERS: dict[str, dict[str, ParameterValue]] = {
+    "boundary_repair": {"link_tokens": 2},
     "sliding_window": {"window": 5, "sinks": 2},
     "dilated": {"window": 4, "dilation": 3},
     "strided": {"stride": 5},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flexmask.layout import Layout, TokenizedRequest
     from flexmask.plugins.hookspecs import hookimpl
     from flexmask.plugins.registry import load_registry, make_strategy
-    from flexmask.request import Request
+    from flexmask.request import Message, Request
     from flexmask.sampling import Sampling
     from flexmask.strategy import Strategy, parameter
     from flexmask.strategy_function import mask_strategy
@@ -36,6 +36,7 @@ _MODULE_OF = {
     "Fusion": "fusion",
     "Generation": "generation",
     "Layout": "layout",
+    "Message": "request",
     "Request": "request",
     "Score": "choice_scores",
     "Strategy": "strategy",
@@ -61,6 +62,7 @@ __all__ = [
     "Fusion",
     "Generation",
     "Layout",
+    "Message",
     "Request",
     "RequestTokenizer",
     "Sampling",

@@ -36,6 +36,10 @@ class TaskError(FlexMaskError):
     """A task file cannot be found, read or used."""
 
 
+class JudgeError(FlexMaskError):
+    """A judge does not apply to the accepted answers of a row, or fails on it."""
+
+
 class LayoutError(FlexMaskError):
     """A layout is inconsistent, or does not match its request."""
 

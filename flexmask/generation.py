@@ -21,6 +21,7 @@ class Generation:
         token_ids: Generated tokens, including the end-of-sequence token or stop string.
         finish_reason: Why it ended.
         prompt_tokens: Slots of its prompts, copies of the prefix included.
+        prompts: The texts that a chat template made of its request; None without one.
     """
 
     request: Request
@@ -28,8 +29,14 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    prompts: tuple[str, ...] | None = None
 
     @property
     def prediction(self) -> str:
         """The answer: the first line of the text that is not blank, stripped."""
-        return self.text.strip().partition("\n")[0].strip()
+        return first_line(self.text)
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text that is not blank, stripped."""
+    return text.strip().partition("\n")[0].strip()

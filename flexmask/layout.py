@@ -28,11 +28,12 @@ from __future__ import annotations
 
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
 
 from flexmask import display
@@ -227,6 +228,25 @@ class Layout:
     def position_tensor(self) -> Tensor:
         """`position_ids` as a tensor ``(S,)`` of int64 on CPU."""
         return _tensor(self.position_ids)
+
+    @cached_property
+    def index_tensor(self) -> Tensor:
+        """`indices_in_segments` as a tensor ``(S,)`` of int64 on CPU."""
+        import torch
+
+        segment_ids, size = self.segment_tensor, len(self)
+        starts = [0, *((segment_ids.diff() != 0).nonzero().flatten() + 1).tolist()]
+        lengths = [stop - start for start, stop in pairwise((*starts, size))]
+        counts, shifts = Counter[int](), list[int]()
+        for start, length in zip(starts, lengths, strict=True):  # of runs of one segment
+            shifts.append(counts[self.segment_ids[start]] - start)
+            counts[self.segment_ids[start]] += length
+        return torch.arange(size) + torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
+
+    @cached_property
+    def indices_in_segments(self) -> tuple[int, ...]:
+        """The number of tokens of the same segment id before each token, for ``S`` tokens."""
+        return tuple(self.index_tensor.tolist())
 
     @cached_property
     def choice_tensor(self) -> Tensor:

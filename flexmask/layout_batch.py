@@ -7,7 +7,6 @@ that captured them is not compiled again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,8 @@ class LayoutBatch:
     Attributes:
         segment_ids: ``(B, capacity)`` int32; `PADDING` where a slot holds no token.
         position_ids: ``(B, capacity)`` int32; after the prompt, those of generated tokens.
+        indices_in_segments: ``(B, capacity)`` int32; the number of tokens of the same segment id
+            before each token. Generated tokens continue the fusion tail.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
@@ -33,18 +34,27 @@ class LayoutBatch:
         shape = (batch_size, capacity)
         self.segment_ids = torch.full(shape, PADDING, dtype=torch.int32, device=device)
         self.position_ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.indices_in_segments = torch.zeros(shape, dtype=torch.int32, device=device)
         # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
-        mark_static(self.segment_ids)
-        mark_static(self.position_ids)
+        for buffer in (self.segment_ids, self.position_ids, self.indices_in_segments):
+            mark_static(buffer)
+        self._choices: ChoiceTables | None = None
 
-    @cached_property
+    @property
+    def buffers(self) -> LayoutTables:
+        """All buffers; those of choices only if a mask has asked for them."""
+        return LayoutTables(
+            self.segment_ids, self.position_ids, self.indices_in_segments, self._choices
+        )
+
+    @property
     def choices(self) -> ChoiceTables:
         """The choices behind the prompts, in buffers too; allocated when a mask asks for them."""
-        batch_size, capacity = self.segment_ids.shape
-        tables = _without_choices(batch_size, capacity, self.device)
-        for buffer in tables:
-            mark_static(buffer)
-        return tables
+        if self._choices is None:
+            self._choices = _without_choices(self.segment_ids.shape, self.device)
+            for buffer in self._choices:
+                mark_static(buffer)
+        return self._choices
 
     @property
     def device(self) -> torch.device:
@@ -77,22 +87,24 @@ class LayoutBatch:
 
     def copy_from(self, tables: LayoutTables) -> None:
         """Load tables that `layout_tables` made for a batch of this shape."""
-        self.segment_ids.copy_(tables.segment_ids)
-        self.position_ids.copy_(tables.position_ids)
-        if tables.choices is not None:
-            for buffer, content in zip(self.choices, tables.choices, strict=True):
-                buffer.copy_(content)
+        for buffer, content in self._with_buffers(tables):
+            buffer.copy_(content)
 
     def load_rows(self, rows: Tensor, tables: LayoutTables) -> None:
         """Load tables of ``N`` rows into ``rows``, ``(N,)`` indices on the device."""
-        pairs = [
-            (self.segment_ids, tables.segment_ids),
-            (self.position_ids, tables.position_ids),
-        ]
-        if tables.choices is not None:
-            pairs += zip(self.choices, tables.choices, strict=True)
-        for buffer, content in pairs:
+        for buffer, content in self._with_buffers(tables):
             buffer.index_copy_(0, rows, content.to(self.device, non_blocking=True))
+
+    def _with_buffers(self, tables: LayoutTables) -> list[tuple[Tensor, Tensor]]:
+        """Pair the buffers with tables; rows without choices replace those of earlier rows."""
+        choices = tables.choices
+        if choices is None and self._choices is not None:
+            choices = _without_choices(tables.segment_ids.shape, tables.segment_ids.device)
+        own = (self.segment_ids, self.position_ids, self.indices_in_segments)
+        pairs = list(zip(own, tables[:3], strict=True))
+        if choices is not None:
+            pairs += zip(self.choices, choices, strict=True)
+        return pairs
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Mark the slots from ``first_slots[b]`` on as fusion tail, for tokens to be generated."""
@@ -126,16 +138,18 @@ class ChoiceTables(NamedTuple):
 
 
 class LayoutTables(NamedTuple):
-    """The content of a `LayoutBatch`, on the CPU.
+    """The content of a `LayoutBatch`.
 
     Attributes:
         segment_ids: ``(B, capacity)`` int32.
         position_ids: ``(B, capacity)`` int32.
+        indices_in_segments: ``(B, capacity)`` int32.
         choices: The choices; None if no layout has any.
     """
 
     segment_ids: Tensor
     position_ids: Tensor
+    indices_in_segments: Tensor
     choices: ChoiceTables | None = None
 
 
@@ -161,29 +175,34 @@ def layout_tables(
     if len(layouts) > batch_size:
         raise LayoutError(f"there is room for {batch_size} layouts, got {len(layouts)}")
     segment_ids = torch.full((batch_size, capacity), PADDING, dtype=torch.int32)
-    position_ids = torch.zeros((batch_size, capacity), dtype=torch.int32)
+    position_ids, indices = torch.zeros((2, batch_size, capacity), dtype=torch.int32)
     slots = torch.arange(capacity, dtype=torch.int32)
     for row, (layout, count, start) in enumerate(zip(layouts, num_tokens, starts, strict=True)):
         stop = start + len(layout)
         if stop > capacity:
             raise LayoutError(f"row {row} needs {stop} slots, got {capacity}")
         segment_ids[row, start : start + count] = layout.segment_tensor[:count]
-        torch.add(slots, layout.next_position - stop, out=position_ids[row])
-        position_ids[row, :start] = 0
-        position_ids[row, start:stop] = layout.position_tensor
+        for table, prompt, next_value in (
+            (position_ids[row], layout.position_tensor, layout.next_position),
+            (indices[row], layout.index_tensor, len(layout) - layout.tail_start),
+        ):
+            torch.add(slots, next_value - stop, out=table)
+            table[:start] = 0
+            table[start:stop] = prompt
     has_choices = any(layout.choice_lengths for layout in layouts)
-    choices = _without_choices(batch_size, capacity, CPU) if has_choices else None
+    choices = _without_choices((batch_size, capacity), CPU) if has_choices else None
     if choices is not None:
         for row, (layout, start) in enumerate(zip(layouts, starts, strict=True)):
             own = slice(start, start + len(layout))
             choices.choice_ids[row, own] = layout.choice_tensor
             choices.tail_slots[row, own] = layout.tail_slot_tensor + start
-    return LayoutTables(segment_ids, position_ids, choices)
+    return LayoutTables(segment_ids, position_ids, indices, choices)
 
 
-def _without_choices(batch_size: int, capacity: int, device: torch.device) -> ChoiceTables:
-    shape = (batch_size, capacity)
+def _without_choices(shape: Sequence[int], device: torch.device) -> ChoiceTables:
+    batch_size, capacity = shape
     slots = torch.arange(capacity, dtype=torch.int32, device=device)
     return ChoiceTables(
-        torch.zeros(shape, dtype=torch.int32, device=device), slots.repeat(batch_size, 1)
+        torch.zeros(batch_size, capacity, dtype=torch.int32, device=device),
+        slots.repeat(batch_size, 1),
     )

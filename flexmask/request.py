@@ -3,14 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Literal, get_args
 
 from flexmask.errors import RequestError
 
 RequestKey = tuple[str, int | None]
 """A uuid, and the number of the segment for a request that is one segment alone."""
+
+
+ROLES = ("user", "assistant")
+"""Roles of the turns before a request; a system turn is apart (`Request.system`)."""
+
+SegmentTurns = Literal["one", "each"]
+"""``one``: all segments stand in one user turn; ``each``: each in a user turn of its own."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation before the request.
+
+    Attributes:
+        role: One of `ROLES`.
+        content: Its text.
+
+    Raises:
+        RequestError: If there is no such role.
+    """
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            advice = "; pass its text as `system`" if self.role == "system" else ""
+            raise RequestError(
+                f"a message must have one of the roles {', '.join(ROLES)}, got "
+                f"{self.role!r:.60}{advice}"
+            )
+        if not isinstance(self.content, str):
+            raise RequestError(f"a message must hold a text, got {self.content!r:.60}")
+
+    @classmethod
+    def of(cls, value: object) -> Message:
+        """Return a message, or make one of a mapping with ``role`` and ``content``.
+
+        Raises:
+            RequestError: If it is something else.
+        """
+        if isinstance(value, Message):
+            return value
+        if not isinstance(value, Mapping) or value.keys() != {"role", "content"}:
+            raise RequestError(f"a message must hold a role and its content, got {value!r:.60}")
+        return cls(value["role"], value["content"])
 
 
 @dataclass(frozen=True)
@@ -26,6 +73,13 @@ class Request:
             choice is the accepted answer.
         uuid: Identifies the request in a result file.
         weights: A weight for each segment, for fusions that are weighted by column; may be empty.
+        system: Text of the system turn. It and ``messages`` need a chat template.
+        messages: Turns before the request, such as few-shot examples: `Message`, or mappings with
+            ``role`` and ``content``.
+        answer_prefix: Start of the answer, which generation continues. With a chat template it
+            stands in the assistant's turn, without one after the suffix.
+        segment_turns: With a chat template, the user turns of the segments: all in ``one`` with
+            prefix and suffix, or ``each`` in its own, as prefix and suffix are then.
         segment: Number of the segment, from 1, if this is one segment of a larger request
             (`alone`); else None.
         choices: Continuations to choose from, which `flexmask.Engine.score` scores; may be empty.
@@ -36,8 +90,8 @@ class Request:
 
     Raises:
         RequestError: If there is no segment, a segment is blank, a text holds half of a surrogate
-            pair, weights do not match the segments, there is one choice only, a choice is empty,
-            or the answer is none of the choices.
+            pair, a message has no role that is known, weights do not match the segments, there is
+            one choice only, a choice is empty, or the answer is none of the choices.
         TypeError: If a value is of another type.
     """
 
@@ -47,6 +101,10 @@ class Request:
     answers: tuple[str, ...] = ()
     uuid: str = ""
     weights: tuple[float, ...] = ()
+    system: str = ""
+    messages: tuple[Message, ...] = ()
+    answer_prefix: str = ""
+    segment_turns: SegmentTurns = "one"
     segment: int | None = None
     source: str = field(default="", compare=False)
     choices: tuple[str, ...] = ()
@@ -65,6 +123,12 @@ class Request:
         _check_text("prefix", self.prefix)
         _check_text("suffix", self.suffix)
         _check_text("uuid", self.uuid)
+        _check_text("system", self.system)
+        _check_text("answer_prefix", self.answer_prefix)
+        for number, message in enumerate(self.messages, start=1):
+            _check_text(f"message {number}", message.content)
+        if self.segment_turns not in get_args(SegmentTurns):
+            raise RequestError(f"segment_turns must be one or each, got {self.segment_turns!r}")
         self._check_weights()
         self._check_choices()
 
@@ -82,9 +146,12 @@ class Request:
                 if not isinstance(text, str):
                     raise TypeError(f"{name} must be texts, got {text!r:.60} as number {number}")
             object.__setattr__(self, name, tuple(texts))
-        for name in ("prefix", "suffix", "uuid"):
+        for name in ("prefix", "suffix", "uuid", "system", "answer_prefix"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a text, got {getattr(self, name)!r:.60}")
+        if not isinstance(self.messages, tuple | list):
+            raise TypeError(f"messages must be a tuple of messages, got {self.messages!r:.60}")
+        object.__setattr__(self, "messages", tuple(map(Message.of, self.messages)))
         if not isinstance(self.answer, int | None) or isinstance(self.answer, bool):
             raise TypeError(f"answer must be the index of a choice, got {self.answer!r:.60}")
         if not isinstance(self.weights, tuple | list):

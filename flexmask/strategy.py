@@ -28,6 +28,7 @@ from flexmask.limits import LARGEST_SIZE, shown_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
     from flexmask.layout_batch import LayoutBatch
     from flexmask.mod_types import MaskMod, RowMod, ScoreMod
@@ -142,7 +143,8 @@ class Strategy(ABC):
         """Build a change of attention scores: a temperature, a scale, a bias. Default: none.
 
         Under `flexmask.Engine` it applies after the model's own scaling and capping. Attention
-        then always runs in FlexAttention, and prompts share no keys and values.
+        then always runs in FlexAttention. Tokens whose scores it may change share no keys and
+        values with other prompts; `scored_queries` says which these are.
 
         Args:
             batch: As for `mask_mod`.
@@ -150,6 +152,19 @@ class Strategy(ABC):
         Returns:
             A pointwise function of ``(score, b, h, q_idx, kv_idx)``, indices in slots, that
             captures what a mask_mod may capture.
+        """
+        return None
+
+    def scored_queries(self, batch: LayoutBatch) -> RowMod | None:
+        """Name the queries whose scores `score_mod` may change. Default: None, for all queries.
+
+        `score_mod` is applied to these queries only, whatever it computes for others.
+
+        Args:
+            batch: As for `mask_mod`.
+
+        Returns:
+            ``(b, q_idx) -> bool tensor``, in slots.
         """
         return None
 
@@ -165,7 +180,30 @@ class Strategy(ABC):
 
     def changes_scores(self, batch: LayoutBatch) -> bool:
         """Return True if the strategy has a `score_mod` or a `scaled_part`."""
-        return self.score_mod(batch) is not None or self.scaled_part(batch) is not None
+        return bool(self.changed_queries(batch))
+
+    def applied_score_mod(self, batch: LayoutBatch) -> ScoreMod | None:
+        """Return `score_mod` as it is applied: to `scored_queries` only."""
+        score_mod, queries = self.score_mod(batch), self.scored_queries(batch)
+        if score_mod is None or queries is None:
+            return score_mod
+
+        def of_scored_queries(
+            score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+        ) -> Tensor:
+            changed = score_mod(score, b, h, q_idx, kv_idx)
+            return changed.where(queries(b, q_idx), score)
+
+        return of_scored_queries
+
+    def changed_queries(self, batch: LayoutBatch) -> tuple[RowMod, ...]:
+        """Return functions of ``(b, q_idx)``; if none is true, scores of a query do not change."""
+        changed: list[RowMod] = []
+        if self.score_mod(batch) is not None:
+            changed.append(self.scored_queries(batch) or _every_query)
+        if (part := self.scaled_part(batch)) is not None:
+            changed.append(part.queries)
+        return tuple(changed)
 
     def layout(self, request: TokenizedRequest) -> Layout:
         """Plan a request: storage order and positions. Default: that of `causal`."""
@@ -235,6 +273,10 @@ class Strategy(ABC):
 
     def _repr_html_(self) -> str:
         return display.html(self)
+
+
+def _every_query(b: Tensor, q_idx: Tensor) -> Tensor:
+    return q_idx >= 0
 
 
 def check_strategy_class(cls: object) -> type[Strategy]:

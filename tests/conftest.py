@@ -92,6 +92,16 @@ def models() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture
+def without_inductor() -> Iterator[None]:
+    """Layers are traced as always, and run op by op: for tests that kernels have no part in.
+
+    Attention then asks the mask_mod about each pair and reads no lists of tiles.
+    """
+    with torch.compiler.set_stance(force_backend="eager"):
+        yield
+
+
+@pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """A site on ``sys.path``, and an empty registry before and after."""
     monkeypatch.delenv("FLEXMASK_LOAD_PLUGINS", raising=False)

@@ -112,18 +112,18 @@ def within_window(layout: Layout, window: int) -> Tensor:
     return positions[:, None] - positions[None, :] < window
 
 
-def oracle_logits(model: PreTrainedModel, strategy: Strategy, layout: Layout) -> Tensor:
-    """Logits ``(S, V)`` of a dense SDPA pass over the whole layout, no cache."""
-    dense = dense_mask(strategy, layout)[None, None].to(model.device)
-    config = model.config
-    masks: Tensor | dict[str, Tensor] = dense
-    if getattr(config, "sliding_window", None) is not None:
-        near = within_window(layout, config.sliding_window).to(model.device)
-        masks = dense & near
-        if hasattr(config, "layer_types"):
-            masks = {"full_attention": dense, "sliding_attention": dense & near}
-    elif hasattr(config, "layer_types"):
-        masks = {"full_attention": dense}
+def oracle_logits(model: PreTrainedModel, layout: Layout, dense: Tensor, near: Tensor) -> Tensor:
+    """Logits ``(S, V)`` of a dense SDPA pass over the whole layout, no cache.
+
+    Args:
+        model: The model.
+        layout: The tokens.
+        dense: What each token sees, ``(S, S)``.
+        near: What it sees in layers with a sliding window, ``(S, S)``.
+    """
+    masks: Tensor | dict[str, Tensor] = near[None, None]
+    if hasattr(model.config, "layer_types"):
+        masks = {"full_attention": dense[None, None], "sliding_attention": near[None, None]}
     with torch.no_grad():
         output = model(
             input_ids=torch.tensor([layout.token_ids], device=model.device),
@@ -144,13 +144,19 @@ def _additive(masks: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 def oracle_tokens(
     model: PreTrainedModel, strategy: Strategy, layout: Layout, count: int
 ) -> tuple[tuple[int, ...], Tensor]:
-    """Greedy tokens, and the logits ``(count, V)`` that chose them; everything run anew each."""
-    chosen: list[int] = []
+    """Greedy tokens, and the logits ``(count, V)`` that chose them; everything run anew each.
+
+    What a token sees does not depend on the tokens after it, so the mask of the longest layout
+    holds those of all others.
+    """
+    grown = layout.extended(count - 1)
+    dense = near = dense_mask(strategy, grown).to(model.device)
+    if (window := getattr(model.config, "sliding_window", None)) is not None:
+        near = dense & within_window(grown, window).to(model.device)
+    token_ids = list(layout.token_ids)
     logits = []
-    for _ in range(count):
-        grown = layout.extended(len(chosen))
-        token_ids = (*layout.token_ids, *chosen)
-        grown = Layout(token_ids, grown.segment_ids, grown.position_ids)
-        logits.append(oracle_logits(model, strategy, grown)[-1])
-        chosen.append(int(logits[-1].argmax()))
-    return tuple(chosen), torch.stack(logits)
+    for size in range(len(layout), len(grown) + 1):
+        part = Layout(tuple(token_ids), grown.segment_ids[:size], grown.position_ids[:size])
+        logits.append(oracle_logits(model, part, dense[:size, :size], near[:size, :size])[-1])
+        token_ids.append(int(logits[-1].argmax()))
+    return tuple(token_ids[len(layout) :]), torch.stack(logits)

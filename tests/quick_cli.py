@@ -25,7 +25,7 @@ class QuickRun:
                     *("tokens_per_s", "prefill_s", "decode_s", "compilations", "batch_size"),
                     *("warm_compilations", "mask_hits", "mask_misses", "decode_peak_bytes"),
                     *("halvings", "capacity", "cold_groups", "copied_tokens", "prefills"),
-                    *("decode_steps", "row_utilization"),
+                    *("decode_steps", "row_utilization", "first_token_s"),
                 ),
                 0,
             )

@@ -62,7 +62,7 @@ def dense_logits(
             input_ids=grown.token_tensor[None],
             position_ids=grown.position_tensor[None],
             attention_mask=dense_mask(strategy, grown)[None, None],
-            score_mod=strategy.score_mod(batch),
+            score_mod=strategy.applied_score_mod(batch),
             scaled_part=None
             if part is None
             else place_part(part, RowPlacement(torch.arange(size)[None])),

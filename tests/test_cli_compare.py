@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.feather
 import pytest
 
+from command import run_command
 from flexmask.demo import questions_path
 from flexmask_cli.app import main
 
@@ -22,6 +23,11 @@ SMALL = ["--limit", "6", "--batch-size", "2", "--max-new-tokens", "4", "--stop",
 def run(*arguments):
     command = [*COMMAND, *SMALL, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run_here(*arguments):
+    """Run a comparison in this process, where what is compiled serves all of them."""
+    return run_command(*COMMAND[3:], *SMALL, *arguments)
 
 
 @pytest.fixture
@@ -117,10 +123,10 @@ def test_generate_takes_the_result_files_for_its_own(finished, monkeypatch, caps
 def test_a_finished_comparison_resumes_without_a_model_and_keeps_its_times(finished):
     options, folder, _ = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    result = run(*options, "--resume", "--json")
-    assert result.returncode == 0, result.stderr
-    assert "rows/s" not in result.stderr
-    cells = json.loads(result.stdout)
+    result = run_here(*options, "--resume", "--json")
+    assert result.status == 0, result.err
+    assert "rows/s" not in result.err
+    cells = json.loads(result.out)
     assert cells == json.loads(before["report.json"])["cells"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -138,8 +144,8 @@ def test_a_killed_comparison_is_completed_by_resume(finished, tmp_path):
         process.kill()
     assert pyarrow.feather.read_table(tmp_path / "killed" / "any_strategy-1.feather").num_rows
     times = (tmp_path / "killed" / "any_strategy-1.times.json").read_bytes()
-    result = run(*options, "--resume")
-    assert result.returncode == 0, result.stderr
+    result = run_here(*options, "--resume")
+    assert result.status == 0, result.err
     for path in folder.glob("*.feather"):
         resumed = pyarrow.feather.read_table(tmp_path / "killed" / path.name)
         assert resumed.equals(pyarrow.feather.read_table(path))
@@ -152,10 +158,10 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path):
     path, folder = tmp_path / "rows.jsonl", tmp_path / "report"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["-i", path, "-s", "causal", "--fusions", "", "--num-segments", "1,2"]
-    result = run(*options, "-o", folder)
-    assert result.returncode == 1
-    assert "causal (2) failed" in result.stderr
-    assert "rows.jsonl:2: needs positions up to" in result.stderr
+    result = run_here(*options, "-o", folder)
+    assert result.status == 1
+    assert "causal (2) failed" in result.err
+    assert "rows.jsonl:2: needs positions up to" in result.err
     good, failed = json.loads((folder / "report.json").read_text())["cells"]
     assert good["rows"] == 2
     assert good["error"] is None

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from command import run_command
 from flexmask.demo import model_path
 from flexmask.generation import Generation
 from flexmask.request import Request
@@ -291,10 +292,9 @@ def test_text_of_special_tokens_is_counted_and_can_be_allowed(tmp_path):
     options = ["generate", "--input", rows, "--device", "cpu", "--batch-size", "2", "--output"]
     options += [output, "--max-new-tokens", "2", "--overwrite"]
     for more, warned in (([], 1), (["--allow-special-tokens"], 0)):
-        command = [*COMMAND, *map(str, options), *more]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert result.stderr.count("warning: 1 request holds the text of a special tok") == warned
+        result = run_command(*options, *more)
+        assert result.status == 0, result.err
+        assert result.err.count("warning: 1 request holds the text of a special tok") == warned
         assert read_run_config(output).run["allow_special_tokens"] is not bool(warned)
 
 
@@ -382,11 +382,10 @@ def test_rows_that_cannot_be_used_stand_in_the_output_with_their_reason(tmp_path
     assert f"{path}:2: paraphrase 1 of those selected is empty" in error_of("generate", *options)
     assert not output.exists()
 
-    command = [*COMMAND, "generate", *map(str, options), "--on-error", "skip"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "failed: 3 rows; the column 'error' says why" in result.stdout
-    assert "f1: " in result.stdout
+    result = run_command("generate", *options, "--on-error", "skip")
+    assert result.status == 0, result.err
+    assert "failed: 3 rows; the column 'error' says why" in result.out
+    assert "f1: " in result.out
     rows = pyarrow.parquet.read_table(output).to_pylist()
     assert [row["uuid"] for row in rows] == ["good", "empty", "long", f"{path}:4", "last"]
     assert [row["finish_reason"] == "error" for row in rows] == [False, True, True, True, False]

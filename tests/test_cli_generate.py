@@ -1,5 +1,6 @@
 """``flexmask generate`` as a user runs it, on the bundled model."""
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pyarrow.feather
 import pytest
 from safetensors.torch import load_file, save_file
 
+from command import run_command
 from flexmask.demo import model_path, questions_path
 from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.errors import OutputError
@@ -21,9 +23,14 @@ from flexmask_cli.app import main
 COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu"]
 
 
-def run(*arguments, **options):
+def run(*arguments):
+    """Run a command in this process, where what is compiled serves all of them."""
+    return run_command(*COMMAND[3:], *arguments)
+
+
+def run_as_process(*arguments):
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -58,7 +65,7 @@ def small(tmp_path):
 
 
 def test_the_demo_writes_rows_answers_and_its_configuration(small):
-    result = run(*small, "--stop", "\\n", "-v")
+    result = run_as_process(*small, "--stop", "\\n", "-v")
     assert result.returncode == 0, result.stderr
     assert "accuracy:" in result.stdout
     assert "compilations: 2, of them 0 after the first rows" in result.stdout
@@ -79,44 +86,49 @@ def test_the_demo_writes_rows_answers_and_its_configuration(small):
     assert config.environment["device"] == "cpu"
 
 
-def test_standard_input_and_a_model_folder_are_read(small, tmp_path):
+def test_standard_input_and_a_model_folder_are_read(small, monkeypatch):
     rows = "".join(
         json.dumps({"segments": [f"Q: Where is {name}?", f"Q: Tell me where {name} is."]}) + "\n"
         for name in ("Mirel", "Tasko")
     )
+    monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
     result = run(
-        *small, "--input", "-", "--model", model_path(), "--strategy", "prefix_segment",
-        "--param", "positions=sequential", input=rows,
+        *small, "--input", "-", "--model", model_path(), "--strategy", "ensemble_isolation",
+        "--param", "positions=sequential",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
+    assert read_run_config(small[-1]).run["parameters"] == {"positions": "sequential"}
     table = pyarrow.feather.read_table(small[-1])
     assert table["uuid"].to_pylist() == ["1", "2"]
     assert table["correct"].to_pylist() == [None, None]
 
 
 def test_resuming_adds_the_rows_that_are_missing(small, error_of):
-    assert run(*small, "--limit", 1).returncode == 0
+    assert run(*small, "--limit", 1).status == 0
     first = pyarrow.feather.read_table(small[-1])
     result = run(*small, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert "rows: 2 generated" in result.stdout
+    assert result.status == 0, result.err
+    assert "rows: 2 generated" in result.out
     resumed = pyarrow.feather.read_table(small[-1])
     assert resumed.num_rows == 3
     assert resumed.slice(0, 1).equals(first)
     again = run(*small, "--resume")
-    assert again.stdout.startswith("accuracy: ")
-    assert again.stdout.endswith(f"3 rows in {small[-1]}\n")
+    assert again.out.startswith("accuracy: ")
+    assert again.out.endswith(f"3 rows in {small[-1]}\n")
     assert "made by a different run" in error_of(*small, "--resume", "--max-new-tokens", 7)
     assert "pass --resume" in error_of(*small)
 
 
-def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(small, tmp_path, error_of):
+def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(
+    small, tmp_path, monkeypatch, error_of
+):
+    monkeypatch.chdir(tmp_path)
     options = [*small[:-2], "--fusion", "each", "--num-segments", 2, "--stop", "\\n", "-v"]
-    result = run(*options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "fusion: each, every prompt alone" in result.stderr
-    assert "fusion: each\nrows: 6 generated" in result.stdout
-    assert re.search("accuracy: .* of 6 exact, each question counted once", result.stdout)
+    result = run(*options)
+    assert result.status == 0, result.err
+    assert "fusion: each, every prompt alone" in result.err
+    assert "fusion: each\nrows: 6 generated" in result.out
+    assert re.search("accuracy: .* of 6 exact, each question counted once", result.out)
     path = tmp_path / "outputs/demo/demo/ensemble_isolation-each-2.feather"
     rows = pyarrow.feather.read_table(path)
     assert rows["segment"].to_pylist() == [1, 2] * 3
@@ -148,11 +160,11 @@ def test_verbose_tells_what_the_generation_config_of_the_model_does(small, other
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3}
     )
     result = run(*small, "--limit", 1, "--model", folder, "-v")
-    assert result.returncode == 0, result.stderr
-    assert "generation config ends rows with: 1, 201\n" in result.stderr
-    assert "generation config applies: RepetitionPenaltyLogitsProcessor\n" in result.stderr
+    assert result.status == 0, result.err
+    assert "generation config ends rows with: 1, 201\n" in result.err
+    assert "generation config applies: RepetitionPenaltyLogitsProcessor\n" in result.err
     would = "generation config would sample (temperature=0.6, top_p=0.9); this run does as --temp"
-    assert would in result.stderr
+    assert would in result.err
     (folder / "generation_config.json").write_text(json.dumps({"num_beams": 3}))
     message = error_of(*small, "--overwrite", "--model", folder)
     assert "the model's generation config asks for beam search (num_beams=3)" in message
@@ -177,7 +189,7 @@ def test_rows_with_invalid_logits_are_skipped_or_named(small, tmp_path, other_mo
     message = error_of(*options, "--quiet")
     assert "rows.jsonl:2 (request 'Zanzibar'): token 1: the model's logits hold NaN" in message
     result = run(*options, "--overwrite", "--on-error", "skip")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
     table = pyarrow.feather.read_table(small[-1])
     assert table["uuid"].to_pylist() == list(names)
     assert [error is None for error in table["error"].to_pylist()] == [True, False, True]
@@ -188,8 +200,8 @@ def test_a_segment_without_shared_ending_warns_in_one_line(small, tmp_path):
         tmp_path / "rows.jsonl", [{"segments": ["Q: one two", "Q: three four?"]}] * 1
     )
     result = run(*small, "--input", rows)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("warning: the segments share no ending") == 1
+    assert result.status == 0, result.err
+    assert result.err.count("warning: the segments share no ending") == 1
 
 
 GOOD = {"uuid": "a", "segments": ["Q: one", "Q: two"], "suffix": "\nA:"}
@@ -272,7 +284,7 @@ def test_an_unwritable_output_is_found_before_the_model_loads(small, tmp_path, e
 
 
 def test_an_error_ends_with_status_one_and_one_line_on_stderr(small):
-    result = run(*small, "--strategy", "nothing")
+    result = run_as_process(*small, "--strategy", "nothing")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: unknown strategy 'nothing'")
     assert result.stderr.count("\n") == 1

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 
+from command import run_command
 from flexmask.results.result_writer import read_finished_rows
 from quick_cli import COMMAND as WITHOUT_MODEL
 
@@ -27,10 +28,9 @@ ROWS_WITHOUT_MODEL = 400
 
 
 def run_whole(output: Path, limit: int) -> None:
-    command = [*COMMAND, "--limit", str(limit), "--output", str(output)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == ""
+    finished = run_command(*COMMAND[3:], "--limit", limit, "--output", output)
+    assert finished.status == 0, finished.err
+    assert finished.out == ""
 
 
 def run_and_kill(output: Path, limit: int, is_time: Callable[[float], bool]) -> bool:

@@ -132,7 +132,8 @@ def test_help_shows_whole_sentences_and_the_heading_of_each_group(monkeypatch, c
     headings = [line for line in printed.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings == [
         *("Options:", "Commands:"),
-        *("Strategy:", "Input:", "Output:", "Model:", "Generation:", "Device:", "Options:"),
+        *("Strategy:", "Input:", "Output:", "Model:"),
+        *("Generation:", "Judging:", "Device:", "Scaling:", "Options:"),
     ]
 
 

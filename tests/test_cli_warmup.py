@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from command import run_command
+
 COMMAND = [sys.executable, "-m", "flexmask_cli"]
 COMPILED = {".so", ".cpp", ".cubin", ".ptx"}
 
@@ -77,11 +79,8 @@ def test_what_it_compiled_a_run_of_its_size_finds_on_disk(tmp_path: Path, device
         (["--device", "mps"], "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
     ],
 )
-def test_impossible_sizes_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = run(tmp_path, "warmup", *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_impossible_sizes_are_named(arguments: list[str], message: str) -> None:
+    assert message in run_command("warmup", "--device", "cpu", *arguments).error
 
 
 def test_a_missing_compiler_is_named_before_anything_is_computed(tmp_path: Path) -> None:

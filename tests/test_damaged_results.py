@@ -133,7 +133,7 @@ def test_two_columns_of_one_name_are_no_result(
     path = tmp_path / "out.feather"
     run(path, make_requests(2), config=CONFIG)
     table = pyarrow.feather.read_table(path)
-    for columns in (table.append_column("uuid", table["uuid"]), table.rename_columns(["a"] * 15)):
+    for columns in (table.append_column("uuid", table["uuid"]), table.rename_columns(["a"] * 20)):
         columns = columns.replace_schema_metadata(table.schema.metadata)
         with pa.ipc.new_file(str(path), columns.schema) as writer:
             writer.write_table(columns)

@@ -72,7 +72,7 @@ def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeyp
     page = (ROOT / "docs" / "datasets.md").read_text()
     monkeypatch.chdir(tmp_path)
     for name, kind in (("questions.csv", "csv"), ("trivia.toml", "toml")):
-        (content,) = re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)
+        content, *_ = re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)
         Path(name).write_text(content)
     commands = 0
     for block in re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL):
@@ -83,7 +83,7 @@ def test_the_commands_of_the_page_on_data_sets_do_what_it_says(tmp_path, monkeyp
             assert exit_.value.code == 0, command
             assert shown in capsys.readouterr().out
             commands += 1
-    assert commands == 10
+    assert commands == 11
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("answers.parquet", "concatenated.jsonl", "concatenated.run.json"),
         *("questions.csv", "trivia.toml"),

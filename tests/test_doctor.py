@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command import run_command
 from flexmask.attention.backend import dense_attention, flexmask_attention
 from flexmask.doctor import Check, attention_checks, environment_checks, run_checks
 from flexmask.doctor.check_result import WrongResult, tried
@@ -29,14 +30,14 @@ def doctor(*arguments, **variables):
     )
 
 
-def states(result):
-    return {check["name"]: check["state"] for check in json.loads(result.stdout)}
+def states(printed):
+    return {check["name"]: check["state"] for check in json.loads(printed)}
 
 
 def test_everything_that_is_needed_works_here():
-    result = doctor("--json")
-    assert result.returncode == 0, result.stdout
-    found = states(result)
+    result = run_command("doctor", "--json")
+    assert result.status == 0, result.out
+    found = states(result.out)
     for name in ("python", "compiler", "compile cache", "model cache"):
         assert found[name] == "ok"
     assert {found["torch"], found["transformers"]} <= {"ok", "warning"}
@@ -50,7 +51,7 @@ def test_without_a_compiler_attention_is_found_broken_and_the_exit_status_says_s
     empty.mkdir()
     result = doctor("--json", PATH=empty, CXX="", TORCHINDUCTOR_CACHE_DIR=tmp_path / "cache")
     assert result.returncode == 1, result.stderr
-    found = states(result)
+    found = states(result.stdout)
     assert found["compiler"] == found["attention, prefill"] == "broken"
     compiler = next(c for c in json.loads(result.stdout) if c["name"] == "compiler")
     assert "apt install g++" in compiler["advice"]

@@ -8,6 +8,7 @@ import torch
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
+from flexmask.engine.prompt_spans import SpanFinder
 from flexmask.engine.sampler import Sampler
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.request import Request
@@ -73,7 +74,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
     shared = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     with_sharing = list(shared)
     monkeypatch.setattr("flexmask.engine.batch_runner.common_prefix_length", lambda layouts: 0)
-    monkeypatch.setattr("flexmask.engine.prefill_planner.shared_beginnings", lambda *_: [])
+    monkeypatch.setattr(SpanFinder, "spans_of", lambda _, layouts: [()] * len(layouts))
     plain = engine.generate(requests, strategy, max_new_tokens=6, batch_size=3)
     assert list(plain) == with_sharing
     assert plain.stats.computed_tokens == plain.stats.prompt_tokens - len(requests)
@@ -83,18 +84,18 @@ def test_a_prefix_that_all_prompts_share_is_computed_once(engine, strategy, monk
 
 
 def test_prompts_that_are_all_the_same_are_computed_once(engine):
-    requests = [request(3, 1, 40)] * 5
-    results = engine.generate(requests, Causal(), max_new_tokens=4, batch_size=2)
+    requests = [request(3, 1, 40)] * 8
+    results = engine.generate(requests, Causal(), max_new_tokens=4, batch_size=3)
     generations = list(results)
     assert results.stats.computed_tokens == generations[0].prompt_tokens - 1
-    alone = engine.generate(requests[:1], Causal(), max_new_tokens=4, batch_size=2)
+    alone = engine.generate(requests[:1], Causal(), max_new_tokens=4, batch_size=3)
     assert {one.token_ids for one in generations} == {one.token_ids for one in alone}
 
 
 def test_copies_at_other_positions_are_not_shared(engine):
     requests = [dataclasses.replace(one, prefix=words(77, 30)) for one in REQUESTS[:3]]
     strategy = EnsembleIsolation(positions="sequential")
-    results = engine.generate(requests, strategy, max_new_tokens=2, batch_size=1)
+    results = engine.generate(requests, strategy, max_new_tokens=2, batch_size=3)
     assert len(list(results)) == 3
     layouts = [strategy.layout(RequestTokenizer(engine.tokenizer)(one)) for one in requests]
     prompt_tokens = sum(map(len, layouts)) - 3
@@ -134,7 +135,7 @@ def test_without_an_ending_a_row_stops_at_its_length(engine):
 def test_sampling_depends_on_seed_and_request_alone(engine):
     hot = Sampling(temperature=2.0, top_k=50, top_p=0.9, seed=1)
     whole = run(engine, sampling=hot)
-    assert run(engine, list(reversed(REQUESTS)), sampling=hot, batch_size=2)[0] == whole[-1]
+    assert run(engine, list(reversed(REQUESTS)), sampling=hot, batch_size=5)[0] == whole[-1]
     assert run(engine, sampling=Sampling(temperature=2.0, seed=2)) != whole
     assert run(engine) != whole
 
@@ -276,16 +277,16 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
 
     def prefill_with_little_memory(plan):
         sizes.append(len(plan.rows))
-        if len(plan.rows) > 2:
+        if len(plan.rows) > 3:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
-    results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=4)
-    with pytest.warns(FlexMaskWarning, match="out of memory: 4 rows at a time become 2"):
+    results = engine.generate(REQUESTS, EnsembleIsolation(), max_new_tokens=6, batch_size=6)
+    with pytest.warns(FlexMaskWarning, match="out of memory: 6 rows at a time become 3"):
         assert list(results) == expected
-    assert sizes == [4, 2, 2, 2, 1]
-    assert (results.stats.batch_size, results.stats.halvings) == (2, 1)
+    assert sizes == [6, 3, 3, 1]
+    assert (results.stats.batch_size, results.stats.halvings) == (3, 1)
 
 
 @pytest.fixture
@@ -337,14 +338,14 @@ def test_a_cpu_that_cannot_allocate_halves_the_batch(engine, monkeypatch):
     prefill = engine.runner.prefill
 
     def prefill_with_little_memory(plan):
-        if len(plan.rows) > 2:
+        if len(plan.rows) > 3:
             torch.empty(2**60, dtype=torch.uint8)
         return prefill(plan)
 
     expected = run(engine)
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
-    with pytest.warns(FlexMaskWarning, match="out of memory: 4 rows at a time become 2"):
-        assert run(engine, batch_size=4) == expected
+    with pytest.warns(FlexMaskWarning, match="out of memory: 6 rows at a time become 3"):
+        assert run(engine, batch_size=6) == expected
 
 
 def test_warming_up_makes_no_more_rows_than_fit(engine, set_free):
@@ -422,6 +423,7 @@ def test_the_longest_prompts_run_first_and_rows_finish_by_batch(engine):
     assert min(batches[1]) >= batches[2][0]
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_longer_prompt_later_on_gets_a_larger_cache(engine, monkeypatch):
     monkeypatch.setattr("flexmask.engine.engine.LOOKAHEAD_BATCHES", 1)
     long = Request(tuple(words(i, 110) for i in range(5)), suffix="t9", uuid="long")
@@ -440,9 +442,9 @@ def test_requests_are_read_some_batches_ahead_and_no_further(engine, monkeypatch
             read.append(number)
             yield dataclasses.replace(REQUESTS[1], uuid=str(number))
 
-    results = engine.generate(requests(), "causal", max_new_tokens=1, batch_size=2)
+    results = engine.generate(requests(), "causal", max_new_tokens=1, batch_size=3)
     assert next(results).request.uuid == "0"
-    assert len(read) <= 4
+    assert len(read) <= 6
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ REQUESTS = [request(seed, 1 + seed % 4, 5 + 3 * seed) for seed in range(7)]
 WITH_PREFIX = [dataclasses.replace(one, prefix=random_words(77, 30)) for one in REQUESTS]
 KINDS = {
     "isolated": (REQUESTS, {"strategy": "ensemble_isolation", "batch_size": 3}),
-    "causal": (REQUESTS[::-1], {"strategy": "causal", "batch_size": 2}),
+    "causal": (REQUESTS[::-1], {"strategy": "causal", "batch_size": 3}),
     "prefix": (WITH_PREFIX, {"strategy": "ensemble_isolation", "batch_size": 3}),
     "fused": (REQUESTS[:3], {"strategy": "causal", "batch_size": 3, "fusion": "mean"}),
     "hot": (REQUESTS, {"strategy": "causal", "batch_size": 3, "sampling": Sampling(2.0, seed=1)}),
@@ -110,7 +110,7 @@ def test_requests_may_come_from_another_run_of_the_engine(engine, alone):
         for generation in generations:
             yield dataclasses.replace(generation.request, suffix=f"t9 {generation.text} t8")
 
-    options = {"max_new_tokens": 3, "batch_size": 2}
+    options = {"max_new_tokens": 3, "batch_size": 3}
     want = list(engine.generate(longer(alone["isolated"]), "causal", **options))
     chained = longer(as_on_gpu(start(engine, "isolated")))
     assert list(as_on_gpu(engine.generate(chained, "causal", **options))) == want
@@ -120,16 +120,16 @@ def test_memory_that_runs_out_in_one_run_leaves_the_other_right(engine, alone, m
     prefill = engine.runner.prefill
 
     def prefill_with_little_memory(plan):
-        if len(plan.rows) > 2:
+        if len(plan.rows) > 3:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return prefill(plan)
 
     monkeypatch.setattr(engine.runner, "prefill", prefill_with_little_memory)
-    large = as_on_gpu(start(engine, "prefix", batch_size=4))
+    large = as_on_gpu(start(engine, "isolated", batch_size=6))
     small = as_on_gpu(start(engine, "causal"))
-    with pytest.warns(FlexMaskWarning, match="4 rows at a time become 2"):
+    with pytest.warns(FlexMaskWarning, match="6 rows at a time become 3"):
         rows = list(zip_longest(large, small))
-    assert [row[0] for row in rows] == alone["prefix"]
+    assert [row[0] for row in rows] == alone["isolated"]
     assert [row[1] for row in rows] == alone["causal"]
 
 

@@ -18,7 +18,8 @@ from flexmask.request import Request
 from flexmask.results.evaluation import compare, estimate_mean, evaluate
 from flexmask.results.result_writer import ResultWriter
 from flexmask.results.run_config import RunConfig
-from flexmask.tasks.judge import Judge, is_lemma_match, token_f1
+from flexmask.tasks.judge import Judge
+from flexmask.tasks.matching import is_lemma_match, token_f1
 from flexmask.tasks.request_source import BadRow
 
 

@@ -100,7 +100,7 @@ def test_a_row_with_processors_does_not_depend_on_what_else_is_in_the_batch(engi
     configure(repetition_penalty=1.4, no_repeat_ngram_size=2)
     whole = run(engine, strategy="ensemble_isolation")
     for generation in whole:
-        alone = run(engine, [generation.request], strategy="ensemble_isolation", batch_size=2)
+        alone = run(engine, [generation.request], strategy="ensemble_isolation")
         assert alone == [generation]
 
 

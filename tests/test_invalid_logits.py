@@ -57,8 +57,8 @@ def start(engine, requests=MIXED, strategy="causal", **options):
     "options",
     [
         {},
-        {"batch_size": 1},
         {"strategy": "ensemble_isolation"},
+        {"strategy": "ensemble_isolation", "batch_size": 1},
         {"fusion": "mean"},
         {"fusion": "max"},
         {"fusion": "vote"},
@@ -103,6 +103,7 @@ def test_the_error_names_where_a_request_was_read_and_its_uuid(spoilt):
         list(start(spoilt, [asked]))
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_warming_up_a_model_with_invalid_logits_raises(spoilt):
     with pytest.raises(ModelError, match=f"cannot warm up, token 1: {FINITE}"):
         spoilt.warm_up(Causal(), prompt_tokens=SPOILT * 3 + 1, num_segments=SPOILT + 1)
@@ -201,8 +202,9 @@ def test_a_spoilt_prompt_leaves_nothing_behind_for_a_shorter_one_in_its_row(engi
     long = Request((random_words(3, 60) + f" t{SPOILT} " + random_words(4, 9),), uuid="long")
     short = clean(Request((random_words(5, 20),), suffix=" t9", uuid="short"))
     refused = []
-    run = start(spoilt, [long, short], batch_size=1, on_refused=lambda *pair: refused.append(pair))
-    assert list(run) == list(start(engine, [short], batch_size=1))
+    options = {"strategy": "ensemble_isolation", "batch_size": 1}
+    run = start(spoilt, [long, short], on_refused=lambda *pair: refused.append(pair), **options)
+    assert list(run) == list(start(engine, [short], **options))
     assert [asked.uuid for asked, _ in refused] == ["long"]
 
 

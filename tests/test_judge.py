@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmask.answers import normalize_answer
-from flexmask.tasks.judge import is_exact_match
+from flexmask.tasks.matching import is_exact_match
 
 
 def squad_normalize_answer(text: str) -> str:

@@ -1,6 +1,7 @@
 import warnings
 
 import pytest
+import torch
 
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
 from flexmask.layout import (
@@ -10,6 +11,7 @@ from flexmask.layout import (
     copied_prefix_layout,
     shared_prefix_layout,
 )
+from flexmask.layout_batch import LayoutBatch
 
 
 def settle(segments, suffix=(), prefix=(1, 2)):
@@ -99,6 +101,14 @@ def test_generated_tokens_extend_the_tail():
     grown = shared_prefix_layout(REQUEST, "restart").extended(2)
     assert grown.segment_ids[-3:] == (TAIL, TAIL, TAIL)
     assert grown.position_ids[-3:] == (5, 6, 7)
+
+
+def test_tokens_are_counted_within_their_segment_wherever_it_stands():
+    layout = Layout(tuple(range(7)), (2, 0, 2, 1, 2, 1, -1), tuple(range(7)))
+    assert layout.indices_in_segments == (0, 0, 1, 0, 2, 1, 0)
+    batch = LayoutBatch(2, 12, torch.device("cpu"))
+    batch.load([layout], [6], [1])
+    assert batch.indices_in_segments.tolist() == [[0, 0, 0, 1, 0, 2, 1, 0, 1, 2, 3, 4], [0] * 12]
 
 
 def test_layouts_of_one_shape_and_other_boundaries_have_other_digests():

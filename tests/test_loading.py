@@ -401,6 +401,7 @@ def test_results_of_a_gguf_file_go_to_a_folder_of_its_name():
     assert default_folder("in", "org/Model-1.5") == Path("outputs/in/Model-1.5")
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_loaded_model_generates(folder):
     engine = Engine.from_pretrained(str(folder), device="cpu")
     (one,) = engine.generate([Request(("Q: Where?",), suffix="\nA:")], "causal", max_new_tokens=2)

@@ -22,6 +22,8 @@ from flexmask_strategies.causal import Causal
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
 from oracles import CONFIGS, SHAPE, WINDOW, make_model, random_request, random_words
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 STRATEGY = EnsembleIsolation()
 LAYOUTS = [STRATEGY.layout(random_request(1, 3, [5, 6], 2))]
 
@@ -236,10 +238,9 @@ def test_a_cache_that_does_not_hold_what_the_mask_is_for_is_refused(family, reas
 
 @pytest.mark.parametrize(
     "family",
-    ["gpt2", "gpt_neox", "opt", "gptj", "phi", "gemma4_text", "qwen3_moe", "deepseek_v3",
-     "cohere2", "granite", "glm4", "smollm3"],
-)  # fmt: skip
-def test_a_dozen_families_give_what_their_own_attention_gives(family):
+    ["gpt2", "opt", "gptj", "gemma4_text", "qwen3_moe", "deepseek_v3", "cohere2"],
+)
+def test_families_of_every_kind_give_what_their_own_attention_gives(family):
     known(family)
     outcomes = families.check_family(family)
     assert all(outcome["state"] == "ok" for outcome in outcomes), outcomes

@@ -22,6 +22,9 @@ BUILT_IN = sorted(
     for registered in load_registry().strategies()
     if registered.owner.distribution == "flexmask"
 )
+USUAL = {"adaptive_parallel", "ensemble_isolation", "sliding_window"}
+"""One of each way to compute: scores of a part scaled, all slots read in decode, and only some."""
+
 SMALL_WINDOWS = {"dilated": 64, "global_window": 64, "sliding_window": 64}
 
 
@@ -49,7 +52,10 @@ def reference(real_engine):
     return with_attention(real_engine.model, "flexmask_dense")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in USUAL else pytest.param(name, marks=pytest.mark.long) for name in BUILT_IN],
+)
 def test_a_strategy_equals_dense_attention_by_its_oracle(real_engine, reference, requests, name):
     strategy_class = load_registry().strategy(name)
     windows = {"window": SMALL_WINDOWS[name]} if name in SMALL_WINDOWS else {}

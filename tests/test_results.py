@@ -71,6 +71,11 @@ def test_a_result_file_holds_what_was_asked_and_generated(output: Path) -> None:
         "generation": " The 0.\nQ: next",
         "prefix": "Réponds.\n\n",
         "suffix": " →",
+        "system": "",
+        "messages": [],
+        "answer_prefix": "",
+        "segment_turns": "one",
+        "prompts": None,
         "segment": None,
         "weights": None,
         "prompt_tokens": 41,
@@ -467,7 +472,7 @@ def test_resuming_with_a_changed_request_is_refused(output: Path, part: dict[str
     changed = [requests[0], replace(requests[1], **part), requests[2]]
     with pytest.raises(
         OutputError,
-        match=r"segments, weights or choices of requests have changed since \(uuid 'q1'\)",
+        match=r"the texts, weights or choices of requests have changed since \(uuid 'q1'\)",
     ):
         run(output, changed, mode="resume")
 

@@ -14,6 +14,7 @@ from flexmask.mask_mods import and_masks, holds_tokens, within_window
 from flexmask.plugins.registry import load_registry, make_strategy
 from flexmask_strategies.adaptive_parallel import AdaptiveParallel
 from flexmask_strategies.block_attention import BlockAttention
+from flexmask_strategies.boundary_repair import BoundaryRepair
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.dilated import Dilated
 from flexmask_strategies.document import Document
@@ -56,6 +57,8 @@ STRATEGIES = [
     Dilated(window=2, dilation=1),
     Strided(stride=3),
     Document(),
+    BoundaryRepair(),
+    BoundaryRepair(link_tokens=2, positions="restart"),
 ]
 REQUESTS = [
     random_request(1, 4, [5], 1),
@@ -132,6 +135,7 @@ PICTURED = {
     ParallelContext(): ((1, 2), (3, 4), (5, 6)),
     AdaptiveParallel(): ((1, 2), (3, 4), (5, 6)),
     BlockAttention(): ((1, 2), (3, 4), (5, 6)),
+    BoundaryRepair(link_tokens=1): ((1,), (2, 3), (4, 5), (6, 7)),
     Tree("0,0,1,1"): ((1,), (2,), (3,), (4,), (5,)),
     Dilated(window=3, dilation=2): ((1, 2), (3, 4), (5, 6)),
     Strided(stride=3): ((1, 2), (3, 4), (5, 6)),
@@ -233,6 +237,29 @@ def test_each_path_of_a_tree_reads_as_one_text():
         assert [layout.position_ids[slot] for slot in seen] == list(range(len(text)))
 
 
+def test_repaired_tokens_and_the_tail_see_each_token_of_the_text_before_them_once():
+    strategy = BoundaryRepair(link_tokens=2)
+    layout = strategy.layout(REQUEST)
+    mask, text = dense_mask(strategy, layout), Causal().layout(REQUEST).token_ids
+    assert layout.segment_ids == (0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 5, 6, 7, -1, -1)
+    for q_idx, segment in enumerate(layout.segment_ids):
+        seen = [slot for slot in range(len(layout)) if mask[q_idx, slot]]
+        seen_text = tuple(layout.token_ids[slot] for slot in seen)
+        if segment == TAIL or segment % 2 == 0:
+            assert [layout.position_ids[slot] for slot in seen] == list(range(len(seen)))
+            assert seen_text == text[: len(seen)]
+        else:  # a document sees what it would see alone after the prefix
+            document = REQUEST.segments[segment // 2]
+            assert seen_text == (REQUEST.prefix + document)[: len(seen)]
+
+
+def test_a_single_document_needs_no_repair():
+    request = random_request(5, 3, [4], 2)
+    layout = BoundaryRepair().layout(request)
+    assert layout == Causal().layout(request)
+    assert torch.equal(dense_mask(BoundaryRepair(), layout), dense_mask(Causal(), layout))
+
+
 def test_paraphrases_of_the_question_start_after_the_longest_example():
     layout = FewShotIsolation(examples=1, paraphrases=2).layout(REQUEST)
     assert layout.position_ids == (0, 1, 2, 3, 4, 2, 5, 6, 5, 7, 8)
@@ -270,6 +297,7 @@ def test_a_request_with_too_few_segments_or_too_many_is_refused(strategy, messag
         ("sliding_window", {"sinks": "-1"}, "sinks must not be negative, got -1"),
         ("dilated", {"window": "0"}, "window must be positive, got 0"),
         ("dilated", {"dilation": "0"}, "dilation must be positive, got 0"),
+        ("boundary_repair", {"link_tokens": "0"}, "link_tokens must be positive, got 0"),
         ("strided", {"stride": "0"}, "stride must be positive, got 0"),
         ("global_window", {"window": "0"}, "window must be positive, got 0"),
         ("parallel_context", {"n_windows": "-1"}, "n_windows must not be negative, got -1"),

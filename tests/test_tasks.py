@@ -207,14 +207,15 @@ def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
         ("x = ", "mine.toml: not TOML: "),
         ("", "paraphrases.groups must name at least one column of paraphrases"),
         (MINIMAL + "sufix = ''", "prompt.sufix is not known; known here: prefix, segment, suffix, "
-         "choice, chat_template; did you mean 'suffix'?"),
+         "choice, system, answer_prefix, messages, segment_turns, chat_template; "
+         "did you mean 'suffix'?"),
         (MINIMAL.replace("[prompt]", "[promt]"), "promt is not known; .* did you mean 'prompt'?"),
         ("[paraphrases.groups]\nq = 'q'", "prompt.segment is missing; it must be a string"),
         (MINIMAL + "suffix = 3", "prompt.suffix must be a string, got 3"),
         (MINIMAL + "chat_template = 1", "prompt.chat_template must be true or false, got 1"),
         ("[paraphrases]\nselect = 'best'\n" + MINIMAL, "paraphrases.select cannot be used: "),
         ("[paraphrases]\nselect = 'sample 1 r'\n" + MINIMAL, "names the group 'r'; groups: q"),
-        (MINIMAL + "[answer]\njudge = 'bleu'", "answer.judge must be one of exact, f1, lemma, g"),
+        (MINIMAL + "[answer]\njudge = 'bleu'", "answer.judge must be one of exact, f1, lemma, c"),
         (MINIMAL + "[answer]\ncut = 'two'", "answer.cut must be one of first line, all, got 'two"),
         (MINIMAL + "[examples]\ncount = 1", "examples need a source: set one of rows"),
         (MINIMAL + "[examples]\ncount = -1", "examples.count must be an integer of at least 0"),

@@ -296,10 +296,10 @@ def test_a_request_that_the_template_refuses_or_changes_is_named_alone(template,
 def test_a_template_may_trim_the_turn_and_write_spaces_of_its_own():
     tokenizer = copy.deepcopy(made("byte_level"))
     tokenizer.chat_template = "<|im_start|> {{ messages[0].content | trim }} <|im_end|>"
-    turn = ChatTemplate(tokenizer).turn("\n Only ", " A: ")
-    assert turn.before + turn.prefix == "<|im_start|> Only "
-    assert turn.suffix + turn.after == " A: <|im_end|>"
-    assert ("Only" in turn.prefix, "A:" in turn.suffix) == (True, True)
+    request = Request(("Q",), prefix="\n Only ", suffix=" A: ")
+    written = ChatTemplate(tokenizer).write(request)
+    assert written.before == ("<|im_start|> ", "Only ")
+    assert written.after == (" A:", " <|im_end|>", "")
 
 
 def test_spaces_that_a_special_token_eats_are_eaten_on_the_side_of_the_request_too():

@@ -20,6 +20,7 @@ from flexmask_cli.commands.doctor import doctor
 from flexmask_cli.commands.eval import evaluate
 from flexmask_cli.commands.generate import generate
 from flexmask_cli.commands.kv_cache import kv_cache
+from flexmask_cli.commands.merge import merge
 from flexmask_cli.commands.new import new
 from flexmask_cli.commands.plugins import plugins
 from flexmask_cli.commands.score import score
@@ -39,6 +40,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 COMMANDS = {
     "generate": generate,
     "score": score,
+    "merge": merge,
     "eval": evaluate,
     "compare": compare,
     "bench": bench,

@@ -29,6 +29,7 @@ from flexmask_cli.render.lines import (
     print_warnings,
     warnings_as_lines,
 )
+from flexmask_cli.scaling_options import ShardOptions
 from flexmask_cli.strategy_choice import ChosenStrategy
 from flexmask_cli.streams import run_goes_on
 
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from flexmask.choice_scores import Score
     from flexmask.engine import Engine, RunStats
     from flexmask.generation import Generation
-    from flexmask.results.dataset_run import DatasetRun
-    from flexmask.results.result_writer import ResultWriter
+    from flexmask.results.dataset_run import DatasetJob, DatasetRun
+    from flexmask.results.result_writer import ResultSummary, ResultWriter
     from flexmask.results.row_stream import RowStream
+    from flexmask.tasks.request_source import RequestSource
 
 STDOUT = Path("-")
 """Value of ``--output`` for standard output."""
@@ -86,6 +88,21 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
+class Written(Generic[Made]):
+    """What a run wrote into a result file.
+
+    Attributes:
+        summary: Counts over the rows of the file.
+        shown: The first results, to be shown.
+        stats: Statistics of the run; None if no row remained.
+    """
+
+    summary: ResultSummary
+    shown: Sequence[Made]
+    stats: RunStats | None
+
+
+@dataclass(frozen=True)
 class DatasetCommand(ABC, Generic[Made]):
     """A run over a data set, from the options of its command to what it prints.
 
@@ -96,6 +113,7 @@ class DatasetCommand(ABC, Generic[Made]):
         opened: The input.
         num_segments: Segments kept of each request; None for all.
         output: Where the rows go, and what is printed.
+        part: The part of the input that is run.
     """
 
     planned: PlannedRun[Any, Any]
@@ -104,15 +122,17 @@ class DatasetCommand(ABC, Generic[Made]):
     opened: OpenInput
     num_segments: int | None
     output: OutputOptions
+    part: ShardOptions
 
     @property
     @abstractmethod
     def result_name(self) -> str:
         """The beginning of the result file's name, if the user names none."""
 
-    @abstractmethod
-    def start(self, engine: Engine, writer: ResultWriter | RowStream) -> DatasetRun[Made]:
-        """Plan the engine's run over the remaining rows of a writer."""
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the model runs on other machines."""
+        return False
 
     @abstractmethod
     def print_notes(self, engine: Engine, run: DatasetRun[Made]) -> None:
@@ -139,7 +159,6 @@ class DatasetCommand(ABC, Generic[Made]):
             return
 
         from flexmask.results.output_path import check_output_name, default_output_path
-        from flexmask.results.result_writer import ResultWriter
 
         path = output.output or default_output_path(
             self.opened.stem,
@@ -147,46 +166,31 @@ class DatasetCommand(ABC, Generic[Made]):
             self.result_name,
             self.num_segments,
             str(self.fusion),
+            self.part.chosen_shard,
         )
         check_output_name(path)
-        planned.check()
-        with (
-            run_goes_on(),
-            warnings_as_lines(),
-            ResultWriter.open(
-                path,
-                config=planned.config(*self.chosen, self.fusion, self.opened.name),
-                requests=self.opened.requests,
-                fusion=self.fusion,
-                mode=planned.options.results.mode,
-                judge=planned.judge,
-            ) as writer,
-        ):
-            shown, stats = self._run_rest(writer)
+        planned.check(is_elsewhere=self.is_elsewhere)
+        with run_goes_on(), warnings_as_lines():
+            written = self.write_file(path)
         # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
         if output.as_json:
-            print_json(outcome_figures(path, writer.summary, planned.judge, stats))
+            print_json(outcome_figures(path, written.summary, planned.judge, written.stats))
         elif not planned.options.results.quiet:
-            if stats is not None:
-                self.print_made(shown, stats)
-            print_outcome(path, writer.summary, planned.judge)
+            if written.stats is not None:
+                self.print_made(written.shown, written.stats)
+            print_outcome(path, written.summary, planned.judge)
 
-    def _write_stream(self) -> None:
-        """Run all requests, and write their rows to stdout as JSON Lines."""
-        from flexmask.results.row_stream import RowStream
+    def write_file(self, path: Path) -> Written[Made]:
+        """Run the remaining requests, and write their rows into a result file."""
+        requests = self._requests()
+        job = self._job(requests)
+        mode = self.planned.options.results.mode
+        with job.open_writer(path, requests, mode, requests.shard) as writer:
+            shown, stats = self.run_rest(job, writer)
+        return Written(writer.summary, shown, stats)
 
-        if self.planned.options.results.mode != "new":
-            raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
-        stream = RowStream(
-            print_json_line,
-            requests=self.opened.requests,
-            fusion=self.fusion,
-            judge=self.planned.judge,
-        )
-        self._run_rest(stream)
-
-    def _run_rest(
-        self, writer: ResultWriter | RowStream
+    def run_rest(
+        self, job: DatasetJob[Made], writer: ResultWriter | RowStream
     ) -> tuple[Sequence[Made], RunStats | None]:
         """Run the remaining requests; load the model only if there are some.
 
@@ -195,8 +199,8 @@ class DatasetCommand(ABC, Generic[Made]):
         """
         if not writer.remaining:
             return [], None
-        engine = self.planned.load_engine()
-        run = self.start(engine, writer)
+        engine = job.load_engine()
+        run = job.run(engine, job.make_strategy(), writer)
         if self.output.verbose:
             self.print_notes(engine, run)
         try:
@@ -210,6 +214,24 @@ class DatasetCommand(ABC, Generic[Made]):
         if self.output.verbose:
             self.print_kernels(engine)
         return shown, run.engine_run.stats
+
+    def _requests(self) -> RequestSource:
+        return self.part.rows_of(self.planned.checked(self.opened.requests))
+
+    def _job(self, requests: RequestSource) -> DatasetJob[Made]:
+        return self.planned.job(
+            lambda: self.chosen, lambda: requests, self.fusion, self.opened.name
+        )
+
+    def _write_stream(self) -> None:
+        """Run all requests, and write their rows to stdout as JSON Lines."""
+        from flexmask.results.row_stream import RowStream
+
+        if self.planned.options.results.mode != "new":
+            raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
+        requests, judge = self._requests(), self.planned.judge
+        stream = RowStream(print_json_line, requests=requests, fusion=self.fusion, judge=judge)
+        self.run_rest(self._job(requests), stream)
 
     def _run(self, run: DatasetRun[Made], writer: ResultWriter | RowStream) -> Sequence[Made]:
         """Run; return the first results."""
@@ -229,7 +251,7 @@ class DatasetCommand(ABC, Generic[Made]):
         run, fusion = self.planned, self.fusion
         skips = run.options.rows.on_error is BadRows.SKIP
         tokenize = run.load_tokenizer() if run.uses_chat_template else None
-        for request in self.opened.requests:
+        for request in self._requests():
             if isinstance(request, BadRow):
                 print_prompt(request)
                 continue

@@ -115,6 +115,19 @@ class InputOptions:
         path("--prefix-file", help="A text file that replaces the prefix of every request."),
     ] = None
 
+    system: Annotated[
+        str | None,
+        text(
+            "--system",
+            metavar="TEXT",
+            help="Text of the system turn of every request; needs a chat template.",
+        ),
+    ] = None
+    system_file: Annotated[
+        Path | None,
+        path("--system-file", help="A text file that holds the system turn of every request."),
+    ] = None
+
     def open(
         self,
         *,
@@ -145,14 +158,18 @@ class InputOptions:
         columns = self._columns(by_column, reads_choices)
         task = self._load_task(columns)
         rows = self._rows(task)
-        prefix = None if self.prefix_file is None else _read_prefix(self.prefix_file)
+        prefix = _read_text("--prefix-file", self.prefix_file)
+        if self.system is not None and self.system_file is not None:
+            raise OptionError("--system and --system-file exclude each other")
+        system = _read_text("--system-file", self.system_file) or self.system
         make = (
-            PlainRequests(columns, prefix, by_column, reads_choices)
+            PlainRequests(columns, prefix, by_column, system, reads_choices)
             if task is None
             else TaskPrompts(
                 task,
                 rows,
                 prefix=prefix,
+                system=system,
                 reads_weights=by_column,
                 reads_choices=reads_choices,
                 chosen_columns=columns,
@@ -247,7 +264,10 @@ class RequestOptions(InputOptions):
     ] = None
 
 
-def _read_prefix(path: Path) -> str:
+def _read_text(name: str, path: Path | None) -> str | None:
+    """Read the text file of an option; None if it is not given."""
+    if path is None:
+        return None
     from flexmask.inputs.bounded_file import read_whole_or_pipe
     from flexmask.inputs.rows import printable
 
@@ -257,4 +277,4 @@ def _read_prefix(path: Path) -> str:
         reason = error.strerror or error
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 text ({error.reason} at byte {error.start})"
-    raise OptionError(f"--prefix-file {printable(path)}: {reason}; name a text file")
+    raise OptionError(f"{name} {printable(path)}: {reason}; name a text file")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexmask_cli.options import (
     BatchOptions,
+    CachedEngineOptions,
     ChatOptions,
-    EngineOptions,
+    JudgeOptions,
     ModelOptions,
     ResultOptions,
     RowOptions,
@@ -17,6 +18,7 @@ from flexmask_cli.options import (
 from flexmask_cli.planned_run import PlannedRun
 
 if TYPE_CHECKING:
+    from flexmask.results.dataset_run import GenerationJob
     from flexmask.tasks.judge import Judge
 
 
@@ -29,7 +31,8 @@ class RunOptions:
     chat: ChatOptions
     batch: BatchOptions
     sampling: SamplingOptions
-    engine: EngineOptions
+    judging: JudgeOptions
+    engine: CachedEngineOptions
     results: ResultOptions
 
 
@@ -39,10 +42,15 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
 
     @property
     def judge(self) -> Judge:
-        """The task's judge; without a task, exact match of the first line."""
-        from flexmask.tasks.judge import Judge
+        """The judge of the answers."""
+        return self.options.judging.of(self.task)
 
-        return self.task.judge if self.task else Judge()
+    @property
+    def job_type(self) -> type[GenerationJob]:
+        """A run that generates."""
+        from flexmask.results.dataset_run import GenerationJob
+
+        return GenerationJob
 
     def that_change_rows(self) -> dict[str, Any]:
         """Return arguments of `Engine.generate` that change what is in the rows."""

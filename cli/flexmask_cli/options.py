@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
@@ -13,14 +14,16 @@ from flexmask.checkpoint.model_name import check_model_name
 from flexmask.device import check_device_name, check_dtype_name
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
+from flexmask.kv_store.options import DEFAULT_FOLDER_BYTES, KVCacheOptions
 from flexmask.limits import read_size
 from flexmask.sampling import Sampling
 from flexmask_cli import completion
-from flexmask_cli.option_kinds import Pair, flag, is_utf8, pairs, size, text
+from flexmask_cli.option_kinds import Pair, byte_size, flag, is_utf8, pairs, path, size, text
 
 if TYPE_CHECKING:
     from flexmask.attention.flex_call import PrefillKernel
     from flexmask.results.resume import OutputMode
+    from flexmask.tasks.judge import Judge
     from flexmask.tasks.request_source import OnError
     from flexmask.tasks.task import Task
 
@@ -33,6 +36,7 @@ Parameters = Annotated[
         help="Set a parameter of the strategy. Repeatable.",
     ),
 ]
+JUDGE_FORM = "exact|f1|lemma|contains|regex:PATTERN|choice|number|file.py:name"
 AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 
 
@@ -204,6 +208,48 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class JudgeOptions:
+    """The judge of a run's answers."""
+
+    heading: ClassVar[str] = "Judging"
+
+    judge: Annotated[
+        str | None,
+        text(
+            "--judge",
+            metavar=JUDGE_FORM,
+            help="How answers are scored (docs/datasets.md). Default: as the task says; without "
+            "a task, exact.",
+        ),
+    ] = None
+    cut: Annotated[
+        str | None,
+        text(
+            "--cut",
+            metavar="first line|all",
+            help="The part of a generation in which the answer is. Default: as the task says; "
+            "without a task, the first line that is not blank.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Check the judge; a Python file is not run.
+
+        Raises:
+            OptionError: If there is no such judge or cut.
+        """
+        if (self.judge, self.cut) != (None, None):
+            _ = self.of(None)
+
+    def of(self, task: Task | None) -> Judge:
+        """Return the judge of a task, as changed by these options."""
+        from flexmask.tasks.judge import Judge
+
+        judge = task.judge if task else Judge()
+        return replace(judge, metric=self.judge or judge.metric, cut=self.cut or judge.cut)
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """Device and dtype of a model."""
 
@@ -312,6 +358,39 @@ class EngineOptions(DeviceOptions):
         """The prefill kernel; None for ``auto``."""
         return (
             None if self.prefill_kernel == "auto" else cast("PrefillKernel", self.prefill_kernel)
+        )
+
+
+@dataclass(frozen=True)
+class CachedEngineOptions(EngineOptions):
+    """Device, dtype and prefill kernel of an engine, and where it keeps keys and values."""
+
+    kv_cache: Annotated[
+        Path | None,
+        path(
+            "--kv-cache",
+            help="A folder that keeps keys and values of prefixes and documents for later runs; "
+            "many may share it (docs/kv-cache.md).",
+        ),
+    ] = None
+    kv_cache_folder_size: Annotated[
+        int,
+        byte_size("--kv-cache-folder-size", help="Most bytes in that folder.", least=1),
+    ] = DEFAULT_FOLDER_BYTES
+    kv_cache_gpu: Annotated[
+        int, byte_size("--kv-cache-gpu", help="Bytes of GPU memory that keep them in a run.")
+    ] = 0
+    kv_cache_host: Annotated[
+        int, byte_size("--kv-cache-host", help="Bytes of host memory that keep them in a run.")
+    ] = 0
+
+    @property
+    def chosen_cache(self) -> KVCacheOptions | None:
+        """Where keys and values are kept; None for nowhere."""
+        if not (self.kv_cache or self.kv_cache_gpu or self.kv_cache_host):
+            return None
+        return KVCacheOptions(
+            self.kv_cache_gpu, self.kv_cache_host, self.kv_cache, self.kv_cache_folder_size
         )
 
 

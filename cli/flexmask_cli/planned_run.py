@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
     from flexmask.fusion import Fusion
+    from flexmask.results.dataset_run import DatasetJob
     from flexmask.strategy import Strategy
     from flexmask.tasks.judge import ChoiceJudge, Judge
+    from flexmask.tasks.request_source import RequestSource
     from flexmask.tasks.task import Task
+    from flexmask_cli.strategy_choice import ChosenStrategy
 
 
 class DatasetOptions(Protocol):
@@ -77,6 +81,11 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
     def judge(self) -> JudgeT:
         """Extracts answers from results and judges them."""
 
+    @property
+    @abstractmethod
+    def job_type(self) -> type[DatasetJob[Any]]:
+        """What a run does with its requests."""
+
     @abstractmethod
     def that_change_rows(self) -> dict[str, Any]:
         """Return arguments of the engine that change what is in the rows."""
@@ -95,21 +104,61 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
         """The model's name as results record it."""
         return self.options.model.model or DEMO
 
-    def check(self) -> None:
+    def checked(self, requests: RequestSource) -> RequestSource:
+        """Return requests that are checked for the judge and the chat template."""
+        return replace(requests, judge=self.judge, is_chat=self.uses_chat_template)
+
+    def check(self, *, is_elsewhere: bool = False) -> None:
         """Check what would otherwise fail after the model is loaded.
 
+        Args:
+            is_elsewhere: Whether the model runs on other machines, with devices of their own.
+
         Raises:
-            OptionError: If a needed package or device is missing.
+            OptionError: If a needed package, file or device is missing.
         """
         from flexmask.device import resolve_device, resolve_dtype
 
         self.judge.check()
+        if is_elsewhere:
+            return
         engine = self.options.engine
         resolve_dtype(engine.dtype, resolve_device(engine.device))
 
     def for_engine(self) -> dict[str, Any]:
         """Return arguments of `Engine.generate` or `Engine.score`."""
         return self.that_change_rows() | {"batch_size": self.options.batch.rows_at_once}
+
+    def job(
+        self,
+        choose: Callable[[], ChosenStrategy],
+        open_requests: Callable[[], RequestSource],
+        fusion: Fusion,
+        input: str,
+    ) -> DatasetJob[Any]:
+        """Return the run as any process can carry it out.
+
+        Args:
+            choose: Makes the strategy.
+            open_requests: Opens the input.
+            fusion: The fusion.
+            input: Name of the input.
+        """
+        return self.job_type(
+            open_requests=open_requests,
+            make_strategy=partial(_strategy, choose),
+            load_engine=self.load_engine,
+            record=partial(self._record, choose, fusion, input),
+            fusion=fusion,
+            judge=self.judge,
+            on_error=self.options.rows.on_bad_row,
+            options=self.for_engine(),
+        )
+
+    def _record(
+        self, choose: Callable[[], ChosenStrategy], fusion: Fusion, input: str
+    ) -> RunConfig:
+        return self.config(*choose(), fusion, input)
 
     def config(self, reference: str, strategy: Strategy, fusion: Fusion, input: str) -> RunConfig:
         """Return the record of a run for its result file.
@@ -129,7 +178,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
                 "model_files": model_files(self.options.model.model or str(model_path())),
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
-                "judge": asdict(self.judge),
+                "judge": self.judge.record(),
                 "fusion": asdict(fusion),
                 "chat_template": self.uses_chat_template,
                 "allow_special_tokens": self.options.chat.allow_special_tokens,
@@ -157,3 +206,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
     def load_engine(self) -> Engine:
         """Load the model."""
         return load_engine(self.options.model, self.options.engine)
+
+
+def _strategy(choose: Callable[[], ChosenStrategy]) -> Strategy:
+    return choose().strategy

@@ -11,8 +11,8 @@ from flexmask_cli import completion
 from flexmask_cli.option_kinds import text
 from flexmask_cli.options import (
     BatchSizeOptions,
+    CachedEngineOptions,
     ChatOptions,
-    EngineOptions,
     ModelOptions,
     ResultOptions,
     RowOptions,
@@ -20,6 +20,7 @@ from flexmask_cli.options import (
 from flexmask_cli.planned_run import PlannedRun
 
 if TYPE_CHECKING:
+    from flexmask.results.dataset_run import ScoringJob
     from flexmask.tasks.judge import ChoiceJudge
 
 
@@ -80,7 +81,7 @@ class ScoreRunOptions:
     model: ModelOptions
     chat: ChatOptions
     batch: BatchSizeOptions
-    engine: EngineOptions
+    engine: CachedEngineOptions
     results: ResultOptions
 
 
@@ -100,6 +101,13 @@ class PlannedScoring(PlannedRun[ScoreRunOptions, "ChoiceJudge"]):
         from flexmask.tasks.judge import ChoiceJudge
 
         return ChoiceJudge(self.normalize)
+
+    @property
+    def job_type(self) -> type[ScoringJob]:
+        """A run that scores choices."""
+        from flexmask.results.dataset_run import ScoringJob
+
+        return ScoringJob
 
     def that_change_rows(self) -> dict[str, Any]:
         """Return arguments of `Engine.score` that change what is in the rows."""

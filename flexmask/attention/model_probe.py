@@ -327,10 +327,29 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     )
 
 
+def attention_calls(
+    model: PreTrainedModel,
+    token_ids: tuple[tuple[int, ...], ...],
+    position_ids: tuple[tuple[int, ...], ...],
+) -> list[AttentionCall]:
+    """Run two rows of four tokens, with attention that returns zeros, and return its calls.
+
+    Args:
+        model: A model that attends through flexmask.
+        token_ids: The tokens of each row.
+        position_ids: Their positions.
+
+    Raises:
+        AttentionError: If the model's code fails.
+    """
+    positions = torch.tensor(position_ids, device=model.device)
+    return _run(model, token_ids, position_ids=positions).calls
+
+
 def rotation_limit(config: PreTrainedConfig) -> int | None:
     """Return the length above which the longest row changes the rotary embeddings of all rows."""
     lengths = []
-    for rotation in _rotations(getattr(config, "rope_parameters", None)):
+    for rotation in rotations(config):
         if rotation.get("rope_type") in ROTATIONS_BY_LENGTH:
             original = rotation.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
@@ -338,8 +357,9 @@ def rotation_limit(config: PreTrainedConfig) -> int | None:
     return min(lengths, default=None)
 
 
-def _rotations(parameters: Any) -> list[dict[str, Any]]:
+def rotations(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return the rotary embeddings of a config: one, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]

@@ -115,7 +115,7 @@ class AttentionBench:
         batch = LayoutBatch(1, capacity, device)
         batch.load([layout], [self.length], [0])
         self._mask_mod = strategy_mask(strategy, batch)
-        self._score_mod = strategy.score_mod(batch)
+        self._score_mod = strategy.applied_score_mod(batch)
         slots = torch.arange(capacity, device=device)[None]
         self._scaled_part = place_part(strategy.scaled_part(batch), RowPlacement(slots))
         self.report: MaskReport = explain_mask(

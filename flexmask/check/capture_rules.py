@@ -96,7 +96,7 @@ def captures_nothing_as_long_as_the_batch(subject: Subject) -> Iterator[Fault]:
     for num_slots in (len(layout), 2 * capacity_for(len(layout))):
         batch = loaded_batch([layout], [num_slots - len(layout)])
         mask_mod = subject.strategy.mask_mod(batch)
-        own = {id(batch.segment_ids), id(batch.position_ids)}
+        own = set(map(id, batch.buffers))
         captured = captured_values(mask_mod, depth=4)
         shapes.append(
             {n: tuple(x.shape) for n, x in captured if isinstance(x, Tensor) and id(x) not in own}

@@ -84,7 +84,7 @@ def _difference(subject: Subject, batch: LayoutBatch, case: Case) -> float:
     strategy, module = subject.strategy, torch.nn.Module()
     slots = torch.arange(batch.segment_ids.shape[1]).repeat(ROWS, 1)
     changes: dict[str, Any] = {
-        "score_mod": strategy.score_mod(batch),
+        "score_mod": strategy.applied_score_mod(batch),
         "scaled_part": place_part(strategy.scaled_part(batch), RowPlacement(slots)),
     }
     output, _ = flexmask_attention(module, query, key, value, block_mask, **changes)

@@ -99,7 +99,7 @@ def _changed_scores(strategy: Strategy, layout: Layout) -> Tensor:
     q_idx, kv_idx = torch.arange(size).view(1, 1, -1, 1), torch.arange(size).view(1, 1, 1, -1)
     scores = torch.sin(torch.arange(size * size, dtype=torch.float32)).view(1, 1, size, size)
     scales = torch.ones_like(scores)
-    if score_mod := strategy.score_mod(batch):
+    if score_mod := strategy.applied_score_mod(batch):
         scores = score_mod(scores, b, h, q_idx, kv_idx)
     if part := strategy.scaled_part(batch):
         scales = torch.where(part.queries(b, q_idx) & part.keys(b, kv_idx), part.scale, scales)

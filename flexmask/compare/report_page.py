@@ -47,7 +47,7 @@ def report_html(
         "flexmask.compare",
         SCRIPTS,
         style=_colours(),
-        data=_data(results, folder) | {"metric": METRIC_NAMES[judge.metric]},
+        data=_data(results, folder) | {"metric": METRIC_NAMES.get(judge.metric, judge.metric)},
         title=title,
         facts=facts,
         notes=notes,

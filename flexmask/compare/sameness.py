@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 
@@ -64,7 +64,7 @@ class Sameness:
         self._is_greedy = is_greedy
         self._requests_of = requests_of
         self._max_new_tokens = max_new_tokens
-        self._tokenized = cache(lambda *texts: tokenizer(Request(texts[1], texts[0], texts[2])))
+        self._tokenized = cache(tokenizer)
         self._digests = cache(self._find_digests)
         self._prompts = cache(self._find_prompts)
         self._equal: dict[tuple[Contender, Contender, bytes, bytes], bool] = {}
@@ -101,7 +101,7 @@ class Sameness:
             if len(prompts) > 1:
                 fusion = str(way.fusion)
             for prompt in prompts:
-                one, other = self._digests(way.contender, *_texts(prompt))
+                one, other = self._digests(way.contender, _without_names(prompt))
                 tokens.update(one)
                 segments.update(other)
                 if not self._is_greedy:
@@ -109,10 +109,8 @@ class Sameness:
                     tokens.update(repr(drawn_for.key).encode())
         return _Prompts(fusion, tokens.digest(), segments.digest())
 
-    def _find_digests(
-        self, contender: Contender, prefix: str, texts: tuple[str, ...], suffix: str
-    ) -> tuple[bytes, bytes]:
-        layout = contender.strategy.layout(self._tokenized(prefix, texts, suffix))
+    def _find_digests(self, contender: Contender, prompt: Request) -> tuple[bytes, bytes]:
+        layout = contender.strategy.layout(self._tokenized(prompt))
         tokens = array("q", (*layout.token_ids, *layout.position_ids))
         return blake2b(tokens, digest_size=16).digest(), layout.digest
 
@@ -137,7 +135,9 @@ class Sameness:
         masks, rows, size = [], 0, 0
         for contender, prompts in sides:
             strategy = contender.strategy
-            layouts = [strategy.layout(self._tokenized(*_texts(prompt))) for prompt in prompts]
+            layouts = [
+                strategy.layout(self._tokenized(_without_names(prompt))) for prompt in prompts
+            ]
             lengths = [len(layout) for layout in layouts]
             rows, size = len(layouts), max(lengths) + self._max_new_tokens
             batch = LayoutBatch(rows, size, CPU)
@@ -149,8 +149,9 @@ class Sameness:
         return masks_are_equal(masks[0], masks[1], rows, size, size, CPU)
 
 
-def _texts(prompt: Request) -> tuple[str, tuple[str, ...], str]:
-    return prompt.prefix, prompt.segments, prompt.suffix
+def _without_names(prompt: Request) -> Request:
+    """Return a prompt that equals every other one of the same texts."""
+    return replace(prompt, uuid="", answers=(), weights=(), segment=None)
 
 
 def _cell(group: Sequence[Way], ways: Sequence[Way]) -> Cell:

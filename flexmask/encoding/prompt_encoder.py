@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from flexmask.encoding.chat_template import UserTurn
+from flexmask.encoding.chat_template import WrittenPrompt
 from flexmask.encoding.text_decoder import TextDecoder
 from flexmask.encoding.text_encoder import Encoded, TextEncoder
 from flexmask.encoding.tokenizer_edits import Left, Right
@@ -79,26 +79,29 @@ class PromptEncoder:
         except RequestError:  # raised again, for the right segment, when each is encoded
             self._ahead = {}
 
-    def encode(self, turn: UserTurn, segments: Sequence[str]) -> EncodedPrompt:
-        """Encode a prompt.
+    def encode(self, written: WrittenPrompt, segments: Sequence[str]) -> EncodedPrompt:
+        """Encode a prompt: the texts around its segments, and the segments.
 
         Raises:
             RequestError: If the tokenizer has no tokens for a piece; the message names it.
         """
         with _naming("prefix"):
-            prefix, left = self._opening(turn.before, turn.prefix)
-        space, encoded = self._encode_segments(segments, left)
+            prefix, left = self._opening(written.before)
+        if any(written.gaps):
+            space, encoded = Encoded(()), self._encode_turns(segments, written.gaps, left)
+        else:
+            space, encoded = self._encode_segments(segments, left)
         with _naming("suffix"):
-            suffix, _ = self._ending(turn.suffix, turn.after)
+            suffix, _ = self._ending(written.after)
         return EncodedPrompt(prefix.then(space), encoded, suffix)
 
-    def encode_choices(self, turn: UserTurn, choices: Sequence[str]) -> list[Encoded]:
+    def encode_choices(self, written: WrittenPrompt, choices: Sequence[str]) -> list[Encoded]:
         """Encode texts, each of which continues a prompt.
 
         Raises:
             RequestError: If the tokenizer has no tokens for one; the message names it.
         """
-        _, left = self._ending(turn.suffix, turn.after)
+        _, left = self._ending(written.after)
         encoded = []
         for number, text in enumerate(choices, start=1):
             with _naming(f"choice {number}"):
@@ -109,17 +112,36 @@ class PromptEncoder:
         """Encode a text that continues another."""
         return self._encoder.encode(text)
 
-    def _encode_opening(self, before: str, prefix: str) -> tuple[Encoded, Left]:
+    def _encode_opening(self, before: Sequence[str]) -> tuple[Encoded, Left]:
         """Encode everything before the segments; also return what is to the left of them."""
-        if not self._is_chat and prefix:
-            space, encoded = self._encode_first(prefix, "start")
+        if not self._is_chat and before[-1]:
+            space, encoded = self._encode_first(before[-1], "start")
             return space.then(encoded), "text"
-        return self._encode_parts(self._encoder.split(before, tail=prefix), "start", "text")
+        return self._encode_parts(self._split(["", *before]), "start", "text")
 
-    def _encode_ending(self, suffix: str, after: str) -> tuple[Encoded, Left]:
+    def _encode_ending(self, after: Sequence[str]) -> tuple[Encoded, Left]:
         """Encode everything after the segments; also return what is to the left of an answer."""
-        right: Right = "end" if self._is_chat else "text"
-        return self._encode_parts(self._encoder.split(after, head=suffix), "text", right)
+        is_of_template = self._is_chat and not after[-1]
+        right: Right = "end" if is_of_template else "text"
+        return self._encode_parts(self._split(after), "text", right)
+
+    def _encode_turns(
+        self, texts: Sequence[str], gaps: Sequence[str], left: Left
+    ) -> list[Encoded]:
+        """Encode segments that are turns, each with what the template writes after it."""
+        segments = []
+        for number, (text, gap) in enumerate(zip(texts, gaps, strict=True), start=1):
+            with _naming(f"segment {number}"):
+                segments.append(self._encode_parts(self._split([text, gap, ""]), left, "text")[0])
+        return segments
+
+    def _split(self, texts: Sequence[str]) -> list[str | int]:
+        """Split texts of the request, of the template, of the request, … at added tokens."""
+        parts: list[str | int] = [texts[0]]
+        for of_template, of_request in zip(texts[1::2], texts[2::2], strict=True):
+            head = parts.pop()
+            parts += self._encoder.split(of_template, head=str(head), tail=of_request)
+        return parts
 
     def _encode_parts(
         self, parts: Sequence[str | int], left: Left, right: Right

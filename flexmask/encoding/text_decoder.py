@@ -30,6 +30,17 @@ class TextDecoder:
         return self.whole(token_ids, skip_special_tokens)
 
     @cached_property
+    def is_in_order(self) -> bool:
+        """False if the tokenizer edits decoded text across tokens.
+
+        WordPiece removes spaces before punctuation and ``n't``; CTC merges equal tokens.
+        """
+        if not self._tokenizer.is_fast:
+            return True
+        decoder = self._tokenizer.backend_tokenizer.decoder
+        return not any(kind in repr(decoder) for kind in ("WordPiece", "CTC"))
+
+    @cached_property
     def _before(self) -> tuple[int, ...]:
         """An ordinary token of one letter or digit; empty if the vocabulary has none."""
         for token_id in self._candidates():

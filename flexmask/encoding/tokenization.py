@@ -13,7 +13,7 @@ from flexmask.checkpoint.folder import check_tokenizer_files
 from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
-from flexmask.encoding.chat_template import ChatTemplate, UserTurn
+from flexmask.encoding.chat_template import ChatTemplate, WrittenPrompt
 from flexmask.encoding.prompt_encoder import PromptEncoder
 from flexmask.encoding.text_decoder import TextDecoder
 from flexmask.encoding.text_encoder import Encoded
@@ -63,9 +63,9 @@ class RequestTokenizer:
 
         Args:
             tokenizer: The model's tokenizer.
-            chat_template: Put the request into the user turn of the tokenizer's chat template:
-                template text before the segments is added to the prefix, text after them to the
-                suffix.
+            chat_template: Put the request into the tokenizer's chat template, as its last user
+                turn: text and turns before the segments are added to the prefix, what follows
+                them to the suffix.
             allow_special_tokens: Encode the text of a special token in a request, such as
                 ``<eos>``, as that token. By default it is encoded as plain text.
             num_embeddings: Number of tokens that the model knows; None without a model.
@@ -121,7 +121,7 @@ class RequestTokenizer:
             RequestError: If it cannot be tokenized, leaves a segment or the fusion tail without
                 tokens, or has tokens that the model does not know.
         """
-        prompt = self._encoder.encode(self._turn(request), request.segments)
+        prompt = self._encoder.encode(self._written(request), request.segments)
         for name, piece in prompt.named():
             self._check_known(name, piece)
         tokenized = TokenizedRequest.from_token_ids(
@@ -146,25 +146,53 @@ class RequestTokenizer:
                 the model does not know.
         """
         texts = request.choices if texts is None else texts
-        encoded = self._encoder.encode_choices(self._turn(request), texts)
+        encoded = self._encoder.encode_choices(self._written(request), texts)
         for number, piece in enumerate(encoded, start=1):
             if not piece.token_ids:
                 raise RequestError(f"choice {number} ({texts[number - 1]!r:.40}) has no tokens")
             self._check_known(f"choice {number}", piece)
         return tuple(piece.token_ids for piece in encoded)
 
+    @property
+    def is_chat(self) -> bool:
+        """True if requests are put into a chat template."""
+        return self._template is not None
+
     def in_chat(self, request: Request) -> Request:
-        """Return the request with the text of the chat template, if one is used.
+        """Return the request as prefix, segments and suffix only, as its tokens are.
+
+        They include the text of the chat template, if one is used, and everything that stands in
+        other turns.
 
         Raises:
-            RequestError: If the template fails on it, or changes its text.
+            RequestError: If the template fails on it, or changes its text; if it has turns and
+                there is no template.
         """
-        turn = self._turn(request)
-        return replace(request, prefix=turn.before + turn.prefix, suffix=turn.suffix + turn.after)
+        written = self._written(request)
+        texts = zip(request.segments, written.gaps, strict=True)
+        return replace(
+            request,
+            prefix="".join(written.before),
+            segments=tuple(text + gap for text, gap in texts),
+            suffix="".join(written.after),
+            system="",
+            messages=(),
+            answer_prefix="",
+        )
+
+    def chat_text(self, request: Request) -> str:
+        """Return the whole text of a prompt, as its tokens are."""
+        written = self.in_chat(request)
+        return written.prefix + "".join(written.segments) + written.suffix
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Return the text of generated tokens as a continuation, without special tokens."""
         return self._decoder.decode(token_ids, skip_special_tokens=True)
+
+    @property
+    def decodes_in_order(self) -> bool:
+        """False if later tokens may change the text of earlier ones, whole characters included."""
+        return self._decoder.is_in_order
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token in the middle of a text, including a leading space."""
@@ -175,10 +203,10 @@ class RequestTokenizer:
         encoded = self._encoder.encode_text(text)
         return [self.token_text(token_id) for token_id in encoded.token_ids]
 
-    def _turn(self, request: Request) -> UserTurn:
+    def _written(self, request: Request) -> WrittenPrompt:
         if self._template is None:
-            return UserTurn("", request.prefix, request.suffix, "")
-        return self._template.turn(request.prefix, request.suffix)
+            return WrittenPrompt.without_template(request)
+        return self._template.write(request)
 
     @cached_property
     def _begin(self) -> tuple[int, ...]:

@@ -216,12 +216,18 @@ class BatchRunner:
                     self._loop = self._prepare()
                 self._start(placed, self._loop, started)
 
-    def advance(self, finished: int, free: int) -> list[PlacedGroup]:
+    @property
+    def tokens_in_flight(self) -> Sequence[int]:
+        """The tokens so far of the prompt that was started first, of those in flight."""
+        return tuple(self._in_flight[0].rows[0].token_ids) if self._in_flight else ()
+
+    def advance(self, finished: int, free: int, steps: int | None = None) -> list[PlacedGroup]:
         """Decode until enough prompts have finished or enough rows are free, or all have finished.
 
         Args:
             finished: Prompts that are enough.
             free: Free rows that are enough.
+            steps: Decode steps that are enough; None for any number.
 
         Returns:
             The groups that have finished since the last call.
@@ -230,8 +236,11 @@ class BatchRunner:
             torch.cuda.OutOfMemoryError: If the device's memory does not suffice.
             ModelError: If another run was to finish prompts of this one, and was interrupted.
         """
+        before = self.stats.decode_steps
 
         def is_enough() -> bool:
+            if steps is not None and self.stats.decode_steps - before >= steps:
+                return True
             if sum(len(placed.rows) for placed in self._finished) >= finished:
                 return True
             return len(self._queued) <= self._lag and self.free_rows >= free
@@ -243,6 +252,16 @@ class BatchRunner:
             if not found:
                 self._raise_error()
         return found
+
+    def flush_store(self) -> None:
+        """Wait until the store's folder has all spans that were kept.
+
+        Raises:
+            KVStoreError: If it could not be written.
+        """
+        store = self._executor.runner.store
+        if store is not None:
+            store.flush()
 
     def settle(self) -> None:
         """Finish all prompts in flight, for `advance` to return; another run calls this."""
@@ -318,7 +337,11 @@ class BatchRunner:
         with self._peak_bytes("decode_peak_bytes"):
             self._queue_step(prefill)
         self._count(
-            prefills=1, computed_tokens=plan.computed_tokens, copied_tokens=plan.copied_tokens
+            prefills=1,
+            computed_tokens=plan.computed_tokens,
+            copied_tokens=plan.copied_tokens,
+            cached_spans=plan.cached_spans,
+            kept_spans=len(plan.kept),
         )
 
     def _look_at_foreseen(self) -> None:
@@ -328,8 +351,7 @@ class BatchRunner:
             group = self._foreseen.popleft()
             self._known.add(group.number)
             layouts += group.layouts
-        prompts = dict(enumerate(layouts[: self.size.rows]))
-        self._executor.runner.plan(prompts, self._options.max_new_tokens)
+        self._executor.runner.planner.foresee(layouts, self._options.max_new_tokens)
 
     def _new_row(self) -> BatchRow:
         options = self._options

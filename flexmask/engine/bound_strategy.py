@@ -103,7 +103,7 @@ class BoundStrategy:
         self._bind_scores()
 
     def _bind_scores(self) -> None:
-        score_mod = self.strategy.score_mod(self.batch)
+        score_mod = self.strategy.applied_score_mod(self.batch)
         part = self.strategy.scaled_part(self.batch)
         one_of_each_row = RowPlacement(self.slots[:, None])
         self.query_part = place_part(part, self._tiles)
@@ -123,6 +123,7 @@ class BoundStrategy:
         tables = LayoutTables(
             to_device(plan.tables.segment_ids, device),
             to_device(plan.tables.position_ids, device),
+            to_device(plan.tables.indices_in_segments, device),
             choices and ChoiceTables(*(to_device(table, device) for table in choices)),
         )
         self.batch.load_rows(rows, tables)
@@ -149,9 +150,3 @@ class BoundStrategy:
                 self._decode_masks[kind].update(self.slots)
                 masks[kind] = self._decode_masks[kind].block_mask
         return masks
-
-
-def changes_scores(strategy: Strategy) -> bool:
-    """Return True if a strategy has a score_mod or a scaled part."""
-    batch = LayoutBatch(1, 1, torch.device("cpu"))
-    return strategy.score_mod(batch) is not None or strategy.scaled_part(batch) is not None

@@ -75,6 +75,13 @@ class ChoiceStrategy(Strategy):
 
         return with_choices
 
+    def scored_queries(self, batch: LayoutBatch) -> RowMod | None:
+        """Build the strategy's choice of queries whose scores may change."""
+        tail_slots, base = batch.choices.tail_slots, self.base.scored_queries(batch)
+        if base is None:
+            return None
+        return lambda b, slot: base(b, tail_slots[b, slot])
+
     def scaled_part(self, batch: LayoutBatch) -> ScaledPart | None:
         """Build the strategy's scaled part."""
         tail_slots, base = batch.choices.tail_slots, self.base.scaled_part(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Self
@@ -10,6 +10,7 @@ from typing import Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
+from flexmask.checkpoint.identity import model_files
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
@@ -30,10 +31,12 @@ from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
 from flexmask.engine.scoring import ChoiceScorer, ScoringRun
+from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
+from flexmask.kv_store.options import KVCacheOptions
 from flexmask.layout import TAIL, Layout, TokenizedRequest
 from flexmask.limits import check_size
 from flexmask.plugins.registry import make_strategy
@@ -62,6 +65,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         prefill_kernel: PrefillKernel | None = None,
+        kv_cache: KVCacheOptions | None = None,
+        model_files: Mapping[str, str] | None = None,
     ) -> None:
         """Wrap a model loaded with ``attn_implementation="flexmask"``.
 
@@ -70,13 +75,43 @@ class Engine:
             tokenizer: Its tokenizer.
             prefill_kernel: The kernel that computes prompts on a GPU: ``triton`` or ``flash``,
                 which needs ``flexmask[flash]``; None to choose.
+            kv_cache: Where keys and values of documents and prefixes are kept, to be copied where
+                they occur again; None to keep none.
+            model_files: What identifies the model's files, for ``kv_cache.folder``;
+                `from_pretrained` finds it.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
+            KVStoreError: If the folder of the cache is another model's, or cannot be written.
+            OptionError: If a folder is asked for and the files of the model are not known.
         """
         self.executor = Executor(model, prefill_kernel)
         self.tokenizer = tokenizer
+        if kv_cache is not None:
+            if kv_cache.folder is not None and not model_files:
+                raise OptionError(
+                    "a folder of keys and values needs model_files, which identify the model; "
+                    "Engine.from_pretrained finds them"
+                )
+            name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+            self.runner.use_store(kv_cache, name, model_files or {})
+
+    def close(self) -> None:
+        """Write keys and values that wait for the cache's folder, and end its threads.
+
+        Raises:
+            KVStoreError: If the folder could not be written.
+        """
+        store, self.runner.store = self.runner.store, None
+        if store is not None:
+            store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -97,6 +132,7 @@ class Engine:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         prefill_kernel: PrefillKernel | None = None,
+        kv_cache: KVCacheOptions | None = None,
     ) -> Self:
         """Load a model by hub id, folder or GGUF file.
 
@@ -107,6 +143,7 @@ class Engine:
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             trust_remote_code: Run code that comes with the model.
             prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
+            kv_cache: Where keys and values are kept, as in `Engine`.
 
         Raises:
             AttentionError: If the kernel is not available, or the architecture does not support
@@ -114,6 +151,7 @@ class Engine:
             OptionError: If the device is not available, or does not support the dtype.
             ModelError: If the model cannot be loaded, or some of its weights are missing.
             CompilerError: If torch.compile finds no compiler.
+            KVStoreError: If the folder of the cache is another model's, or cannot be written.
         """
         target = resolve_device(device)
         with TURN:
@@ -123,7 +161,8 @@ class Engine:
                 dtype=resolve_dtype(dtype, target),
                 trust_remote_code=trust_remote_code,
             )
-        return cls(*loaded, prefill_kernel=prefill_kernel)
+        files = model_files(model) if kv_cache and kv_cache.folder else None
+        return cls(*loaded, prefill_kernel=prefill_kernel, kv_cache=kv_cache, model_files=files)
 
     def generate(
         self,
@@ -216,6 +255,61 @@ class Engine:
         return GenerationRun(
             self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
         )
+
+    def stream(
+        self,
+        request: Request,
+        strategy: Strategy | str,
+        *,
+        fusion: Fusion | str = "attention",
+        max_new_tokens: int = 20,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+    ) -> TextStream:
+        """Generate for one request, and yield its text in pieces as tokens are read.
+
+        Example::
+
+            for piece in engine.stream(request, "causal", max_new_tokens=200):
+                print(piece, end="", flush=True)
+
+        Args:
+            request: The request.
+            strategy: As for `generate`, like all that follows.
+            fusion: One that makes a single generation from the first token on: not ``vote`` or
+                ``each``.
+            max_new_tokens: Most tokens.
+            sampling: The way tokens are chosen.
+            stop: Strings that end the text.
+            chat_template: Put the request into the tokenizer's chat template.
+            allow_special_tokens: Read the text of a special token as that token.
+
+        Returns:
+            An iterator of texts that are whole characters; joined, they are the text of its
+            ``generation``, which is there after the last.
+
+        Raises:
+            OptionError: If the fusion makes several generations.
+            FlexMaskError: As `generate`.
+        """
+        name = fusion if isinstance(fusion, str) else fusion.name
+        if name in ("vote", "each"):
+            raise OptionError(f"fusion {name!r} makes several generations; stream another fusion")
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got {request!r:.60}")
+        run = self.generate(
+            [request],
+            strategy,
+            fusion=fusion,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            chat_template=chat_template,
+            allow_special_tokens=allow_special_tokens,
+        )
+        return TextStream(run, RequestTokenizer(self.tokenizer), (*stop, *run.rules.stop_strings))
 
     def score(
         self,

@@ -95,7 +95,7 @@ class Executor:
             cache = self.runner.cache
             # The cache of earlier batches is freed for the next ones. Were it not counted as free,
             # a second run of the same requests would choose fewer rows, and compile for them.
-            free = (free_bytes(device) or 0) + cache.num_bytes
+            free = (free_bytes(device) or 0) + cache.num_bytes - self.runner.reserved_bytes
             largest = min(largest, free // 2 // cache.bytes_per_row(capacity))
             if largest == 0:
                 raise ModelError(

@@ -55,7 +55,7 @@ class GenerationRun(Iterator[Generation]):
         Args:
             executor: Executes the batches.
             strategy: The mask strategy.
-            tokenizer: Decodes generated tokens.
+            tokenizer: Decodes generated tokens, and writes prompts for the record.
             lookaheads: The planned requests, as many at a time as are sorted by length.
             options: The options of the run.
             batch_size: Prompts that run together; None to choose.
@@ -66,6 +66,7 @@ class GenerationRun(Iterator[Generation]):
         """
         self.rules = options.rules
         self._options = options
+        self._tokenizer = tokenizer
         self._on_refused = on_refused
         self._request_of: dict[int, Request] = {}
         self._num_generations = self._prompt_tokens = self._generated_tokens = 0
@@ -114,6 +115,20 @@ class GenerationRun(Iterator[Generation]):
             if finished is None:
                 return
             yield [generation for generation in finished.values() if generation is not None]
+
+    def steps(self) -> Iterator[list[Generation]]:
+        """Yield after each decode step, with the generations that it has finished.
+
+        Raises:
+            RequestError: As iterating does.
+        """
+        self._scheduler.is_stepwise = True
+        yield from self.batches()
+
+    @property
+    def tokens_in_flight(self) -> Sequence[int]:
+        """The tokens so far of the prompt that was started first, of those in flight."""
+        return self._scheduler.tokens_in_flight
 
     def stop(self) -> None:
         """Start no more prompts; iterating yields the generations of those in flight, and ends."""
@@ -168,6 +183,14 @@ class GenerationRun(Iterator[Generation]):
             return _Refused(request, RequestError(f"{request.label}{uuid}: {fault}"))
         prompt_tokens = sum(map(len, group.layouts))
         generations = [row.generation(request, prompt_tokens) for row in rows]
-        if self._options.fusion.name != "vote":
-            return generations[0]
-        return generations[majority([*map(self._options.answer_of, generations)])]
+        chosen = generations[0]
+        if self._options.fusion.name == "vote":
+            chosen = generations[majority([*map(self._options.answer_of, generations)])]
+        return replace(chosen, prompts=self._prompts_of(request))
+
+    def _prompts_of(self, request: Request) -> tuple[str, ...] | None:
+        """The texts that the chat template makes of a request; None without one."""
+        if not self._tokenizer.is_chat:
+            return None
+        prompts = (one for _, some in self._options.fusion.prompts(request) for one in some)
+        return tuple(map(self._tokenizer.chat_text, prompts))

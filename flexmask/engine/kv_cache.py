@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flexmask.attention.backend import bound_cache
+from flexmask.attention.key_turns import KeyTurn
 from flexmask.attention.model_probe import AttentionShape
-
-
-class LayerValues(NamedTuple):
-    """Keys and values of some tokens in all layers whose heads have the same sizes.
-
-    Attributes:
-        keys: ``(L, H_kv, P, D)`` of ``L`` layers and ``P`` tokens.
-        values: ``(L, H_kv, P, D_v)``.
-    """
-
-    keys: Tensor
-    values: Tensor
+from flexmask.engine.row_loading import to_device
+from flexmask.kv_store.kv_format import LayerGroup
+from flexmask.kv_store.span_values import LayerGroupValues
 
 
 class KVCache:
@@ -47,27 +38,36 @@ class KVCache:
         self._shapes = shapes
         self._dtype = dtype
         self._bound = (0, 0)
-        self._layers: list[LayerValues] = []
+        self._layers: list[LayerGroupValues] = []
+        self._names_by_sizes: dict[tuple[int, int, int], list[str]] = {}
+        for name, shape in shapes.items():
+            sizes = (shape.num_kv_heads, shape.key_dim, shape.value_dim)
+            self._names_by_sizes.setdefault(sizes, []).append(name)
 
     def bind(self, batch_size: int, capacity: int) -> None:
         """Replace the buffers by zeros for ``batch_size`` rows of ``capacity`` slots."""
         device = next(self._views[0].parameters()).device
         self._bound = (batch_size, capacity)
         self._layers = []
-        names_by_sizes: dict[tuple[int, int, int], list[str]] = {}
-        for name, shape in self._shapes.items():
-            sizes = (shape.num_kv_heads, shape.key_dim, shape.value_dim)
-            names_by_sizes.setdefault(sizes, []).append(name)
-        for (heads, *dims), names in names_by_sizes.items():
+        for (heads, *dims), names in self._names_by_sizes.items():
             size = (len(names), heads, batch_size * capacity)
             pair = [torch.zeros(*size, d, dtype=self._dtype, device=device) for d in dims]
-            self._layers.append(LayerValues(*pair))
+            self._layers.append(LayerGroupValues(*pair))
             for number, name in enumerate(names):
                 for view in self._views:
                     module = view.get_submodule(name)
                     for kind, tensor, dim in zip(("key", "value"), pair, dims, strict=True):
                         layer = _own_tensor(tensor[number], (heads, batch_size, capacity, dim))
                         module.register_buffer(f"{kind}_cache", layer, persistent=False)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Layers whose heads have equal sizes, by their index among the attention modules."""
+        indices = {name: index for index, name in enumerate(self._shapes)}
+        return tuple(
+            LayerGroup(tuple(indices[name] for name in names), *sizes)
+            for sizes, names in self._names_by_sizes.items()
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -90,30 +90,74 @@ class KVCache:
         caches = (bound_cache(self._views[0].get_submodule(name)) for name in self._shapes)
         return [(keys[:, row, :num_slots], values[:, row, :num_slots]) for keys, values in caches]
 
-    def copy_of(self, row: int, num_slots: int) -> tuple[LayerValues, ...]:
-        """Copy the keys and values of the first slots of a row."""
-        start = row * self._bound[1]
-        slots = slice(start, start + num_slots)
-        return tuple(
-            LayerValues(keys[:, :, slots].clone(), values[:, :, slots].clone())
-            for keys, values in self._layers
-        )
-
-    def write(self, slots: Tensor, values: Sequence[LayerValues]) -> None:
-        """Write the same keys and values to several spans of slots.
+    def copy_of(self, first_slot: int, length: int) -> tuple[LayerGroupValues, ...]:
+        """Copy the keys and values of slots side by side.
 
         Args:
-            slots: ``(N, P)`` slots of each span, counted over the slots of all rows.
+            first_slot: The first one, counted over the slots of all rows.
+            length: Number of slots.
+        """
+        slots = slice(first_slot, first_slot + length)
+        return tuple(
+            LayerGroupValues(group.keys[:, :, slots].clone(), group.values[:, :, slots].clone())
+            for group in self._layers
+        )
+
+    def turned(
+        self,
+        values: Sequence[LayerGroupValues],
+        turns: Mapping[str, KeyTurn],
+        old_position: int,
+        new_position: int,
+    ) -> tuple[LayerGroupValues, ...]:
+        """Turn the keys of tokens with consecutive positions to other positions.
+
+        Args:
+            values: Keys and values of ``P`` tokens, as `copy_of` returns them.
+            turns: The turn of each attention module's keys, by its name.
+            old_position: Position of the first token so far.
+            new_position: Its new position.
+        """
+        steps = torch.arange(values[0].keys.shape[2], device=values[0].keys.device)
+        angles = {
+            turn: turn.angles(steps + old_position, steps + new_position)
+            for turn in turns.values()
+        }
+        result = []
+        for group, names in zip(values, self._names_by_sizes.values(), strict=True):
+            keys = group.keys.clone()
+            for turn in {turns[name] for name in names}:
+                layers = [index for index, name in enumerate(names) if turns[name] is turn]
+                if len(layers) == len(names):
+                    keys = turn.turn(keys, angles[turn])
+                else:
+                    keys[layers] = turn.turn(keys[layers], angles[turn])
+            result.append(LayerGroupValues(keys, group.values))
+        return tuple(result)
+
+    def write(self, first_slots: Sequence[int], values: Sequence[LayerGroupValues]) -> None:
+        """Write the same keys and values to several places.
+
+        Args:
+            first_slots: First slot of each place, counted over the slots of all rows.
             values: Those of ``P`` tokens, as `copy_of` returns them.
         """
-        for buffers, pair in zip(self._layers, values, strict=True):
-            for buffer, content in zip(buffers, pair, strict=True):
-                _wide(buffer)[:, :, slots] = _wide(content)[:, :, None]
+        length = values[0].keys.shape[2]
+        slots: Tensor | slice = slice(first_slots[0], first_slots[0] + length)
+        if len(first_slots) > 1:
+            device = values[0].keys.device
+            slots = to_device(torch.tensor(first_slots)[:, None] + torch.arange(length), device)
+        for group, content in zip(self._layers, values, strict=True):
+            for buffer, given in ((group.keys, content.keys), (group.values, content.values)):
+                given = _wide(given)
+                _wide(buffer)[:, :, slots] = (
+                    given if isinstance(slots, slice) else given[:, :, None]
+                )
 
     def clear(self, slots: Tensor) -> None:
         """Fill slots ``(N,)``, counted over the slots of all rows, with zeros."""
-        for buffers in self._layers:
-            for buffer in buffers:
+        for group in self._layers:
+            for buffer in (group.keys, group.values):
                 _wide(buffer).index_fill_(2, slots, 0)
 
 

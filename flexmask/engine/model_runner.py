@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexmask.attention.flex_call import PrefillKernel
+from flexmask.attention.key_turns import KeyTurn, key_turns
 from flexmask.attention.model_block_mask import ModelBlockMask
-from flexmask.attention.model_probe import WHOLE_MODEL, probe_model
+from flexmask.attention.model_probe import WHOLE_MODEL, probe_model, rotations
 from flexmask.block_mask.cache import BlockMaskCache
-from flexmask.engine.bound_strategy import BoundStrategy, changes_scores
+from flexmask.engine.bound_strategy import BoundStrategy
 from flexmask.engine.choice_prompt import ChoicePrompt
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
@@ -40,7 +41,12 @@ from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.errors import AttentionError, LayoutError
 from flexmask.kernels.decode_attention import pays_key_table
+from flexmask.kv_store.kv_format import KVFormat
+from flexmask.kv_store.options import KVCacheOptions
+from flexmask.kv_store.span_values import SpanValues
+from flexmask.kv_store.store import KVStore
 from flexmask.layout import Layout
+from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
 from flexmask.torch_internals import compile_settings, inductor_error, use_bundled_assembler
 
@@ -73,6 +79,9 @@ class ModelRunner:
         cache: The key-value cache.
         decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
+        store: Keys and values of spans, which `prefill` copies or adds; None for none.
+        own_positions_reason: Why spans from the store are used at their own position only; None
+            if they are used at any.
     """
 
     def __init__(
@@ -126,6 +135,49 @@ class ModelRunner:
         self._kernels_of_rows: list[Mapping[str, DecodeKernel]] = []
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
+        self.store: KVStore | None = None
+        self._probe, self._names = probe, names
+        self._turns: Mapping[str, KeyTurn] = {}
+        self._store_bytes = 0
+        self.own_positions_reason: str | None = None
+
+    def use_store(
+        self, options: KVCacheOptions, model: str, model_files: Mapping[str, str]
+    ) -> None:
+        """Keep keys and values of spans in a store, and copy them from there.
+
+        Args:
+            options: Where, and how many bytes.
+            model: Name of the model.
+            model_files: Identity of its files.
+
+        Raises:
+            KVStoreError: If the folder is that of another model, or cannot be written.
+        """
+        turns = key_turns(self._probe)
+        self.own_positions_reason = turns.reason
+        self._turns = {self._names[module]: turn for module, turn in turns.by_module.items()}
+        kv_format = KVFormat(
+            model,
+            model_files,
+            str(self._dtype).removeprefix("torch."),
+            self.cache.layer_groups,
+            {"rotary": rotations(self._probe.model.config.get_text_config())},
+        )
+        self._store_bytes = options.host_bytes if self._is_on_cpu else options.gpu_bytes
+        self.store = KVStore(
+            kv_format,
+            device=self.device,
+            device_bytes=self._store_bytes,
+            host_bytes=0 if self._is_on_cpu else options.host_bytes,
+            folder=options.folder,
+            folder_bytes=options.folder_bytes if options.folder else 0,
+        )
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the device's memory that the store may still take."""
+        return self._store_bytes - self.store.held_bytes[0] if self.store else 0
 
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
@@ -150,7 +202,7 @@ class ModelRunner:
         if self._is_on_cpu and self.rows_that_fit(batch_size, capacity) < batch_size:
             raise torch.OutOfMemoryError(f"no room for {batch_size} rows of {capacity} slots")
         with_key_table = self._pays_key_table(batch_size)
-        has_changes = changes_scores(strategy)
+        has_changes = strategy.changes_scores(LayoutBatch(1, 1, torch.device("cpu")))
         self.prefill_kernel = self._kernels.choose(strategy, capacity, changes_scores=has_changes)
         self._tile = self._kernels.tile(self.prefill_kernel, capacity)
         self._planner = PrefillPlanner(
@@ -160,9 +212,9 @@ class ModelRunner:
             self.layer_windows,
             self._tile,
             self._mask_cache,
-            changes_scores=has_changes,
             with_key_table=with_key_table,
             on_gpu=not self._is_on_cpu,
+            turns_keys=bool(self._turns),
         )
         bound = BoundStrategy(
             strategy,
@@ -199,7 +251,7 @@ class ModelRunner:
         free = free_bytes(self.device)
         if free is None:
             return rows
-        free += self.cache.num_bytes  # freed before other rows are bound
+        free += self.cache.num_bytes - self.reserved_bytes  # freed before other rows are bound
         while rows > 1 and rows * self.bytes_per_row(capacity) > free:
             rows //= 2
         return rows if rows * self.cache.bytes_per_row(capacity) <= free else 0
@@ -240,8 +292,8 @@ class ModelRunner:
         0, so no row may be in flight.
 
         Returns:
-            False if they see other tokens in this prompt, or the strategy changes scores; then
-            there is no cached prefix.
+            False if they are not proved to see only themselves, with unchanged scores; then there
+            is no cached prefix.
         """
         self.cached_prefix = None
         plan = self.planner.plan_prefix(layout, length)
@@ -250,8 +302,7 @@ class ModelRunner:
         self._run(plan)
         bound, values = self.bound, self.cache.copy_of(0, length)
         if bound.key_table is not None:
-            spare = torch.arange(length, device=self.device) + bound.batch_size * bound.capacity
-            self.cache.write(spare[None], values)
+            self.cache.write([bound.batch_size * bound.capacity], values)
         self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
         return True
 
@@ -267,7 +318,7 @@ class ModelRunner:
         Raises:
             LayoutError: If a prompt is a single token, or leaves no room in the cache.
         """
-        return self.planner.plan(prompts, self.cached_prefix, max_new_tokens)
+        return self.planner.plan(prompts, self.cached_prefix, self.store, max_new_tokens)
 
     @torch.no_grad()
     def prefill(self, plan: PrefillPlan) -> None:
@@ -299,7 +350,7 @@ class ModelRunner:
             prompts: The prompts, by batch row.
         """
         layouts = {row: prompt.layout for row, prompt in prompts.items()}
-        return self.planner.plan_whole(layouts, self.cached_prefix)
+        return self.planner.plan_whole(layouts, self.cached_prefix, self.store)
 
     @torch.no_grad()
     def score(self, plan: PrefillPlan, slots: Tensor, token_ids: Tensor) -> TokenScores:
@@ -317,7 +368,9 @@ class ModelRunner:
         stream = plan.inputs.stream
         token_at = torch.full((self._num_keys,), -1, dtype=torch.long)
         token_at[stream.slots.long()] = stream.sources.long()
+        assert (token_at[slots] >= 0).all(), "a token that predicts is never copied"
         places = to_device(token_at[slots], self.device)
+        self._keep(plan)
         return self._head.score(output, places, to_device(token_ids, self.device))
 
     def _run(self, plan: PrefillPlan) -> Tensor:
@@ -325,7 +378,15 @@ class ModelRunner:
         rows = self._load(plan)
         if plan.inputs is not None:
             self._graphs.run(self._compute, plan.inputs, slack=self._slack)
+        self._keep(plan)
         return rows
+
+    def _keep(self, plan: PrefillPlan) -> None:
+        """Give the store the spans of a plan that has been computed."""
+        for span in plan.kept:
+            assert self.store is not None
+            values = self.cache.copy_of(span.first_slot, span.length)
+            self.store.put(span.identity, SpanValues(values, span.first_position))
 
     def _load(self, plan: PrefillPlan) -> Tensor:
         """Load the prompts of a plan, and copy keys; returns its rows on the device."""
@@ -333,10 +394,12 @@ class ModelRunner:
         rows = to_device(torch.tensor(plan.rows), self.device)
         bound.load(plan, rows)
         self.cache.clear(to_device(plan.stale_slots, self.device))
-        if plan.copied_slots is not None:
-            assert self.cached_prefix is not None
-            slots = to_device(plan.copied_slots, self.device)
-            self.cache.write(slots, self.cached_prefix.values)
+        for copy in plan.copies:
+            values = copy.values
+            if copy.old_position != copy.new_position:
+                positions = (copy.old_position, copy.new_position)
+                values = self.cache.turned(values, self._turns, *positions)
+            self.cache.write(copy.first_slots, values)
         return rows
 
     @property

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from flexmask.engine.kv_cache import LayerValues
+from flexmask.kv_store.span_values import LayerGroupValues
 from flexmask.layout import Layout
 
 MIN_PREFIX_TOKENS = 16
@@ -28,7 +27,7 @@ class CachedPrefix:
     """
 
     token_ids: tuple[int, ...]
-    values: tuple[LayerValues, ...]
+    values: tuple[LayerGroupValues, ...]
 
     def starts_in(self, layout: Layout) -> list[int]:
         """Find the slots of a prompt at which these tokens begin, each time at position 0.
@@ -36,56 +35,6 @@ class CachedPrefix:
         The last prompt token is left out, because decoding computes it.
         """
         return _starts_of(self.token_ids, layout)
-
-
-@dataclass(frozen=True)
-class SharedBeginning:
-    """Tokens that the prompt at one index of a list begins with like an other one.
-
-    Attributes:
-        row: Index of the prompt.
-        donor: Index of the other one.
-        length: Number of tokens.
-    """
-
-    row: int
-    donor: int
-    length: int
-
-
-def shared_beginnings(
-    layouts: Sequence[Layout], counts: Sequence[int], least: int = MIN_PREFIX_TOKENS
-) -> list[SharedBeginning]:
-    """Find for each prompt the longest beginning that another one has too.
-
-    Sorted by their tokens, a prompt shares most with its neighbours, as in a tree of prefixes.
-
-    Args:
-        layouts: The prompts.
-        counts: Tokens of each that may be shared.
-        least: Fewest tokens that are worth sharing.
-
-    Returns:
-        At most one for each prompt, at positions 0, 1 and so on; the donor of one comes before it
-        or has none itself.
-    """
-    order = sorted(range(len(layouts)), key=lambda index: layouts[index].token_ids)
-    first_positions = tuple(range(least))
-    shared = []
-    for donor, row in pairwise(order):
-        ours, theirs = layouts[row], layouts[donor]
-        length = min(counts[donor], counts[row])
-        if length < least or ours.token_ids[:least] != theirs.token_ids[:least]:
-            continue  # most prompts, and comparing these few tokens is fast
-        if ours.position_ids[:least] != first_positions:
-            continue
-        for values in ("token_ids", "position_ids"):
-            mine, others = (getattr(layout, values)[:length] for layout in (ours, theirs))
-            length = _common_length(mine, others)
-        length = _common_length(ours.position_ids[:length], tuple(range(length)))
-        if length >= least:
-            shared.append(SharedBeginning(row, donor, length))
-    return shared
 
 
 def common_prefix_length(layouts: Sequence[Layout]) -> int:
@@ -100,9 +49,9 @@ def common_prefix_length(layouts: Sequence[Layout]) -> int:
     length = min(map(len, layouts)) - 1
     for layout in layouts:
         if layout.token_ids[:length] != first.token_ids[:length]:
-            length = _common_length(layout.token_ids[:length], first.token_ids[:length])
+            length = common_length(layout.token_ids[:length], first.token_ids[:length])
     positions = first.position_ids[:length]
-    length = _common_length(positions, tuple(range(length)))
+    length = common_length(positions, tuple(range(length)))
     return length if length >= MIN_PREFIX_TOKENS else 0
 
 
@@ -139,8 +88,10 @@ def _zeros(values: tuple[int, ...]) -> Iterator[int]:
         yield start - 1
 
 
-def _common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    if first == second:
-        return len(first)
-    differs = (one != other for one, other in zip(first, second, strict=True))
+def common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """Return how many first numbers two tuples have in common."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
+        return shorter
+    differs = (one != other for one, other in zip(first, second, strict=False))
     return next(index for index, differ in enumerate(differs) if differ)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+_LARGEST = ("batch_size", "capacity", "prefill_peak_bytes", "decode_peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,10 @@ class RunStats:
         generations: Generations finished.
         prompt_tokens: Slots of their prompts, copies of the prefix included.
         computed_tokens: Prompt tokens that prefill computed.
-        copied_tokens: Prompt tokens whose keys and values were copied from the prefix cache.
+        copied_tokens: Prompt tokens whose keys and values were copied, or computed once for
+            several prompts.
+        cached_spans: Spans whose keys and values the store had (`KVCacheOptions`).
+        kept_spans: Spans that were computed and given to the store.
         generated_tokens: Tokens of the generations; a token that several prompts share counts
             once.
         prefills: Times that prompts were started together in free rows.
@@ -43,6 +48,8 @@ class RunStats:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     copied_tokens: int = 0
+    cached_spans: int = 0
+    kept_spans: int = 0
     generated_tokens: int = 0
     prefills: int = 0
     decode_steps: int = 0
@@ -59,6 +66,16 @@ class RunStats:
     prefill_peak_bytes: int = 0
     decode_peak_bytes: int = 0
     halvings: int = 0
+
+    def plus(self, other: RunStats) -> RunStats:
+        """Return counts and times of two runs together; sizes and peaks are the larger ones."""
+        return RunStats(
+            **{
+                each.name: max(mine, theirs) if each.name in _LARGEST else mine + theirs
+                for each in fields(self)
+                for mine, theirs in [(getattr(self, each.name), getattr(other, each.name))]
+            }
+        )
 
     @property
     def tokens_per_s(self) -> float:

@@ -43,7 +43,10 @@ class Scheduler:
 
     Attributes:
         overlaps: True if prompts are started before those that have finished are handed out.
+        is_stepwise: Whether `run` yields after each decode step, with or without finished groups.
     """
+
+    is_stepwise = False
 
     def __init__(
         self,
@@ -104,22 +107,29 @@ class Scheduler:
 
         Raises:
             ModelError: If memory does not suffice for a single prompt group.
+            KVStoreError: If the folder of keys and values could not be written.
         """
         finished: Sequence[PlacedGroup] = ()
         while True:
-            if finished and not self.overlaps:
+            if (finished or self.is_stepwise) and not self.overlaps:
                 yield finished
                 finished = ()
             try:
                 self._refill()
             finally:
-                if finished:
+                if finished or (self.is_stepwise and self.overlaps):
                     yield finished
             if self._runner.is_done and not self._waiting:
                 break
             finished = self._advance()
+        self._runner.flush_store()
         if self._error is not None:
             raise self._error
+
+    @property
+    def tokens_in_flight(self) -> Sequence[int]:
+        """The tokens so far of the prompt that was started first, of those in flight."""
+        return self._runner.tokens_in_flight
 
     def stop(self) -> None:
         """Start no more prompts; those in flight finish."""
@@ -151,7 +161,9 @@ class Scheduler:
             free = enough if self._has_more else never
         if self._size != self._runner.size:
             free = never
-        return self._try(lambda: self._runner.advance(finished=enough, free=free)) or ()
+        steps = 1 if self.is_stepwise else None
+        advance = self._runner.advance
+        return self._try(lambda: advance(finished=enough, free=free, steps=steps)) or ()
 
     @property
     def _rows_to_refill(self) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +96,32 @@ class _ArrowValues(Mapping[str, Any]):
         return len(self._columns.index_of)
 
 
-def batch_rows(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[Row]:
-    """Yield the rows of the consecutive record batches of the input ``name``."""
-    numbers = count(1)
+def batch_rows(batches: Iterator[pa.RecordBatch], name: str, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of the consecutive record batches of the input ``name``.
+
+    Args:
+        batches: The batches.
+        name: Name of the input.
+        first: Number of rows to leave out at the beginning.
+    """
+    before = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+        start = max(0, min(first - before, batch.num_rows))
+        while start < batch.num_rows:
             part = batch.slice(start, ROWS_PER_BATCH)
             columns = _Columns(part)
             for row in range(part.num_rows):
-                number = next(numbers)
+                number = before + start + row + 1
                 yield Row(f"{name}:{number}", number, _ArrowValues(columns, row))
+            start += part.num_rows
+        before += batch.num_rows
 
 
-def arrow_rows(path: Path, batches: Batches) -> Iterator[Row]:
-    """Yield the rows of a file that ``batches`` reads."""
+def arrow_rows(path: Path, batches: Batches, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of a file that ``batches`` reads, without the first ``first``."""
     name = printable(path)
     with as_request_errors(name, None):
-        yield from batch_rows(batches(path), name)
+        yield from batch_rows(batches(path), name, first)
 
 
 def parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -194,7 +202,7 @@ def _open_saved_split(folder: Path, parent: Path) -> Input:
     return Input(
         name,
         folder.resolve().name,
-        lambda: batch_rows(batches(), name),
+        lambda first: batch_rows(batches(), name, first),
         (lambda split: open_folder(parent, split)) if has_splits else None,
         has_fixed_columns=True,
     )

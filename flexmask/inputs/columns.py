@@ -100,6 +100,23 @@ class Columns(Mapping[str, Any]):
         items = self._items("answers", takes_numbers=True)
         return self._strings("answers", [_as_answer(item) for item in items])
 
+    def messages(self) -> tuple[Any, ...]:
+        """Return the column ``messages``, a list that the caller checks, or its JSON in a string.
+
+        Raises:
+            RequestError: If it is neither.
+        """
+        value = self._value("messages") if "messages" in self else None
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            value = "no JSON"
+        if value is None:
+            return ()
+        if not _is_list(value):
+            raise RequestError(f"messages must be a list, got {type_name(value)}")
+        return tuple(value)
+
     def choices(self) -> tuple[str, ...]:
         """Return the column ``choices`` as `answers` does."""
         items = self._items("choices", takes_numbers=True)

@@ -127,7 +127,7 @@ def _open_hub(name: str, split: str | None) -> Input:
     return Input(
         name,
         dataset_id.rpartition("/")[2],
-        lambda: batch_rows(batches(), name),
+        lambda first: batch_rows(batches(), name, first),
         lambda other: _open_hub(without_split, other),
         has_fixed_columns=True,
     )

@@ -41,7 +41,7 @@ class Input:
     Attributes:
         name: Its name in messages.
         stem: A short name, used in the names of output files.
-        read: Reads the rows from the beginning.
+        read: Reads the rows without the first N, for a given N; those are not converted.
         split_of: Opens another split of the same input; None if it has no splits.
         has_fixed_columns: Whether every row has the same columns.
         advice: Appended to messages about missing columns.
@@ -49,20 +49,24 @@ class Input:
 
     name: str
     stem: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[int], Iterator[Row]]
     split_of: Callable[[str], Input] | None = None
     has_fixed_columns: bool = False
     advice: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows from the beginning."""
-        return self.read()
+        return self.read(0)
+
+    def rows_from(self, first: int) -> Iterator[Row]:
+        """Iterate over the rows without the first ``first``."""
+        return self.read(first)
 
 
 def rows_in_memory(values: Iterable[Mapping[str, Any]], name: str) -> Input:
     """Make an input of rows in memory."""
     rows = [Row(f"{name}:{number}", number, row) for number, row in enumerate(values, start=1)]
-    return Input(name, Path(name).stem, lambda: iter(rows))
+    return Input(name, Path(name).stem, lambda first: iter(rows[first:]))
 
 
 @contextmanager

@@ -105,10 +105,17 @@ def lines_of_file(path: Path, text: TextFormat) -> Lines:
     return lines
 
 
-def json_rows(lines: Lines, name: str) -> Iterator[Row]:
-    """Yield the rows of JSON Lines; blank lines are skipped but counted."""
+def json_rows(lines: Lines, name: str, first: int = 0) -> Iterator[Row]:
+    """Yield the rows of JSON Lines, without the first ``first``.
+
+    Blank lines are no rows, but counted.
+    """
+    index = -1
     for number, line in enumerate(lines(), start=1):
         if not line.strip():
+            continue
+        index += 1
+        if index < first:
             continue
         where = f"{name}:{number}"
         try:
@@ -230,7 +237,9 @@ class CsvValues(Mapping[str, Any]):
         return len(self._index_of)
 
 
-def csv_rows(lines: Lines, name: str, expected: str, delimiter: str | None) -> Iterator[Row]:
+def csv_rows(
+    lines: Lines, name: str, expected: str, delimiter: str | None, first: int = 0
+) -> Iterator[Row]:
     """Yield the rows of CSV; the first line names the columns.
 
     Args:
@@ -238,6 +247,7 @@ def csv_rows(lines: Lines, name: str, expected: str, delimiter: str | None) -> I
         name: Name of the file.
         expected: The usual delimiter of its extension.
         delimiter: The delimiter that the user set; None to detect it.
+        first: Number of rows to leave out at the beginning.
     """
     csv.field_size_limit(_MAX_LINE_CHARACTERS)
     if delimiter is None:
@@ -256,7 +266,8 @@ def csv_rows(lines: Lines, name: str, expected: str, delimiter: str | None) -> I
             row = Row(where, number, _csv_values(index_of, cells))
         except (csv.Error, RequestError) as error:
             row = Row(where, number, error=f"not CSV ({error})")
-        yield row
+        if number > first:
+            yield row
         number += 1
 
 

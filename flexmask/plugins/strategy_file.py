@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import re
-import sys
-import warnings
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
-from flexmask.error_text import described, place_of_fault
-from flexmask.errors import FlexMaskWarning, StrategyError
-from flexmask.plugins.guarded_call import call_guarded
+from flexmask.errors import StrategyError
+from flexmask.plugins.python_file import digest_of_file, run_file
 from flexmask.strategy import Strategy, check_strategy_class
 
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
@@ -64,15 +58,8 @@ def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
 @cache
 def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
     name = f"flexmask_file_{path.stem}_{digest}"  # two folders may each have a masks.py
-    result = call_guarded(lambda: _run(location, name))
-    for note in result.notes:
-        warnings.warn(f"{path} {note}", FlexMaskWarning, stacklevel=2)
-    if result.error is not None:
-        line = place_of_fault(result.error, str(location))
-        where = f" at {line}" if line else ""
-        raise StrategyError(f"{path} failed: {described(result.error)}{where}") from result.error
-    assert result.value is not None
-    values = vars(result.value).values()
+    module = run_file(location, path, name, StrategyError)
+    values = vars(module).values()
     own = [cls for cls in values if isinstance(cls, type) and cls.__module__ == name]
     found = tuple(check_strategy_class(cls) for cls in own if issubclass(cls, Strategy))
     if not found:
@@ -128,7 +115,7 @@ def recorded_location(reference: str) -> str | None:
 def _digest(path: Path) -> str:
     """Return a digest of a file's content."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return digest_of_file(path)
     except OSError as error:
         raise StrategyError(
             f"{path}: {error.strerror}; a strategy is a name or path/to/file.py:name"
@@ -139,17 +126,3 @@ def _parts(reference: str) -> tuple[Path, str]:
     match = _REFERENCE.fullmatch(reference)
     assert match is not None
     return Path(match["path"]), match["name"] or ""
-
-
-def _run(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up annotations there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

@@ -24,6 +24,10 @@ def _add(array: Any, crc: int) -> int:
         items = array.flatten()  # without the items of null lists
         ends = array.offsets.to_numpy()
         return _add(items, zlib.crc32(np.diff(ends)[_is_valid(array)].tobytes(), crc))
+    if pa.types.is_struct(array.type):
+        for field in array.drop_null().flatten():
+            crc = _add(field, crc)
+        return crc
     if pa.types.is_string(array.type):
         texts = array.drop_null()
         _, offsets, values = texts.buffers()

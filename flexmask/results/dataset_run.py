@@ -1,8 +1,14 @@
-"""Runs a data set through an engine into a result file or a stream, some rows at a time."""
+"""Runs a data set through an engine into a result file or a stream, some rows at a time.
+
+A `DatasetJob` says all about a run, so that this process or others can carry it out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flexmask.choice_scores import Score
@@ -10,10 +16,14 @@ from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.request import Request
+from flexmask.results.result_writer import ResultWriter
+from flexmask.results.resume import OutputMode
+from flexmask.results.run_config import RunConfig
 from flexmask.results.schema import Result
 from flexmask.strategy import Strategy
 from flexmask.tasks.judge import ChoiceJudge, Judge
-from flexmask.tasks.request_source import BadRow, OnError
+from flexmask.tasks.request_source import BadRow, OnError, RequestSource
+from flexmask.tasks.shards import ShardRecord
 
 OnRefused = Callable[[Request, RequestError], None]
 
@@ -57,6 +67,85 @@ class RowWriter(Protocol):
 
     def write(self, results: Iterable[Result]) -> None:
         """Take rows, in any order."""
+
+
+@dataclass(frozen=True)
+class DatasetJob(ABC, Generic[Made]):
+    """A run over a data set, as any process can carry it out.
+
+    Its functions are called where the run is; they can be pickled if others are to run it.
+
+    Attributes:
+        open_requests: Opens the input.
+        make_strategy: Makes the mask strategy.
+        load_engine: Loads the model.
+        record: Returns the configuration of the run, with the environment of the calling process.
+        fusion: The fusion.
+        judge: Extracts answers from results and judges them.
+        on_error: Effect of a row that cannot be used.
+        options: Other options of `flexmask.Engine.generate` or `flexmask.Engine.score`.
+    """
+
+    open_requests: Callable[[], RequestSource]
+    make_strategy: Callable[[], Strategy]
+    load_engine: Callable[[], Engine]
+    record: Callable[[], RunConfig]
+    fusion: Fusion
+    judge: Judge | ChoiceJudge
+    on_error: OnError
+    options: Mapping[str, Any]
+
+    def open_writer(
+        self,
+        path: Path,
+        requests: Iterable[Request | BadRow],
+        mode: OutputMode,
+        shard: ShardRecord | None = None,
+    ) -> ResultWriter:
+        """Open a result file for requests of the run (`ResultWriter.open`).
+
+        Args:
+            path: The result file.
+            requests: All requests of the file.
+            mode: What to do if there is a result or a journal already.
+            shard: The shard that the requests are; None if they are all.
+        """
+        return ResultWriter.open(
+            path,
+            config=replace(self.record(), shard=shard),
+            requests=requests,
+            fusion=self.fusion,
+            mode=mode,
+            judge=self.judge,
+        )
+
+    @abstractmethod
+    def run(self, engine: Engine, strategy: Strategy, writer: RowWriter) -> DatasetRun[Made]:
+        """Plan a run over the remaining requests of a writer.
+
+        Raises:
+            RequestError: If the model cannot take a request and bad rows stop the run.
+        """
+
+
+@dataclass(frozen=True)
+class GenerationJob(DatasetJob[Generation]):
+    """A run that generates."""
+
+    def run(self, engine: Engine, strategy: Strategy, writer: RowWriter) -> DatasetRun[Generation]:
+        """Plan to generate for the remaining requests."""
+        return DatasetRun.generating(
+            engine, strategy, writer, on_error=self.on_error, **self.options
+        )
+
+
+@dataclass(frozen=True)
+class ScoringJob(DatasetJob[Score]):
+    """A run that scores choices."""
+
+    def run(self, engine: Engine, strategy: Strategy, writer: RowWriter) -> DatasetRun[Score]:
+        """Plan to score the choices of the remaining requests."""
+        return DatasetRun.scoring(engine, strategy, writer, on_error=self.on_error, **self.options)
 
 
 class DatasetRun(Generic[Made]):

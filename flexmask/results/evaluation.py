@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from flexmask.errors import OutputError
+from flexmask.errors import JudgeError, OutputError
 from flexmask.results.result_writer import read_finished_rows
-from flexmask.results.schema import FAILED
-from flexmask.tasks.judge import Judge
+from flexmask.results.run_config import RunConfig
+from flexmask.results.schema import FAILED, RUN
+from flexmask.tasks.judge import CUTS, Judge
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -88,43 +90,74 @@ class Evaluation:
     estimates: Mapping[str, Estimate]
 
 
-def evaluate(path: Path, metrics: Collection[str], *, language: str = "en") -> Evaluation:
+class _JudgedRow(NamedTuple):
+    """A row that has accepted answers, and its number from 1."""
+
+    number: int
+    uuid: str
+    prediction: str
+    answers: Sequence[str]
+    generation: str
+    correct: bool | None
+
+
+def evaluate(
+    path: Path, metrics: Collection[str], *, language: str = "en", cut: str | None = None
+) -> Evaluation:
     """Score the predictions of a result file, or of the journal of an unfinished run.
+
+    Metrics that extract the answer from a text, such as ``regex``, do so again from the whole
+    generation; the others score the predictions that the run extracted.
 
     Args:
         path: The file.
-        metrics: Metrics to score by, from `flexmask.tasks.judge.METRICS`.
+        metrics: Metrics to score by, as `flexmask.tasks.metric.parse_metric` reads them.
         language: Language of the lemmas.
+        cut: The part of each generation to judge, from `flexmask.tasks.judge.CUTS`. None leaves
+            it as the run cut it.
 
     Raises:
         OutputError: If it is not a result file, or has no accepted answers.
+        OptionError: If there is no such metric or cut.
+        JudgeError: If a metric does not apply to a row, or fails on it; the message names it.
     """
     table = read_finished_rows(path)
-    names = ("uuid", "prediction", "answers", "correct")
+    names = ("uuid", "prediction", "answers", "generation", "correct")
     columns = (table[name].to_pylist() for name in names)
-    judged = [row for row in zip(*columns, strict=True) if row[2]]
+    rows = enumerate(zip(*columns, strict=True), start=1)
+    judged = [_JudgedRow(number, *values) for number, values in rows if values[2]]
     holds_scores = "choices" in table.column_names
     if holds_scores:  # where the right choice is known, and not accepted answers alone
-        judged = [row for row in judged if row[3] is not None]
+        judged = [row for row in judged if row.correct is not None]
     if not judged:
         raise OutputError(f"{path}: none of its rows has accepted answers to judge by")
+    recorded = RunConfig.from_json(table.schema.metadata[RUN]).run.get("judge")
+    recorded_cut = recorded.get("cut") if isinstance(recorded, dict) else None
     scores = {}
     for metric in metrics:
-        judge = Judge(metric=metric, language=language)
-        of_rows = [
-            # Texts that are equal once normalized are two choices nevertheless.
-            float(correct)
-            if holds_scores and metric == "exact"
-            else judge.score(prediction, answers)
-            for _, prediction, answers, correct in judged
-        ]
-        by_question = scores_by_question((uuid for uuid, *_ in judged), of_rows)
+        judge = Judge(cut or recorded_cut or CUTS[0], metric, language)
+        is_cut_again = cut is not None or judge.parsed.extracts
+        of_rows = []
+        for row in judged:
+            if holds_scores and metric == "exact":
+                # Texts that are equal once normalized are two choices nevertheless.
+                of_rows.append(float(row.correct or False))
+                continue
+            text = row.prediction if holds_scores else row.generation
+            try:
+                prediction = judge.answer_in(text) if is_cut_again else row.prediction
+                of_rows.append(judge.score(prediction, row.answers))
+            except JudgeError as error:
+                raise JudgeError(
+                    f"{path}: row {row.number}, uuid {row.uuid!r}: {error}"
+                ) from error
+        by_question = scores_by_question((row.uuid for row in judged), of_rows)
         scores[metric] = list(by_question.values())
     return Evaluation(
         path=path,
         rows=table.num_rows,
         failed=table["finish_reason"].to_pylist().count(FAILED),
-        answers={uuid: tuple(answers) for uuid, _, answers, _ in judged},
+        answers={row.uuid: tuple(row.answers) for row in judged},
         scores=scores,
         estimates={metric: estimate_mean(values) for metric, values in scores.items()},
     )

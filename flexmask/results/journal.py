@@ -25,6 +25,10 @@ from flexmask.results.whole_file import (
 _COPIED_BYTES = 1 << 20
 
 
+class OutputInUseError(OutputError):
+    """Another process is writing the output."""
+
+
 class Journal:
     """The finished rows of a run: an Arrow IPC stream beside the output.
 
@@ -49,14 +53,15 @@ class Journal:
         """Open and lock the journal of an output; create it if it does not exist.
 
         Raises:
-            OutputError: If another process holds the lock, or the file cannot be opened.
+            OutputInUseError: If another process holds the lock.
+            OutputError: If the file cannot be opened.
         """
         path = journal_path(output)
         while True:
             try:
                 fd = _open_locked(path)
             except BlockingIOError:
-                raise OutputError(
+                raise OutputInUseError(
                     f"{output}: another process is writing it; wait until it ends, or choose "
                     "another `output`"
                 ) from None
@@ -133,6 +138,11 @@ class Journal:
             fd, self._fd = self._fd, -1
             fcntl.flock(fd, fcntl.LOCK_UN)  # close alone keeps the lock while a forked child lives
             os.close(fd)
+
+    @property
+    def is_closed(self) -> bool:
+        """True once it was closed."""
+        return self._fd < 0
 
     def _check_unchanged(self) -> None:
         size = os.fstat(self._fd).st_size

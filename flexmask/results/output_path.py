@@ -10,10 +10,16 @@ from pathlib import Path
 from flexmask.errors import OutputError
 from flexmask.results.formats import EXTENSIONS
 from flexmask.results.whole_file import target_of
+from flexmask.tasks.shards import Shard
 
 
 def default_output_path(
-    stem: str, model: str, strategy: str, num_segments: int | None, fusion: str = "attention"
+    stem: str,
+    model: str,
+    strategy: str,
+    num_segments: int | None,
+    fusion: str = "attention",
+    shard: Shard | None = None,
 ) -> Path:
     """Return the default path of a result file, relative to the working folder.
 
@@ -23,6 +29,7 @@ def default_output_path(
         strategy: Name of the strategy.
         num_segments: Segments kept of each request; None for all.
         fusion: Name of the fusion; part of the file name unless it is ``attention``.
+        shard: The shard that is run; None for the whole input.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
@@ -30,7 +37,8 @@ def default_output_path(
     """
     count = "all" if num_segments is None else num_segments
     how = "" if fusion == "attention" else f"-{fusion}"
-    return default_folder(stem, model) / f"{path_safe(strategy)}{how}-{count}.feather"
+    part = "" if shard is None else f".{shard.number}-of-{shard.count}"
+    return default_folder(stem, model) / f"{path_safe(strategy)}{how}-{count}{part}.feather"
 
 
 def default_folder(stem: str, model: str) -> Path:

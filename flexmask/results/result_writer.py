@@ -39,7 +39,7 @@ import pyarrow as pa
 from flexmask.errors import FlexMaskWarning, OutputError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.request import Request, RequestKey
-from flexmask.results.formats import read_rows, write_rows
+from flexmask.results.formats import ROWS_PER_BATCH, read_rows, write_rows
 from flexmask.results.journal import Journal
 from flexmask.results.output_path import writable_path
 from flexmask.results.resume import (
@@ -55,8 +55,6 @@ from flexmask.results.run_config import RunConfig
 from flexmask.results.schema import FAILED, RUN, Result, row_of, schema_of
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
-
-_ROWS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -218,6 +216,8 @@ class ResultWriter:
                 config = config.resuming(earlier.config)
             expanded = ExpandedRequests(requests, fusion)
             plan = make_plan(expanded, earlier, output, judge)
+            if config.shard is not None:
+                config = replace(config, num_rows=len(plan.has_row))
             schema = schema_of(judge).with_metadata({RUN: config.to_json()})
             if not plan.is_complete:
                 journal.restart(schema, plan.rows)
@@ -267,13 +267,19 @@ class ResultWriter:
         Raises:
             OutputError: If rows are missing on a clean exit, or the file cannot be written.
         """
-        is_needed = not self._is_untouched and self.summary.rows > 0
+        if exception_type is not None or self._is_untouched:
+            self.suspend()
+            return
+        is_needed = self.summary.rows > 0
         try:
-            if exception_type is None and not self._is_untouched:
-                self._finish()
-                is_needed = False
+            self._finish()
+            is_needed = False
         finally:
             self._journal.close(keep=is_needed)
+
+    def suspend(self) -> None:
+        """Close without writing the result file; the journal keeps the finished rows."""
+        self._journal.close(keep=not self._is_untouched and self.summary.rows > 0)
 
     def _finish(self) -> None:
         if not self.is_complete:
@@ -357,7 +363,7 @@ def _in_order(rows: pa.Table, order: Iterable[RequestKey]) -> Iterator[pa.Table]
         for index, key in enumerate(keys(batch))
     }
     indices = (index_of[key] for key in order)
-    while some := list(islice(indices, _ROWS_PER_BATCH)):
+    while some := list(islice(indices, ROWS_PER_BATCH)):
         yield pa.Table.from_batches(
             batches[number].slice(start, length) for number, start, length in _spans(some)
         ).combine_chunks()

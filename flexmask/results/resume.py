@@ -236,19 +236,31 @@ def _hashes(rows: pa.Table) -> Iterator[tuple[RequestKey, tuple[int, int]]]:
             yield key, (hash(_hashable(content)), hash(_hashable(answers)))
 
 
-ASKED = ("prefix", "paraphrases", "suffix", "weights", "choices")
+ASKED = (
+    *("prefix", "paraphrases", "suffix", "weights", "system", "messages", "answer_prefix"),
+    *("segment_turns", "choices"),
+)
 """Columns that say what was asked; a resumed run must ask the same."""
 
 RIGHT = ("answers", "answer")
 """Columns that say what is right; a resumed run may correct them."""
 
 
-def _hashable(row: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(value) if isinstance(value, list) else value for value in row)
+def _hashable(value: Any) -> Any:
+    """Return the value of a column, or several, with tuples for lists and for structures."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return value
+    return tuple(map(_hashable, value))
 
 
 def _content(request: Request, schema: pa.Schema) -> tuple[object, ...]:
-    asked = (request.prefix, request.segments, request.suffix, request.weights or None)
+    turns = tuple((message.role, message.content) for message in request.messages)
+    asked = (
+        *(request.prefix, request.segments, request.suffix, request.weights or None),
+        *(request.system, turns, request.answer_prefix, request.segment_turns),
+    )
     return (*asked, request.choices) if "choices" in schema.names else asked
 
 
@@ -267,8 +279,8 @@ def _check_same_requests(
         )
     if changed:
         raise OutputError(
-            f"{path}: the prefix, suffix, segments, weights or choices of requests have changed "
-            f"since ({_named(changed)}); {START_AGAIN}"
+            f"{path}: the texts, weights or choices of requests have changed since "
+            f"({_named(changed)}); {START_AGAIN}"
         )
 
 

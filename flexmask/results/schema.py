@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from flexmask.choice_scores import ChoiceScore, Score
+from flexmask.errors import JudgeError
 from flexmask.generation import Generation
-from flexmask.tasks.judge import ChoiceJudge, Judge, is_exact_match
+from flexmask.tasks.judge import ChoiceJudge, Judge
+from flexmask.tasks.matching import is_exact_match
 from flexmask.tasks.request_source import BadRow
 
 RUN = b"flexmask"
@@ -27,6 +29,11 @@ SCHEMA = pa.schema(
         ("generation", pa.string()),
         ("prefix", pa.string()),
         ("suffix", pa.string()),
+        ("system", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("answer_prefix", pa.string()),
+        ("segment_turns", pa.string()),
+        ("prompts", pa.list_(pa.string())),
         ("segment", pa.int32()),
         ("weights", pa.list_(pa.float64())),
         ("prompt_tokens", pa.int32()),
@@ -37,7 +44,8 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""Columns of a result file: ``paraphrases`` holds the segments; ``segment`` is the number of the
+"""Columns of a result file: ``paraphrases`` holds the segments; ``prompts`` the texts that a chat
+template made of the request, null without one; ``segment`` is the number of the
 segment that was run alone, else null; ``weights`` are those of the segments, or null; ``correct``
 is exact match and ``score`` the judge's score, both null where there are no answers; ``error`` is
 the reason why a row failed, else null."""
@@ -71,6 +79,7 @@ SCORED = "scored"
 
 NEVER_NULL = (
     *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
+    *("system", "messages", "answer_prefix", "segment_turns"),
     *("prompt_tokens", "generated_tokens", "finish_reason"),
 )
 """Columns that are never null; the items of their lists are not null either."""
@@ -85,7 +94,11 @@ def schema_of(judge: Judge | ChoiceJudge) -> pa.Schema:
 
 
 def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
-    """Return the row of a result, or of a bad row, which has no text and counts as wrong."""
+    """Return the row of a result, or of a bad row, which has no text and counts as wrong.
+
+    Raises:
+        JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
+    """
     request = result.request
     row: dict[str, Any] = {
         "uuid": result.uuid if isinstance(result, BadRow) else result.request.uuid,
@@ -93,6 +106,11 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         "paraphrases": request.segments if request else (),
         "prefix": request.prefix if request else "",
         "suffix": request.suffix if request else "",
+        "system": request.system if request else "",
+        "messages": [vars(message) for message in request.messages] if request else (),
+        "answer_prefix": request.answer_prefix if request else "",
+        "segment_turns": request.segment_turns if request else "one",
+        "prompts": None,
         "segment": request.segment if request else None,
         "weights": (request.weights or None) if request else None,
     }
@@ -113,6 +131,7 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
     else:
         assert isinstance(judge, Judge)
         row |= {
+            "prompts": result.prompts,
             "prediction": judge.prediction(result),
             "generation": result.text,
             "prompt_tokens": result.prompt_tokens,
@@ -120,7 +139,10 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
             "finish_reason": result.finish_reason,
             "error": None,
         }
-    return row | verdict(row, judge)
+    try:
+        return row | verdict(row, judge)
+    except JudgeError as error:
+        raise JudgeError(f"{request.label if request else row['uuid']}: {error}") from error
 
 
 def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from flexmask.printable import printable
 from flexmask.show.picture_source import Answer
-from flexmask.tasks.judge import is_exact_match
+from flexmask.tasks.matching import is_exact_match
 
 VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 

@@ -31,6 +31,9 @@ RUN_KEYS = {
 }
 """Entries of a run configuration that a picture needs, and their types."""
 
+TEXTS = ("prefix", "suffix", "system", "messages", "answer_prefix", "segment_turns")
+"""Columns of a result file that are fields of the request."""
+
 MOST_TOKENS = 1 << 24
 """Size limit of a request of which only lengths are known."""
 
@@ -167,7 +170,8 @@ def subject_of_result(
             f"{source}: damaged, row {row} has {values['generated_tokens']} generated tokens"
         )
     request = Request(
-        segments=tuple(values["paraphrases"]), prefix=values["prefix"], suffix=values["suffix"]
+        segments=tuple(values["paraphrases"]),
+        **{name: values[name] for name in TEXTS},
     )
     answer = Answer(
         prediction=values["prediction"],

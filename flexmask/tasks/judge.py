@@ -1,64 +1,19 @@
-"""Extracts answers from generations and scores them against the accepted ones.
-
-Answers are normalized before they are compared (`flexmask.answers`). Token F1 is SQuAD's
-(Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250).
-"""
+"""Extracts answers from generations and scores them against the accepted ones."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
-from flexmask.answers import normalize_answer
 from flexmask.choice_scores import Normalize, Score, check_normalization
-from flexmask.errors import OptionError
-from flexmask.generation import Generation
+from flexmask.errors import JudgeError, OptionError
+from flexmask.generation import Generation, first_line
+from flexmask.tasks.metric import Metric, parse_metric
 
 CUTS = ("first line", "all")
 """The part of a generation that is the answer: the first line that is not blank, or all."""
-METRICS = ("exact", "f1", "lemma")
-"""Exact match and token F1 of normalized texts, and exact match of their lemmas."""
-
-
-def is_exact_match(prediction: str, answers: Iterable[str]) -> bool:
-    """Return True if a prediction equals one of the answers after normalization.
-
-    An empty prediction matches nothing.
-    """
-    normalized = normalize_answer(prediction)
-    return bool(normalized) and any(normalized == normalize_answer(answer) for answer in answers)
-
-
-def token_f1(prediction: str, answers: Iterable[str]) -> float:
-    """Return the F1 of words with the closest answer: harmonic mean of precision and recall.
-
-    Example:
-        >>> token_f1("the Big Smoke town", ["Big Smoke", "London"])
-        0.8
-    """
-    return max((_f1(prediction, answer) for answer in answers), default=0.0)
-
-
-def is_lemma_match(prediction: str, answers: Collection[str], language: str = "en") -> bool:
-    """Return True if a prediction equals one of the answers, as written or lemmatized.
-
-    Lemmas come from the tables of ``simplemma`` (``pip install 'flexmask[lemma]'``).
-
-    Example:
-        >>> is_lemma_match("The rivers", ["river"])
-        True
-
-    Raises:
-        OptionError: If ``simplemma`` is not installed, or does not know ``language``, an ISO 639
-            code.
-    """
-    lemmatize = _lemmatizer(language)
-    found = lemmatize(prediction)
-    return is_exact_match(prediction, answers) or (
-        bool(found) and any(found == lemmatize(answer) for answer in answers)
-    )
 
 
 @dataclass(frozen=True)
@@ -66,40 +21,73 @@ class Judge:
     """Extracts answers from generations and scores them.
 
     Attributes:
-        cut: One of `CUTS`.
-        metric: One of `METRICS`, computed by `score`.
+        cut: One of `CUTS`, the part of a generation in which the answer is.
+        metric: Extracts the answer from that part, and scores it: `parse_metric` lists the forms.
         language: Language of the lemmas.
+
+    Raises:
+        OptionError: If there is no such cut or metric.
     """
 
     cut: str = CUTS[0]
-    metric: str = METRICS[0]
+    metric: str = "exact"
     language: str = "en"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("cut", self.cut, CUTS), ("judge", self.metric, METRICS)):
-            if value not in allowed:
-                raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.cut not in CUTS:
+            raise OptionError(f"cut must be one of {', '.join(CUTS)}, got {self.cut!r}")
+        try:
+            _ = self.parsed
+        except OptionError as error:
+            raise OptionError(f"`judge` {error}") from None
+
+    @cached_property
+    def parsed(self) -> Metric:
+        """The metric."""
+        return parse_metric(self.metric, self.language)
 
     def check(self) -> None:
         """Raise errors now that scoring the first row would raise.
 
         Raises:
-            OptionError: If the metric needs lemmas and they are not available.
+            OptionError: If the metric needs a package or a file that is not there.
         """
-        if self.metric == "lemma":
-            _lemmatizer(self.language)
+        self.parsed.check()
+
+    def record(self) -> dict[str, Any]:
+        """Return the judge as a run's configuration records it."""
+        return asdict(self) | {"metric": self.parsed.recorded}
 
     def prediction(self, generation: Generation) -> str:
-        """Return the answer in a generation."""
-        return generation.text.strip() if self.cut == "all" else generation.prediction
+        """Return the answer in a generation; empty if the metric finds none.
 
-    def score(self, prediction: str, answers: Collection[str]) -> float:
-        """Return the score of a prediction, from 0 to 1."""
-        if self.metric == "f1":
-            return token_f1(prediction, answers)
-        if self.metric == "lemma":
-            return float(is_lemma_match(prediction, answers, self.language))
-        return float(is_exact_match(prediction, answers))
+        Raises:
+            JudgeError: If searching takes too long; the message names the request.
+        """
+        try:
+            return self.answer_in(generation.text)
+        except JudgeError as error:
+            raise JudgeError(f"{generation.request.label}: {error}") from error
+
+    def answer_in(self, text: str) -> str:
+        """Return the answer in a generated text; empty if the metric finds none."""
+        return self.parsed.extract(text.strip() if self.cut == "all" else first_line(text))
+
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """Check that the metric applies to accepted answers.
+
+        Raises:
+            JudgeError: If it does not, such as ``choice`` to the answer ``London``.
+        """
+        self.parsed.check_answers(answers)
+
+    def score(self, prediction: str, answers: Sequence[str]) -> float:
+        """Return the score of a prediction, from 0 to 1.
+
+        Raises:
+            JudgeError: If the metric does not apply to the accepted answers, or fails.
+        """
+        return self.parsed.score(prediction, answers)
 
 
 @dataclass(frozen=True)
@@ -119,32 +107,13 @@ class ChoiceJudge:
     def check(self) -> None:
         """Do nothing: no package is needed."""
 
+    def record(self) -> dict[str, Any]:
+        """Return the judge as a run's configuration records it."""
+        return asdict(self)
+
     def prediction(self, score: Score) -> str:
         """Return the text of the choice with the highest score."""
         return score.request.choices[score.chosen(self.normalize)].strip()
 
-
-def _f1(prediction: str, answer: str) -> float:
-    words, accepted = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    shared = (Counter(words) & Counter(accepted)).total()
-    return 2 * shared / (len(words) + len(accepted)) if shared else 0.0
-
-
-@lru_cache
-def _lemmatizer(language: str) -> Callable[[str], str]:
-    try:
-        from simplemma import lemmatize, simple_tokenizer
-    except ImportError:
-        raise OptionError("lemmas need one more package: pip install 'flexmask[lemma]'") from None
-    try:
-        lemmatize("word", lang=language)
-    except ValueError:
-        raise OptionError(f"simplemma has no lemmas of the language {language!r}") from None
-
-    @lru_cache(maxsize=65536)  # accepted answers recur from row to row
-    def lemmas(text: str) -> str:
-        # Before case folding, because simplemma finds German nouns by their capital letter.
-        words = (lemmatize(word, lang=language) for word in simple_tokenizer(text))
-        return normalize_answer(" ".join(words))
-
-    return lemmas
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """Do nothing: the right choice is known by its index."""

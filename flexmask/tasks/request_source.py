@@ -8,18 +8,23 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, Protocol
 
-from flexmask.errors import OptionError, RequestError
+from flexmask.errors import JudgeError, OptionError, RequestError
 from flexmask.fusion import Fusion
 from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
 from flexmask.request import Request, RequestKey, check_choices, choice_index
+from flexmask.tasks.judge import ChoiceJudge, Judge
+from flexmask.tasks.shards import InputPart, ShardRecord
 
 OnError = Literal["stop", "skip"]
 """Effect of a bad row: ``stop`` raises an error, ``skip`` yields a `BadRow`."""
 
-FIELDS = ("uuid", "prefix", "segments", "suffix", "answers", "weights", "choices", "answer")
+FIELDS = (
+    *("uuid", "prefix", "segments", "suffix", "answers", "weights"),
+    *("system", "messages", "answer_prefix", "choices", "answer"),
+)
 """Columns that a request is read from if there is no task; ``weights``, ``choices`` and ``answer``
 are read only where they are used."""
 
@@ -69,6 +74,7 @@ class PlainRequests:
     Attributes:
         columns: Renamed columns: for a name, the columns of the row to read.
         prefix: Replaces the prefix of every row.
+        system: Replaces the system turn of every row.
         reads_weights: Whether to read the column ``weights``.
         reads_choices: Whether to read the columns ``choices``, which is required then, and
             ``answer``.
@@ -77,6 +83,7 @@ class PlainRequests:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str | None = None
     reads_weights: bool = False
+    system: str | None = None
     reads_choices: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +113,9 @@ class PlainRequests:
             answers=columns.answers(),
             uuid=columns.uuid(str(row.number)),
             weights=columns.weights(["segments"]) if self.reads_weights else (),
+            system=columns.text("system") if self.system is None else self.system,
+            messages=columns.messages(),
+            answer_prefix=columns.text("answer_prefix"),
             choices=choices_of(columns) if self.reads_choices else (),
             answer=answer_of(columns) if self.reads_choices else None,
         )
@@ -152,6 +162,10 @@ class RequestSource:
         num_segments: Number of segments to keep of each request; None for all.
         on_error: Effect of a bad row.
         fusion: The fusion that requests are checked for: it may need weights.
+        judge: The judge that accepted answers are checked for.
+        is_chat: Whether requests are put into a chat template; without one, requests with a
+            system turn or messages are bad.
+        part: The rows to read, if a shard is run; the limit is that of the whole input.
     """
 
     rows: Input
@@ -160,6 +174,9 @@ class RequestSource:
     num_segments: int | None = None
     on_error: OnError = "stop"
     fusion: Fusion = Fusion()
+    judge: Judge | ChoiceJudge = Judge()
+    is_chat: bool = True
+    part: InputPart | None = None
 
     def __iter__(self) -> Iterator[Request | BadRow]:
         """Iterate from the beginning.
@@ -167,14 +184,15 @@ class RequestSource:
         Raises:
             RequestError: If there are no rows, or all are bad; at a bad row unless bad rows are
                 skipped; if the input cannot be read; if no row has a column that the task reads.
+                Of a shard, which may have no rows, only bad rows are refused: `survey` has
+                checked the rest.
         """
-        row_of: dict[str, int] = {}
+        row_of: dict[str, int] = {} if self.part is None else dict(self.part.taken)
         first_bad = None
         has_good = False
         seen: set[str] = set()
         count = 0
-        limit = None if self.limit is None else min(self.limit, sys.maxsize)
-        for row in islice(self.rows, limit):
+        for row in self.limited_rows() if self.part is None else self._rows_of(self.part):
             count += 1
             if not row.error and not seen.issuperset(row.values):
                 seen.update(row.values)
@@ -200,14 +218,34 @@ class RequestSource:
             else:
                 row_of[request.uuid] = row.number
                 yield request
+        if self.part is not None:
+            if count < len(self.part.rows):
+                raise RequestError(f"{self.rows.name}: the input changed while it was read")
+            return
         if not has_good:
             raise RequestError(
                 f"no row can be used; the first: {first_bad.error}"
                 if first_bad
                 else f"{self.rows.name}: no rows in it"
             )
-        if limit is None or count < limit:
+        if self.limit is None or count < self.limit:
             self.make.check_columns(seen)
+
+    @property
+    def shard(self) -> ShardRecord | None:
+        """The shard that is read; None if it is the whole input."""
+        return None if self.part is None else self.part.record
+
+    def limited_rows(self) -> Iterator[Row]:
+        """Iterate over the rows of the whole input, as many as ``limit`` allows."""
+        return islice(self.rows, None if self.limit is None else min(self.limit, sys.maxsize))
+
+    def uuid_of(self, row: Row) -> str:
+        """Return the uuid of a row without making its request."""
+        return self._own_uuid(row, str(row.number))
+
+    def _rows_of(self, part: InputPart) -> Iterator[Row]:
+        return islice(self.rows.rows_from(part.rows.start), len(part.rows))
 
     def _request(self, row: Row) -> Request:
         if row.error:
@@ -216,7 +254,17 @@ class RequestSource:
         if self.num_segments is not None:
             request = request.with_segments(self.num_segments)
         self.fusion.check(request)
-        texts = (request.prefix, request.suffix, *request.segments, *request.choices)
+        try:
+            self.judge.check_answers(request.answers)
+        except JudgeError as error:
+            raise RequestError(str(error)) from None
+        if not self.is_chat and (request.system or request.messages):
+            raise RequestError(
+                "it has a system turn or messages, which need a chat template; pass "
+                "`chat_template`"
+            )
+        turns = (request.system, *(message.content for message in request.messages))
+        texts = (*turns, request.prefix, *request.segments, request.suffix, *request.choices)
         characters = sum(map(len, texts))
         if characters > MAX_CHARACTERS:
             raise RequestError(
@@ -226,13 +274,18 @@ class RequestSource:
         return replace(request, source=row.where)
 
     def _free_uuid(self, row: Row, taken: Container[str]) -> str:
+        uuid = self._own_uuid(row, row.where)
+        return row.where if uuid in taken else uuid
+
+    def _own_uuid(self, row: Row, default: str) -> str:
+        """Return the column ``uuid``, ``default`` if absent, or the row's place if unusable."""
         try:
             names = {name: it for name, it in self.make.columns.items() if name == "uuid"}
-            uuid = Columns(row.values, names).uuid(row.where)
+            uuid = Columns(row.values, names).uuid(default)
             uuid.encode()
         except (RequestError, UnicodeEncodeError):
             return row.where
-        return row.where if uuid in taken else uuid
+        return uuid
 
 
 def read_requests(

@@ -11,14 +11,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from flexmask.error_text import did_you_mean
-from flexmask.errors import FlexMaskError, TaskError
+from flexmask.errors import FlexMaskError, OptionError, TaskError
 from flexmask.inputs.bounded_file import read_whole
 from flexmask.inputs.rows import printable
 from flexmask.inputs.text_rows import is_deeper
-from flexmask.tasks.judge import CUTS, METRICS, Judge
+from flexmask.request import SegmentTurns
+from flexmask.tasks.judge import CUTS, Judge
+from flexmask.tasks.metric import FunctionMetric, parse_metric
 from flexmask.tasks.paraphrases import ParaphraseSelection
 from flexmask.tasks.toml_section import Section
 
@@ -27,6 +29,7 @@ _MAX_BYTES = 2**20
 """Size limit of a task file: room for some thousand examples, a second of parsing in Python."""
 _MAX_DEPTH = 20
 """Nesting limit of tables and lists; a task has five levels, and its rows may have more."""
+TURNS = get_args(SegmentTurns)
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
 CHOICE = "{{ choice }}"
 
@@ -39,6 +42,8 @@ class Examples:
         count: Number of examples; 0 for none.
         template: Jinja template of an example, with ``paraphrase`` and ``answer``, each the first
             of its row.
+        user: Template of its question, where examples are turns; empty where they are text.
+        assistant: Template of its answer, where examples are turns.
         seed: Seed of the draw, if there are more rows than needed.
         rows: Rows in the task file itself.
         file: A separate input (`flexmask.inputs.input_files.open_input`).
@@ -47,6 +52,8 @@ class Examples:
 
     count: int = 0
     template: str = EXAMPLE
+    user: str = ""
+    assistant: str = ""
     seed: int = 42
     rows: tuple[Mapping[str, Any], ...] = ()
     file: str = ""
@@ -69,6 +76,10 @@ class Task:
         segment: Template of a segment, with ``paraphrase``, ``instruction`` and the row.
         suffix: Template of the suffix, with ``instruction`` and the row.
         choice: Template of a choice, with ``choice``, a text of the row's column ``choices``.
+        system: Template of the system turn, with ``instruction`` and the row.
+        answer_prefix: Template of the start of the answer, likewise.
+        messages: Column of the turns before the request; empty if there are none.
+        segment_turns: The user turns that segments stand in (`Request.segment_turns`).
         chat_template: Whether the request is put into the tokenizer's chat template.
         judge: Extracts answers from generations and scores them.
         sample: Sample rows, used if there is no input.
@@ -85,6 +96,10 @@ class Task:
     prefix: str = ""
     suffix: str = ""
     choice: str = CHOICE
+    system: str = ""
+    answer_prefix: str = ""
+    messages: str = ""
+    segment_turns: SegmentTurns = "one"
     chat_template: bool = False
     judge: Judge = Judge()
     sample: tuple[Mapping[str, Any], ...] = ()
@@ -97,7 +112,10 @@ class Task:
     def record(self) -> dict[str, Any]:
         """Return the settings that affect requests, as JSON values."""
         fields = asdict(self)
-        recorded = ("instruction", "columns", "groups", "prefix", "segment", "suffix", "examples")
+        recorded = (
+            *("instruction", "columns", "groups", "prefix", "segment", "suffix", "examples"),
+            *("system", "answer_prefix", "messages", "segment_turns"),
+        )
         return {
             "name": self.name,
             "select": str(self.select),
@@ -166,12 +184,12 @@ def _read_task(path: Path) -> Task:
         segment=prompt.text("segment"),
         suffix=prompt.text("suffix", ""),
         choice=prompt.text("choice", CHOICE),
+        system=prompt.text("system", ""),
+        answer_prefix=prompt.text("answer_prefix", ""),
+        messages=prompt.text("messages", ""),
+        segment_turns=cast("SegmentTurns", prompt.choice("segment_turns", TURNS, TURNS[0])),
         chat_template=prompt.flag("chat_template", False),
-        judge=Judge(
-            cut=answer.choice("cut", CUTS, CUTS[0]),
-            metric=answer.choice("judge", METRICS, METRICS[0]),
-            language=answer.text("language", "en"),
-        ),
+        judge=_judge(answer),
         sample=sample,
     )
     for section in (prompt, paraphrases, answer):
@@ -181,6 +199,20 @@ def _read_task(path: Path) -> Task:
 
 def _too_deep(file: str) -> TaskError:
     return TaskError(f"{file}: nested more than {_MAX_DEPTH} levels deep; write it flatter")
+
+
+def _judge(answer: Section) -> Judge:
+    metric, language = answer.text("judge", "exact"), answer.text("language", "en")
+    try:
+        parsed = parse_metric(metric, language)
+    except OptionError as error:
+        raise answer.error("judge", str(error)) from None
+    if isinstance(parsed, FunctionMetric):
+        raise answer.error(
+            "judge",
+            f"cannot be a Python function, because a task runs no code; pass `judge={metric}`",
+        )
+    return Judge(answer.choice("cut", CUTS, CUTS[0]), metric, language)
 
 
 def _selection(paraphrases: Section) -> ParaphraseSelection:
@@ -202,12 +234,20 @@ def _examples(section: Section, folder: Path) -> Examples:
     examples = Examples(
         count=section.count("count", 0),
         template=section.text("template", EXAMPLE),
+        user=section.text("user", ""),
+        assistant=section.text("assistant", ""),
         seed=section.count("seed", 42),
         rows=section.rows("rows"),
         file=section.text("file", ""),
         split=section.text("split", ""),
     )
     section.check_all_asked()
+    if bool(examples.user) != bool(examples.assistant):
+        raise section.error(
+            "user", "and examples.assistant make an example two turns; set both or neither"
+        )
+    if examples.user and section.has("template"):
+        raise section.error("template", "is for examples that are text; leave it out beside user")
     if examples.count and len(sources) != 1:
         raise section.error(
             "count",

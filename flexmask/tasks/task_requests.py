@@ -6,13 +6,14 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from flexmask.errors import RequestError, TaskError
 from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row, rows_in_memory
 from flexmask.inputs.text_format import TextFormat
-from flexmask.request import Request
+from flexmask.request import ROLES, Message, Request
 from flexmask.tasks.request_source import answer_of, choices_of
 from flexmask.tasks.task import Task
 from flexmask.tasks.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
@@ -26,11 +27,13 @@ class Example:
     """A few-shot example.
 
     Attributes:
-        text: Its text in the prompt.
+        text: Its text in the prompt; empty if it is turns.
+        turns: Its turns; none if it is text.
         questions: The paraphrases of its row.
     """
 
     text: str
+    turns: tuple[Message, ...]
     questions: frozenset[str]
 
     def asks(self, questions: Collection[str]) -> bool:
@@ -51,6 +54,7 @@ class TaskPrompts:
         data: Input,
         *,
         prefix: str | None = None,
+        system: str | None = None,
         reads_weights: bool = False,
         reads_choices: bool = False,
         chosen_columns: Collection[str] = (),
@@ -62,6 +66,7 @@ class TaskPrompts:
             task: The task.
             data: The input, for examples that come from another split of it.
             prefix: Replaces the rendered prefix template.
+            system: Replaces the rendered system template.
             reads_weights: Whether to read the column ``weights``, a number for each paraphrase of
                 the row; those of the selected paraphrases are used.
             reads_choices: Whether to read the columns ``choices`` and ``answer``.
@@ -77,6 +82,7 @@ class TaskPrompts:
         self._task = task
         self._data = data
         self._fixed_prefix = prefix
+        self._fixed_system = system
         self._reads_weights = reads_weights
         self._reads_choices = reads_choices
         self._chosen_columns = frozenset(chosen_columns)
@@ -85,7 +91,16 @@ class TaskPrompts:
         self._segment = _template(task, "prompt.segment", task.segment)
         self._suffix = _template(task, "prompt.suffix", task.suffix)
         self._choice = _template(task, "prompt.choice", task.choice)
+        self._system = _template(task, "prompt.system", task.system)
+        self._answer_prefix = _template(task, "prompt.answer_prefix", task.answer_prefix)
         self._example = _template(task, "examples.template", task.examples.template)
+        self._example_turns = [
+            (role, f"examples.{role}", _template(task, f"examples.{role}", template))
+            for role, template in zip(
+                ROLES, (task.examples.user, task.examples.assistant), strict=True
+            )
+            if template
+        ]
         self._examples: list[Example] = []
         self._spares: list[Example] = []
         self._undrawn: Iterator[Example] = iter(())
@@ -107,9 +122,19 @@ class TaskPrompts:
                 raise RequestError(f"paraphrase {number} of those selected is empty")
         shared = {"instruction": self._task.instruction}
         with one_row():
+            examples = self._examples_beside({text for texts in groups.values() for text in texts})
             return Request(
                 uuid=uuid,
-                prefix=self._prefix_of(columns, groups),
+                prefix=self._prefix_of(columns, examples),
+                system=self._system_of(columns),
+                messages=(
+                    *(turn for example in examples for turn in example.turns),
+                    *(self._messages_of(columns)),
+                ),
+                answer_prefix=self._render(
+                    self._answer_prefix, "prompt.answer_prefix", columns, **shared
+                ),
+                segment_turns=self._task.segment_turns,
                 segments=tuple(
                     self._render(
                         self._segment, "prompt.segment", columns, **shared, paraphrase=text
@@ -151,10 +176,25 @@ class TaskPrompts:
                     f"from another{self._data.advice}"
                 )
 
-    def _prefix_of(self, columns: Columns, groups: Mapping[str, Sequence[str]]) -> str:
+    def _system_of(self, columns: Columns) -> str:
+        if self._fixed_system is not None:
+            return self._fixed_system
+        instruction = self._task.instruction
+        return self._render(self._system, "prompt.system", columns, instruction=instruction)
+
+    def _messages_of(self, columns: Columns) -> tuple[Any, ...]:
+        name = self._task.messages
+        if not name:
+            return ()
+        if name not in columns:
+            raise MissingColumnError(
+                f"no column {name!r} of messages; its columns: {', '.join(columns) or 'none'}"
+            )
+        return Columns({"messages": columns[name]}).messages()
+
+    def _prefix_of(self, columns: Columns, examples: Sequence[Example]) -> str:
         if self._fixed_prefix is not None:
             return self._fixed_prefix
-        examples = self._examples_beside({text for texts in groups.values() for text in texts})
         return self._render(
             self._prefix,
             "prompt.prefix",
@@ -247,10 +287,16 @@ class TaskPrompts:
             paraphrases = [text for name in names for text in columns.texts(name)]
             firsts = {"paraphrase": paraphrases[:1], "answer": columns.answers()[:1]}
             more = {name: texts[0] for name, texts in firsts.items() if texts}
-            text = self._render(self._example, "examples.template", columns, **more)
+            turns = tuple(
+                Message(role, self._render(template, key, columns, **more))
+                for role, key, template in self._example_turns
+            )
+            text = (
+                "" if turns else self._render(self._example, "examples.template", columns, **more)
+            )
         except RequestError as error:
             raise TaskError(f"example {row.where}: {error}") from None
-        return Example(text, frozenset(paraphrases))
+        return Example(text, turns, frozenset(paraphrases))
 
     def _render(self, template: RowTemplate, key: str, columns: Columns, **more: str) -> str:
         try:

@@ -66,6 +66,9 @@ class AdaptiveParallel(Strategy):
 
         return tempered
 
+    def scored_queries(self, batch: LayoutBatch) -> RowMod:
+        return _is_tail(batch)
+
     def scaled_part(self, batch: LayoutBatch) -> ScaledPart:
         return ScaledPart(_is_tail(batch), _is_document(batch), self.scale * self.temperature)
 

@@ -113,7 +113,8 @@ def compare(
     planned.check()
     ways = with_plain_prompts(ways)
     counts = dict.fromkeys(way.num_segments for way in ways)
-    requests_of = cut_to_counts(opened.requests, [*counts], run.rows.on_bad_row)
+    requests = planned.checked(opened.requests)
+    requests_of = cut_to_counts(requests, [*counts], run.rows.on_bad_row)
     sameness = Sameness(
         requests_of,
         planned.load_tokenizer(),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import flag, paths_argument, refuse_devices, text
-from flexmask_cli.options import AsJson
+from flexmask_cli.options import JUDGE_FORM, AsJson
 from flexmask_cli.render.lines import print_json, print_line, warnings_as_lines
 from flexmask_cli.render.table import percent, print_table
 
@@ -30,7 +32,38 @@ class EvalOptions:
     language: Annotated[
         str, text("--language", metavar="CODE", help="Language of the lemmas, by ISO 639.")
     ] = "en"
+    judge: Annotated[
+        list[str],
+        typer.Option(
+            metavar=JUDGE_FORM,
+            help="Score by this instead of exact and f1. Repeatable.",
+        ),
+    ] = field(default_factory=list)
+    cut: Annotated[
+        str | None,
+        text(
+            "--cut",
+            metavar="first line|all",
+            help="Judge this part of each generation. Default: the predictions of the file.",
+        ),
+    ] = None
     as_json: AsJson = False
+
+    def __post_init__(self) -> None:
+        """Check the judges; a Python file is not run.
+
+        Raises:
+            OptionError: If there is no such judge or cut.
+        """
+        from flexmask.tasks.judge import CUTS, Judge
+
+        for metric in self.metrics:
+            Judge(self.cut or CUTS[0], metric, self.language)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics to score by."""
+        return [*(self.judge or ["exact", "f1"]), *(["lemma"] if self.lemma else [])]
 
 
 @takes_options
@@ -41,10 +74,10 @@ def evaluate(*, options: EvalOptions) -> None:
 
     for path in options.files:
         refuse_devices(path)
-    metrics = ["exact", "f1", *(["lemma"] if options.lemma else [])]
     with warnings_as_lines():
         evaluations = [
-            evaluate_file(path, metrics, language=options.language) for path in options.files
+            evaluate_file(path, options.metrics, language=options.language, cut=options.cut)
+            for path in options.files
         ]
     comparisons = compare(evaluations)
     if options.as_json:

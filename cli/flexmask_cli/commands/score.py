@@ -13,6 +13,7 @@ from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import StrategyOptions
 from flexmask_cli.render.generation import print_notes
 from flexmask_cli.render.scores import print_prefill_kernel, print_score_stats, print_scores
+from flexmask_cli.scaling_options import ShardOptions
 from flexmask_cli.score_options import PlannedScoring, ScoreOptions, ScoreRunOptions
 from flexmask_cli.strategy_choice import choose_strategy
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from flexmask.choice_scores import Score
     from flexmask.engine import Engine, RunStats
     from flexmask.results.dataset_run import DatasetRun
-    from flexmask.results.result_writer import ResultWriter
-    from flexmask.results.row_stream import RowStream
 
 
 @takes_options
@@ -32,6 +31,7 @@ def score(
     data: RequestOptions,
     output: OutputOptions,
     run: ScoreRunOptions,
+    scaling: ShardOptions,
 ) -> None:
     """Score the choices of each row of a data set, and choose the most likely."""
     chosen, fusion = choose_strategy(strategy.strategy, strategy.parameters), score.chosen_fusion
@@ -43,7 +43,7 @@ def score(
         reads_choices=True,
     )
     planned = PlannedScoring(run, opened.task, score.chosen_normalization)
-    ScoreChoices(planned, chosen, fusion, opened, data.num_segments, output).run()
+    ScoreChoices(planned, chosen, fusion, opened, data.num_segments, output, scaling).run()
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,6 @@ class ScoreChoices(DatasetCommand["Score"]):
     def result_name(self) -> str:
         """The name of the strategy, told from a file of generations."""
         return f"{self.chosen.strategy.name}-scores"
-
-    def start(self, engine: Engine, writer: ResultWriter | RowStream) -> DatasetRun[Score]:
-        """Plan to score the choices of the remaining rows."""
-        from flexmask.results.dataset_run import DatasetRun
-
-        return DatasetRun.scoring(
-            engine,
-            self.chosen.strategy,
-            writer,
-            on_error=self.planned.options.rows.on_bad_row,
-            **self.planned.for_engine(),
-        )
 
     def print_notes(self, engine: Engine, run: DatasetRun[Score]) -> None:
         """Print strategy, model and attention."""

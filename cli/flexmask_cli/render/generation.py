@@ -77,8 +77,6 @@ def print_kernels(engine: Engine) -> None:
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print questions, predictions and accepted answers."""
-    from flexmask.tasks.judge import is_exact_match
-
     rows = []
     questions = questions_of([generation.request for generation in generations])
     for generation, question in zip(generations, questions, strict=True):
@@ -86,7 +84,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
         prediction = judge.prediction(generation)
         row = {"question": question, "prediction": prediction}
         if request.answers:
-            is_right = is_exact_match(prediction, request.answers)
+            is_right = judge.score(prediction, request.answers) == 1
             row |= {"accepted": ", ".join(request.answers), "": "✓" if is_right else "✗"}
         rows.append({name: " ".join(text.split()) for name, text in row.items()})
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -137,7 +135,8 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         f"tokens: {stats.generated_tokens} generated after {stats.prompt_tokens} of prompts "
         f"({stats.computed_tokens} computed, {stats.copied_tokens} copied), "
         f"{stats.tokens_per_s:.1f} tokens/s",
-        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s",
+        f"time: prefill {stats.prefill_s:.2f} s, decode {stats.decode_s:.2f} s, first token "
+        f"{stats.first_token_s / max(1, stats.prefills):.2f} s after a prefill starts",
         f"batch: {stats.batch_size} rows, {stats.row_utilization:.0%} of them in use over "
         f"{stats.decode_steps} decode steps; {stats.prefills} prefills",
         f"compilations: {stats.compilations}, of them {stats.warm_compilations} after the "
@@ -168,6 +167,15 @@ def print_outcome(path: Path, results: ResultSummary, judge: Judge | ChoiceJudge
     write_text(f"{results.rows} rows in {path}")
 
 
+def print_counts(path: Path, results: ResultSummary) -> None:
+    """Print the number of rows in a merged file, of those that failed and of correct ones."""
+    if results.judged:
+        write_text(f"exact: {results.correct} of {results.judged}")
+    if results.failed:
+        write_text(f"failed: {results.failed} rows; the column 'error' says why")
+    write_text(f"{results.rows} rows in {path}")
+
+
 def outcome_figures(
     path: Path, results: ResultSummary, judge: Judge | ChoiceJudge, stats: RunStats | None
 ) -> dict[str, Any]:
@@ -195,10 +203,14 @@ def outcome_figures(
 def _accuracy(path: Path, judge: Judge | ChoiceJudge) -> tuple[int, dict[str, Estimate]]:
     """Return the number of judged questions, and by metric the mean of their scores."""
     from flexmask.results.evaluation import estimate_mean, scores_by_question
-    from flexmask.results.result_writer import read_finished_rows
+    from flexmask.results.formats import open_rows
 
-    rows = read_finished_rows(path).select(["uuid", "correct", "score"]).drop_null()
-    uuids, correct, scores = rows.to_pydict().values()
+    found: dict[str, list[Any]] = {"uuid": [], "correct": [], "score": []}
+    for batch in open_rows(path):
+        judged = batch.filter(batch["correct"].is_valid())
+        for name, values in found.items():
+            values += judged[name].to_pylist()
+    uuids, correct, scores = found.values()
     columns = {"exact": correct}
     if judge.metric != "exact":
         columns[judge.metric] = scores

@@ -229,7 +229,7 @@ def _sign(a: Interval) -> Ends | None:
 
 ARITHMETIC = {
     "add __add__ __radd__": Rule(_add, _add_bounds, promotes=True, shift=1),
-    "sub subtract __sub__": Rule(_sub, _sub_bounds, promotes=True, shift=-1),
+    "sub subtract __sub__": Rule(_sub, _sub_bounds, promotes=True, shift=-1, by_difference=True),
     "mul multiply __mul__ __rmul__": Rule(_mul, corner_bounds(operator.mul), promotes=True),
     "floor_divide floordiv __floordiv__": Rule(_floor_divide, _floor_divide_bounds, promotes=True),
     "div divide true_divide truediv __truediv__": Rule(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from flexmask.block_mask.intervals.stand_in import Evaluator, NoIntervalRule, St
 
 POOLED_ENTRIES = 2**18
 """A table that is indexed by arbitrary ranges is first pooled to about this many entries."""
+
+NUMPY_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+"""Dtypes whose extrema NumPy finds."""
 
 
 class Selection(StandIn):
@@ -132,8 +136,9 @@ class CapturedTables:
     """Minima and maxima of captured tensors over index ranges, cached for the build of one mask.
 
     A range that is a cell of ``q_idx`` or ``kv_idx`` is looked up in a table pooled to cells.
-    Any other range is covered by two overlapping ranges whose length is a power of two. The
-    minimum over the 7 entries 3–9 is the smaller of two entries of level 2, with ranges of 4::
+    Few ranges on a CPU are reduced one by one. Any other range is covered by two overlapping
+    ranges whose length is a power of two. The minimum over the 7 entries 3–9 is the smaller of two
+    entries of level 2, with ranges of 4::
 
         index          0  1  2  3  4  5  6  7  8  9
         level 2 at 3            └────────┘
@@ -159,6 +164,9 @@ class CapturedTables:
             NoIntervalRule: If torch cannot order numbers of the table's dtype.
         """
         scales = tuple(_scale(table, dim, index) for dim, index in enumerate(indices))
+        reduced = _reduced_ranges(table, indices, scales)
+        if reduced is not None:
+            return reduced
         scaled = self._prepared(table, scales)
         if len(indices) == 1 and isinstance(scales[0], CellScale):
             span = indices[0].span
@@ -212,6 +220,42 @@ def _scale(table: Tensor, dim: int, index: Interval) -> Scale:
         start = index.span.start + (table.shape[dim] if wraps else 0)
         return CellScale(start, index.span.width, index.span.length, wraps)
     return RangeScale((table.numel() // POOLED_ENTRIES).bit_length(), wraps)
+
+
+def _reduced_ranges(
+    table: Tensor, indices: Sequence[Interval], scales: Sequence[Scale]
+) -> Tensor | None:
+    """Reduce the entries of each range, where that is less work than preparing the table.
+
+    Returns:
+        As `CapturedTables.extrema`; None where it is more work, or a dimension but the last one is
+        indexed by ranges.
+    """
+    *others, last = scales
+    if any(scale is not None for scale in others) or not isinstance(last, RangeScale):
+        return None
+    if last.wraps or table.is_cuda or table.dtype not in NUMPY_DTYPES:
+        return None
+    first, behind = indices[-1].lo.long(), indices[-1].hi.long() + 1
+    num_levels = table.shape[-1].bit_length()
+    lengths = behind - first
+    shape = torch.broadcast_shapes(*(index.cells for index in indices))
+    if int(lengths.expand(shape).sum()) > table.numel() * num_levels:
+        return None
+    start = torch.zeros((), dtype=torch.int64)
+    for index, stride in zip(indices[:-1], table.contiguous().stride(), strict=False):
+        start = start + index.ends.long() * stride
+    starts = (start + first).expand(shape).reshape(-1)
+    order = starts.argsort()  # so that what lies between two ranges is read once at most
+    bounds = torch.stack((starts, starts + lengths.expand(shape).reshape(-1)), 1)[order]
+    entries = table.contiguous().view(-1).numpy()
+    entries = np.append(entries, entries[-1:])  # for a range that ends with the table
+    found = torch.empty(3, len(starts), dtype=table.dtype)
+    for place, extremum in ((0, np.minimum), (1, np.maximum)):
+        reduced = extremum.reduceat(entries, bounds.view(-1).numpy())[::2]
+        found[place, order] = torch.from_numpy(reduced)
+    found[2] = found[0]
+    return found.view(3, *shape)
 
 
 def _scaled(table: Tensor, scales: Sequence[Scale]) -> Tensor:

@@ -104,8 +104,16 @@ class MaskEvaluator(TorchFunctionMode):
         self._wants_values = False
         self._outside: Tensor | None = None
         self._outside_tables: set[str] = set()
+        self._related: tuple[Interval, Interval, Interval] | None = None
 
-    def interval_ends(self, b: Interval, h: Interval, q_idx: Interval, kv_idx: Interval) -> Ends:
+    def interval_ends(
+        self,
+        b: Interval,
+        h: Interval,
+        q_idx: Interval,
+        kv_idx: Interval,
+        difference: Interval | None = None,
+    ) -> Ends:
         """Bound the mask in each cell.
 
         Args:
@@ -113,6 +121,8 @@ class MaskEvaluator(TorchFunctionMode):
             h: Head.
             q_idx: Queries of each cell.
             kv_idx: Keys of each cell.
+            difference: ``q_idx - kv_idx`` in the pairs of each cell that count, such as 0 and more
+                for those on and below a diagonal; None for all pairs.
 
         Returns:
             Whether the mask is certainly true and whether it may be true, ``(2, ...)``,
@@ -124,7 +134,11 @@ class MaskEvaluator(TorchFunctionMode):
             MaskError: If the mask_mod breaks a rule of FlexAttention.
         """
         self._wants_values = False
-        mask = self._run(b, h, q_idx, kv_idx)
+        self._related = None if difference is None else (q_idx, kv_idx, difference)
+        try:
+            mask = self._run(b, h, q_idx, kv_idx)
+        finally:
+            self._related = None
         ends = mask.ends
         if mask.is_exact:
             ends = ends.expand(2, *(ends.shape or (1,) * b.lo.dim()))
@@ -242,6 +256,8 @@ class MaskEvaluator(TorchFunctionMode):
         if rule.promotes:
             args = self._promoted(args)
         operands = [self._operand(x) for x in args]
+        if rule.by_difference and self._related is not None:
+            operands = self._by_difference(operands)
         named = {n: x if isinstance(x, str) else self._operand(x) for n, x in kwargs.items()}
         is_exact = all(x.is_exact for x in (*operands, *named.values()) if isinstance(x, Interval))
         if is_exact:
@@ -263,6 +279,17 @@ class MaskEvaluator(TorchFunctionMode):
         if ends.dtype.is_floating_point and not is_exact:
             ends = finite_ends(ends)
         return Interval(ends, self, is_exact=is_exact)
+
+    def _by_difference(self, operands: list[Any]) -> list[Any]:
+        """Return operands of the same difference, where that of queries and keys is known."""
+        assert self._related is not None
+        q_idx, kv_idx, difference = self._related
+        zero = self._operand(0)
+        if operands[0] is q_idx and operands[1] is kv_idx:
+            return [difference, zero]
+        if operands[0] is kv_idx and operands[1] is q_idx:
+            return [zero, difference]
+        return operands
 
     def _promoted(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Promote with a captured 0-d tensor as vmap does, and not as broadcasting does."""

@@ -39,6 +39,7 @@ class Rule:
             ``int8[q_idx] + int32_scalar`` is int32, while comparisons compare in int8.
         keywords: The keywords that ``ends`` accepts.
         shift: 1 or -1 if a constant second operand moves an index up or down; else 0.
+        by_difference: Whether the result of two integers follows from their difference.
     """
 
     ends: Callable[..., Ends | None]
@@ -46,6 +47,7 @@ class Rule:
     promotes: bool = False
     keywords: frozenset[str] = frozenset()
     shift: int = 0
+    by_difference: bool = False
 
     def shifted_span(self, operands: Sequence[Interval]) -> Span | None:
         """Return the indices of ``q_idx + 3``, which are known for a constant second operand."""

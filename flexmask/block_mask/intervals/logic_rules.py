@@ -175,12 +175,12 @@ def _shift_right_bounds(a: Bounds, amount: Bounds) -> Bounds | None:
 
 
 LOGIC = {
-    "lt less __lt__": Rule(_less),
-    "le less_equal __le__": Rule(_less_equal),
-    "gt greater __gt__": Rule(lambda a, b: _less(b, a)),
-    "ge greater_equal __ge__": Rule(lambda a, b: _less_equal(b, a)),
-    "eq __eq__": Rule(_equal),
-    "ne not_equal __ne__": Rule(_not_equal),
+    "lt less __lt__": Rule(_less, by_difference=True),
+    "le less_equal __le__": Rule(_less_equal, by_difference=True),
+    "gt greater __gt__": Rule(lambda a, b: _less(b, a), by_difference=True),
+    "ge greater_equal __ge__": Rule(lambda a, b: _less_equal(b, a), by_difference=True),
+    "eq __eq__": Rule(_equal, by_difference=True),
+    "ne not_equal __ne__": Rule(_not_equal, by_difference=True),
     "logical_and": Rule(_logical_and),
     "logical_or": Rule(_logical_or),
     "logical_xor": Rule(_logical_xor),

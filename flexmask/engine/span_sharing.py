@@ -1,0 +1,187 @@
+"""Decides which tokens of a prefill are computed, and which are written from others or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from flexmask.engine.prefix_cache import MIN_PREFIX_TOKENS, common_length
+from flexmask.engine.prompt_spans import Span
+from flexmask.layout import Layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.int32]
+
+COMPUTED, COPIED, SHARED = -1, -2, -3
+
+
+@dataclass(frozen=True)
+class PromptSpans:
+    """A prompt in a batch row, and what is known of its spans.
+
+    Attributes:
+        row: The batch row.
+        layout: The prompt.
+        count: Tokens whose keys and values are needed: all but the last.
+        spans: Its spans.
+        identities: The identity of each span.
+    """
+
+    row: int
+    layout: Layout
+    count: int
+    spans: tuple[Span, ...]
+    identities: tuple[bytes, ...]
+
+    def first_position(self, span: Span) -> int:
+        """Position of the first token of a span."""
+        return self.layout.position_ids[span.start]
+
+    def is_closed(self, start: int, length: int) -> bool:
+        """Return True if tokens from a slot on are proved to see themselves only, causally."""
+        stop = start + length
+        inside = [
+            (index, span) for index, span in enumerate(self.spans) if start <= span.start < stop
+        ]
+        seen: list[int] = []
+        reached = start
+        for index, span in inside:
+            if span.start != reached or list(span.ancestors) != seen:
+                return False
+            seen.append(index)
+            reached = span.stop
+        return reached >= stop
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """The part of a prefill for one row.
+
+    Attributes:
+        slots: Slots of the tokens to compute.
+        tokens: For each slot of the prompt the token of the stream that is written to it;
+            `COPIED` where keys and values are copied.
+    """
+
+    slots: Numbers
+    tokens: Numbers
+
+
+class _Shared(NamedTuple):
+    """Tokens that are computed in another place: ``length`` of them, from a slot on in both."""
+
+    prompt: int
+    start: int
+    donor: int
+    donor_start: int
+    length: int
+
+    def received(self, tokens: Sequence[Numbers]) -> Numbers:
+        """View what is written to these slots."""
+        return tokens[self.prompt][self.start : self.start + self.length]
+
+    def donated(self, tokens: Sequence[Numbers]) -> Numbers:
+        """View what is written to the slots of the donor."""
+        return tokens[self.donor][self.donor_start : self.donor_start + self.length]
+
+
+def divide(
+    prompts: Sequence[PromptSpans], copied: Sequence[Sequence[tuple[int, int]]]
+) -> list[RowPart]:
+    """Divide prompts into tokens to compute, and those that are written from others.
+
+    Equal spans at equal positions are computed once, wherever they stand: in several prompts, or
+    several times in one. So are the first tokens that spans have in common.
+
+    Args:
+        prompts: The prompts.
+        copied: For each prompt the slots whose keys and values are copied, as ``(start, stop)``.
+    """
+    tokens = [np.full(prompt.count, COMPUTED, np.int32) for prompt in prompts]
+    for of_row, ranges in zip(tokens, copied, strict=True):
+        for start, stop in ranges:
+            of_row[start:stop] = COPIED
+    whole, first = _equal_spans(prompts, tokens)
+    shared = [
+        one
+        for one in _common_beginnings(prompts, tokens, first) + whole
+        if not np.any((one.donated(tokens) == COPIED) & (one.received(tokens) != COPIED))
+    ]
+    for one in shared:
+        received = one.received(tokens)
+        received[received == COMPUTED] = SHARED
+    slots = [np.flatnonzero(of_row == COMPUTED).astype(np.int32) for of_row in tokens]
+    done = 0
+    for of_row, own in zip(tokens, slots, strict=True):
+        of_row[own] = np.arange(done, done + len(own))
+        done += len(own)
+    for one in shared:
+        received = one.received(tokens)
+        np.copyto(received, one.donated(tokens), where=received == SHARED)
+    return [RowPart(own, of_row) for own, of_row in zip(slots, tokens, strict=True)]
+
+
+def _equal_spans(
+    prompts: Sequence[PromptSpans], tokens: Sequence[Numbers]
+) -> tuple[list[_Shared], list[tuple[int, int]]]:
+    """Find spans that occurred before; also returns those that occur for the first time.
+
+    Spans that are copied anyway are left out.
+    """
+    first: dict[tuple[bytes, int], tuple[int, int]] = {}
+    again = []
+    for number, prompt in enumerate(prompts):
+        for index, span in enumerate(prompt.spans):
+            if tokens[number][span.stop - 1] == COPIED:
+                continue
+            key = (prompt.identities[index], prompt.first_position(span))
+            if key in first:
+                donor, donor_index = first[key]
+                start = prompts[donor].spans[donor_index].start
+                length = span.stop - span.start
+                again.append(_Shared(number, span.start, donor, start, length))
+            else:
+                first[key] = number, index
+    return again, [*first.values()]
+
+
+def _common_beginnings(
+    prompts: Sequence[PromptSpans],
+    tokens: Sequence[Numbers],
+    spans: Sequence[tuple[int, int]],
+) -> list[_Shared]:
+    """Find for each span the longest beginning that another one with the same ancestors has too.
+
+    Sorted by their tokens, a span shares most with its neighbours, as in a tree of prefixes. The
+    donor of each comes before it in the list, or shares nothing itself.
+    """
+    groups: dict[object, list[tuple[tuple[int, ...], int, int]]] = {}
+    for number, index in spans:
+        prompt = prompts[number]
+        span = prompt.spans[index]
+        if span.stop - span.start < MIN_PREFIX_TOKENS:
+            continue
+        position = prompt.first_position(span)
+        ancestors = tuple(
+            (prompt.identities[a], prompt.first_position(prompt.spans[a])) for a in span.ancestors
+        )
+        token_ids = prompt.layout.token_ids[span.start : span.stop]
+        members = groups.setdefault((ancestors, position), [])
+        members.append((token_ids, number, span.start))
+    shared = []
+    for members in groups.values():
+        for (theirs, donor, donor_start), (ours, number, start) in pairwise(sorted(members)):
+            copied = np.count_nonzero(tokens[number][start : start + len(ours)] == COPIED)
+            least = MIN_PREFIX_TOKENS + int(copied)
+            if ours[:MIN_PREFIX_TOKENS] != theirs[:MIN_PREFIX_TOKENS]:
+                continue  # most spans, and comparing these few tokens is fast
+            length = common_length(ours, theirs)
+            if length >= least:
+                shared.append(_Shared(number, start, donor, donor_start, length))
+    return shared
