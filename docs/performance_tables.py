@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BESIDE_VLLM = "vllm-peer-h100*.json"
+BESIDE_VLLM = "vllm-peer-*.json"
 """Records of flexmask beside vLLM: one of all parts, or several of some parts each."""
 
 
@@ -202,6 +202,26 @@ def vllm_summary() -> str:
     )
 
 
+def documents_table() -> str:
+    """Return the table of documents that recur."""
+    rows = [
+        [
+            one["name"],
+            f"{one['total_s']:.1f}",
+            f"{one['prefill_s']:.1f}",
+            f"{one['decode_s']:.1f}",
+            f"{one['computed_tokens']:,}",
+            f"{one['copied_tokens']:,}",
+            f"{one['kept_spans']:,}",
+            f"{one['evictions']:,}",
+            f"{one['first_token_ms']:.0f}",
+        ]
+        for one in _result("document-reuse-h200")["outcomes"]
+    ]
+    head = ["cache", "seconds", "prefill, s", "decode, s", "tokens computed", "copied"]
+    return _table([*head, "spans computed", "evicted", "one first token, ms"], rows)
+
+
 NOT_RUN = "–"
 
 
@@ -262,6 +282,7 @@ TABLES: Tables = {
     "dataset": dataset_table,
     "dataset peers": dataset_peers_table,
     "methods": methods_table,
+    "documents": documents_table,
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flexmask.errors import FlexMaskError
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
+    from flexmask.kv_store.options import KVCacheOptions
     from flexmask.layout import Layout, TokenizedRequest
     from flexmask.plugins.hookspecs import hookimpl
     from flexmask.plugins.registry import load_registry, make_strategy
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "FlexMaskError": "errors",
     "Fusion": "fusion",
     "Generation": "generation",
+    "KVCacheOptions": "kv_store.options",
     "Layout": "layout",
     "Message": "request",
     "Request": "request",
@@ -61,6 +63,7 @@ __all__ = [
     "FlexMaskError",
     "Fusion",
     "Generation",
+    "KVCacheOptions",
     "Layout",
     "Message",
     "Request",

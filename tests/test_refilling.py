@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from flexmask.device_clock import DeviceClock
 from flexmask.engine import Engine
 from flexmask.engine.logit_fusion import LogitFusion
+from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.errors import FlexMaskWarning
 from flexmask.fusion import Fusion
 from flexmask.sampling import Sampling
@@ -104,15 +105,16 @@ def test_masks_of_the_next_prompts_are_found_while_the_device_works(
     engine, alone, prefills, monkeypatch
 ):
     monkeypatch.setattr(DeviceClock, "has_passed", lambda clock, mark: False)
-    plan, planned = engine.runner.plan, []
+    foresee, foreseen = PrefillPlanner.foresee, []
 
-    def noted_plan(prompts, max_new_tokens):
-        planned.append(prompts)
-        return plan(prompts, max_new_tokens)
+    def noted(planner, layouts, max_new_tokens):
+        foreseen.extend((len(prefills), layout) for layout in layouts)
+        foresee(planner, layouts, max_new_tokens)
 
-    monkeypatch.setattr(engine.runner, "plan", noted_plan)
+    monkeypatch.setattr(PrefillPlanner, "foresee", noted)
     assert list(as_on_gpu(start(engine, batch_size=2))) == alone
-    assert len(planned) > len(prefills)  # some plans are made ahead, and not run
+    assert foreseen
+    assert max(done for done, _ in foreseen) < len(prefills)  # before they are started
 
 
 def longest_first(generations):

@@ -88,6 +88,7 @@ class Engine:
         """
         self.executor = Executor(model, prefill_kernel)
         self.tokenizer = tokenizer
+        self._tokenizer_of_runs: tuple[object, RequestTokenizer] | None = None
         if kv_cache is not None:
             if kv_cache.folder is not None and not model_files:
                 raise OptionError(
@@ -233,12 +234,7 @@ class Engine:
             )
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
-        tokenizer = RequestTokenizer(
-            self.tokenizer,
-            chat_template=chat_template,
-            allow_special_tokens=allow_special_tokens,
-            num_embeddings=num_embeddings(self.model),
-        )
+        tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
             on_refused,
@@ -475,6 +471,33 @@ class Engine:
     def release(self) -> None:
         """Free the key-value cache and all buffers that belong to one size of batches."""
         self.executor.release()
+
+    def _request_tokenizer(
+        self, chat_template: bool, allow_special_tokens: bool
+    ) -> RequestTokenizer:
+        """Return the tokenizer of a run: that of an earlier run, if nothing has changed since.
+
+        Making one edits a copy of the tokenizer, which takes as long as loading it.
+        """
+        tokenizer = self.tokenizer
+        key = (
+            id(tokenizer),
+            len(tokenizer),
+            str(tokenizer.special_tokens_map),
+            str(tokenizer.chat_template),
+            [getattr(tokenizer, f"add_{end}_token", None) for end in ("bos", "eos")],
+            chat_template,
+            allow_special_tokens,
+        )
+        if self._tokenizer_of_runs is None or self._tokenizer_of_runs[0] != key:
+            made = RequestTokenizer(
+                tokenizer,
+                chat_template=chat_template,
+                allow_special_tokens=allow_special_tokens,
+                num_embeddings=num_embeddings(self.model),
+            )
+            self._tokenizer_of_runs = (key, made)
+        return self._tokenizer_of_runs[1]
 
     def generation_rules(self) -> GenerationRules:
         """Read the rules of the model's generation config, as it is now.

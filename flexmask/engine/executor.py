@@ -104,6 +104,22 @@ class Executor:
         rows = max(1, min(1 << (largest.bit_length() - 1), num_prompts))
         return rows if rows == num_prompts else max(1, rows // group_size) * group_size
 
+    def kept_capacity(self, strategy: Strategy, rows: int, capacity: int) -> int:
+        """Return the capacity for a run: what an earlier one has, if that is little more.
+
+        Runs of a few prompts each, some shorter and some longer than a power of two, would
+        otherwise be prepared anew each time, without the CUDA graphs of the ones before.
+
+        Args:
+            strategy: The mask strategy.
+            rows: Batch rows.
+            capacity: Slots per row that the run needs.
+        """
+        prepared = self.runner.prepared_for
+        if prepared is None or prepared[:2] != (strategy, rows):
+            return capacity
+        return prepared[2] if capacity <= prepared[2] <= 2 * capacity else capacity
+
     def prepare(self, strategy: Strategy, size: BatchSize, options: RunOptions) -> DecodeLoop:
         """Prepare for batches of one size, keeping what an earlier call allocated for the same.
 

@@ -191,11 +191,8 @@ class ModelRunner:
                 anything is allocated, because Linux overcommits memory and later kills the process
                 that uses it.
         """
-        bound = self._bound
-        if bound is not None:
-            current = (bound.strategy, bound.batch_size, bound.capacity)
-            if current == (strategy, batch_size, capacity):
-                return False
+        if self.prepared_for == (strategy, batch_size, capacity):
+            return False
         self.release()
         if capacity % BLOCK_SIZE:
             raise LayoutError(f"capacity must be a multiple of {BLOCK_SIZE}, got {capacity}")
@@ -264,6 +261,12 @@ class ModelRunner:
     def _pays_key_table(self, batch_size: int) -> bool:
         on_gpu = self.device.type == "cuda"
         return on_gpu and pays_key_table(batch_size * self.cache.most_kv_heads)
+
+    @property
+    def prepared_for(self) -> tuple[Strategy, int, int] | None:
+        """Strategy, batch rows and capacity that `prepare` was called with last; None for none."""
+        bound = self._bound
+        return None if bound is None else (bound.strategy, bound.batch_size, bound.capacity)
 
     @property
     def bound(self) -> BoundStrategy:

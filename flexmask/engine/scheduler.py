@@ -78,6 +78,7 @@ class Scheduler:
         rows = batch_size or executor.auto_batch_size(
             sum(len(group.layouts) for group in first), capacity, _largest(first)
         )
+        capacity = executor.kept_capacity(strategy, rows, capacity)
         self._size = BatchSize(rows, capacity, group=1)
         self._halvings = 0
         self._lookahead: Sequence[PromptGroup] = ()

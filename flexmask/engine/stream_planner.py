@@ -201,7 +201,7 @@ class StreamPlanner:
         batch = LayoutBatch(size, capacity, CPU)
         batch.copy_from(layout_tables(layouts, counts, [0] * size, size, capacity))
         sizes = list(map(len, tile_slots))
-        row_of = torch.arange(size).repeat_interleave(torch.tensor(sizes))
+        row_of = torch.from_numpy(np.repeat(np.arange(size), sizes))
         slot_of = torch.from_numpy(np.concatenate(tile_slots))
 
         def of_tiles(mask_mod: MaskMod) -> MaskMod:

@@ -143,6 +143,11 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         "first rows",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
+    if stats.cached_spans or stats.kept_spans:
+        lines.append(
+            f"keys and values of spans: {stats.cached_spans} found, {stats.kept_spans} computed "
+            "and kept"
+        )
     if stats.decode_peak_bytes:
         prefill, decode = stats.prefill_peak_bytes / 1e9, stats.decode_peak_bytes / 1e9
         lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
