@@ -103,6 +103,25 @@ def test_a_resumed_run_scores_what_is_missing_and_judges_corrected_answers(score
     assert read_run_config(tmp_path / "out.feather").run["scores"] == "choices"
 
 
+def test_shards_merge_into_the_file_of_one_run(score, tmp_path):
+    assert score().status == 0
+    for number in range(1, 5):  # the first has no row
+        assert score("--shard", f"{number}/4", output=f"{number}.jsonl").status == 0
+    parts = [tmp_path / f"{number}.jsonl" for number in (4, 2, 1, 3)]
+    assert run_command("merge", *parts, "-o", tmp_path / "merged.feather").status == 0
+    whole, merged = (
+        read_finished_rows(tmp_path / name).to_pylist()
+        for name in ("out.feather", "merged.feather")
+    )
+    assert [row["logprobs"] for row in merged] == [
+        pytest.approx(row["logprobs"], abs=1e-5) for row in whole
+    ]
+    kept = ("uuid", "chosen", "answer", "is_tie", "correct", "tokens", "finish_reason")
+    assert [[row[name] for name in kept] for row in merged] == [
+        [row[name] for name in kept] for row in whole
+    ]
+
+
 def test_fusions_and_normalizations_are_compared_by_eval(score, tmp_path):
     paths = []
     for fusion in ("each", "mean", "mean_prob"):

@@ -1,6 +1,6 @@
 """Scores of given choices, all in one pass, against one dense pass for each choice."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,15 +26,16 @@ from flexmask.errors import (
     RequestError,
 )
 from flexmask.fusion import Fusion
+from flexmask.kv_store.options import KVCacheOptions
 from flexmask.layout import TAIL, Layout
-from flexmask.layout_batch import LayoutBatch
+from flexmask.layout_batch import LayoutBatch, layout_tables
 from flexmask.mask_mods import layer_masks
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, choice_index
 from flexmask.strategy import Strategy
 from flexmask_strategies.causal import Causal
 from flexmask_strategies.prefix_segment import PrefixSegment
-from oracles import WINDOW, oracle_logits, random_request, random_words
+from oracles import WINDOW, dense_mask, oracle_logits, random_request, random_words
 from plugin_site import BUILT_IN
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def dense_logprobs(model, strategy: Strategy, layout: Layout) -> Tensor:
         kind: mask_mod(zero, zero, slots[:, None], slots)[None, None]
         for kind, mask_mod in layer_masks(strategy, batch, windows).items()
     }
-    score_mod = strategy.score_mod(batch)
+    score_mod = strategy.applied_score_mod(batch)
     part = place_part(strategy.scaled_part(batch), RowPlacement(slots[None]))
     with torch.no_grad():
         output = model(
@@ -196,13 +197,73 @@ def test_the_engine_scores_as_a_dense_pass_for_each_choice(scored, models, token
         layout = PrefixSegment().layout(tokenize(request))
         assert score.prompt_tokens == len(layout)
         for choice, tokens in zip(score.choices, tokenize.choices(request), strict=True):
-            logits = oracle_logits(model, PrefixSegment(), with_tokens(layout, tokens))
+            grown = with_tokens(layout, tokens)
+            dense = dense_mask(PrefixSegment(), grown)
+            logits = oracle_logits(model, grown, dense, dense)
             logits = logits[len(layout) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
             assert choice.token_ids == tokens
             assert choice.token_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
             assert choice.logprob == pytest.approx(expected.sum().item(), abs=1e-5)
             assert choice.is_greedy == (logits.argmax(-1).tolist() == list(tokens))
+
+
+@pytest.fixture
+def store(engine, monkeypatch):
+    """A store of keys and values in memory, which the engine has during a test."""
+    runner = engine.runner
+    for name in ("store", "_store_bytes"):
+        monkeypatch.setattr(runner, name, getattr(runner, name))
+    runner.use_store(KVCacheOptions(host_bytes=2**24), "random", {})
+
+
+def test_equal_prompts_and_choices_share_tokens_that_predict(engine):
+    first = replace(text_request(1, 5), suffix=random_words(7, 24))
+    requests = [
+        first,
+        replace(first, uuid="equal"),
+        replace(first, uuid="other choices", choices=text_request(2, 3).choices),
+    ]
+    computed = []
+    for count in (1, 2, 3):
+        run = engine.score(requests[:count], PrefixSegment(), batch_size=3)
+        scores = list(run)
+        computed.append(run.stats.computed_tokens)
+        for request, score in zip(requests, scores, strict=False):
+            (alone,) = engine.score([request], PrefixSegment(), batch_size=3)
+            expected = [choice.logprob for choice in alone.choices]
+            assert [choice.logprob for choice in score.choices] == pytest.approx(
+                expected, abs=1e-5
+            )
+    # The last token of a layout is in no span. All others of the second request are shared, with
+    # those that predict, and the whole prompt of the third.
+    tokens = RequestTokenizer(engine.tokenizer).choices(requests[2])
+    assert computed[1] == computed[0] + 1
+    assert computed[2] == computed[1] + sum(len(choice) - 1 for choice in tokens)
+
+
+def test_stored_spans_change_no_score(engine, store, scored):
+    requests, expected, _ = scored
+    for is_again in (False, True):
+        run = engine.score(requests[:3], PrefixSegment(), batch_size=3)
+        for score, other in zip(run, expected, strict=False):
+            found = [choice.logprob for choice in score.choices]
+            assert found == pytest.approx([one.logprob for one in other.choices], abs=1e-5)
+        assert (run.stats.cached_spans > 0) == is_again
+
+
+def test_prompts_without_stored_choices_replace_those_with_some():
+    with_choices = Layout((1, 2), (TAIL, TAIL), (0, 1)).with_choices([(3, 4), (5,)])
+    batch, row = LayoutBatch(1, 8, CPU), torch.tensor([0])
+    slots = torch.arange(8)[None]
+    assert torch.equal(batch.choices.tail_slots, slots)
+    for layout, is_own in (
+        (with_choices, False),
+        (Layout((1,) * 6, (TAIL,) * 6, tuple(range(6))), True),
+    ):
+        batch.load_rows(row, layout_tables([layout], [len(layout)], [0], 1, 8))
+        assert torch.equal(batch.choices.tail_slots, slots) == is_own
+        assert (batch.choices.choice_ids.sum() == 0) == is_own
 
 
 @pytest.mark.gpu

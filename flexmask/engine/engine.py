@@ -350,12 +350,7 @@ class Engine:
         if batch_size is not None:
             check_size("batch_size", batch_size, 1)
         requests = checked_requests(requests)
-        tokenizer = RequestTokenizer(
-            self.tokenizer,
-            chat_template=chat_template,
-            allow_special_tokens=allow_special_tokens,
-            num_embeddings=num_embeddings(self.model),
-        )
+        tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, 0, self.runner.context, fusion, None, on_refused,
             scores_choices=True,

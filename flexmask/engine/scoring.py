@@ -133,6 +133,8 @@ class ChoiceScorer:
             prefills=self.stats.prefills + 1,
             computed_tokens=self.stats.computed_tokens + computed + plan.computed_tokens,
             copied_tokens=self.stats.copied_tokens + plan.copied_tokens,
+            cached_spans=self.stats.cached_spans + plan.cached_spans,
+            kept_spans=self.stats.kept_spans + len(plan.kept),
             prefill_s=self.stats.prefill_s + time.perf_counter() - started,
             compilations=self.stats.compilations + compiled_graphs() - compiled,
             mask_hits=self.stats.mask_hits + later.hits - masks.hits,

@@ -143,17 +143,21 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         "first rows",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
-    if stats.cached_spans or stats.kept_spans:
-        lines.append(
-            f"keys and values of spans: {stats.cached_spans} found, {stats.kept_spans} computed "
-            "and kept"
-        )
+    lines += span_lines(stats)
     if stats.decode_peak_bytes:
         prefill, decode = stats.prefill_peak_bytes / 1e9, stats.decode_peak_bytes / 1e9
         lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
     if stats.halvings:
         lines.append(f"out of memory: batches halved {stats.halvings} times, no row lost")
     write_text("\n".join(["", *lines]))
+
+
+def span_lines(stats: RunStats) -> list[str]:
+    """Return the line on keys and values of spans, if a run kept or found some."""
+    if not (stats.cached_spans or stats.kept_spans):
+        return []
+    found, kept = stats.cached_spans, stats.kept_spans
+    return [f"keys and values of spans: {found} found, {kept} computed and kept"]
 
 
 def print_outcome(path: Path, results: ResultSummary, judge: Judge | ChoiceJudge) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flexmask_cli.render.generation import questions_of
+from flexmask_cli.render.generation import questions_of, span_lines
 from flexmask_cli.render.table import print_table
 from flexmask_cli.streams import write_note, write_text
 
@@ -52,6 +52,7 @@ def print_score_stats(stats: RunStats, fusion: Fusion) -> None:
         f"compilations: {stats.compilations}",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
+    lines += span_lines(stats)
     if stats.halvings:
         lines.append(f"out of memory: batches halved {stats.halvings} times, no row lost")
     write_text("\n".join(["", *lines]))
