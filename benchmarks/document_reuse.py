@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -93,13 +93,18 @@ def ways(engine: Engine, corpus_bytes: int, folder: Path) -> Iterator[Way]:
     """Yield the ways to measure, for a corpus of so many bytes."""
     roomy = corpus_bytes * 5 // 4
     document = span_bytes(engine, 600)
+    on_gpu = engine.model.device.type == "cuda"
+
+    def memory(num_bytes: int) -> KVCacheOptions:
+        return KVCacheOptions(gpu_bytes=num_bytes if on_gpu else 0, host_bytes=num_bytes)
+
     yield Way("no cache", None)
-    yield Way("empty cache", KVCacheOptions(roomy, roomy))
-    yield Way("full, on the GPU", KVCacheOptions(roomy, roomy), is_filled=True)
-    yield Way("half of the corpus", KVCacheOptions(corpus_bytes // 2, corpus_bytes // 2))
-    if engine.model.device.type == "cuda":
+    yield Way("empty cache", memory(roomy))
+    yield Way("full, on the GPU" if on_gpu else "full", memory(roomy), is_filled=True)
+    yield Way("half of the corpus", memory(corpus_bytes // 2))
+    if on_gpu:
         yield Way("full, in host memory", KVCacheOptions(document, roomy), is_filled=True)
-    on_disk = KVCacheOptions(document, document, folder, roomy)
+    on_disk = replace(memory(document), folder=folder, folder_bytes=roomy)
     yield Way("full, in a folder", on_disk, is_filled=True)
 
 

@@ -26,6 +26,7 @@ class QuickRun:
                     *("warm_compilations", "mask_hits", "mask_misses", "decode_peak_bytes"),
                     *("halvings", "capacity", "cold_groups", "copied_tokens", "prefills"),
                     *("decode_steps", "row_utilization", "first_token_s"),
+                    *("cached_spans", "kept_spans"),
                 ),
                 0,
             )

@@ -33,6 +33,8 @@ ROWS = 24
 def cluster() -> Iterator[str]:
     """The address of a cluster of two CPUs, one for all tests."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers are processes of their own, and unpickle what these modules define.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()

@@ -31,13 +31,23 @@ WAYS = {
 }
 """Strategies, with parameters: those that a store helps, and some that share a prefix only."""
 
-MEMORY = KVCacheOptions(gpu_bytes=2**24, host_bytes=2**24)
+
+def memory(device):
+    """Room for all spans of a test."""
+    return KVCacheOptions(host_bytes=2**24, gpu_bytes=2**24 if device == "cuda" else 0)
 
 
 @pytest.fixture
-def runner(models, device, without_inductor):
+def traced(request, device):
+    """On a CPU, layers run op by op; on a GPU they are compiled, and captured as graphs."""
+    if device == "cpu":
+        request.getfixturevalue("without_inductor")
+
+
+@pytest.fixture
+def runner(models, device, traced):
     runner = ModelRunner(models("llama", "flexmask", device), BlockMaskCache())
-    runner.use_store(MEMORY, "random", {})
+    runner.use_store(memory(device), "random", {})
     return runner
 
 
@@ -85,7 +95,7 @@ def test_keys_are_turned_where_a_document_stands_at_another_position(runner, mod
 
 
 def test_a_store_in_a_folder_serves_another_engine_of_the_same_model_only(
-    tmp_path, models, device, without_inductor
+    tmp_path, models, device, traced
 ):
     strategy = make_strategy("prefix_segment", {})
     layout = strategy.layout(requests()[0])
@@ -108,6 +118,12 @@ def test_a_store_in_a_folder_serves_another_engine_of_the_same_model_only(
 def test_a_folder_needs_a_model_whose_files_are_known(tmp_path, models):
     options = KVCacheOptions(folder=tmp_path)
     with pytest.raises(OptionError, match="model_files"):
+        Engine(models("llama", "flexmask", "cpu"), PreTrainedTokenizerFast, kv_cache=options)
+
+
+def test_gpu_memory_needs_a_gpu(models):
+    options = KVCacheOptions(gpu_bytes=2**20)
+    with pytest.raises(OptionError, match="gpu_bytes needs a model on a GPU"):
         Engine(models("llama", "flexmask", "cpu"), PreTrainedTokenizerFast, kv_cache=options)
 
 

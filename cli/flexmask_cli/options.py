@@ -378,10 +378,12 @@ class CachedEngineOptions(EngineOptions):
         byte_size("--kv-cache-folder-size", help="Most bytes in that folder.", least=1),
     ] = DEFAULT_FOLDER_BYTES
     kv_cache_gpu: Annotated[
-        int, byte_size("--kv-cache-gpu", help="Bytes of GPU memory that keep them in a run.")
+        int,
+        byte_size("--kv-cache-gpu", help="Bytes of GPU memory that keep them; needs a GPU."),
     ] = 0
     kv_cache_host: Annotated[
-        int, byte_size("--kv-cache-host", help="Bytes of host memory that keep them in a run.")
+        int,
+        byte_size("--kv-cache-host", help="Bytes of host memory that keep them."),
     ] = 0
 
     @property

@@ -84,7 +84,8 @@ class Engine:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
             KVStoreError: If the folder of the cache is another model's, or cannot be written.
-            OptionError: If a folder is asked for and the files of the model are not known.
+            OptionError: If a folder is asked for and the files of the model are not known, or GPU
+                memory and the model is on a CPU.
         """
         self.executor = Executor(model, prefill_kernel)
         self.tokenizer = tokenizer

@@ -39,7 +39,7 @@ from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
 from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
-from flexmask.errors import AttentionError, LayoutError
+from flexmask.errors import AttentionError, LayoutError, OptionError
 from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.kv_store.kv_format import KVFormat
 from flexmask.kv_store.options import KVCacheOptions
@@ -153,7 +153,10 @@ class ModelRunner:
 
         Raises:
             KVStoreError: If the folder is that of another model, or cannot be written.
+            OptionError: If GPU memory is asked for and the model is on a CPU.
         """
+        if options.gpu_bytes and self._is_on_cpu:
+            raise OptionError("gpu_bytes needs a model on a GPU; on a CPU, set host_bytes")
         turns = key_turns(self._probe)
         self.own_positions_reason = turns.reason
         self._turns = {self._names[module]: turn for module, turn in turns.by_module.items()}

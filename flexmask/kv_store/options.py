@@ -15,7 +15,7 @@ class KVCacheOptions:
     """Where keys and values of spans are kept between prompts, runs and processes.
 
     Attributes:
-        gpu_bytes: Bound of the memory on the GPU; 0 for no such tier.
+        gpu_bytes: Bound of the memory on the GPU that the model is on; 0 for no such tier.
         host_bytes: Bound of the host memory; 0 for no such tier. On a CPU it is the only memory.
         folder: A folder that many processes share; None for no such tier.
         folder_bytes: Bound of the folder's files.
