@@ -35,6 +35,8 @@ from stamp import environment_stamp
 
 STRATEGY = "parallel_context"
 MODEL_FILES = {"weights": "random, seed 0"}
+SETTINGS = ("shape", "device", "limit", "batch_size", "max_new_tokens", "ways")
+"""Arguments that results depend on; the others are paths."""
 SINGLE = 12
 """Requests whose first token is measured."""
 
@@ -199,7 +201,7 @@ def main() -> None:
                 "requests": len(requests),
                 "documents": len(documents),
                 "corpus_bytes": corpus_bytes,
-                "arguments": {key: str(value) for key, value in vars(arguments).items()},
+                "arguments": {name: getattr(arguments, name) for name in SETTINGS},
                 "outcomes": [asdict(one) for one in outcomes],
                 "environment": environment_stamp(),
             }

@@ -129,7 +129,7 @@ def job(
 
 
 class Heard:
-    """What a run says to its caller."""
+    """The warnings and notes of a run."""
 
     def __init__(self, stop_at_rows: int | None = None) -> None:
         self.warnings: list[str] = []

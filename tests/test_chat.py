@@ -111,7 +111,7 @@ def tokenize_of(template: str) -> RequestTokenizer:
 
 
 def whole(template: str, request: Request) -> str:
-    """What the model's own template makes of the whole conversation."""
+    """The whole conversation, rendered by the model's own template."""
     turns = [{"role": "system", "content": request.system}] if request.system else []
     turns += [vars(message) for message in request.messages]
     texts = [request.prefix, *request.segments, request.suffix]

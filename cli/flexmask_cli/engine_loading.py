@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
-from flexmask_cli.options import CachedEngineOptions, ChatOptions, EngineOptions, ModelOptions
+from flexmask_cli.options import ChatOptions, EngineOptions, ModelOptions
 from flexmask_cli.start_up import import_engine, quick_loading
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
             dtype=options.dtype,
             trust_remote_code=model.trust_remote_code,
             prefill_kernel=options.chosen_kernel,
-            kv_cache=options.chosen_cache if isinstance(options, CachedEngineOptions) else None,
+            kv_cache=options.chosen_cache,
         )
 
 

@@ -352,6 +352,11 @@ class EngineOptions(DeviceOptions):
             None if self.prefill_kernel == "auto" else cast("PrefillKernel", self.prefill_kernel)
         )
 
+    @property
+    def chosen_cache(self) -> KVCacheOptions | None:
+        """The cache of keys and values; None for none."""
+        return None
+
 
 @dataclass(frozen=True)
 class CachedEngineOptions(EngineOptions):
@@ -380,7 +385,7 @@ class CachedEngineOptions(EngineOptions):
 
     @property
     def chosen_cache(self) -> KVCacheOptions | None:
-        """Where keys and values are kept; None for nowhere."""
+        """The cache of keys and values; None for none."""
         if not (self.kv_cache or self.kv_cache_gpu or self.kv_cache_host):
             return None
         return KVCacheOptions(

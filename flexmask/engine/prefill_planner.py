@@ -283,7 +283,7 @@ class PrefillPlanner:
         longest = max(map(len, layouts))
         capacity = max(longest, min(self._capacity, max(counts) + max_new_tokens))
         batch = LayoutBatch(size, capacity, CPU)
-        batch.copy_from(layout_tables(layouts, counts, [0] * size, size, capacity))
+        batch.load(layouts, counts, [0] * size)
         batch.open_tail(counts)
         (mask_mod,) = layer_masks(self._strategy, batch, windows).values()
         first_slots = torch.tensor(counts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexmask.block_mask.equality import spans_see
 from flexmask.block_mask.regions import Regions, region_values
 from flexmask.layout import Layout
-from flexmask.layout_batch import LayoutBatch, layout_tables
+from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import strategy_mask
 from flexmask.strategy import Strategy
 
@@ -86,7 +86,7 @@ class SpanFinder:
         counts = [len(layout) - 1 for layout in layouts]
         size, capacity = len(layouts), max(map(len, layouts))
         batch = LayoutBatch(size, capacity, CPU)
-        batch.copy_from(layout_tables(layouts, counts, [0] * size, size, capacity))
+        batch.load(layouts, counts, [0] * size)
         mask_mod = strategy_mask(self._strategy, batch)
         seen = _seen_by_first_tokens(mask_mod, runs)
         rows = [row for row, own in enumerate(runs) for _ in own]

@@ -15,7 +15,7 @@ from flexmask.block_mask.cache import BlockMaskCache, BlockMaskKey, TileIndices
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, whole_tiles
 from flexmask.engine.span_sharing import PromptSpans, RowPart
 from flexmask.engine.stream_inputs import StreamInputs
-from flexmask.layout_batch import LayoutBatch, layout_tables
+from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import layer_masks
 from flexmask.strategy import Strategy
 
@@ -199,7 +199,7 @@ class StreamPlanner:
         layouts = [prompt.layout for prompt in prompts]
         capacity = whole_tiles(max(map(len, layouts)), width)
         batch = LayoutBatch(size, capacity, CPU)
-        batch.copy_from(layout_tables(layouts, counts, [0] * size, size, capacity))
+        batch.load(layouts, counts, [0] * size)
         sizes = list(map(len, tile_slots))
         row_of = torch.from_numpy(np.repeat(np.arange(size), sizes))
         slot_of = torch.from_numpy(np.concatenate(tile_slots))

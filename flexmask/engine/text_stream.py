@@ -9,7 +9,7 @@ from flexmask.engine.generation_run import GenerationRun
 from flexmask.generation import Generation
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes bytes to that are no whole character, yet or ever."""
+"""The character to which a tokenizer decodes bytes that do not form a whole character."""
 
 
 class TextStream(Iterator[str]):

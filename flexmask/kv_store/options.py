@@ -1,4 +1,4 @@
-"""Options of a store: where keys and values of spans are kept, and how many bytes of them."""
+"""Options of a store of keys and values: its tiers and their bounds in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_FOLDER_BYTES = 64 * 2**30
 
 @dataclass(frozen=True)
 class KVCacheOptions:
-    """Where keys and values of spans are kept between prompts, runs and processes.
+    """The tiers that keep keys and values of spans between prompts, runs and processes.
 
     Attributes:
         gpu_bytes: Bound of the memory on the GPU that the model is on; 0 for no such tier.

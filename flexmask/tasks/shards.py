@@ -66,7 +66,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class InputSurvey:
-    """What a process has to know about the rows of other shards (`survey`).
+    """Facts about all rows of an input, which each shard needs; `survey` finds them.
 
     Attributes:
         num_rows: Number of rows.
