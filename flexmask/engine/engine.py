@@ -303,7 +303,8 @@ class Engine:
             chat_template=chat_template,
             allow_special_tokens=allow_special_tokens,
         )
-        return TextStream(run, RequestTokenizer(self.tokenizer), (*stop, *run.rules.stop_strings))
+        tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
+        return TextStream(run, tokenizer, (*stop, *run.rules.stop_strings))
 
     def warm_up(
         self,
@@ -357,7 +358,7 @@ class Engine:
             for number in range(max(1, self.runner.rows_that_fit(rows, capacity)))
         ]
         options = RunOptions(max_new_tokens, self.generation_rules())
-        tokenizer = RequestTokenizer(self.tokenizer)
+        tokenizer = self._request_tokenizer(chat_template=False, allow_special_tokens=False)
         scheduler = Scheduler(self.executor, strategy, tokenizer, options, iter([prompts]), rows)
         generated_tokens = 0
         for row in (row for finished in scheduler.run() for one in finished for row in one.rows):

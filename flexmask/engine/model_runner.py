@@ -36,6 +36,7 @@ from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
 from flexmask.engine.row_loading import to_device
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
+from flexmask.engine.stream_planner import StreamPlanner
 from flexmask.errors import AttentionError, LayoutError, OptionError
 from flexmask.kernels.decode_attention import pays_key_table
 from flexmask.kv_store.kv_format import KVFormat
@@ -77,8 +78,6 @@ class ModelRunner:
         decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
         store: Keys and values of spans, which `prefill` copies or adds; None for none.
-        own_positions_reason: Why spans from the store are used at their own position only; None
-            if they are used at any.
     """
 
     def __init__(
@@ -135,7 +134,6 @@ class ModelRunner:
         self._probe, self._names = probe, names
         self._turns: Mapping[str, KeyTurn] = {}
         self._store_bytes = 0
-        self.own_positions_reason: str | None = None
 
     def use_store(
         self, options: KVCacheOptions, model: str, model_files: Mapping[str, str]
@@ -153,9 +151,8 @@ class ModelRunner:
         """
         if options.gpu_bytes and self._is_on_cpu:
             raise OptionError("gpu_bytes needs a model on a GPU; on a CPU, set host_bytes")
-        turns = key_turns(self._probe)
-        self.own_positions_reason = turns.reason
-        self._turns = {self._names[module]: turn for module, turn in turns.by_module.items()}
+        turns = key_turns(self._probe).by_module
+        self._turns = {self._names[module]: turn for module, turn in turns.items()}
         kv_format = KVFormat(
             model,
             model_files,
@@ -201,15 +198,22 @@ class ModelRunner:
         has_changes = strategy.changes_scores(LayoutBatch(1, 1, torch.device("cpu")))
         self.prefill_kernel = self._kernels.choose(strategy, capacity, changes_scores=has_changes)
         self._tile = self._kernels.tile(self.prefill_kernel, capacity)
-        self._planner = PrefillPlanner(
+        streams = StreamPlanner(
             strategy,
             batch_size,
             capacity,
             self.layer_windows,
             self._tile,
             self._mask_cache,
-            with_key_table=with_key_table,
             on_gpu=not self._is_on_cpu,
+        )
+        self._planner = PrefillPlanner(
+            strategy,
+            batch_size,
+            capacity,
+            self.layer_windows,
+            streams,
+            with_key_table=with_key_table,
             turns_keys=bool(self._turns),
         )
         bound = BoundStrategy(
@@ -218,7 +222,7 @@ class ModelRunner:
             capacity,
             self.device,
             self.layer_windows,
-            (self._planner.most_tiles, self._tile[0]),
+            (streams.most_tiles, self._tile[0]),
             with_key_table=with_key_table,
         )
         if bound.query_part is not None and self._dtype == torch.float16:

@@ -22,14 +22,12 @@ class SpanCopy:
 
     Attributes:
         values: Those of ``P`` tokens, on the device.
-        length: ``P``.
         first_slots: The first slot of each place, counted over the slots of all rows.
         old_position: Position of the first token where its keys were computed.
         new_position: Its position in these places.
     """
 
     values: tuple[LayerGroupValues, ...]
-    length: int
     first_slots: tuple[int, ...]
     old_position: int
     new_position: int

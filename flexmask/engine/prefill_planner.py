@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.block_mask.equality import rows_are_causal
-from flexmask.engine.prefill_kernel import BLOCK_SIZE, Tile, whole_tiles
+from flexmask.engine.prefill_kernel import BLOCK_SIZE, whole_tiles
 from flexmask.engine.prefill_plan import DecodeKernel, KeptSpan, PrefillPlan, SpanCopy
 from flexmask.engine.prefix_cache import MIN_PREFIX_TOKENS, CachedPrefix
 from flexmask.engine.prompt_spans import SpanFinder, span_identity
@@ -48,12 +47,10 @@ class PrefillPlanner:
         batch_size: int,
         capacity: int,
         windows: Mapping[str, int | None],
-        tile: Tile,
-        mask_cache: BlockMaskCache,
+        streams: StreamPlanner,
         *,
         with_key_table: bool,
-        on_gpu: bool,
-        turns_keys: bool = False,
+        turns_keys: bool,
     ) -> None:
         """Store what plans depend on.
 
@@ -62,10 +59,8 @@ class PrefillPlanner:
             batch_size: Batch rows.
             capacity: Slots per row, a multiple of `BLOCK_SIZE`.
             windows: Sliding window of each kind of layer, in tokens; None for no window.
-            tile: Queries and keys of a tile.
-            mask_cache: Keeps the tiles of masks.
+            streams: Lays out the tokens to compute, for the same strategy and size.
             with_key_table: Let decoding read keys through a table.
-            on_gpu: True if the model runs on a GPU.
             turns_keys: True if keys can be turned to other positions; else spans are reused at
                 their own position only.
         """
@@ -76,16 +71,9 @@ class PrefillPlanner:
         self._with_key_table = with_key_table
         self._turns_keys = turns_keys
         self._changes_scores = strategy.changes_scores(LayoutBatch(1, 1, CPU))
-        self._streams = StreamPlanner(
-            strategy, batch_size, capacity, windows, tile, mask_cache, on_gpu=on_gpu
-        )
+        self._streams = streams
         self._spans = SpanFinder(strategy)
         self._row_proofs = ProofCache()
-
-    @property
-    def most_tiles(self) -> int:
-        """Most tiles of queries that a plan has."""
-        return self._streams.most_tiles
 
     def plan(
         self,
@@ -203,7 +191,7 @@ class PrefillPlanner:
         prefix_starts: Sequence[Sequence[int]],
         found: Found,
     ) -> tuple[SpanCopy, ...]:
-        """List what is copied: the prefix, and each span to all places at equal distances."""
+        """List what is copied: the prefix, and each span to all places at one position."""
         copies = []
         if prefix is not None and any(prefix_starts):
             first_slots = [
@@ -211,7 +199,7 @@ class PrefillPlanner:
                 for prompt, own in zip(prompts, prefix_starts, strict=True)
                 for start in own
             ]
-            copies.append(SpanCopy(prefix.values, len(prefix.token_ids), tuple(first_slots), 0, 0))
+            copies.append(SpanCopy(prefix.values, tuple(first_slots), 0, 0))
         places: dict[tuple[int, int], list[int]] = {}
         values_of = {}
         for (number, index), values in found.items():
@@ -223,11 +211,7 @@ class PrefillPlanner:
         for key, slots in places.items():
             values = values_of[key]
             assert values.first_position is not None
-            copies.append(
-                SpanCopy(
-                    values.groups, values.num_tokens, tuple(slots), values.first_position, key[1]
-                )
-            )
+            copies.append(SpanCopy(values.groups, tuple(slots), values.first_position, key[1]))
         return tuple(copies)
 
     def _kept(self, prompts: Sequence[PromptSpans], found: Found) -> tuple[KeptSpan, ...]:

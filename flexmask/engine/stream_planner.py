@@ -48,7 +48,7 @@ def padded_length(length: int, *, on_gpu: bool) -> int:
 
 
 class StreamPlanner:
-    """Lays streams out for one strategy and one size of batches; the prefill planner makes it."""
+    """Lays streams out for one strategy and one size of batches; the model runner makes it."""
 
     def __init__(
         self,
