@@ -195,7 +195,7 @@ def test_what_is_copied_is_not_computed():
 def test_bounds_of_a_region_hold_for_all_of_its_pairs(mask, first, size):
     try:
         dense = create_mask(mask, 3, 3, SIZE, SIZE, "cpu")[0, 0]
-    except Exception:  # what a mask itself cannot do is tested elsewhere
+    except (RuntimeError, TypeError):  # what a mask itself cannot do is tested elsewhere
         return
     slots = torch.tensor([[first, first + size - 1]])
     row = torch.tensor([0])
