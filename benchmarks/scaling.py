@@ -31,7 +31,7 @@ from flexmask import Engine, Fusion, Strategy
 from flexmask.demo import model_path, questions_path
 from flexmask.plugins.registry import make_strategy
 from flexmask.ray_run import Cluster, Hooks, connected, run_on_ray
-from flexmask.results.dataset_run import DatasetJob
+from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.run_config import RunConfig
 from flexmask.results.shard_queue import Progress
 from flexmask.tasks.judge import Judge
@@ -162,10 +162,10 @@ def record(settings: Settings) -> RunConfig:
     return RunConfig({"strategy": settings.strategy, "shape": settings.shape})
 
 
-def make_job(settings: Settings, rows: Path) -> DatasetJob:
+def make_job(settings: Settings, rows: Path) -> GenerationJob:
     """Return the run over the repeated requests."""
     make: partial[Strategy] = partial(make_strategy, settings.strategy, {})
-    return DatasetJob(
+    return GenerationJob(
         open_requests=partial(open_requests, str(rows)),
         make_strategy=make,
         load_engine=partial(load_engine, settings.shape, settings.device),

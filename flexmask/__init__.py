@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexmask.attention.backend import register_attention
     from flexmask.attention.strategy_context import use_strategy
     from flexmask.block_mask import create_block_mask, explain_mask
+    from flexmask.choice_scores import ChoiceScore, Score
     from flexmask.encoding.tokenization import RequestTokenizer
     from flexmask.engine import Engine
     from flexmask.errors import FlexMaskError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from flexmask.tasks.request_source import read_requests
 
 _MODULE_OF = {
+    "ChoiceScore": "choice_scores",
     "Engine": "engine",
     "FlexMaskError": "errors",
     "Fusion": "fusion",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "Layout": "layout",
     "Message": "request",
     "Request": "request",
+    "Score": "choice_scores",
     "Strategy": "strategy",
     "TokenizedRequest": "layout",
     "create_block_mask": "block_mask",
@@ -55,6 +58,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "ChoiceScore",
     "Engine",
     "FlexMaskError",
     "Fusion",
@@ -65,6 +69,7 @@ __all__ = [
     "Request",
     "RequestTokenizer",
     "Sampling",
+    "Score",
     "Strategy",
     "TokenizedRequest",
     "__version__",

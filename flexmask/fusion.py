@@ -21,12 +21,22 @@ FUSIONS = {
     "none": "the first prompt alone",
     "each": "every prompt alone, a generation for each",
     "mean": "mean of the prompts' logits",
+    "mean_prob": "mean of the probabilities that the prompts give each token",
     "max": "for each token the largest probability that a prompt gives it",
     "weighted_mean": "weighted mean of the prompts' logits",
     "weighted_max": "for each token the largest weighted probability that a prompt gives it",
     "vote": "every prompt alone; the answer that most of them give",
 }
 """All fusions, each with its description; there is a prompt per segment, but for attention."""
+
+SCORE_FUSIONS = {
+    "attention": FUSIONS["attention"],
+    "none": FUSIONS["none"],
+    "each": "every prompt alone, scores for each",
+    "mean": "mean of the log-probabilities that the prompts give a choice",
+    "mean_prob": "mean of the probabilities that the prompts give a choice",
+}
+"""Fusions under which choices are scored, each with its description."""
 
 WEIGHTS = ("column", "confidence")
 """Sources of weights: ``column``, the weights of the request, which a column of the input holds;
@@ -79,7 +89,7 @@ class Fusion:
     @property
     def is_of_logits(self) -> bool:
         """True if logits are fused, so that all rows of a request take the same tokens."""
-        return self.is_mean or self.is_max
+        return self.is_mean or self.is_max or self.name == "mean_prob"
 
     @property
     def is_mean(self) -> bool:
@@ -135,6 +145,18 @@ class Fusion:
 
     def _prompts(self, request: Request) -> list[Request]:
         return request.alone() if self.is_of_logits or self.name == "vote" else [request]
+
+
+def check_score_fusion(fusion: Fusion) -> None:
+    """Check that choices can be scored under a fusion.
+
+    Raises:
+        OptionError: If they cannot.
+    """
+    if fusion.name not in SCORE_FUSIONS:
+        raise OptionError(
+            f"choices are scored under the fusions {', '.join(SCORE_FUSIONS)}, got {fusion.name!r}"
+        )
 
 
 def majority(answers: Sequence[str]) -> int:

@@ -14,6 +14,14 @@ Example:
         slot           0  1  2  3  4 | 5  6  7  8 | 9
         segment_ids    1  1  1  1  1 | 2  2  2  2 | -1
         position_ids   0  1  2  3  4 | 0  1  2  3 | 5
+
+    The first layout with choices of two and one tokens, each of which continues the prompt::
+
+        slot           0  1 | 2  3  4 | 5  6 | 7 | 8  9 | 10
+        segment_ids    0  0 | 1  1  1 | 2  2 | -1| -1 -1| -1
+        position_ids   0  1 | 2  3  4 | 2  3 | 5 | 6  7 | 6
+        choice_ids     0  0 | 0  0  0 | 0  0 | 0 | 1  1 | 2
+        tail_slots     0  1 | 2  3  4 | 5  6 | 7 | 8  9 | 8
 """
 
 from __future__ import annotations
@@ -135,6 +143,8 @@ class Layout:
         token_ids: ``S`` prompt tokens; the index of a token is its slot.
         segment_ids: `PREFIX`, the number of a segment from 1, or `TAIL`, for each token.
         position_ids: The position of each token, as rotary embeddings see it.
+        choice_lengths: Number of tokens of each choice that continues the prompt, longest first.
+            They are the last tokens (`with_choices`); empty for a prompt alone.
 
     Raises:
         LayoutError: If lengths differ, the fusion tail is missing or not at the end, or an id or
@@ -144,6 +154,7 @@ class Layout:
     token_ids: tuple[int, ...]
     segment_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
+    choice_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.segment_ids) == len(self.position_ids):
@@ -159,6 +170,10 @@ class Layout:
             raise LayoutError(f"segment ids must be at least {TAIL}, got {min(self.segment_ids)}")
         if min(self.position_ids) < 0:
             raise LayoutError(f"positions must not be negative, got {min(self.position_ids)}")
+        if list(self.choice_lengths) != sorted(self.choice_lengths, reverse=True):
+            raise LayoutError(f"choices are stored longest first, got {self.choice_lengths}")
+        if self.choice_lengths and self.prompt_length <= self.tail_start:
+            raise LayoutError("choices follow a prompt, whose tail has at least one token")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -172,6 +187,11 @@ class Layout:
         return start
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, without those of choices."""
+        return len(self.token_ids) - sum(self.choice_lengths)
+
+    @property
     def num_segments(self) -> int:
         """Number of segments."""
         return max(max(self.segment_ids), 0)
@@ -183,13 +203,15 @@ class Layout:
 
     @cached_property
     def digest(self) -> bytes:
-        """A digest of segment ids and positions, 16 bytes.
+        """A digest of segment ids, positions and lengths of choices, 16 bytes.
 
         Token ids are left out, because a mask does not depend on them.
         """
         content = blake2b(digest_size=16)
         for tensor in (self.segment_tensor, self.position_tensor):
             content.update(tensor.numpy().tobytes())
+        if self.choice_lengths:
+            content.update(repr(self.choice_lengths).encode())
         return content.digest()
 
     @cached_property
@@ -225,6 +247,43 @@ class Layout:
     def indices_in_segments(self) -> tuple[int, ...]:
         """The number of tokens of the same segment id before each token, for ``S`` tokens."""
         return tuple(self.index_tensor.tolist())
+
+    @cached_property
+    def choice_tensor(self) -> Tensor:
+        """The number of each token's choice, from 1, as ``(S,)`` int64; 0 in the prompt."""
+        numbers = [
+            number for number, length in enumerate(self.choice_lengths, 1) for _ in range(length)
+        ]
+        return _tensor((*(0,) * self.prompt_length, *numbers))
+
+    @cached_property
+    def tail_slot_tensor(self) -> Tensor:
+        """The slot of each token if its choice were the only one, as ``(S,)`` int64."""
+        prompt = self.prompt_length
+        offsets = [offset for length in self.choice_lengths for offset in range(length)]
+        return _tensor((*range(prompt), *(prompt + offset for offset in offsets)))
+
+    def with_choices(self, choices: Sequence[Sequence[int]]) -> Layout:
+        """Return a prompt's layout with choices stored behind it, each of which continues it.
+
+        Their positions all continue the prompt's, and slots from the prompt's end on hold the
+        longest choice. So a strategy finds segment id and position of any choice's token at its
+        slot of `tail_slot_tensor`.
+
+        Args:
+            choices: The tokens of each choice, longest first.
+
+        Raises:
+            LayoutError: If they are in another order.
+        """
+        lengths = tuple(map(len, choices))
+        first = self.next_position
+        return Layout(
+            (*self.token_ids, *(token for choice in choices for token in choice)),
+            (*self.segment_ids, *(TAIL,) * sum(lengths)),
+            (*self.position_ids, *(first + n for length in lengths for n in range(length))),
+            lengths,
+        )
 
     def extended(self, num_tokens: int) -> Layout:
         """Return the layout with ``num_tokens`` generated tokens added, whose ids are 0."""

@@ -16,6 +16,8 @@ from flexmask.errors import LayoutError
 from flexmask.layout import PADDING, TAIL, Layout
 from flexmask.torch_internals import mark_static
 
+CPU = torch.device("cpu")
+
 
 class LayoutBatch:
     """Segment ids and positions of a batch of ``B`` rows of ``capacity`` slots.
@@ -34,13 +36,25 @@ class LayoutBatch:
         self.position_ids = torch.zeros(shape, dtype=torch.int32, device=device)
         self.indices_in_segments = torch.zeros(shape, dtype=torch.int32, device=device)
         # Flex's CPU kernel does not compile with captured tensors of symbolic size (torch 2.13).
-        for buffer in self.buffers:
+        for buffer in (self.segment_ids, self.position_ids, self.indices_in_segments):
             mark_static(buffer)
+        self._choices: ChoiceTables | None = None
 
     @property
     def buffers(self) -> LayoutTables:
-        """All buffers."""
-        return LayoutTables(self.segment_ids, self.position_ids, self.indices_in_segments)
+        """All buffers; those of choices only if a mask has asked for them."""
+        return LayoutTables(
+            self.segment_ids, self.position_ids, self.indices_in_segments, self._choices
+        )
+
+    @property
+    def choices(self) -> ChoiceTables:
+        """The choices behind the prompts, in buffers too; allocated when a mask asks for them."""
+        if self._choices is None:
+            self._choices = _without_choices(self.segment_ids.shape, self.device)
+            for buffer in self._choices:
+                mark_static(buffer)
+        return self._choices
 
     @property
     def device(self) -> torch.device:
@@ -73,13 +87,24 @@ class LayoutBatch:
 
     def copy_from(self, tables: LayoutTables) -> None:
         """Load tables that `layout_tables` made for a batch of this shape."""
-        for buffer, content in zip(self.buffers, tables, strict=True):
+        for buffer, content in self._with_buffers(tables):
             buffer.copy_(content)
 
     def load_rows(self, rows: Tensor, tables: LayoutTables) -> None:
         """Load tables of ``N`` rows into ``rows``, ``(N,)`` indices on the device."""
-        for buffer, content in zip(self.buffers, tables, strict=True):
+        for buffer, content in self._with_buffers(tables):
             buffer.index_copy_(0, rows, content.to(self.device, non_blocking=True))
+
+    def _with_buffers(self, tables: LayoutTables) -> list[tuple[Tensor, Tensor]]:
+        """Pair the buffers with tables; rows without choices replace those of earlier rows."""
+        choices = tables.choices
+        if choices is None and self._choices is not None:
+            choices = _without_choices(tables.segment_ids.shape, tables.segment_ids.device)
+        own = (self.segment_ids, self.position_ids, self.indices_in_segments)
+        pairs = list(zip(own, tables[:3], strict=True))
+        if choices is not None:
+            pairs += zip(self.choices, choices, strict=True)
+        return pairs
 
     def open_tail(self, first_slots: Sequence[int] | Tensor) -> None:
         """Mark the slots from ``first_slots[b]`` on as fusion tail, for tokens to be generated."""
@@ -98,6 +123,20 @@ class LayoutBatch:
         return self.position_ids.gather(1, slots[:, None]).long()
 
 
+class ChoiceTables(NamedTuple):
+    """Choices that continue prompts, for each slot of each row.
+
+    Attributes:
+        choice_ids: ``(B, capacity)`` int32: the number of the token's choice, from 1; 0 where
+            there is none.
+        tail_slots: ``(B, capacity)`` int32: the slot that the token would have if its choice were
+            the only one; its own slot where there is none.
+    """
+
+    choice_ids: Tensor
+    tail_slots: Tensor
+
+
 class LayoutTables(NamedTuple):
     """The content of a `LayoutBatch`.
 
@@ -105,11 +144,13 @@ class LayoutTables(NamedTuple):
         segment_ids: ``(B, capacity)`` int32.
         position_ids: ``(B, capacity)`` int32.
         indices_in_segments: ``(B, capacity)`` int32.
+        choices: The choices; None if no layout has any.
     """
 
     segment_ids: Tensor
     position_ids: Tensor
     indices_in_segments: Tensor
+    choices: ChoiceTables | None = None
 
 
 def layout_tables(
@@ -148,4 +189,20 @@ def layout_tables(
             torch.add(slots, next_value - stop, out=table)
             table[:start] = 0
             table[start:stop] = prompt
-    return LayoutTables(segment_ids, position_ids, indices)
+    has_choices = any(layout.choice_lengths for layout in layouts)
+    choices = _without_choices((batch_size, capacity), CPU) if has_choices else None
+    if choices is not None:
+        for row, (layout, start) in enumerate(zip(layouts, starts, strict=True)):
+            own = slice(start, start + len(layout))
+            choices.choice_ids[row, own] = layout.choice_tensor
+            choices.tail_slots[row, own] = layout.tail_slot_tensor + start
+    return LayoutTables(segment_ids, position_ids, indices, choices)
+
+
+def _without_choices(shape: Sequence[int], device: torch.device) -> ChoiceTables:
+    batch_size, capacity = shape
+    slots = torch.arange(capacity, dtype=torch.int32, device=device)
+    return ChoiceTables(
+        torch.zeros(batch_size, capacity, dtype=torch.int32, device=device),
+        slots.repeat(batch_size, 1),
+    )

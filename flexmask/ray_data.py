@@ -15,13 +15,12 @@ import pyarrow as pa
 from flexmask.demo import model_path
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
-from flexmask.generation import Generation
 from flexmask.inputs.columns import Columns
 from flexmask.inputs.rows import Row
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request
 from flexmask.results.dataset_run import DatasetRun
-from flexmask.results.schema import SCHEMA, row_of
+from flexmask.results.schema import SCHEMA, Result, row_of
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
 from flexmask.tasks.judge import Judge
@@ -143,7 +142,7 @@ class Predictor:
         rows = _rows_of(batch)
         results = _Results(map(self._request, rows), self._fusion, self._judge)
         if results.remaining:
-            run = DatasetRun(
+            run = DatasetRun.generating(
                 self._engine, self._strategy, results, on_error="skip", **self._options
             )
             for _ in run.batches(lambda: False):
@@ -171,9 +170,9 @@ class _Results:
         self.fusion = fusion.after_expansion
         self.judge = judge
         # By identity: uuids may repeat within a batch.
-        self._result_of: dict[int, Generation | BadRow] = {}
+        self._result_of: dict[int, Result] = {}
 
-    def write(self, results: Iterable[Generation | BadRow]) -> None:
+    def write(self, results: Iterable[Result]) -> None:
         for result in results:
             self._result_of[id(result.request)] = result
 

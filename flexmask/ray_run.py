@@ -32,7 +32,7 @@ except ModuleNotFoundError:
 
 from flexmask.errors import FlexMaskError, OptionError, OutputError, RequestError
 from flexmask.plugins.registry import LOAD_PLUGINS
-from flexmask.results.dataset_run import DatasetJob
+from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.journal import Journal
 from flexmask.results.merge import Part, matching_parts, write_merged
 from flexmask.results.output_path import writable_path
@@ -110,7 +110,7 @@ class Hooks:
 
 
 def run_on_ray(
-    job: DatasetJob, output: Path, mode: OutputMode, cluster: Cluster, hooks: Hooks
+    job: GenerationJob, output: Path, mode: OutputMode, cluster: Cluster, hooks: Hooks
 ) -> Outcome:
     """Run a data set with the workers of a Ray cluster, and write its result file.
 
@@ -159,7 +159,7 @@ def run_on_ray(
             journal.close(keep=not is_written)
 
 
-def _finished_outcome(job: DatasetJob, output: Path) -> Outcome:
+def _finished_outcome(job: GenerationJob, output: Path) -> Outcome:
     """Return the outcome of a run that resumes a complete file, which it leaves as it is."""
     with job.open_writer(output, job.open_requests(), "resume") as writer:
         if not writer.is_complete:
@@ -308,7 +308,7 @@ class RayWorker:
     """The actor around a `ShardWorker`; its engine is kept from one call to the next."""
 
     def __init__(
-        self, job: DatasetJob, folder: ShardFolder, queue: Any, name: str, place: Place
+        self, job: GenerationJob, folder: ShardFolder, queue: Any, name: str, place: Place
     ) -> None:
         """Keep the arguments; an error here would hide its cause from the driver."""
         self._worker = ShardWorker(job, folder, RemoteAssignments(queue, name))
@@ -325,7 +325,7 @@ class _Run:
 
     def __init__(
         self,
-        job: DatasetJob,
+        job: GenerationJob,
         output: Path,
         mode: OutputMode,
         cluster: Cluster,

@@ -1,9 +1,9 @@
-"""Requests: the texts that are generated for."""
+"""Requests: the texts that are generated for, or whose choices are scored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Literal, get_args
@@ -69,7 +69,8 @@ class Request:
         prefix: Text that every segment shares, such as an instruction and few-shot examples.
         suffix: Text after the segments that sees all of them; generation continues it. If empty,
             its part is taken by the ends of the segments (`flexmask.layout.TokenizedRequest`).
-        answers: Accepted answers, to compute accuracy; may be empty.
+        answers: Accepted answers, to compute accuracy; may be empty. Without any, the right
+            choice is the accepted answer.
         uuid: Identifies the request in a result file.
         weights: A weight for each segment, for fusions that are weighted by column; may be empty.
         system: Text of the system turn. It and ``messages`` need a chat template.
@@ -81,11 +82,16 @@ class Request:
             prefix and suffix, or ``each`` in its own, as prefix and suffix are then.
         segment: Number of the segment, from 1, if this is one segment of a larger request
             (`alone`); else None.
+        choices: Continuations to choose from, which `flexmask.Engine.score` scores; may be empty.
+            Each is the text right after the prompt, so it usually begins with a space.
+        answer: Index of the right choice, from 0; None if it is not known (`choice_index` finds
+            it by its text).
         source: File and line that it was read from, as ``file:line``, for messages.
 
     Raises:
         RequestError: If there is no segment, a segment is blank, a text holds half of a surrogate
-            pair, a message has no role that is known, or weights do not match the segments.
+            pair, a message has no role that is known, weights do not match the segments, there is
+            one choice only, a choice is empty, or the answer is none of the choices.
         TypeError: If a value is of another type.
     """
 
@@ -101,6 +107,8 @@ class Request:
     segment_turns: SegmentTurns = "one"
     segment: int | None = None
     source: str = field(default="", compare=False)
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -122,9 +130,10 @@ class Request:
         if self.segment_turns not in get_args(SegmentTurns):
             raise RequestError(f"segment_turns must be one or each, got {self.segment_turns!r}")
         self._check_weights()
+        self._check_choices()
 
     def _check_types(self) -> None:
-        for name in ("segments", "answers"):
+        for name in ("segments", "answers", "choices"):
             texts = getattr(self, name)
             if isinstance(texts, str):
                 raise TypeError(
@@ -143,6 +152,8 @@ class Request:
         if not isinstance(self.messages, tuple | list):
             raise TypeError(f"messages must be a tuple of messages, got {self.messages!r:.60}")
         object.__setattr__(self, "messages", tuple(map(Message.of, self.messages)))
+        if not isinstance(self.answer, int | None) or isinstance(self.answer, bool):
+            raise TypeError(f"answer must be the index of a choice, got {self.answer!r:.60}")
         if not isinstance(self.weights, tuple | list):
             raise TypeError(f"weights must be a tuple of numbers, got {self.weights!r:.60}")
         for number, weight in enumerate(self.weights, start=1):
@@ -163,6 +174,13 @@ class Request:
                 raise RequestError(f"weight {number} must be 0 or more and finite, got {weight}")
         if not any(self.weights):
             raise RequestError("one of the weights must be more than 0")
+
+    def _check_choices(self) -> None:
+        if self.choices:
+            check_choices(self.choices)
+        if self.answer is not None:
+            right = self.choices[choice_index(self.answer, self.choices)]
+            object.__setattr__(self, "answers", self.answers or (right.strip(),))
 
     @property
     def key(self) -> RequestKey:
@@ -198,6 +216,53 @@ class Request:
             replace(self, segments=(text,), weights=(), segment=number)
             for number, text in enumerate(self.segments, start=1)
         ]
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Check that one of some choices can be chosen.
+
+    Raises:
+        RequestError: If there are fewer than two, one is empty, or one holds half of a surrogate
+            pair.
+    """
+    if len(choices) < 2:
+        got = f"only {choices[0]!r:.60}" if choices else "none"
+        raise RequestError(f"choices must be at least two, got {got}")
+    for number, choice in enumerate(choices, start=1):
+        if not choice:
+            raise RequestError(f"choice {number} is empty")
+        _check_text(f"choice {number}", choice)
+
+
+def choice_index(answer: int | str, choices: Sequence[str]) -> int:
+    """Return the index of the right choice.
+
+    Args:
+        answer: Its index from 0; or its text, with or without the space around it. A text that is
+            no choice may be the index in digits, as a CSV file has it.
+        choices: The choices.
+
+    Raises:
+        RequestError: If it is none of the choices.
+    """
+    if isinstance(answer, str):
+        texts = list(choices)
+        if answer not in texts:
+            texts = [text.strip() for text in choices]
+        if texts.count(answer) == 1:
+            return texts.index(answer)
+        if texts.count(answer) > 1:
+            raise RequestError(f"the answer {answer!r:.60} is more than one of the choices")
+        if not (answer.isascii() and answer.isdecimal()):
+            shown = ", ".join(f"{text!r:.40}" for text in choices) or "none"
+            raise RequestError(f"the answer {answer!r:.60} is none of the choices: {shown}")
+    number = int(answer[:10]) if isinstance(answer, str) else answer
+    if not 0 <= number < len(choices):
+        raise RequestError(
+            f"the answer must be the index of one of {len(choices)} choices, 0 to "
+            f"{len(choices) - 1}, or its text, got {answer!r:.60}"
+        )
+    return number
 
 
 def checked_requests(requests: Iterable[Request]) -> Iterator[Request]:

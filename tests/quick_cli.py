@@ -18,7 +18,6 @@ class QuickRun:
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = requests
         self._is_stopped = False
-        self.rules = SimpleNamespace(eos_token_ids=(), stop_strings=(), applied=(), sampling=None)
         self.stats = SimpleNamespace(
             **dict.fromkeys(
                 (
@@ -50,14 +49,17 @@ class QuickEngine:
         layer_windows={}, prefill_kernel=None, decode_kernels={}, bound=SimpleNamespace()
     )
 
+    def generation_rules(self) -> Any:
+        return SimpleNamespace(eos_token_ids=(), stop_strings=(), applied=(), sampling=None)
+
     def generate(self, requests: Iterable[Request], strategy: Any, **options: Any) -> QuickRun:
         return QuickRun(requests)
 
 
 def run() -> None:
-    from flexmask_cli import __main__, generation_options
+    from flexmask_cli import __main__, planned_run
 
-    options_module: Any = generation_options
+    options_module: Any = planned_run
     options_module.load_engine = lambda *arguments, **options: QuickEngine()
     __main__.run()
 

@@ -19,7 +19,7 @@ from flexmask.inputs.input_files import open_input
 from flexmask.ray_data import Predictor
 from flexmask.ray_run import Cluster, Hooks, Outcome, run_on_ray
 from flexmask.request import Request
-from flexmask.results.dataset_run import DatasetJob
+from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.resume import OutputMode
 from flexmask.results.run_config import RunConfig
 from flexmask.results.shard_queue import Progress
@@ -115,8 +115,8 @@ def answer(_: Request) -> None:
 
 def job(
     rows: Path, act: Callable[[Request], object] = answer, on_error: OnError = "skip"
-) -> DatasetJob:
-    return DatasetJob(
+) -> GenerationJob:
+    return GenerationJob(
         open_requests=partial(open_rows_of, str(rows)),
         make_strategy=partial(getattr, RowEngine, "__name__"),
         load_engine=partial(load, act),
@@ -146,7 +146,7 @@ class Heard:
 
 
 def run_job(
-    job: DatasetJob,
+    job: GenerationJob,
     output: Path,
     mode: OutputMode = "new",
     heard: Heard | None = None,

@@ -176,7 +176,10 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path):
         (["-s", "casual"], "unknown strategy 'casual'; known: "),
         (["-s", "causal,causal"], "strategy causal is given twice"),
         (["-s", "causal:window=3"], "strategy 'causal' has no parameter 'window'"),
-        (["--fusions", "median"], "fusion must be one of attention, none, each, mean, max, "),
+        (
+            ["--fusions", "median"],
+            "fusion must be one of attention, none, each, mean, mean_prob, max, ",
+        ),
         (["--fusions", "weighted_mean"], "fusion 'weighted_mean' needs weights: column "),
         (["--num-segments", "1,0"], "--num-segments must be numbers as in 1,3,5 or all, got '0'"),
         (["--num-segments", "7"], "7 segments asked for, got 5; lower --num-segments"),

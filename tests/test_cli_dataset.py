@@ -435,14 +435,14 @@ class FakeRun:
     """A run of four batches that takes as long as a clock says."""
 
     def __init__(self, clock, batch_s):
-        stats = SimpleNamespace(generated_tokens=0, batch_size=2, cold_groups=0)
-        self.generations = SimpleNamespace(stats=stats)
+        stats = SimpleNamespace(generated_tokens=0, computed_tokens=0, batch_size=2, cold_groups=0)
+        self.engine_run = SimpleNamespace(stats=stats)
         self._clock, self._batch_s = clock, batch_s
 
     def batches(self, should_stop):
         for _ in range(4):
             self._clock.now += self._batch_s
-            self.generations.stats.generated_tokens += 20
+            self.engine_run.stats.generated_tokens += 20
             yield ["row"] * 2
             if should_stop():
                 return

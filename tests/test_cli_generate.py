@@ -247,7 +247,10 @@ def test_unreadable_json_is_named_by_line(small, tmp_path, error_of):
         (["--max-new-tokens", "5000"], "questions.jsonl:1: needs positions up to"),
         (["--num-segments", "9"], "questions.jsonl:1: 9 segments asked for, got 5"),
         (["--chat-template"], "this tokenizer has no chat template"),
-        (["--fusion", "avg"], "fusion must be one of attention, none, each, mean, max, weighted_"),
+        (
+            ["--fusion", "avg"],
+            "fusion must be one of attention, none, each, mean, mean_prob, max, weighted_",
+        ),
         (["--fusion", "weighted_max"], "fusion 'weighted_max' needs weights: column (one number"),
         (["--fusion-weights", "column"], "fusion 'attention' takes no weights; weighted_mean and"),
         (["--column", "weights=w"], "--column weights=… is read with --fusion-weights column"),

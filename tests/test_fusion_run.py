@@ -45,7 +45,9 @@ def write(engine, source, output, mode="new", batches=None, **options):
         output, config=CONFIG, requests=source, fusion=source.fusion, mode=mode
     ) as writer:
         options = {"max_new_tokens": 4, "batch_size": 5} | options
-        run = DatasetRun(engine, EnsembleIsolation(), writer, on_error="skip", **options)
+        run = DatasetRun.generating(
+            engine, EnsembleIsolation(), writer, on_error="skip", **options
+        )
         for number, _ in enumerate(run.batches(lambda: False), start=1):
             if number == batches:
                 raise KeyboardInterrupt
@@ -103,7 +105,9 @@ def test_a_vote_counts_answers_as_the_judge_cuts_them(engine, source_of, tmp_pat
         output, config=CONFIG, requests=source, fusion=source.fusion, judge=Recording()
     ) as writer:
         options: dict[str, Any] = {"max_new_tokens": 1, "batch_size": 5}
-        for _ in DatasetRun(engine, EnsembleIsolation(), writer, **options).batches(lambda: False):
+        for _ in DatasetRun.generating(engine, EnsembleIsolation(), writer, **options).batches(
+            lambda: False
+        ):
             pass
     rows_of = {f"row{n}": size + 1 for n, size in enumerate(SIZES)}  # the votes, and the row
     assert {uuid: seen.count(uuid) for uuid in seen} == rows_of

@@ -147,7 +147,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(*arguments: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("flexmask_cli.generation_options.load_engine", load)
+    monkeypatch.setattr("flexmask_cli.planned_run.load_engine", load)
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"segments": ["x", "y"]}\n')
     Path("folder").mkdir()

@@ -213,7 +213,7 @@ def test_a_data_set_run_that_skips_records_the_row_and_goes_on(engine, spoilt, t
     config = RunConfig(run={"strategy": "causal"}, environment={})
     with ResultWriter.open(path, config=config, requests=MIXED, mode="new") as writer:
         options = {"max_new_tokens": 4, "batch_size": 3}
-        run = DatasetRun(spoilt, Causal(), writer, on_error="skip", **options)
+        run = DatasetRun.generating(spoilt, Causal(), writer, on_error="skip", **options)
         for _ in run.batches(lambda: False):
             pass
     rows = read_finished_rows(path).to_pylist()

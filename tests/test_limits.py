@@ -95,7 +95,7 @@ def test_generate_says_it_in_one_line_before_a_model_loads(
         raise AssertionError("a model was loaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flexmask_cli.generation_options.load_engine", load)
+    monkeypatch.setattr("flexmask_cli.planned_run.load_engine", load)
     monkeypatch.setattr(sys, "argv", ["flexmask", "generate", "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as end:
         main()

@@ -17,6 +17,7 @@ EOS = 2
 WEIGHTS = (0.3, 1.0, 0.0, 2.5)
 OF_LOGITS = [
     Fusion("mean"),
+    Fusion("mean_prob"),
     Fusion("max"),
     Fusion("weighted_mean", "column"),
     Fusion("weighted_mean", "confidence"),
@@ -51,6 +52,8 @@ def fused_by_hand(fusion, logits, weights):
         weights = [float(row.max()) for row in probabilities]
     elif fusion.weights is None:
         weights = [1.0] * len(logits)
+    if fusion.name == "mean_prob":
+        return probabilities.mean(0).log()
     if "mean" in fusion.name:
         return sum(w * row.double() for w, row in zip(weights, logits, strict=True)) / sum(weights)
     weighted = [w * row for w, row in zip(weights, probabilities, strict=True)]

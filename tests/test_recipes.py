@@ -11,7 +11,7 @@ import pytest
 
 from command import run_command
 from flexmask.engine import Engine
-from flexmask_cli import generation_options
+from flexmask_cli import planned_run
 from quick_cli import QuickEngine
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands and programs use this engine."""
-    monkeypatch.setattr(generation_options, "load_engine", lambda *_: engine)
+    monkeypatch.setattr(planned_run, "load_engine", lambda *_: engine)
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: engine)
 
 

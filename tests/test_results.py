@@ -472,7 +472,7 @@ def test_resuming_with_a_changed_request_is_refused(output: Path, part: dict[str
     changed = [requests[0], replace(requests[1], **part), requests[2]]
     with pytest.raises(
         OutputError,
-        match=r"the texts or weights of requests have changed since \(uuid 'q1'\)",
+        match=r"the texts, weights or choices of requests have changed since \(uuid 'q1'\)",
     ):
         run(output, changed, mode="resume")
 

@@ -20,7 +20,7 @@ from flexmask.results.result_writer import read_run_config
 from flexmask.tasks.input_survey import survey
 from flexmask.tasks.request_source import RequestSource
 from flexmask.tasks.shards import Shard
-from flexmask_cli import generation_options
+from flexmask_cli import planned_run
 from quick_cli import QuickEngine
 
 Generate = Callable[..., Outcome]
@@ -41,7 +41,7 @@ ROWS: list[dict[str, Any]] = [
 def generate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generate:
     """Runs ``flexmask generate`` without a model over `ROWS`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generation_options, "load_engine", lambda *_, **__: QuickEngine())
+    monkeypatch.setattr(planned_run, "load_engine", lambda *_, **__: QuickEngine())
     Path("rows.jsonl").write_text("\n\n".join(map(json.dumps, ROWS)) + "\n")
 
     def run(*options: object) -> Outcome:
@@ -199,7 +199,7 @@ def test_parts_of_several_machines_name_each_environment_once(
 ) -> None:
     for number, device in enumerate(["cpu", "cuda", "cuda", "cpu"], start=1):
         machine = {"device": device}
-        monkeypatch.setattr(generation_options.PlannedRun, "machine", lambda _, it=machine: it)
+        monkeypatch.setattr(planned_run.PlannedRun, "machine", lambda _, it=machine: it)
         assert generate("--shard", f"{number}/4", "--output", f"{number}.feather").status == 0
     merge([Path(f"{number}.feather") for number in range(1, 5)], Path("merged.feather"))
     config = read_run_config("merged.feather")

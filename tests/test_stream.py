@@ -136,7 +136,7 @@ def test_generate_prints_the_one_answer_on_a_terminal_as_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexmask_cli.commands import generate
-    from flexmask_cli.generation_options import PlannedRun
+    from flexmask_cli.planned_run import PlannedRun
 
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"segments": ["Q: one?"], "suffix": "A:", "answers": ["42"]}\n')

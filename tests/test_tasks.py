@@ -207,7 +207,8 @@ def test_a_selection_that_is_none_shows_the_syntax(text: str) -> None:
         ("x = ", "mine.toml: not TOML: "),
         ("", "paraphrases.groups must name at least one column of paraphrases"),
         (MINIMAL + "sufix = ''", "prompt.sufix is not known; known here: prefix, segment, suffix, "
-         "system, answer_prefix, messages, segment_turns, chat_template; did you mean 'suffix'?"),
+         "choice, system, answer_prefix, messages, segment_turns, chat_template; "
+         "did you mean 'suffix'?"),
         (MINIMAL.replace("[prompt]", "[promt]"), "promt is not known; .* did you mean 'prompt'?"),
         ("[paraphrases.groups]\nq = 'q'", "prompt.segment is missing; it must be a string"),
         (MINIMAL + "suffix = 3", "prompt.suffix must be a string, got 3"),

@@ -23,6 +23,7 @@ from flexmask_cli.commands.kv_cache import kv_cache
 from flexmask_cli.commands.merge import merge
 from flexmask_cli.commands.new import new
 from flexmask_cli.commands.plugins import plugins
+from flexmask_cli.commands.score import score
 from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
 from flexmask_cli.commands.tasks import tasks
@@ -38,6 +39,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 COMMANDS = {
     "generate": generate,
+    "score": score,
     "merge": merge,
     "eval": evaluate,
     "compare": compare,

@@ -20,7 +20,7 @@ from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
     from flexmask.ray_run import Outcome
-    from flexmask.results.dataset_run import DatasetJob
+    from flexmask.results.dataset_run import GenerationJob
     from flexmask.results.resume import OutputMode
     from flexmask.results.shard_queue import Progress
 
@@ -65,7 +65,7 @@ class ClusterProgress:
 
 
 def generate_on_cluster(
-    job: DatasetJob,
+    job: GenerationJob,
     output: Path,
     mode: OutputMode,
     scaling: ScalingOptions,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from flexmask.choice_scores import NORMALIZATIONS
 from flexmask.device import DTYPES
-from flexmask.fusion import FUSIONS
+from flexmask.fusion import FUSIONS, SCORE_FUSIONS
 
 
 def strategies(incomplete: str) -> list[str]:
@@ -23,6 +24,16 @@ def tasks(incomplete: str) -> list[str]:
 def fusions(incomplete: str) -> list[str]:
     """Return names of fusions."""
     return _beginning(incomplete, list(FUSIONS))
+
+
+def score_fusions(incomplete: str) -> list[str]:
+    """Return names of fusions under which choices are scored."""
+    return _beginning(incomplete, list(SCORE_FUSIONS))
+
+
+def normalizations(incomplete: str) -> list[str]:
+    """Return names of normalizations of scores."""
+    return _beginning(incomplete, list(NORMALIZATIONS))
 
 
 def devices(incomplete: str) -> list[str]:

@@ -66,9 +66,9 @@ class InputOptions:
             metavar="INPUT",
             help="A JSON Lines, CSV, Parquet, Feather or Arrow file; a folder saved by datasets "
             "or a hub id, either with :split; or - for JSON Lines on standard input. Without a "
-            "task its rows have the column segments and may have uuid, prefix, suffix, answers "
-            "and weights. Default: the sample rows of the task; without a task, the questions "
-            "that come with flexmask.",
+            "task its rows have the column segments and may have uuid, prefix, suffix, answers, "
+            "weights and, for score, choices and answer. Default: the sample rows of the task; "
+            "without a task, the questions that come with flexmask.",
         ),
     ] = None
     column: Annotated[
@@ -135,6 +135,7 @@ class InputOptions:
         num_segments: int | None = None,
         limit: int | None = None,
         on_bad_row: OnError = "stop",
+        reads_choices: bool = False,
     ) -> OpenInput:
         """Load the task and open the input; no row is read yet.
 
@@ -143,6 +144,7 @@ class InputOptions:
             num_segments: Number of segments to keep of each request; None for all.
             limit: Number of rows to read; None for all.
             on_bad_row: ``stop`` raises at a bad row; ``skip`` yields it as a `BadRow`.
+            reads_choices: Read the columns ``choices``, which is required then, and ``answer``.
 
         Raises:
             OptionError: If an option needs a task and there is none, or has a wrong value.
@@ -153,7 +155,7 @@ class InputOptions:
         from flexmask.tasks.task_requests import TaskPrompts
 
         by_column = fusion.weights == "column"
-        columns = self._columns(by_column)
+        columns = self._columns(by_column, reads_choices)
         task = self._load_task(columns)
         rows = self._rows(task)
         prefix = _read_text("--prefix-file", self.prefix_file)
@@ -161,7 +163,7 @@ class InputOptions:
             raise OptionError("--system and --system-file exclude each other")
         system = _read_text("--system-file", self.system_file) or self.system
         make = (
-            PlainRequests(columns, prefix, by_column, system)
+            PlainRequests(columns, prefix, by_column, system, reads_choices)
             if task is None
             else TaskPrompts(
                 task,
@@ -169,6 +171,7 @@ class InputOptions:
                 prefix=prefix,
                 system=system,
                 reads_weights=by_column,
+                reads_choices=reads_choices,
                 chosen_columns=columns,
                 examples_format=self._examples_format(),
             )
@@ -199,11 +202,14 @@ class InputOptions:
             examples=self._change_examples(task.examples),
         )
 
-    def _columns(self, reads_weights: bool) -> dict[str, tuple[str, ...]]:
+    def _columns(self, reads_weights: bool, reads_choices: bool) -> dict[str, tuple[str, ...]]:
         """Return the columns to read instead of each name."""
         columns = {name: tuple(columns.split(",")) for name, columns in self.column}
         if "weights" in columns and not reads_weights:
             raise OptionError("--column weights=… is read with --fusion-weights column only")
+        for name in ("choices", "answer"):
+            if name in columns and not reads_choices and self.task is None:
+                raise OptionError(f"--column {name}=… is read by score only")
         return columns
 
     def _change_examples(self, examples: Examples) -> Examples:

@@ -83,10 +83,10 @@ class FusionOptions:
             "--fusion",
             completion=completion.fusions,
             help="attention puts all segments into one prompt, under the strategy's mask. Every "
-            "other fusion makes each segment a prompt of its own: mean, max, weighted_mean and "
-            "weighted_max fuse the logits of all prompts into one generation; none runs the "
-            "first prompt only, each runs every prompt by itself, and vote takes the answer of "
-            "most prompts.",
+            "other fusion makes each segment a prompt of its own: mean, mean_prob, max, "
+            "weighted_mean and weighted_max fuse the logits of all prompts into one generation; "
+            "none runs the first prompt only, each runs every prompt by itself, and vote takes "
+            "the answer of most prompts.",
         ),
     ] = "attention"
     fusion_weights: Annotated[
@@ -286,14 +286,11 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class BatchOptions:
-    """Batch size and length of generations."""
+class BatchSizeOptions:
+    """The batch size."""
 
-    heading: ClassVar[str] = "Generation"
+    heading: ClassVar[str] = "Model"
 
-    max_new_tokens: Annotated[
-        int, size("--max-new-tokens", help="Most tokens to generate for a request.")
-    ] = 20
     batch_size: Annotated[
         str,
         text(
@@ -317,6 +314,17 @@ class BatchOptions:
         if self.batch_size == "auto":
             return None
         return read_size("--batch-size", self.batch_size, "a positive number or auto")
+
+
+@dataclass(frozen=True)
+class BatchOptions(BatchSizeOptions):
+    """Batch size and length of generations."""
+
+    heading: ClassVar[str] = "Generation"
+
+    max_new_tokens: Annotated[
+        int, size("--max-new-tokens", help="Most tokens to generate for a request.")
+    ] = 20
 
 
 @dataclass(frozen=True)

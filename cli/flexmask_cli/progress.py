@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from flexmask.printable import WORDS, printable
 from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
+    from flexmask.choice_scores import Score
     from flexmask.engine import RunStats
     from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetRun
     from flexmask_cli.interrupt import Interrupt
 
 SECONDS_PER_LINE = 5.0
+
+Made = TypeVar("Made", "Generation", "Score")
 
 
 class Pace:
@@ -35,7 +38,7 @@ class Pace:
     def update(self, stats: RunStats, rows: int, now: float) -> None:
         """Record that ``rows`` rows are finished."""
         self._since = self._warm_since or self._since
-        self._now = (now, rows, stats.generated_tokens)
+        self._now = (now, rows, stats.generated_tokens or stats.computed_tokens)
         if self._warm_since is None and not stats.cold_groups:
             self._warm_since = self._now
 
@@ -51,7 +54,7 @@ class Pace:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second."""
+        """Generated tokens per second; computed ones where nothing is generated."""
         return self._per_second(2)
 
     @property
@@ -74,8 +77,8 @@ class Pace:
 
 
 def track(
-    run: DatasetRun, total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
-) -> Iterator[Sequence[Generation]]:
+    run: DatasetRun[Made], total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
+) -> Iterator[Sequence[Made]]:
     """Yield the batches of a run, and show rows, tokens per second and time left.
 
     Args:
@@ -93,8 +96,8 @@ def track(
 
 
 def _with_lines(
-    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int, title: str
-) -> Iterator[Sequence[Generation]]:
+    batches: Iterator[Sequence[Made]], run: DatasetRun[Made], total: int, title: str
+) -> Iterator[Sequence[Made]]:
     if title:
         write_note(f"note: {title}")
     pace = Pace(total, shown_at := time.monotonic())
@@ -102,16 +105,16 @@ def _with_lines(
     for batch in batches:
         rows += len(batch)
         now = time.monotonic()
-        pace.update(run.generations.stats, rows, now)
+        pace.update(run.engine_run.stats, rows, now)
         if now - shown_at >= SECONDS_PER_LINE:
-            write_note(pace.line(run.generations.stats))
+            write_note(pace.line(run.engine_run.stats))
             shown_at = now
         yield batch
 
 
 def _with_bar(
-    batches: Iterator[Sequence[Generation]], run: DatasetRun, total: int, title: str
-) -> Iterator[Sequence[Generation]]:
+    batches: Iterator[Sequence[Made]], run: DatasetRun[Made], total: int, title: str
+) -> Iterator[Sequence[Made]]:
     """Show a bar that is erased at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -124,7 +127,7 @@ def _with_bar(
         task = progress.add_task(f"{named}compiling, then the first batch", total=total)
         for batch in batches:
             rows += len(batch)
-            pace.update(run.generations.stats, rows, time.monotonic())
-            description = named + pace.line(run.generations.stats)
+            pace.update(run.engine_run.stats, rows, time.monotonic())
+            description = named + pace.line(run.engine_run.stats)
             progress.update(task, completed=rows, description=description)
             yield batch

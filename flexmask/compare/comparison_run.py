@@ -22,7 +22,7 @@ from flexmask.tasks.request_source import BadRow, OnError
 if TYPE_CHECKING:
     from flexmask.engine import Engine
 
-Watch = Callable[[DatasetRun, int], Iterable[Sequence[Generation]]]
+Watch = Callable[[DatasetRun[Generation], int], Iterable[Sequence[Generation]]]
 """Yields the batches of a run and shows its progress; takes the number of rows."""
 
 
@@ -104,7 +104,7 @@ class CellRunner:
         judge: Extracts answers from generations and scores them.
         mode: What to do if there is a result already.
         machine: Device and versions, recorded with the times.
-        options: Options of `DatasetRun`.
+        options: Options of `DatasetRun.generating`.
     """
 
     load_engine: Callable[[], Engine]
@@ -161,11 +161,11 @@ class CellRunner:
 
     def _generate(self, cell: Cell, writer: ResultWriter, watch: Watch) -> None:
         strategy = cell.way.contender.strategy
-        run = DatasetRun(self.load_engine(), strategy, writer, **self.options)
+        run = DatasetRun.generating(self.load_engine(), strategy, writer, **self.options)
         stopwatch = Stopwatch(self.machine)
         try:
             for _ in watch(run, len(writer.remaining)):
-                stopwatch.note(run.generations.stats)
+                stopwatch.note(run.engine_run.stats)
         finally:
             measured = self._keep(cell, stopwatch.measurement)
         if measured.rows and not measured.timed_rows:

@@ -92,8 +92,21 @@ class PromptEncoder:
         else:
             space, encoded = self._encode_segments(segments, left)
         with _naming("suffix"):
-            suffix = self._ending(written.after)
+            suffix, _ = self._ending(written.after)
         return EncodedPrompt(prefix.then(space), encoded, suffix)
+
+    def encode_choices(self, written: WrittenPrompt, choices: Sequence[str]) -> list[Encoded]:
+        """Encode texts, each of which continues a prompt.
+
+        Raises:
+            RequestError: If the tokenizer has no tokens for one; the message names it.
+        """
+        _, left = self._ending(written.after)
+        encoded = []
+        for number, text in enumerate(choices, start=1):
+            with _naming(f"choice {number}"):
+                encoded.append(self._encoder.encode(text, left))
+        return encoded
 
     def encode_text(self, text: str) -> Encoded:
         """Encode a text that continues another."""
@@ -106,11 +119,11 @@ class PromptEncoder:
             return space.then(encoded), "text"
         return self._encode_parts(self._split(["", *before]), "start", "text")
 
-    def _encode_ending(self, after: Sequence[str]) -> Encoded:
-        """Encode everything after the segments."""
+    def _encode_ending(self, after: Sequence[str]) -> tuple[Encoded, Left]:
+        """Encode everything after the segments; also return what is to the left of an answer."""
         is_of_template = self._is_chat and not after[-1]
         right: Right = "end" if is_of_template else "text"
-        return self._encode_parts(self._split(after), "text", right)[0]
+        return self._encode_parts(self._split(after), "text", right)
 
     def _encode_turns(
         self, texts: Sequence[str], gaps: Sequence[str], left: Left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Self
@@ -131,6 +131,27 @@ class RequestTokenizer:
         )
         special_texts = [piece.special_text for _, piece in prompt.named() if piece.special_text]
         return replace(tokenized, special_text=special_texts[0]) if special_texts else tokenized
+
+    def choices(
+        self, request: Request, texts: Sequence[str] | None = None
+    ) -> tuple[tuple[int, ...], ...]:
+        """Tokenize the choices of a request, each as a piece that continues the prompt.
+
+        Args:
+            request: The request.
+            texts: Choices to use in place of the request's.
+
+        Raises:
+            RequestError: If a choice cannot be tokenized or leaves no token, or has tokens that
+                the model does not know.
+        """
+        texts = request.choices if texts is None else texts
+        encoded = self._encoder.encode_choices(self._written(request), texts)
+        for number, piece in enumerate(encoded, start=1):
+            if not piece.token_ids:
+                raise RequestError(f"choice {number} ({texts[number - 1]!r:.40}) has no tokens")
+            self._check_known(f"choice {number}", piece)
+        return tuple(piece.token_ids for piece in encoded)
 
     @property
     def is_chat(self) -> bool:

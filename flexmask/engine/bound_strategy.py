@@ -22,7 +22,7 @@ from flexmask.block_mask.decode_row import check_row_mask
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
 from flexmask.engine.row_loading import to_device
 from flexmask.kernels.decode_attention import KeyTable
-from flexmask.layout_batch import LayoutBatch, LayoutTables
+from flexmask.layout_batch import ChoiceTables, LayoutBatch, LayoutTables
 from flexmask.mask_mods import layer_masks
 from flexmask.strategy import Strategy
 
@@ -119,7 +119,13 @@ class BoundStrategy:
             rows: Its batch rows on the device.
         """
         device = rows.device
-        tables = LayoutTables(*(to_device(table, device) for table in plan.tables))
+        choices = plan.tables.choices
+        tables = LayoutTables(
+            to_device(plan.tables.segment_ids, device),
+            to_device(plan.tables.position_ids, device),
+            to_device(plan.tables.indices_in_segments, device),
+            choices and ChoiceTables(*(to_device(table, device) for table in choices)),
+        )
         self.batch.load_rows(rows, tables)
         self.slots.index_copy_(0, rows, to_device(torch.tensor(plan.counts), device))
         if self.key_table is not None and plan.key_table is not None:

@@ -1,8 +1,8 @@
-"""The engine: generates for requests with one model, under mask strategies."""
+"""The engine: generates for requests, or scores their choices, under mask strategies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Self
@@ -13,6 +13,7 @@ from flexmask.attention.flex_call import PrefillKernel
 from flexmask.checkpoint.identity import model_files
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
@@ -23,18 +24,20 @@ from flexmask.engine.model_runner import (
     bucketed_capacity,
     num_embeddings,
 )
+from flexmask.engine.output_head import TokenScores
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
+from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
-from flexmask.fusion import Fusion
+from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
-from flexmask.layout import TokenizedRequest
+from flexmask.layout import TAIL, Layout, TokenizedRequest
 from flexmask.limits import check_size
 from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, checked_requests
@@ -305,6 +308,96 @@ class Engine:
         )
         tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         return TextStream(run, tokenizer, (*stop, *run.rules.stop_strings))
+
+    def score(
+        self,
+        requests: Iterable[Request],
+        strategy: Strategy | str,
+        *,
+        fusion: Fusion | str = "attention",
+        batch_size: int | None = None,
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+        on_refused: Callable[[Request, RequestError], None] | None = None,
+    ) -> ScoringRun:
+        """Score the choices of each request; results come in the order of the requests.
+
+        A request and its choices are one prompt: every choice continues it, at the positions after
+        it, and sees of it what generated tokens would see; choices do not see each other.
+
+        Args:
+            requests: The requests, each with at least two choices.
+            strategy: The mask strategy, or the name of one for its default parameters.
+            fusion: The way the segments of a request become one score, one of `SCORE_FUSIONS`:
+                ``attention``, ``none`` and ``each`` as in `generate`; ``mean`` and ``mean_prob``
+                fuse the scores of the segments (`flexmask.choice_scores.fused_scores`).
+            batch_size: Prompts that run together; None chooses by memory.
+            chat_template: Put requests into the tokenizer's chat template.
+            allow_special_tokens: As in `generate`.
+            on_refused: As in `generate`.
+
+        Raises:
+            RequestError: If a request is refused and there is no ``on_refused``.
+            ModelError: If a chat template is asked for and the tokenizer has none that can be
+                used.
+            OptionError: If an option has an impossible value.
+            StrategyError: If there is no strategy of that name.
+            TypeError: If requests are of another type.
+        """
+        if isinstance(strategy, str):
+            strategy = make_strategy(strategy, {})
+        if isinstance(fusion, str):
+            fusion = Fusion(fusion)
+        check_score_fusion(fusion)
+        if batch_size is not None:
+            check_size("batch_size", batch_size, 1)
+        requests = checked_requests(requests)
+        tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
+        planner = PromptPlanner(
+            strategy, tokenizer, 0, self.runner.context, fusion, None, on_refused,
+            scores_choices=True,
+        )  # fmt: skip
+        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
+        lookaheads = planner.lookaheads(requests, LOOKAHEAD_BATCHES * max(1, rows))
+        scorer = ChoiceScorer(self.executor, strategy, batch_size)
+        return ScoringRun(scorer, lookaheads, fusion, on_refused)
+
+    def score_tokens(
+        self,
+        prompts: Sequence[tuple[TokenizedRequest, Choices]],
+        strategy: Strategy,
+        *,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[int, list[TokenScores]]]:
+        """Score choices of prompts that are tokenized already; what `score` does with texts.
+
+        Args:
+            prompts: Each prompt with the tokens of its choices: at least one of each. A prompt
+                that is a fusion tail alone is causal.
+            strategy: The mask strategy.
+            batch_size: Prompts that run together; None chooses by memory.
+
+        Yields:
+            The index of a prompt, and the scores of the tokens of each of its choices; long
+            prompts first.
+
+        Raises:
+            RequestError: If a prompt cannot be laid out, or exceeds the model's context.
+        """
+        made = []
+        for number, (tokenized, choices) in enumerate(prompts):
+            if tokenized.prefix or tokenized.segments:
+                layout = strategy.layout(tokenized)
+            else:
+                count = len(tokenized.tail)
+                layout = Layout(tokenized.tail, (TAIL,) * count, tuple(range(count)))
+            added = max(map(len, choices)) - 1
+            context = self.runner.context
+            if excess := beyond_context(layout, added, context, "the longest choice"):
+                raise RequestError(f"prompt {number}: {excess}; shorten the prompt")
+            made.append(ChoicePrompt(layout.with_choices(stored_choices(choices)), choices))
+        for batch in ChoiceScorer(self.executor, strategy, batch_size).scores(made):
+            yield from batch
 
     def warm_up(
         self,

@@ -72,13 +72,15 @@ class LogitFusion:
 
         Returns:
             Scores ``(B, V)`` in float32, the same for all rows of a group: mean logits, or the
-            logarithms of the largest probabilities. Tokens are sampled from their softmax.
+            logarithms of mean or largest probabilities. Tokens are sampled from their softmax.
         """
         logits = logits.float()
         weights = self._weights
         if self._fusion.weights == "confidence":
             confidence = logits.softmax(-1).amax(-1)
             weights = weights * confidence[self._members]
+        if self._fusion.name == "mean_prob":
+            return self._mean(logits.softmax(-1), weights).log()
         return self._mean(logits, weights) if self._fusion.is_mean else self._max(logits, weights)
 
     def _mean(self, logits: Tensor, weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.attention.key_turns import KeyTurn, key_turns
@@ -21,6 +22,7 @@ from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import WHOLE_MODEL, probe_model, rotations
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.bound_strategy import BoundStrategy
+from flexmask.engine.choice_prompt import ChoicePrompt
 from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
@@ -29,6 +31,7 @@ from flexmask.engine.compiled_view import (
 )
 from flexmask.engine.kv_cache import KVCache
 from flexmask.engine.memory import free_bytes
+from flexmask.engine.output_head import OutputHead, TokenScores
 from flexmask.engine.prefill_graphs import PrefillGraphs
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
@@ -117,6 +120,7 @@ class ModelRunner:
         on_gpu = self.device.type == "cuda"
         backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
+        self._head = OutputHead(self._prefill_model)
         if on_gpu:
             use_bundled_assembler()
             compile_beside_layers(self._decode_model, list(shapes))
@@ -349,8 +353,53 @@ class ModelRunner:
         }
         bound.make_decode_masks(self.decode_kernels)
 
+    def plan_choices(self, prompts: Mapping[int, ChoicePrompt]) -> PrefillPlan:
+        """Plan to compute all tokens of prompts and of the choices stored behind them.
+
+        Args:
+            prompts: The prompts, by batch row.
+        """
+        layouts = {row: prompt.layout for row, prompt in prompts.items()}
+        return self.planner.plan_whole(layouts, self.cached_prefix, self.store)
+
+    @torch.no_grad()
+    def score(self, plan: PrefillPlan, slots: Tensor, token_ids: Tensor) -> TokenScores:
+        """Compute prompts, and score a token after each of some slots.
+
+        Args:
+            plan: The plan that `plan_choices` made.
+            slots: ``(N,)`` slots, counted over the slots of all rows, on the CPU.
+            token_ids: ``(N,)`` the token that follows each of them, on the CPU.
+        """
+        assert plan.inputs is not None, "a prompt's last token is never copied"
+        self._load(plan)
+        on_device = plan.inputs.packed(self._slack).to(self.device, non_blocking=True)
+        output = self._states_of(plan.inputs.over(on_device))
+        stream = plan.inputs.stream
+        token_at = torch.full((self._num_keys,), -1, dtype=torch.long)
+        token_at[stream.slots.long()] = stream.sources.long()
+        assert (token_at[slots] >= 0).all(), "a token that predicts is never copied"
+        places = to_device(token_at[slots], self.device)
+        self._keep(plan)
+        return self._head.score(output, places, to_device(token_ids, self.device))
+
     def _run(self, plan: PrefillPlan) -> Tensor:
         """Load the prompts of a plan, copy and compute; returns its rows on the device."""
+        rows = self._load(plan)
+        if plan.inputs is not None:
+            self._graphs.run(self._compute, plan.inputs, slack=self._slack)
+        self._keep(plan)
+        return rows
+
+    def _keep(self, plan: PrefillPlan) -> None:
+        """Give the store the spans of a plan that has been computed."""
+        for span in plan.kept:
+            assert self.store is not None
+            values = self.cache.copy_of(span.first_slot, span.length)
+            self.store.put(span.identity, SpanValues(values, span.first_position))
+
+    def _load(self, plan: PrefillPlan) -> Tensor:
+        """Load the prompts of a plan, and copy keys; returns its rows on the device."""
         bound = self.bound
         rows = to_device(torch.tensor(plan.rows), self.device)
         bound.load(plan, rows)
@@ -361,13 +410,12 @@ class ModelRunner:
                 positions = (copy.old_position, copy.new_position)
                 values = self.cache.turned(values, self._turns, *positions)
             self.cache.write(copy.first_slots, values)
-        if plan.inputs is not None:
-            self._graphs.run(self._compute, plan.inputs, slack=self._num_keys // self._tile[1])
-        for span in plan.kept:
-            assert self.store is not None
-            values = self.cache.copy_of(span.first_slot, span.length)
-            self.store.put(span.identity, SpanValues(values, span.first_position))
         return rows
+
+    @property
+    def _slack(self) -> int:
+        """Numbers in memory behind the inputs of a prefill (`stream_block_mask`)."""
+        return self._num_keys // self._tile[1]
 
     @property
     def _num_keys(self) -> int:
@@ -377,27 +425,31 @@ class ModelRunner:
 
     def _compute(self, inputs: StreamInputs) -> None:
         """Compute a stream of tokens; nothing in it waits for the host."""
+        self._states_of(inputs)
+
+    def _states_of(self, inputs: StreamInputs) -> BaseModelOutputWithPast:
+        """Compute a stream of ``T`` tokens; the output has hidden states ``(1, T, D)``."""
         bound = self.bound
         count = len(inputs.tile_rows)
         bound.tile_rows[:count] = inputs.tile_rows
         bound.tile_slots[:count] = inputs.tile_slots
         with compile_settings(self.device):
             try:
-                self._compute_tiles(inputs)
+                return self._compute_tiles(inputs)
             except inductor_error() as error:
                 if self.prefill_kernel != "flash":
                     raise
                 self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
-                self._compute_tiles(inputs)
+                return self._compute_tiles(inputs)
 
-    def _compute_tiles(self, inputs: StreamInputs) -> None:
+    def _compute_tiles(self, inputs: StreamInputs) -> BaseModelOutputWithPast:
         bound, flat = self.bound, self._has_flat_tiles
         mask_mods = bound.flat_masks if flat else bound.query_masks
         masks = {
             kind: stream_block_mask(tiles, self._tile, self._num_keys, mask_mods[kind], flat=flat)
             for kind, tiles in inputs.tiles.items()
         }
-        self._prefill_model.base_model(
+        output: BaseModelOutputWithPast = self._prefill_model.base_model(
             input_ids=inputs.token_ids[None].long(),
             position_ids=inputs.position_ids[None].long(),
             attention_mask=self._for_model(masks),
@@ -407,6 +459,7 @@ class ModelRunner:
             score_mod=bound.query_score_mod,
             scaled_part=bound.query_part,
         )
+        return output
 
     @property
     def _has_flat_tiles(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,6 +104,25 @@ class PrefillPlanner:
                     f"{self._capacity}"
                 )
         return self._plan(self._known(prompts), prefix, store, max_new_tokens or self._capacity)
+
+    def plan_whole(
+        self,
+        prompts: Mapping[int, Layout],
+        prefix: CachedPrefix | None = None,
+        store: KVStore | None = None,
+    ) -> PrefillPlan:
+        """Plan to compute all tokens of prompts, after which nothing is decoded.
+
+        Tokens of the fusion tail have a place in the stream that is computed: their own, or that
+        of an equal token that sees the same. Only a prefix may hold some of it, and is copied.
+
+        Args:
+            prompts: The layout of each prompt, by batch row, shorter than the capacity.
+            prefix: A prefix that is copied where prompts hold it.
+            store: As for `plan`.
+        """
+        whole = [replace(prompt, count=len(prompt.layout)) for prompt in self._known(prompts)]
+        return self._plan(whole, prefix, store, 0)
 
     def plan_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Plan to compute the first ``length`` tokens of a prompt in row 0.
@@ -238,7 +258,7 @@ class PrefillPlanner:
         mask is proved to be causal for the slots of the fusion tail.
         """
         kernels: dict[str, DecodeKernel] = dict.fromkeys(self._windows, "flex_attention")
-        if self._changes_scores:
+        if self._changes_scores or not max_new_tokens:
             return kernels
         for kind, window in self._windows.items():
 

@@ -20,12 +20,15 @@ class PromptGroup:
         layouts: The tokens of each prompt.
         seeds: A text for each prompt; with the seed of the run it determines what is sampled.
         weights: The weight of each prompt where logits are fused.
+        choices: For each prompt the tokens of its choices, which its layout holds behind it
+            (`with_choices`); empty where nothing is scored.
     """
 
     number: int
     layouts: tuple[Layout, ...]
     seeds: tuple[str, ...]
     weights: tuple[float, ...]
+    choices: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def longest(self) -> int:

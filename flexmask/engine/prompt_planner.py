@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, repeat
 from threading import current_thread
 from typing import NamedTuple
 
 from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.engine.choice_prompt import Choices, stored_choices
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.errors import FlexMaskWarning, RequestError
 from flexmask.fusion import Fusion
@@ -61,6 +62,7 @@ class PromptPlanner:
         fusion: Says which prompts a request becomes.
         max_rows: Most prompts that run together; None for no limit.
         on_refused: Called with each request that cannot be run; None raises.
+        scores_choices: True if the choices of requests are scored, and nothing is generated.
     """
 
     strategy: Strategy
@@ -70,6 +72,7 @@ class PromptPlanner:
     fusion: Fusion
     max_rows: int | None
     on_refused: OnRefused | None
+    scores_choices: bool = False
 
     def lookaheads(self, requests: Iterable[Request], size: int) -> Iterator[list[PlannedRequest]]:
         """Yield ``size`` generations at a time, planned while the caller runs those before them.
@@ -129,7 +132,8 @@ class PromptPlanner:
                 f"size of {len(prompts)}, got {self.max_rows}; raise it or take fewer segments"
             )
         tokenized = [self._tokenize(prompt) for prompt in prompts]
-        layouts = tuple(map(self._layout, prompts, tokenized))
+        choices = [self._choices(prompt) for prompt in prompts] if self.scores_choices else []
+        layouts = tuple(map(self._layout, prompts, tokenized, choices or repeat(())))
         drawn_for = [request] * len(prompts) if self.fusion.is_of_logits else prompts
         special_texts = [each.special_text for each in tokenized if each.special_text]
         group = PromptGroup(
@@ -137,6 +141,7 @@ class PromptPlanner:
             layouts=layouts,
             seeds=tuple(map(_seed, drawn_for)),
             weights=self.fusion.weights_of(request),
+            choices=tuple(choices),
         )
         return _Attempt(number, request, group, next(iter(special_texts), None))
 
@@ -146,23 +151,36 @@ class PromptPlanner:
         except RequestError as error:
             raise RequestError(f"{prompt.label}: {error}") from None
 
-    def _layout(self, prompt: Request, tokenized: TokenizedRequest) -> Layout:
+    def _choices(self, prompt: Request) -> Choices:
+        if not prompt.choices:
+            raise RequestError(f"{prompt.label}: it has no choices to score")
+        try:
+            return self.tokenizer.choices(prompt)
+        except RequestError as error:
+            raise RequestError(f"{prompt.label}: {error}") from None
+
+    def _layout(self, prompt: Request, tokenized: TokenizedRequest, choices: Choices) -> Layout:
         try:
             layout = self.strategy.layout(tokenized)
         except RequestError as error:
             raise RequestError(f"{prompt.label}: {error}") from None
-        if excess := beyond_context(layout, self.max_new_tokens, self.context):
+        # A choice's last token is predicted and not computed.
+        added = max(map(len, choices)) - 1 if choices else self.max_new_tokens
+        added_for = "the longest choice" if choices else "new tokens"
+        if excess := beyond_context(layout, added, self.context, added_for):
             raise RequestError(f"{prompt.label}: {excess}; shorten the prompt")
-        return layout
+        return layout.with_choices(stored_choices(choices)) if choices else layout
 
 
-def beyond_context(layout: Layout, max_new_tokens: int, context: int | None) -> str | None:
-    """Say how a prompt and its new tokens exceed a context; None if they do not."""
+def beyond_context(
+    layout: Layout, max_new_tokens: int, context: int | None, added_for: str = "new tokens"
+) -> str | None:
+    """Say how a prompt and the tokens added to it exceed a context; None if they do not."""
     needed = layout.position_ids[-1] + 1 + max_new_tokens
     if context is None or needed <= context:
         return None
     return (
-        f"needs positions up to {needed} ({max_new_tokens} of them for new tokens), but the "
+        f"needs positions up to {needed} ({max_new_tokens} of them for {added_for}), but the "
         f"model's context is {context}"
     )
 

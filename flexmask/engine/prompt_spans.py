@@ -167,6 +167,8 @@ def _runs_of(layout: Layout) -> NDArray[np.int64]:
     segments = layout.segment_tensor.numpy()[:count]
     positions = layout.position_tensor.numpy()[:count]
     is_first = (np.diff(segments) != 0) | (np.diff(positions) != 1)
+    if layout.choice_lengths:
+        is_first |= np.diff(layout.choice_tensor.numpy()[:count]) != 0
     starts = np.flatnonzero(is_first) + 1
     if len(starts) >= MAX_RUNS:
         return np.empty((0, 2), np.int64)

@@ -117,6 +117,27 @@ class Columns(Mapping[str, Any]):
             raise RequestError(f"messages must be a list, got {type_name(value)}")
         return tuple(value)
 
+    def choices(self) -> tuple[str, ...]:
+        """Return the column ``choices`` as `answers` does."""
+        items = self._items("choices", takes_numbers=True)
+        return self._strings("choices", [_as_answer(item) for item in items])
+
+    def answer(self) -> int | str | None:
+        """Return the column ``answer``, the right choice: an index, a text, or None.
+
+        Raises:
+            RequestError: If it is anything else.
+        """
+        value = self._value("answer") if "answer" in self else None
+        if value is None or isinstance(value, str):
+            return value or None
+        whole = _as_answer(value)
+        if not isinstance(whole, str):
+            raise RequestError(
+                f"answer must be the index or the text of a choice, got {type_name(value)}"
+            )
+        return int(whole)
+
     def weights(self, texts: Iterable[str]) -> tuple[float, ...]:
         """Return the column ``weights``, a number or a list of numbers, without nulls.
 

@@ -98,6 +98,7 @@ class _JudgedRow(NamedTuple):
     prediction: str
     answers: Sequence[str]
     generation: str
+    correct: bool | None
 
 
 def evaluate(
@@ -121,10 +122,13 @@ def evaluate(
         JudgeError: If a metric does not apply to a row, or fails on it; the message names it.
     """
     table = read_finished_rows(path)
-    names = ("uuid", "prediction", "answers", "generation")
+    names = ("uuid", "prediction", "answers", "generation", "correct")
     columns = (table[name].to_pylist() for name in names)
     rows = enumerate(zip(*columns, strict=True), start=1)
     judged = [_JudgedRow(number, *values) for number, values in rows if values[2]]
+    holds_scores = "choices" in table.column_names
+    if holds_scores:  # where the right choice is known, and not accepted answers alone
+        judged = [row for row in judged if row.correct is not None]
     if not judged:
         raise OutputError(f"{path}: none of its rows has accepted answers to judge by")
     recorded = RunConfig.from_json(table.schema.metadata[RUN]).run.get("judge")
@@ -135,8 +139,13 @@ def evaluate(
         is_cut_again = cut is not None or judge.parsed.extracts
         of_rows = []
         for row in judged:
+            if holds_scores and metric == "exact":
+                # Texts that are equal once normalized are two choices nevertheless.
+                of_rows.append(float(row.correct or False))
+                continue
+            text = row.prediction if holds_scores else row.generation
             try:
-                prediction = judge.answer_in(row.generation) if is_cut_again else row.prediction
+                prediction = judge.answer_in(text) if is_cut_again else row.prediction
                 of_rows.append(judge.score(prediction, row.answers))
             except JudgeError as error:
                 raise JudgeError(

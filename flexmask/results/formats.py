@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedWriter
 from itertools import islice
@@ -21,7 +21,8 @@ import pyarrow as pa
 from flexmask.errors import OutputError
 from flexmask.results.batch_checksum import checksum
 from flexmask.results.journal_stream import JournalContent, is_stream, read_stream
-from flexmask.results.schema import RUN, SCHEMA
+from flexmask.results.run_config import RunConfig
+from flexmask.results.schema import RUN, SCHEMA, SCHEMAS, SCORE_SCHEMA
 from flexmask.results.whole_file import WRITING, os_errors, replacing, target_of
 
 _FEATHER = b"ARROW1"
@@ -78,10 +79,11 @@ class StoredRows:
         Raises:
             OutputError: If the file is damaged, or of other columns than flexmask writes.
         """
+        is_known = any(self.schema.equals(schema) for schema in SCHEMAS.values())
         try:
             for batch in self.read():
                 batch.validate(full=True)
-                if not batch.schema.equals(SCHEMA):
+                if not (is_known and batch.schema.equals(self.schema)):
                     raise ValueError("other columns")
                 yield batch
         except DAMAGE:
@@ -101,12 +103,14 @@ def open_rows(path: Path) -> StoredRows:
         raise OutputError(f"{path}: not a result file")
     try:
         if is_json_lines:
-            return StoredRows(path, _json_lines_schema(path), lambda: _json_lines_batches(path))
+            schema = _json_lines_schema(path)
+            return StoredRows(path, schema, lambda: _json_lines_batches(path, schema))
         if start.startswith(_PARQUET):
             from pyarrow.parquet import read_schema  # slow to import
 
-            schema = SCHEMA.with_metadata(read_schema(path).metadata)
-            return StoredRows(path, schema, lambda: _parquet_batches(path))
+            stored = read_schema(path)
+            schema = SCHEMAS.get(tuple(stored.names), SCHEMA).with_metadata(stored.metadata)
+            return StoredRows(path, schema, lambda: _parquet_batches(path, schema))
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
             return StoredRows(path, reader.schema, lambda: _mapped_feather_batches(path))
     except DAMAGE:
@@ -118,21 +122,21 @@ def _mapped_feather_batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from _feather_batches(reader)
 
 
-def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     from pyarrow.parquet import ParquetFile  # slow to import
 
     with ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(ROWS_PER_BATCH):
-            yield from pa.Table.from_batches([batch]).cast(SCHEMA).to_batches()
+            yield from pa.Table.from_batches([batch]).cast(schema).to_batches()
 
 
-def _json_lines_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _json_lines_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     with path.open(encoding="utf-8") as file:
         rows = map(json.loads, file)
         while some := list(islice(rows, ROWS_PER_BATCH)):
-            if any(row.keys() != set(SCHEMA.names) for row in some):
+            if any(row.keys() != set(schema.names) for row in some):
                 raise ValueError("other columns")
-            yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
+            yield pa.RecordBatch.from_pylist(some, schema=schema)
 
 
 def is_result(path: Path) -> bool:
@@ -249,20 +253,42 @@ def _read_parquet(path: Path) -> pa.Table:
 
     with ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
-    if table.column_names != SCHEMA.names:
+    schema = SCHEMAS.get(tuple(table.column_names))
+    if schema is None:
         return table
-    return table.cast(SCHEMA.with_metadata(table.schema.metadata))  # Parquet renames list items
+    return table.cast(schema.with_metadata(table.schema.metadata))  # Parquet renames list items
 
 
 def _read_json_lines(path: Path) -> pa.Table:
-    schema = _json_lines_schema(path)
     with path.open(encoding="utf-8") as file:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
-    if any(row.keys() != set(schema.names) for row in rows):
-        return pa.Table.from_pylist(rows).replace_schema_metadata(schema.metadata)
-    return pa.Table.from_pylist(rows, schema=schema)
+    metadata = _sidecar_metadata(path)
+    if not rows:
+        return _json_lines_schema(path).empty_table()
+    schema = _schema_with(rows[0])
+    if schema is None or any(row.keys() != set(schema.names) for row in rows):
+        return pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    return pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
 
 
 def _json_lines_schema(path: Path) -> pa.Schema:
+    """Return the columns of a file by its first row, or by its metadata where there is none."""
+    metadata = _sidecar_metadata(path)
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    if first:
+        schema = _schema_with(json.loads(first)) or SCHEMA
+    else:
+        holds_scores = RUN in metadata and "scores" in RunConfig.from_json(metadata[RUN]).run
+        schema = SCORE_SCHEMA if holds_scores else SCHEMA
+    return schema.with_metadata(metadata)
+
+
+def _schema_with(names: Collection[str]) -> pa.Schema | None:
+    """Return the schema of result files that has these columns, in any order."""
+    return next((each for each in SCHEMAS.values() if set(each.names) == set(names)), None)
+
+
+def _sidecar_metadata(path: Path) -> dict[bytes, bytes]:
     sidecar = sidecar_path(path)
-    return SCHEMA.with_metadata({RUN: sidecar.read_bytes()} if sidecar.exists() else {})
+    return {RUN: sidecar.read_bytes()} if sidecar.exists() else {}

@@ -27,7 +27,7 @@ from flexmask.results.output_path import writable_path
 from flexmask.results.result_writer import ResultSummary
 from flexmask.results.resume import EarlierRun, find_earlier, values
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import RUN, SCHEMA
+from flexmask.results.schema import RUN
 from flexmask.tasks.shards import Shard, ShardRecord
 
 _NAMED = 3
@@ -185,7 +185,8 @@ def write_merged(parts: Sequence[Part], output: Path) -> ResultSummary:
                     f"{part.path}: has {num_rows:,} rows, but its run wrote {part.num_rows:,}"
                 )
 
-    write_rows(output, SCHEMA.with_metadata({RUN: config.to_json()}), _regrouped(counted()))
+    schema = parts[0].rows.schema.with_metadata({RUN: config.to_json()})
+    write_rows(output, schema, _regrouped(counted()))
     return summary
 
 

@@ -38,7 +38,6 @@ import pyarrow as pa
 
 from flexmask.errors import FlexMaskWarning, OutputError, RequestError
 from flexmask.fusion import Fusion
-from flexmask.generation import Generation
 from flexmask.request import Request, RequestKey
 from flexmask.results.formats import ROWS_PER_BATCH, read_rows, write_rows
 from flexmask.results.journal import Journal
@@ -53,8 +52,8 @@ from flexmask.results.resume import (
     values,
 )
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import FAILED, RUN, SCHEMA, row_of
-from flexmask.tasks.judge import Judge
+from flexmask.results.schema import FAILED, RUN, Result, row_of, schema_of
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
 
@@ -163,7 +162,7 @@ class ResultWriter:
         requests: Iterable[Request | BadRow],
         fusion: Fusion,
         plan: Plan,
-        judge: Judge,
+        judge: Judge | ChoiceJudge,
     ) -> None:
         """Wrap an output that `open` has locked and checked."""
         self.remaining = Remaining(requests, plan)
@@ -187,7 +186,7 @@ class ResultWriter:
         requests: Iterable[Request | BadRow],
         fusion: Fusion = Fusion(),
         mode: OutputMode = "new",
-        judge: Judge = Judge(),
+        judge: Judge | ChoiceJudge = Judge(),
     ) -> Self:
         """Lock the output, find the remaining requests, and write the bad rows.
 
@@ -200,7 +199,8 @@ class ResultWriter:
             fusion: The fusion of the run, which decides whether a request has one row, or one for
                 each of several segments (`Fusion.expand`).
             mode: What to do if there is a result or a journal already.
-            judge: Extracts answers from generations and scores them.
+            judge: Extracts answers from generations and scores them; or a `ChoiceJudge`, for
+                scores of choices, whose files have more columns (`SCORE_SCHEMA`).
 
         Raises:
             OutputError: If the output cannot be written, is being written by another process, or
@@ -218,7 +218,7 @@ class ResultWriter:
             plan = make_plan(expanded, earlier, output, judge)
             if config.shard is not None:
                 config = replace(config, num_rows=len(plan.has_row))
-            schema = SCHEMA.with_metadata({RUN: config.to_json()})
+            schema = schema_of(judge).with_metadata({RUN: config.to_json()})
             if not plan.is_complete:
                 journal.restart(schema, plan.rows)
             writer = cls(output, journal, schema, expanded, fusion.after_expansion, plan, judge)
@@ -228,7 +228,7 @@ class ResultWriter:
             journal.close()
             raise
 
-    def write(self, results: Iterable[Generation | BadRow]) -> None:
+    def write(self, results: Iterable[Result]) -> None:
         """Append rows in any order; after return they survive a crash.
 
         Raises:
@@ -240,7 +240,7 @@ class ResultWriter:
         if len(set(given)) < len(given) or not self._pending.issuperset(given):
             raise ValueError(f"every remaining request takes one row, got {given}")
         if rows:
-            batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+            batch = pa.RecordBatch.from_pylist(rows, schema=schema_of(self.judge))
             self._journal.append(batch)
             self._pending.difference_update(given)
             self.summary = self.summary.plus(
@@ -328,7 +328,8 @@ def read_finished_rows(path: str | Path) -> pa.Table:
     damaged one, the rows before the damage, with a warning.
 
     Returns:
-        A table with the columns of `SCHEMA` and the run in its metadata (`read_run_config`).
+        A table with the columns of `SCHEMA` or `SCORE_SCHEMA`, and the run in its metadata
+        (`read_run_config`).
 
     Raises:
         OutputError: If there is no such file, or it is not a result file.

@@ -16,8 +16,8 @@ from flexmask.request import Request, RequestKey
 from flexmask.results.formats import read_rows, sidecar_path
 from flexmask.results.journal import Journal
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import FAILED, NEVER_NULL, RUN, SCHEMA, verdict
-from flexmask.tasks.judge import Judge
+from flexmask.results.schema import FAILED, NEVER_NULL, RUN, SCHEMAS, schema_of, verdict
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
 OutputMode = Literal["new", "overwrite", "resume"]
@@ -48,7 +48,7 @@ class EarlierRun:
             raise OutputError(
                 f"{path}: not a result file, no flexmask run is recorded in it"
             ) from None
-        if not rows.schema.equals(SCHEMA):
+        if not any(rows.schema.equals(schema) for schema in SCHEMAS.values()):
             raise OutputError(f"{path}: its columns are not those that this version writes")
         if name := next((name for name in NEVER_NULL if _has_null(rows[name])), None):
             raise OutputError(f"{path}: damaged, its column {name!r} has nulls")
@@ -154,7 +154,10 @@ class Plan:
 
 
 def make_plan(
-    requests: Iterable[Request | BadRow], earlier: EarlierRun | None, output: Path, judge: Judge
+    requests: Iterable[Request | BadRow],
+    earlier: EarlierRun | None,
+    output: Path,
+    judge: Judge | ChoiceJudge,
 ) -> Plan:
     """Compare the requests of a run with the rows of an earlier one.
 
@@ -164,10 +167,12 @@ def make_plan(
         OutputError: If the earlier rows belong to other requests.
         RequestError: If two requests have the same uuid.
     """
-    rows = SCHEMA.empty_table() if earlier is None else _without_failures(earlier.rows)
+    schema = schema_of(judge)
+    rows = schema.empty_table() if earlier is None else _without_failures(earlier.rows)
     hashes = dict(_hashes(rows))
     has_row: dict[RequestKey, bool] = {}
-    bad, changed, corrected = [], [], {}
+    bad, changed = [], list[RequestKey]()
+    corrected: dict[RequestKey, Mapping[str, Any]] = {}
     for request in requests:
         if request.key in has_row:
             raise RequestError(
@@ -178,10 +183,11 @@ def make_plan(
         if isinstance(request, BadRow):
             bad.append(request)
         elif found is not None:
-            if found[0] != hash(_content(request)):
+            content, right = _content(request, schema), _right(request, schema)
+            if found[0] != hash(content):
                 changed.append(request.key)
-            if found[1] != hash(request.answers):
-                corrected[request.key] = request.answers
+            if found[1] != hash(tuple(right.values())):
+                corrected[request.key] = right
     if earlier is not None:
         changed += [row.key for row in bad if has_row[row.key]]
         _check_same_requests(earlier.path, unknown=list(hashes), changed=changed)
@@ -221,24 +227,46 @@ def _without_failures(rows: pa.Table) -> pa.Table:
 
 def _hashes(rows: pa.Table) -> Iterator[tuple[RequestKey, tuple[int, int]]]:
     """Yield for each key a hash of its prompt and one of its answers."""
-    asked = ["prefix", "paraphrases", "suffix", "weights"]
-    asked += ["system", "messages", "answer_prefix", "segment_turns"]
+    asked = [name for name in ASKED if name in rows.schema.names]
+    right = [name for name in RIGHT if name in rows.schema.names]
     for batch in rows.to_batches():
-        columns = batch.select([*asked, "answers"]).to_pydict().values()
-        for key, (prefix, segments, suffix, weights, system, messages, *more, answers) in zip(
-            keys(batch), zip(*columns, strict=True), strict=True
-        ):
-            turns = tuple((turn["role"], turn["content"]) for turn in messages)
-            content = (prefix, tuple(segments), suffix, tuple(weights or ()), system, turns, *more)
-            yield key, (hash(content), hash(tuple(answers)))
+        contents = zip(*(values(batch, name) for name in asked), strict=True)
+        accepted = zip(*(values(batch, name) for name in right), strict=True)
+        for key, content, answers in zip(keys(batch), contents, accepted, strict=True):
+            yield key, (hash(_hashable(content)), hash(_hashable(answers)))
 
 
-def _content(request: Request) -> tuple[object, ...]:
+ASKED = (
+    *("prefix", "paraphrases", "suffix", "weights", "system", "messages", "answer_prefix"),
+    *("segment_turns", "choices"),
+)
+"""Columns that say what was asked; a resumed run must ask the same."""
+
+RIGHT = ("answers", "answer")
+"""Columns that say what is right; a resumed run may correct them."""
+
+
+def _hashable(value: Any) -> Any:
+    """Return the value of a column, or several, with tuples for lists and for structures."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return value
+    return tuple(map(_hashable, value))
+
+
+def _content(request: Request, schema: pa.Schema) -> tuple[object, ...]:
     turns = tuple((message.role, message.content) for message in request.messages)
-    return (
-        *(request.prefix, request.segments, request.suffix, request.weights),
+    asked = (
+        *(request.prefix, request.segments, request.suffix, request.weights or None),
         *(request.system, turns, request.answer_prefix, request.segment_turns),
     )
+    return (*asked, request.choices) if "choices" in schema.names else asked
+
+
+def _right(request: Request, schema: pa.Schema) -> Mapping[str, Any]:
+    right = {"answers": request.answers, "answer": request.answer}
+    return {name: value for name, value in right.items() if name in schema.names}
 
 
 def _check_same_requests(
@@ -251,26 +279,26 @@ def _check_same_requests(
         )
     if changed:
         raise OutputError(
-            f"{path}: the texts or weights of requests have changed since "
+            f"{path}: the texts, weights or choices of requests have changed since "
             f"({_named(changed)}); {START_AGAIN}"
         )
 
 
 def _judged_again(
-    rows: pa.Table, corrected: Mapping[RequestKey, tuple[str, ...]], judge: Judge
+    rows: pa.Table, corrected: Mapping[RequestKey, Mapping[str, Any]], judge: Judge | ChoiceJudge
 ) -> pa.Table:
-    """Update the accepted answers of rows whose requests have other ones now, and judge again."""
+    """Update the right answers of rows whose requests have other ones now, and judge again."""
     if not corrected:
         return rows
     batches = []
     for batch in rows.to_batches():
         content = batch.to_pylist()
         for row in content:
-            if (answers := corrected.get((row["uuid"], row["segment"]))) is not None:
-                row["answers"] = answers
-                row |= verdict(row["prediction"], answers, judge)
-        batches.append(pa.RecordBatch.from_pylist(content, schema=SCHEMA))
-    return pa.Table.from_batches(batches, SCHEMA)
+            if (right := corrected.get((row["uuid"], row["segment"]))) is not None:
+                row |= right
+                row |= verdict(row, judge)
+        batches.append(pa.RecordBatch.from_pylist(content, schema=rows.schema))
+    return pa.Table.from_batches(batches, rows.schema)
 
 
 def _named(keys: Sequence[RequestKey]) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flexmask.fusion import Fusion
-from flexmask.generation import Generation
 from flexmask.request import Request, RequestKey
 from flexmask.results.result_writer import ExpandedRequests, Remaining, ResultSummary
 from flexmask.results.resume import make_plan
-from flexmask.results.schema import row_of
-from flexmask.tasks.judge import Judge
+from flexmask.results.schema import Result, row_of
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
 
@@ -35,7 +34,7 @@ class RowStream:
         *,
         requests: Iterable[Request | BadRow],
         fusion: Fusion = Fusion(),
-        judge: Judge = Judge(),
+        judge: Judge | ChoiceJudge = Judge(),
     ) -> None:
         """Read the requests once, and write the bad rows that come first.
 
@@ -60,7 +59,7 @@ class RowStream:
         self._waiting: dict[RequestKey, str] = {}
         self.write(plan.bad)
 
-    def write(self, results: Iterable[Generation | BadRow]) -> None:
+    def write(self, results: Iterable[Result]) -> None:
         """Take rows in any order, and write those whose turn it is.
 
         Raises:

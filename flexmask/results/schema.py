@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
+from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.errors import JudgeError
 from flexmask.generation import Generation
-from flexmask.tasks.judge import Judge
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.matching import is_exact_match
 from flexmask.tasks.request_source import BadRow
 
@@ -48,6 +50,33 @@ segment that was run alone, else null; ``weights`` are those of the segments, or
 is exact match and ``score`` the judge's score, both null where there are no answers; ``error`` is
 the reason why a row failed, else null."""
 
+SCORE_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        ("choices", pa.list_(pa.string())),
+        ("answer", pa.int32()),
+        ("chosen", pa.int32()),
+        ("is_tie", pa.bool_()),
+        ("logprobs", pa.list_(pa.float64())),
+        ("token_logprobs", pa.list_(pa.list_(pa.float64()))),
+        ("tokens", pa.list_(pa.int32())),
+        ("bytes", pa.list_(pa.int32())),
+        ("is_greedy", pa.list_(pa.bool_())),
+    ]
+)
+"""Columns of a result file of scores: ``answer`` is the index of the right choice, null where it
+is not known, ``chosen`` that of the one with the highest value, and ``is_tie`` says that another
+has the same. The lists hold an item for each choice: the natural logarithm of its probability,
+those of its tokens, numbers of tokens and bytes, and whether greedy decoding would have generated
+it (null where prompts are fused). ``prediction`` is the chosen choice, and ``correct`` compares
+its index with the answer's. Rows that failed have nulls from ``chosen`` on."""
+
+SCHEMAS = {tuple(schema.names): schema for schema in (SCHEMA, SCORE_SCHEMA)}
+"""The schemas of result files by the names of their columns."""
+
+SCORED = "scored"
+"""Finish reason of a row whose choices were scored."""
+
 NEVER_NULL = (
     *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
     *("system", "messages", "answer_prefix", "segment_turns"),
@@ -56,8 +85,16 @@ NEVER_NULL = (
 """Columns that are never null; the items of their lists are not null either."""
 
 
-def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
-    """Return the row of a generation, or of a bad row, which has no text and counts as wrong.
+Result = Generation | Score | BadRow
+
+
+def schema_of(judge: Judge | ChoiceJudge) -> pa.Schema:
+    """Return the columns of the rows that a judge judges."""
+    return SCORE_SCHEMA if isinstance(judge, ChoiceJudge) else SCHEMA
+
+
+def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
+    """Return the row of a result, or of a bad row, which has no text and counts as wrong.
 
     Raises:
         JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
@@ -77,12 +114,22 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
         "segment": request.segment if request else None,
         "weights": (request.weights or None) if request else None,
     }
+    if isinstance(judge, ChoiceJudge):
+        row |= {
+            "choices": request.choices if request else (),
+            "answer": request.answer if request else None,
+            "chosen": None,
+        }
     if isinstance(result, BadRow):
         row |= {"prediction": "", "generation": "", "prompt_tokens": 0, "generated_tokens": 0}
         # It may quote a lone surrogate, which Arrow does not store.
         error = result.error.encode(errors="backslashreplace").decode()
         row |= {"finish_reason": FAILED, "error": error}
+    elif isinstance(result, Score):
+        assert isinstance(judge, ChoiceJudge)
+        row |= _columns_of(result, judge)
     else:
+        assert isinstance(judge, Judge)
         row |= {
             "prompts": result.prompts,
             "prediction": judge.prediction(result),
@@ -93,13 +140,38 @@ def row_of(result: Generation | BadRow, judge: Judge) -> dict[str, Any]:
             "error": None,
         }
     try:
-        return row | verdict(row["prediction"], row["answers"], judge)
+        return row | verdict(row, judge)
     except JudgeError as error:
         raise JudgeError(f"{request.label if request else row['uuid']}: {error}") from error
 
 
-def verdict(prediction: str, answers: tuple[str, ...], judge: Judge) -> dict[str, Any]:
-    """Return the columns ``correct`` and ``score``, which depend on accepted answers."""
+def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:
+    def of_each(value: Callable[[ChoiceScore], Any]) -> list[Any]:
+        return [value(choice) for choice in score.choices]
+
+    return {
+        "prediction": judge.prediction(score),
+        "generation": "",
+        "prompt_tokens": score.prompt_tokens,
+        "generated_tokens": 0,
+        "finish_reason": SCORED,
+        "error": None,
+        "chosen": score.chosen(judge.normalize),
+        "is_tie": score.is_tie(judge.normalize),
+        "logprobs": of_each(lambda choice: choice.logprob),
+        "token_logprobs": of_each(lambda choice: choice.token_logprobs),
+        "tokens": of_each(lambda choice: choice.num_tokens),
+        "bytes": of_each(lambda choice: choice.num_bytes),
+        "is_greedy": of_each(lambda choice: choice.is_greedy),
+    }
+
+
+def verdict(row: Mapping[str, Any], judge: Judge | ChoiceJudge) -> dict[str, Any]:
+    """Return the columns ``correct`` and ``score`` of a row, which depend on right answers."""
+    if isinstance(judge, ChoiceJudge):
+        is_right = None if row["answer"] is None else row["chosen"] == row["answer"]
+        return {"correct": is_right, "score": None if is_right is None else float(is_right)}
+    prediction, answers = row["prediction"], row["answers"]
     if not answers:
         return {"correct": None, "score": None}
     return {

@@ -15,12 +15,13 @@ from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.inputs.rows import Input, Row
 from flexmask.request import Request, RequestKey
-from flexmask.results.dataset_run import DatasetJob, DatasetRun
+from flexmask.results.dataset_run import DatasetRun, GenerationJob
 from flexmask.results.journal import OutputInUseError
 from flexmask.results.result_writer import ResultWriter
+from flexmask.results.schema import Result
 from flexmask.results.shard_files import ShardFolder, StartedRows
 from flexmask.results.shard_queue import Assignment
-from flexmask.tasks.judge import Judge
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow, RequestSource
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class ShardsWriter:
         self,
         open_next: Callable[[], OpenShard | None],
         finished: Callable[[OpenShard], None],
-        job: DatasetJob,
+        job: GenerationJob,
     ) -> None:
         """Open no shard yet.
 
@@ -111,7 +112,7 @@ class ShardsWriter:
             job: The run.
         """
         self.fusion: Fusion = job.fusion.after_expansion
-        self.judge: Judge = job.judge
+        self.judge: Judge | ChoiceJudge = job.judge
         self._open_next = open_next
         self._finished = finished
         self._upcoming: OpenShard | None = None
@@ -135,9 +136,9 @@ class ShardsWriter:
                 shard.started.add(request.key)
                 yield request
 
-    def write(self, results: Iterable[Generation | BadRow]) -> None:
+    def write(self, results: Iterable[Result]) -> None:
         """Write rows to the files of their shards; finish those that are complete."""
-        of_shard: dict[int, list[Generation | BadRow]] = {}
+        of_shard: dict[int, list[Result]] = {}
         for result in results:
             key = result.key if isinstance(result, BadRow) else result.request.key
             of_shard.setdefault(self._shard_of.pop(key).number, []).append(result)
@@ -186,7 +187,7 @@ class _OneRow:
 class ShardWorker:
     """Runs shards with one engine, which is loaded when the first request needs it."""
 
-    def __init__(self, job: DatasetJob, folder: ShardFolder, assignments: Assignments) -> None:
+    def __init__(self, job: GenerationJob, folder: ShardFolder, assignments: Assignments) -> None:
         """Prepare; nothing is opened or loaded yet."""
         self._job = job
         self._folder = folder
@@ -261,10 +262,10 @@ class ShardWorker:
             shard.suspend(is_orderly=is_orderly)
         self._assignments.give_back(assignment.number)
 
-    def _carry_out(self, run: DatasetRun) -> None:
+    def _carry_out(self, run: DatasetRun[Generation]) -> None:
         for batch in run.batches(lambda: self._is_stopped):
             self._report(batch)
-        stats = run.generations.stats
+        stats = run.engine_run.stats
         self._stats = stats if self._stats is None else self._stats.plus(stats)
 
     def _report(self, batch: Sequence[Generation]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from flexmask.choice_scores import Normalize, Score, check_normalization
 from flexmask.errors import JudgeError, OptionError
 from flexmask.generation import Generation, first_line
 from flexmask.tasks.metric import Metric, parse_metric
@@ -87,3 +88,32 @@ class Judge:
             JudgeError: If the metric does not apply to the accepted answers, or fails.
         """
         return self.parsed.score(prediction, answers)
+
+
+@dataclass(frozen=True)
+class ChoiceJudge:
+    """Picks the choice with the highest score, and compares it with the right one by its index.
+
+    Attributes:
+        normalize: What log-probabilities are divided by before they are compared.
+    """
+
+    normalize: Normalize = "none"
+    metric = "exact"
+
+    def __post_init__(self) -> None:
+        check_normalization(self.normalize)
+
+    def check(self) -> None:
+        """Do nothing: no package is needed."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the judge as a run's configuration records it."""
+        return asdict(self)
+
+    def prediction(self, score: Score) -> str:
+        """Return the text of the choice with the highest score."""
+        return score.request.choices[score.chosen(self.normalize)].strip()
+
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """Do nothing: the right choice is known by its index."""

@@ -14,8 +14,8 @@ from flexmask.inputs.columns import Columns, MissingColumnError
 from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row
 from flexmask.inputs.text_format import TextFormat
-from flexmask.request import Request, RequestKey
-from flexmask.tasks.judge import Judge
+from flexmask.request import Request, RequestKey, check_choices, choice_index
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.shards import InputPart, ShardRecord
 
 OnError = Literal["stop", "skip"]
@@ -23,9 +23,10 @@ OnError = Literal["stop", "skip"]
 
 FIELDS = (
     *("uuid", "prefix", "segments", "suffix", "answers", "weights"),
-    *("system", "messages", "answer_prefix"),
+    *("system", "messages", "answer_prefix", "choices", "answer"),
 )
-"""Columns that a request is read from if there is no task."""
+"""Columns that a request is read from if there is no task; ``weights``, ``choices`` and ``answer``
+are read only where they are used."""
 
 MAX_CHARACTERS = 8 * 2**20
 """Size limit of a request. A million tokens of English are some five million characters;
@@ -75,12 +76,15 @@ class PlainRequests:
         prefix: Replaces the prefix of every row.
         system: Replaces the system turn of every row.
         reads_weights: Whether to read the column ``weights``.
+        reads_choices: Whether to read the columns ``choices``, which is required then, and
+            ``answer``.
     """
 
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str | None = None
     reads_weights: bool = False
     system: str | None = None
+    reads_choices: bool = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -112,10 +116,39 @@ class PlainRequests:
             system=columns.text("system") if self.system is None else self.system,
             messages=columns.messages(),
             answer_prefix=columns.text("answer_prefix"),
+            choices=choices_of(columns) if self.reads_choices else (),
+            answer=answer_of(columns) if self.reads_choices else None,
         )
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Do nothing: rows without segments are refused one by one."""
+
+
+def choices_of(columns: Columns) -> tuple[str, ...]:
+    """Return the choices of a row.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        RequestError: If they are no choices.
+    """
+    if "choices" not in columns or columns["choices"] is None:
+        keys = ", ".join(repr(key) for key in columns) or "none"
+        raise MissingColumnError(
+            f"the row has no 'choices', a list of strings; its columns: {keys}"
+        )
+    choices = columns.choices()
+    check_choices(choices)
+    return choices
+
+
+def answer_of(columns: Columns) -> int | None:
+    """Return the index of a row's right choice; None if it names none.
+
+    Raises:
+        RequestError: If what it names is none of its choices.
+    """
+    answer = columns.answer()
+    return None if answer is None else choice_index(answer, columns.choices())
 
 
 @dataclass(frozen=True)
@@ -141,7 +174,7 @@ class RequestSource:
     num_segments: int | None = None
     on_error: OnError = "stop"
     fusion: Fusion = Fusion()
-    judge: Judge = Judge()
+    judge: Judge | ChoiceJudge = Judge()
     is_chat: bool = True
     part: InputPart | None = None
 
@@ -231,7 +264,7 @@ class RequestSource:
                 "`chat_template`"
             )
         turns = (request.system, *(message.content for message in request.messages))
-        texts = (*turns, request.prefix, *request.segments, request.suffix)
+        texts = (*turns, request.prefix, *request.segments, request.suffix, *request.choices)
         characters = sum(map(len, texts))
         if characters > MAX_CHARACTERS:
             raise RequestError(
@@ -262,6 +295,7 @@ def read_requests(
     limit: int | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    with_choices: bool = False,
 ) -> list[Request]:
     """Read all requests of an input with a column ``segments``, a list of strings.
 
@@ -275,6 +309,7 @@ def read_requests(
         limit: Number of rows to read; None for all.
         delimiter: Character between the cells of CSV; None to detect it.
         encoding: Encoding of a text file; None for UTF-8.
+        with_choices: Also read the columns ``choices`` and ``answer``, for `Engine.score`.
 
     Raises:
         OptionError: If the delimiter or the encoding is invalid.
@@ -282,5 +317,6 @@ def read_requests(
             file, the line and what to do.
     """
     rows = open_input(source, TextFormat(delimiter, encoding))
-    requests = RequestSource(rows, limit=limit, num_segments=num_segments)
+    make = PlainRequests(reads_choices=with_choices)
+    requests = RequestSource(rows, make, limit=limit, num_segments=num_segments)
     return [request for request in requests if isinstance(request, Request)]

@@ -31,6 +31,7 @@ _MAX_DEPTH = 20
 """Nesting limit of tables and lists; a task has five levels, and its rows may have more."""
 TURNS = get_args(SegmentTurns)
 EXAMPLE = "Q: {{ paraphrase }}\nA: {{ answer }}\n\n"
+CHOICE = "{{ choice }}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Task:
         prefix: Jinja template of the prefix, with ``instruction``, ``examples`` and the row.
         segment: Template of a segment, with ``paraphrase``, ``instruction`` and the row.
         suffix: Template of the suffix, with ``instruction`` and the row.
-        system: Template of the system turn, likewise.
+        choice: Template of a choice, with ``choice``, a text of the row's column ``choices``.
+        system: Template of the system turn, with ``instruction`` and the row.
         answer_prefix: Template of the start of the answer, likewise.
         messages: Column of the turns before the request; empty if there are none.
         segment_turns: The user turns that segments stand in (`Request.segment_turns`).
@@ -93,6 +95,7 @@ class Task:
     examples: Examples = Examples()
     prefix: str = ""
     suffix: str = ""
+    choice: str = CHOICE
     system: str = ""
     answer_prefix: str = ""
     messages: str = ""
@@ -180,6 +183,7 @@ def _read_task(path: Path) -> Task:
         prefix=prompt.text("prefix", ""),
         segment=prompt.text("segment"),
         suffix=prompt.text("suffix", ""),
+        choice=prompt.text("choice", CHOICE),
         system=prompt.text("system", ""),
         answer_prefix=prompt.text("answer_prefix", ""),
         messages=prompt.text("messages", ""),

@@ -14,6 +14,7 @@ from flexmask.inputs.input_files import open_input
 from flexmask.inputs.rows import Input, Row, rows_in_memory
 from flexmask.inputs.text_format import TextFormat
 from flexmask.request import ROLES, Message, Request
+from flexmask.tasks.request_source import answer_of, choices_of
 from flexmask.tasks.task import Task
 from flexmask.tasks.templates import RowTemplate, TemplateFault, TemplateSyntaxFault, one_row
 
@@ -55,6 +56,7 @@ class TaskPrompts:
         prefix: str | None = None,
         system: str | None = None,
         reads_weights: bool = False,
+        reads_choices: bool = False,
         chosen_columns: Collection[str] = (),
         examples_format: TextFormat = TextFormat(),  # noqa: B008 (frozen)
     ) -> None:
@@ -67,6 +69,7 @@ class TaskPrompts:
             system: Replaces the rendered system template.
             reads_weights: Whether to read the column ``weights``, a number for each paraphrase of
                 the row; those of the selected paraphrases are used.
+            reads_choices: Whether to read the columns ``choices`` and ``answer``.
             chosen_columns: Columns of the task that the user has mapped to columns of the data;
                 the other columns of their group may then be missing.
             examples_format: Delimiter and encoding of the file of examples.
@@ -81,11 +84,13 @@ class TaskPrompts:
         self._fixed_prefix = prefix
         self._fixed_system = system
         self._reads_weights = reads_weights
+        self._reads_choices = reads_choices
         self._chosen_columns = frozenset(chosen_columns)
         self._examples_format = examples_format
         self._prefix = _template(task, "prompt.prefix", task.prefix)
         self._segment = _template(task, "prompt.segment", task.segment)
         self._suffix = _template(task, "prompt.suffix", task.suffix)
+        self._choice = _template(task, "prompt.choice", task.choice)
         self._system = _template(task, "prompt.system", task.system)
         self._answer_prefix = _template(task, "prompt.answer_prefix", task.answer_prefix)
         self._example = _template(task, "examples.template", task.examples.template)
@@ -139,7 +144,17 @@ class TaskPrompts:
                 suffix=self._render(self._suffix, "prompt.suffix", columns, **shared),
                 answers=columns.answers(),
                 weights=tuple(weight for _, weight in selected) if self._reads_weights else (),
+                choices=self._choices_of(columns, shared),
+                answer=answer_of(columns) if self._reads_choices else None,
             )
+
+    def _choices_of(self, columns: Columns, shared: Mapping[str, str]) -> tuple[str, ...]:
+        if not self._reads_choices:
+            return ()
+        return tuple(
+            self._render(self._choice, "prompt.choice", columns, **shared, choice=choice)
+            for choice in choices_of(columns)
+        )
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Check that the rows have the columns of the paraphrases.

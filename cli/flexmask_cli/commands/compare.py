@@ -14,7 +14,7 @@ from flexmask.errors import FlexMaskError
 from flexmask.fusion import Fusion
 from flexmask.limits import read_size
 from flexmask_cli.dataset_options import InputOptions
-from flexmask_cli.generation_options import PlannedRun, RunOptions
+from flexmask_cli.generation_options import PlannedGeneration, RunOptions
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import path, text
@@ -100,7 +100,7 @@ def compare(
     opened = data.open(
         fusion=_read_for(ways), limit=run.rows.limit, on_bad_row=run.rows.on_bad_row
     )
-    planned = PlannedRun(run, opened.task)
+    planned = PlannedGeneration(run, opened.task)
 
     # Imported only now, since these import torch: wrong options are reported before.
     from flexmask.compare.comparison_run import CellRunner, ReportFolder, cut_to_counts
@@ -189,7 +189,9 @@ def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[C
     errors: dict[Cell, str] = {}
     interrupt = Interrupt()
 
-    def watch(title: str, run: DatasetRun, total: int) -> Iterator[Sequence[Generation]]:
+    def watch(
+        title: str, run: DatasetRun[Generation], total: int
+    ) -> Iterator[Sequence[Generation]]:
         with interrupt:
             yield from track(run, total, interrupt, is_quiet=is_quiet, title=title)
         if interrupt.is_requested:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from flexmask.errors import OptionError, RequestError
-from flexmask.fusion import Fusion
+from flexmask.fusion import FUSIONS
 from flexmask_cli.cluster_run import check_input, first_generations, generate_on_cluster
+from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, Written
 from flexmask_cli.dataset_options import OpenInput, RequestOptions
-from flexmask_cli.generation_options import PlannedRun, RunOptions
-from flexmask_cli.interrupt import Interrupt
+from flexmask_cli.generation_options import PlannedGeneration, RunOptions
 from flexmask_cli.option_groups import takes_options
-from flexmask_cli.option_kinds import flag, path
-from flexmask_cli.options import BadRows, FusionOptions, StrategyOptions
-from flexmask_cli.progress import track
+from flexmask_cli.options import FusionOptions, StrategyOptions
+from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.render.generation import (
     SHOWN_ANSWERS,
-    outcome_figures,
     print_answers,
     print_kernels,
     print_notes,
-    print_outcome,
-    print_prompt,
+    print_rules,
     print_stats,
-)
-from flexmask_cli.render.lines import (
-    print_json,
-    print_json_line,
-    print_warnings,
-    warnings_as_lines,
 )
 from flexmask_cli.scaling_options import ScalingOptions
 from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
-from flexmask_cli.streams import run_goes_on, write_text
+from flexmask_cli.streams import write_text
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine, RunStats
@@ -46,50 +36,7 @@ if TYPE_CHECKING:
     from flexmask.results.dataset_run import DatasetJob, DatasetRun
     from flexmask.results.result_writer import ResultWriter
     from flexmask.results.row_stream import RowStream
-    from flexmask.strategy import Strategy
     from flexmask.tasks.request_source import RequestSource
-
-STDOUT = Path("-")
-"""Value of ``--output`` for standard output."""
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The output of a run, and what is printed."""
-
-    heading: ClassVar[str] = "Output"
-
-    output: Annotated[
-        Path | None,
-        path(
-            "--output",
-            "-o",
-            help="A .feather, .parquet or .jsonl file; - writes JSON Lines to standard output. "
-            "Default: outputs/<input>/<model>/<strategy>-<segments>.feather; with a fusion, "
-            "<strategy>-<fusion>-<segments>.feather.",
-        ),
-    ] = None
-    dry_run: Annotated[bool, flag("--dry-run", help="Print the prompts and generate nothing.")] = (
-        False
-    )
-    verbose: Annotated[
-        bool,
-        flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
-    ] = False
-    as_json: Annotated[
-        bool, flag("--json", help="Print counts, accuracy and figures of the run as JSON.")
-    ] = False
-
-    def __post_init__(self) -> None:
-        """Refuse options that exclude each other.
-
-        Raises:
-            OptionError: If two of them print to standard output.
-        """
-        if self.as_json and self.output == STDOUT:
-            raise OptionError("--json and --output - both print to standard output; leave out one")
-        if self.as_json and self.dry_run:
-            raise OptionError("--dry-run prints prompts; leave out --json")
 
 
 @takes_options
@@ -113,191 +60,159 @@ def generate(
         on_bad_row=run.rows.on_bad_row,
     )
     opened = open_input()
-    planned = PlannedRun(run, opened.task)
-    requests = planned.checked(opened.requests)
-    if output.dry_run:
-        skips = run.rows.on_error is BadRows.SKIP
-        _print_prompts(scaling.rows_of(requests), fusion.chosen, planned, skips=skips)
-        return
-
-    if output.output == STDOUT:
-        if scaling.is_on_ray:
-            raise OptionError("--engine ray writes a file; leave out --output -")
-        planned.check()
-        with warnings_as_lines():
-            requests = scaling.rows_of(requests)
-            _write_stream(planned, chosen, fusion.chosen, requests, output)
-        return
-
-    from flexmask.results.output_path import check_output_name, default_output_path
-
-    path = output.output or default_output_path(
-        opened.stem,
-        planned.model_name,
-        chosen.strategy.name,
-        data.num_segments,
-        str(fusion.chosen),
-        scaling.chosen_shard,
-    )
-    check_output_name(path)
-    planned.check(is_elsewhere=scaling.is_on_ray)
-    with run_goes_on(), warnings_as_lines():
-        if scaling.is_on_ray:
-            check_input(data.input)
-            job = planned.job(
-                choose, partial(_requests_of, open_input, planned), fusion.chosen, opened.name
-            )
-            outcome = generate_on_cluster(
-                job,
-                path,
-                run.results.mode,
-                scaling,
-                run.engine.device,
-                is_quiet=run.results.quiet,
-                is_verbose=output.verbose,
-            )
-            summary, stats = outcome.summary, outcome.stats
-            shown = [] if stats is None else first_generations(path, SHOWN_ANSWERS)
-        else:
-            requests = scaling.rows_of(requests)
-            job = planned.job(lambda: chosen, lambda: requests, fusion.chosen, opened.name)
-            with job.open_writer(path, requests, run.results.mode, requests.shard) as writer:
-                shown, stats = _generate_rest(job, writer, output, is_quiet=run.results.quiet)
-            summary = writer.summary
-    # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
-    if output.as_json:
-        print_json(outcome_figures(path, summary, planned.judge, stats))
-    elif not run.results.quiet:
-        if stats is not None:
-            if shown:
-                print_answers(shown, planned.judge)
-            print_stats(stats, fusion.chosen)
-        print_outcome(path, summary, planned.judge)
+    Generate(
+        planned=PlannedGeneration(run, opened.task),
+        chosen=chosen,
+        fusion=fusion.chosen,
+        opened=opened,
+        num_segments=data.num_segments,
+        output=output,
+        part=scaling,
+        scaling=scaling,
+        again=Again(choose, open_input, data.input),
+    ).run()
 
 
-def _requests_of(open_input: Callable[[], OpenInput], planned: PlannedRun) -> RequestSource:
-    return planned.checked(open_input().requests)
+@dataclass(frozen=True)
+class Again:
+    """What other processes do again: choose the strategy, and open the input.
 
-
-def _write_stream(
-    planned: PlannedRun,
-    chosen: ChosenStrategy,
-    fusion: Fusion,
-    requests: RequestSource,
-    output: OutputOptions,
-) -> None:
-    """Generate for all requests, and write their rows to stdout as JSON Lines."""
-    from flexmask.results.row_stream import RowStream
-
-    if planned.options.results.mode != "new":
-        raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
-    stream = RowStream(print_json_line, requests=requests, fusion=fusion, judge=planned.judge)
-    job = planned.job(lambda: chosen, lambda: requests, fusion, requests.rows.name)
-    _generate_rest(job, stream, output, is_quiet=planned.options.results.quiet)
-
-
-def _generate_rest(
-    job: DatasetJob, writer: ResultWriter | RowStream, output: OutputOptions, *, is_quiet: bool
-) -> tuple[list[Generation], RunStats | None]:
-    """Generate for the remaining requests; load the model only if there are some.
-
-    Returns:
-        The first generations, to be shown, and the statistics of the run; None without a run.
+    Attributes:
+        choose: Makes the strategy.
+        open_input: Opens the input.
+        input: The input, as the user named it.
     """
-    if not writer.remaining:
-        return [], None
-    engine, strategy = job.load_engine(), job.make_strategy()
-    if _is_streamed(job, writer, output, is_quiet=is_quiet):
-        return [], _stream(engine, strategy, job, writer, output)
-    run = job.run(engine, strategy, writer)
-    if output.verbose:
-        print_notes(engine, strategy, job.fusion, run.generations)
-    try:
-        shown = _run(run, writer, is_quiet=is_quiet)
-    except KeyboardInterrupt:
-        rows = writer.summary.rows
-        done = "were printed" if output.output == STDOUT else "are kept, --resume does the rest"
-        print_warnings([f"interrupted; {rows} rows {done}"])
-        raise
-    if output.verbose:
+
+    choose: Callable[[], ChosenStrategy]
+    open_input: Callable[[], OpenInput]
+    input: str | None
+
+
+@dataclass(frozen=True)
+class Generate(DatasetCommand["Generation"]):
+    """A run that generates.
+
+    Attributes:
+        scaling: The processes that run it.
+        again: What other processes do again.
+    """
+
+    scaling: ScalingOptions
+    again: Again
+
+    @property
+    def result_name(self) -> str:
+        """The name of the strategy."""
+        return self.chosen.strategy.name
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if a cluster runs it."""
+        return self.scaling.is_on_ray
+
+    def run(self) -> None:
+        """Run the data set, or print its prompts.
+
+        Raises:
+            OptionError: If a cluster shall write to standard output.
+        """
+        output = self.output
+        if self.scaling.is_on_ray and output.output == STDOUT and not output.dry_run:
+            raise OptionError("--engine ray writes a file; leave out --output -")
+        super().run()
+
+    def write_file(self, path: Path) -> Written[Generation]:
+        """Generate in this process or on a cluster, and write a result file."""
+        if not self.scaling.is_on_ray:
+            return super().write_file(path)
+        from flexmask.results.dataset_run import GenerationJob
+
+        check_input(self.again.input)
+        job = self.planned.job(
+            self.again.choose,
+            partial(_requests_of, self.again.open_input, self.planned),
+            self.fusion,
+            self.opened.name,
+        )
+        assert isinstance(job, GenerationJob)
+        options = self.planned.options
+        outcome = generate_on_cluster(
+            job,
+            path,
+            options.results.mode,
+            self.scaling,
+            options.engine.device,
+            is_quiet=options.results.quiet,
+            is_verbose=self.output.verbose,
+        )
+        shown = [] if outcome.stats is None else first_generations(path, SHOWN_ANSWERS)
+        return Written(outcome.summary, shown, outcome.stats)
+
+    def run_rest(
+        self, job: DatasetJob[Generation], writer: ResultWriter | RowStream
+    ) -> tuple[Sequence[Generation], RunStats | None]:
+        """Generate for the remaining requests; a single one is streamed to a terminal."""
+        if self._is_streamed(writer):
+            return [], self._stream(job, writer)
+        return super().run_rest(job, writer)
+
+    def print_notes(self, engine: Engine, run: DatasetRun[Generation]) -> None:
+        """Print strategy, model, attention, batches and rules of generation."""
+        self._print_notes(engine, run.engine_run.stats)
+
+    def print_kernels(self, engine: Engine) -> None:
+        """Print the kernels of prefill and decode."""
         print_kernels(engine)
-    return shown, run.generations.stats
+
+    def print_made(self, shown: Sequence[Generation], stats: RunStats) -> None:
+        """Print answers, counts and times."""
+        if shown:
+            print_answers(shown, self.planned.judge)
+        print_stats(stats, self.fusion)
+
+    def _print_notes(self, engine: Engine, stats: RunStats) -> None:
+        print_notes(engine, self.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}")
+        print_rules(engine.generation_rules(), stats)
+
+    def _is_streamed(self, writer: ResultWriter | RowStream) -> bool:
+        """Return True if the one answer of a run is printed to a terminal as it is generated."""
+        is_quiet = self.planned.options.results.quiet
+        prints_text = not (self.output.as_json or self.output.output == STDOUT or is_quiet)
+        is_one = len(writer.remaining) == 1 and self.fusion.name not in ("vote", "each")
+        return is_one and prints_text and _is_terminal()
+
+    def _stream(
+        self, job: DatasetJob[Generation], writer: ResultWriter | RowStream
+    ) -> RunStats | None:
+        """Generate for the one request, print its text meanwhile, and write its row."""
+        from flexmask.tasks.request_source import BadRow
+
+        engine, strategy = job.load_engine(), job.make_strategy()
+        (request,) = writer.remaining
+        options = {name: value for name, value in job.options.items() if name != "batch_size"}
+        try:
+            stream = engine.stream(request, strategy, fusion=writer.fusion, **options)
+            if self.output.verbose:
+                self._print_notes(engine, stream.run.stats)
+            for piece in stream:
+                write_text(piece, end="")
+        except RequestError as error:
+            if job.on_error == "stop":
+                raise
+            writer.write([BadRow(request.uuid, str(error), request)])
+            return None
+        write_text("")
+        writer.write([stream.generation])
+        if self.output.verbose:
+            print_kernels(engine)
+        return stream.run.stats
 
 
-def _is_streamed(
-    job: DatasetJob, writer: ResultWriter | RowStream, output: OutputOptions, *, is_quiet: bool
-) -> bool:
-    """Return True if the one answer of a run is printed to a terminal as it is generated."""
-    prints_text = not (output.as_json or output.output == STDOUT or is_quiet)
-    is_one = len(writer.remaining) == 1 and job.fusion.name not in ("vote", "each")
-    return is_one and prints_text and _is_terminal()
+def _requests_of(
+    open_input: Callable[[], OpenInput], planned: PlannedRun[Any, Any]
+) -> RequestSource:
+    return planned.checked(open_input().requests)
 
 
 def _is_terminal() -> bool:
     return sys.stdout.isatty()
-
-
-def _stream(
-    engine: Engine,
-    strategy: Strategy,
-    job: DatasetJob,
-    writer: ResultWriter | RowStream,
-    output: OutputOptions,
-) -> RunStats | None:
-    """Generate for the one request, print its text meanwhile, and write its row."""
-    from flexmask.tasks.request_source import BadRow
-
-    (request,) = writer.remaining
-    options = {name: value for name, value in job.options.items() if name != "batch_size"}
-    try:
-        stream = engine.stream(request, strategy, fusion=writer.fusion, **options)
-        if output.verbose:
-            print_notes(engine, strategy, job.fusion, stream.run)
-        for piece in stream:
-            write_text(piece, end="")
-    except RequestError as error:
-        if job.on_error == "stop":
-            raise
-        writer.write([BadRow(request.uuid, str(error), request)])
-        return None
-    write_text("")
-    writer.write([stream.generation])
-    if output.verbose:
-        print_kernels(engine)
-    return stream.run.stats
-
-
-def _run(run: DatasetRun, writer: ResultWriter | RowStream, *, is_quiet: bool) -> list[Generation]:
-    """Generate; return the first generations."""
-    first: list[Generation] = []
-    interrupt = Interrupt()
-    with interrupt:
-        for batch in track(run, len(writer.remaining), interrupt, is_quiet=is_quiet):
-            first += batch[: SHOWN_ANSWERS - len(first)]
-    if interrupt.is_requested and not writer.is_complete:
-        raise KeyboardInterrupt
-    return first
-
-
-def _print_prompts(
-    requests: RequestSource, fusion: Fusion, run: PlannedRun, *, skips: bool
-) -> None:
-    from flexmask.tasks.request_source import BadRow
-
-    tokenize = run.load_tokenizer() if run.uses_chat_template else None
-    for request in requests:
-        if isinstance(request, BadRow):
-            print_prompt(request)
-            continue
-        weights = request.weights if fusion.weights == "column" else itertools.repeat(None)
-        prompts = itertools.chain(*(prompts for _, prompts in fusion.prompts(request)))
-        for prompt, weight in zip(prompts, weights, strict=False):
-            try:
-                written = tokenize.in_chat(prompt) if tokenize else prompt
-            except RequestError as error:
-                reason = f"{prompt.label}: {error}"
-                if not skips:
-                    raise RequestError(reason) from error
-                print_prompt(BadRow(prompt.uuid, reason, prompt))
-            else:
-                print_prompt(written, weight)

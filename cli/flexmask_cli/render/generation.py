@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmask.fusion import FUSIONS
 from flexmask.printable import WORDS, printable
 from flexmask_cli.option_names import OPTION_NAMES
 from flexmask_cli.render.table import percent, print_table
 from flexmask_cli.streams import write_note, write_text
 
 if TYPE_CHECKING:
-    from flexmask.engine import Engine, GenerationRun, RunStats
+    from flexmask.engine import Engine, RunStats
     from flexmask.engine.generation_rules import GenerationRules
     from flexmask.fusion import Fusion
     from flexmask.generation import Generation
@@ -22,27 +21,32 @@ if TYPE_CHECKING:
     from flexmask.results.evaluation import Estimate
     from flexmask.results.result_writer import ResultSummary
     from flexmask.strategy import Strategy
-    from flexmask.tasks.judge import Judge
+    from flexmask.tasks.judge import ChoiceJudge, Judge
     from flexmask.tasks.request_source import BadRow
 
 SHOWN_ANSWERS = 8
 """Number of generations that are shown."""
 
 
-def print_notes(engine: Engine, strategy: Strategy, fusion: Fusion, run: GenerationRun) -> None:
-    """Print strategy, model, attention and batches of a run to stderr."""
-    model, kinds, stats = engine.model, engine.runner.layer_windows, run.stats
+def print_notes(engine: Engine, strategy: Strategy, fusion: str) -> None:
+    """Print strategy, model and attention of a run to stderr."""
+    model, kinds = engine.model, engine.runner.layer_windows
     layers = ", ".join(
         kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
     )
     for line in (
         f"strategy: {strategy}",
-        f"fusion: {fusion}, {FUSIONS[fusion.name]}",
+        f"fusion: {fusion}",
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
-        f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots",
-        *_rules_of_generation(run.rules),
     ):
+        write_note(line)
+
+
+def print_rules(rules: GenerationRules, stats: RunStats) -> None:
+    """Print batches, and the effects of the model's generation config on a run, to stderr."""
+    write_note(f"batches: {stats.batch_size} prompts of up to {stats.capacity} slots")
+    for line in _rules_of_generation(rules):
         write_note(line)
 
 
@@ -74,7 +78,7 @@ def print_kernels(engine: Engine) -> None:
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     """Print questions, predictions and accepted answers."""
     rows = []
-    questions = _questions([generation.request for generation in generations])
+    questions = questions_of([generation.request for generation in generations])
     for generation, question in zip(generations, questions, strict=True):
         request = generation.request
         prediction = judge.prediction(generation)
@@ -88,7 +92,7 @@ def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
     print_table(rows, wrapped=["question", "prediction", "accepted"])
 
 
-def _questions(requests: Sequence[Request]) -> list[str]:
+def questions_of(requests: Sequence[Request]) -> list[str]:
     """Return the question of each request: its first segment, or its suffix.
 
     If segments are paraphrases of a question, all requests have the same suffix, such as ``A:``.
@@ -116,6 +120,8 @@ def print_prompt(request: Request | BadRow, weight: float | None = None) -> None
     segments = enumerate(request.segments, start=request.segment or 1)
     parts[1:1] = [(f"segment {number}", text) for number, text in segments]
     lines += [f"<{name}>{text}</{name}>" for name, text in parts]
+    choices = enumerate(request.choices)
+    lines += [f"<choice {number}>{text}</choice {number}>" for number, text in choices]
     if request.answers:
         lines.append(f"accepted: {' | '.join(request.answers)}")
     write_text("\n".join([*lines, ""]))
@@ -137,11 +143,7 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
         "first rows",
         f"block masks: {stats.mask_hits} found in the cache, {stats.mask_misses} built",
     ]
-    if stats.cached_spans or stats.kept_spans:
-        lines.append(
-            f"keys and values of spans: {stats.cached_spans} found, {stats.kept_spans} computed "
-            "and kept"
-        )
+    lines += span_lines(stats)
     if stats.decode_peak_bytes:
         prefill, decode = stats.prefill_peak_bytes / 1e9, stats.decode_peak_bytes / 1e9
         lines.append(f"peak memory: prefill {prefill:.1f} GB, decode {decode:.1f} GB")
@@ -150,7 +152,15 @@ def print_stats(stats: RunStats, fusion: Fusion) -> None:
     write_text("\n".join(["", *lines]))
 
 
-def print_outcome(path: Path, results: ResultSummary, judge: Judge) -> None:
+def span_lines(stats: RunStats) -> list[str]:
+    """Return the line on keys and values of spans, if a run kept or found some."""
+    if not (stats.cached_spans or stats.kept_spans):
+        return []
+    found, kept = stats.cached_spans, stats.kept_spans
+    return [f"keys and values of spans: {found} found, {kept} computed and kept"]
+
+
+def print_outcome(path: Path, results: ResultSummary, judge: Judge | ChoiceJudge) -> None:
     """Print the number of rows in the result file, and its accuracy."""
     if results.judged:
         questions, estimates = _accuracy(path, judge)
@@ -176,7 +186,7 @@ def print_counts(path: Path, results: ResultSummary) -> None:
 
 
 def outcome_figures(
-    path: Path, results: ResultSummary, judge: Judge, stats: RunStats | None
+    path: Path, results: ResultSummary, judge: Judge | ChoiceJudge, stats: RunStats | None
 ) -> dict[str, Any]:
     """Return what `print_outcome` and `print_stats` print, as JSON values.
 
@@ -199,7 +209,7 @@ def outcome_figures(
     }
 
 
-def _accuracy(path: Path, judge: Judge) -> tuple[int, dict[str, Estimate]]:
+def _accuracy(path: Path, judge: Judge | ChoiceJudge) -> tuple[int, dict[str, Estimate]]:
     """Return the number of judged questions, and by metric the mean of their scores."""
     from flexmask.results.evaluation import estimate_mean, scores_by_question
     from flexmask.results.formats import open_rows
