@@ -28,20 +28,23 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from flexmask import display
 from flexmask.errors import FlexMaskWarning, LayoutError, RequestError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Numbers = NDArray[np.int64]
 
 PREFIX = 0
 """Segment id of prefix tokens; segments count from 1."""
@@ -208,67 +211,83 @@ class Layout:
         Token ids are left out, because a mask does not depend on them.
         """
         content = blake2b(digest_size=16)
-        for tensor in (self.segment_tensor, self.position_tensor):
-            content.update(tensor.numpy().tobytes())
+        for values in (self.segment_array, self.position_array):
+            content.update(values.tobytes())
         if self.choice_lengths:
             content.update(repr(self.choice_lengths).encode())
         return content.digest()
 
     @cached_property
-    def token_tensor(self) -> Tensor:
-        """`token_ids` as a tensor ``(S,)`` of int64 on CPU."""
-        return _tensor(self.token_ids)
+    def token_array(self) -> Numbers:
+        """`token_ids` as an array ``(S,)`` of int64."""
+        return _array(self.token_ids)
 
     @cached_property
-    def segment_tensor(self) -> Tensor:
-        """`segment_ids` as a tensor ``(S,)`` of int64 on CPU."""
-        return _tensor(self.segment_ids)
+    def segment_array(self) -> Numbers:
+        """`segment_ids` as an array ``(S,)`` of int64."""
+        return _array(self.segment_ids)
 
     @cached_property
-    def position_tensor(self) -> Tensor:
-        """`position_ids` as a tensor ``(S,)`` of int64 on CPU."""
-        return _tensor(self.position_ids)
+    def position_array(self) -> Numbers:
+        """`position_ids` as an array ``(S,)`` of int64."""
+        return _array(self.position_ids)
 
     @cached_property
-    def index_tensor(self) -> Tensor:
-        """`indices_in_segments` as a tensor ``(S,)`` of int64 on CPU."""
-        import torch
+    def index_array(self) -> Numbers:
+        """The number of tokens of the same segment id before each token, ``(S,)`` int64."""
+        import numpy as np
 
-        segment_ids, size = self.segment_tensor, len(self)
-        starts = [0, *((segment_ids.diff() != 0).nonzero().flatten() + 1).tolist()]
-        lengths = [stop - start for start, stop in pairwise((*starts, size))]
-        counts, shifts = Counter[int](), list[int]()
-        for start, length in zip(starts, lengths, strict=True):  # of runs of one segment
-            shifts.append(counts[self.segment_ids[start]] - start)
-            counts[self.segment_ids[start]] += length
-        return torch.arange(size) + torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
+        order = np.argsort(self.segment_array, kind="stable")
+        ids = self.segment_array[order]
+        starts = np.append(0, np.flatnonzero(np.diff(ids)) + 1)
+        slots = np.arange(len(ids))
+        indices = np.empty_like(ids)
+        indices[order] = slots - np.repeat(starts, np.diff(starts, append=len(ids)))
+        return indices
 
     @cached_property
     def indices_in_segments(self) -> tuple[int, ...]:
         """The number of tokens of the same segment id before each token, for ``S`` tokens."""
-        return tuple(self.index_tensor.tolist())
+        return tuple(self.index_array.tolist())
+
+    @property
+    def token_tensor(self) -> Tensor:
+        """`token_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.token_array)
+
+    @property
+    def segment_tensor(self) -> Tensor:
+        """`segment_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.segment_array)
+
+    @property
+    def position_tensor(self) -> Tensor:
+        """`position_ids` as a tensor ``(S,)`` of int64 on CPU."""
+        return _tensor(self.position_array)
 
     @cached_property
-    def choice_tensor(self) -> Tensor:
+    def choice_array(self) -> Numbers:
         """The number of each token's choice, from 1, as ``(S,)`` int64; 0 in the prompt."""
-        numbers = [
-            number for number, length in enumerate(self.choice_lengths, 1) for _ in range(length)
-        ]
-        return _tensor((*(0,) * self.prompt_length, *numbers))
+        import numpy as np
+
+        numbers = np.repeat(np.arange(1, len(self.choice_lengths) + 1), self.choice_lengths)
+        return np.append(np.zeros(self.prompt_length, np.int64), numbers)
 
     @cached_property
-    def tail_slot_tensor(self) -> Tensor:
+    def tail_slot_array(self) -> Numbers:
         """The slot of each token if its choice were the only one, as ``(S,)`` int64."""
+        import numpy as np
+
         prompt = self.prompt_length
-        offsets = [offset for length in self.choice_lengths for offset in range(length)]
-        return _tensor((*range(prompt), *(prompt + offset for offset in offsets)))
+        choices = (np.arange(prompt, prompt + length) for length in self.choice_lengths)
+        return np.concatenate((np.arange(prompt), *choices))
 
     def with_choices(self, choices: Sequence[Sequence[int]]) -> Layout:
         """Return a prompt's layout with choices stored behind it, each of which continues it.
 
         Their positions all continue the prompt's, and slots from the prompt's end on hold the
         longest choice. So a strategy finds segment id and position of any choice's token at its
-        slot of `tail_slot_tensor`.
+        slot of `tail_slot_array`.
 
         Args:
             choices: The tokens of each choice, longest first.
@@ -302,11 +321,17 @@ class Layout:
         return display.html(self)
 
 
-def _tensor(values: tuple[int, ...]) -> Tensor:
+def _array(values: tuple[int, ...]) -> Numbers:
+    import numpy as np
+
+    # Through an array of Python, because numpy.array reads a tuple element by element.
+    return np.frombuffer(array("q", values), np.int64)
+
+
+def _tensor(values: Numbers) -> Tensor:
     import torch
 
-    # Through an array, because torch.tensor reads a tuple element by element.
-    return torch.frombuffer(array("q", values), dtype=torch.int64)
+    return torch.from_numpy(values)
 
 
 def shared_prefix_layout(request: TokenizedRequest, positions: Positions) -> Layout:

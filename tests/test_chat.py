@@ -281,7 +281,7 @@ def test_a_result_file_records_what_was_sent_and_resumes(tmp_path: Path, name: s
     with ResultWriter.open(path, config=config, requests=[request], mode="resume") as writer:
         assert list(writer.remaining) == []
     other = changed(request, system="Be long.")
-    with pytest.raises(Exception, match="the texts or weights of requests have changed since"):
+    with pytest.raises(Exception, match="choices of requests have changed since"):
         ResultWriter.open(path, config=config, requests=[other], mode="resume")
 
 

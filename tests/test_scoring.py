@@ -167,8 +167,8 @@ def test_no_token_sees_a_later_one_of_a_choice_under_a_mask_that_would_let_it(mo
 def test_a_layout_stores_choices_longest_first_behind_a_prompt():
     layout = Causal().layout(random_request(4, 2, [3], 1)).with_choices([(7, 8), (9,), ()])
     assert (layout.prompt_length, layout.choice_lengths) == (6, (2, 1, 0))
-    assert layout.choice_tensor.tolist() == [0] * 6 + [1, 1, 2]
-    assert layout.tail_slot_tensor.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 6]
+    assert layout.choice_array.tolist() == [0] * 6 + [1, 1, 2]
+    assert layout.tail_slot_array.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 6]
     assert layout.position_ids[-3:] == (6, 7, 6)
     with pytest.raises(LayoutError, match="longest first"):
         layout.extended(0).with_choices([(7,), (8, 9)])

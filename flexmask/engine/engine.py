@@ -43,6 +43,7 @@ from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
+from flexmask.transformers_internals import misplaced_generation_values
 
 LOOKAHEAD_BATCHES = 8
 """Prompts, in batches, that are planned ahead and sorted by length together."""
@@ -90,6 +91,7 @@ class Engine:
         self.executor = Executor(model, prefill_kernel)
         self.tokenizer = tokenizer
         self._tokenizer_of_runs: tuple[object, RequestTokenizer] | None = None
+        self._rules_of_runs: tuple[object, GenerationRules] | None = None
         if kv_cache is not None:
             if kv_cache.folder is not None and not model_files:
                 raise OptionError(
@@ -497,9 +499,19 @@ class Engine:
         return self._tokenizer_of_runs[1]
 
     def generation_rules(self) -> GenerationRules:
-        """Read the rules of the model's generation config, as it is now.
+        """Return the rules of the model's generation config, as it is now.
+
+        Those of an earlier run serve as long as the config has not changed.
 
         Raises:
             ModelError: If they cannot be applied.
         """
-        return GenerationRules.of(self.model, self.tokenizer)
+        config = self.model.generation_config
+        key = (
+            None if config is None else config.to_dict(),
+            misplaced_generation_values(self.model.config),
+            self.tokenizer.eos_token_id,
+        )
+        if self._rules_of_runs is None or self._rules_of_runs[0] != key:
+            self._rules_of_runs = (key, GenerationRules.of(self.model, self.tokenizer))
+        return self._rules_of_runs[1]

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 
+MOST_FORESEEN = 4096
+"""Foreseen prompts that are remembered until they are planned."""
+
 Found = dict[tuple[int, int], SpanValues]
 """Keys and values from a store, by the index of a prompt and of a span of it."""
 
@@ -75,6 +78,7 @@ class PrefillPlanner:
         self._streams = streams
         self._spans = SpanFinder(strategy)
         self._row_proofs = ProofCache()
+        self._foreseen: dict[int, PromptSpans] = {}
 
     def plan(
         self,
@@ -137,22 +141,31 @@ class PrefillPlanner:
         return self._plan([beginning], None, None, 1)
 
     def foresee(self, layouts: Sequence[Layout], max_new_tokens: int) -> None:
-        """Find out about the masks of prompts what their plan will need."""
+        """Find out about prompts what their plan will need, and remember it."""
+        if len(self._foreseen) > MOST_FORESEEN:
+            self._foreseen.clear()
         prompts = self._known(dict(enumerate(layouts)))
+        self._foreseen.update((id(prompt.layout), prompt) for prompt in prompts)
         self._decode_kernels(prompts, max_new_tokens)
 
     def _known(self, prompts: Mapping[int, Layout]) -> list[PromptSpans]:
-        known = []
-        spans_of = self._spans.spans_of(list(prompts.values()))
-        for (row, layout), spans in zip(prompts.items(), spans_of, strict=True):
+        """Find the spans of prompts in batch rows; those of foreseen prompts are there already."""
+        known = {
+            row: replace(self._foreseen.pop(id(layout)), row=row)
+            for row, layout in prompts.items()
+            if id(layout) in self._foreseen
+        }
+        new = {row: layout for row, layout in prompts.items() if row not in known}
+        spans_of = self._spans.spans_of([*new.values()])
+        for (row, layout), spans in zip(new.items(), spans_of, strict=True):
             identities: dict[int, bytes] = {}
             for index in range(len(spans)):
                 identities[index] = span_identity(
                     layout, spans, index, identities, at_own_position=not self._turns_keys
                 )
             values = tuple(identities.values())
-            known.append(PromptSpans(row, layout, len(layout) - 1, spans, values))
-        return known
+            known[row] = PromptSpans(row, layout, len(layout) - 1, spans, values)
+        return [known[row] for row in prompts]
 
     def _plan(
         self,
@@ -307,17 +320,17 @@ class PrefillPlanner:
         """
         if not self._with_key_table:
             return None
-        key_slots = torch.arange(self._capacity, dtype=torch.int32).repeat(len(starts), 1)
-        sharing = torch.zeros(len(starts), 3, dtype=torch.int32)
+        key_slots = np.tile(np.arange(self._capacity, dtype=np.int32), (len(starts), 1))
+        sharing = np.zeros((len(starts), 3), np.int32)
         for index, own in enumerate(starts):
             if own:
                 is_own = np.ones(self._capacity, bool)
                 for start in own:
                     is_own[start : start + length] = False
-                keys = np.concatenate((np.arange(length), np.flatnonzero(is_own)))
-                key_slots[index, : len(keys)] = torch.from_numpy(keys.astype(np.int32))
-                sharing[index] = torch.tensor((self._batch_size, length, len(own)))
-        return KeyTable(key_slots, sharing)
+                keys = np.flatnonzero(is_own)
+                key_slots[index, length : length + len(keys)] = keys
+                sharing[index] = self._batch_size, length, len(own)
+        return KeyTable(torch.from_numpy(key_slots), torch.from_numpy(sharing))
 
 
 def _starts_of(prefix: CachedPrefix | None, prompt: PromptSpans) -> list[int]:

@@ -90,8 +90,14 @@ def _zeros(values: tuple[int, ...]) -> Iterator[int]:
 
 def common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
     """Return how many first numbers two tuples have in common."""
-    shorter = min(len(first), len(second))
-    if first[:shorter] == second[:shorter]:
-        return shorter
-    differs = (one != other for one, other in zip(first, second, strict=False))
-    return next(index for index, differ in enumerate(differs) if differ)
+    equal, stop = 0, min(len(first), len(second))
+    if first[:stop] == second[:stop]:
+        return stop
+    # By halves: slices are compared in C, many times as fast as a loop over numbers.
+    while stop - equal > 1:
+        middle = (equal + stop) // 2
+        if first[equal:middle] == second[equal:middle]:
+            equal = middle
+        else:
+            stop = middle
+    return equal

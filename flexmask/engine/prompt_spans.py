@@ -143,14 +143,14 @@ def span_identity(
         32 bytes.
     """
     span = spans[index]
-    positions = layout.position_tensor
-    first_position = int(positions[span.start])
+    positions = layout.position_ids
+    first_position = positions[span.start]
     content = blake2b(digest_size=32)
     for number in span.ancestors:
-        distance = first_position - int(positions[spans[number].start])
+        distance = first_position - positions[spans[number].start]
         content.update(ancestors[number] + distance.to_bytes(8, "little", signed=True))
     content.update(b"tokens" if not at_own_position else b"at %d" % first_position)
-    content.update(layout.token_tensor[span.start : stop or span.stop].numpy().tobytes())
+    content.update(layout.token_array[span.start : stop or span.stop].tobytes())
     return content.digest()
 
 
@@ -164,11 +164,11 @@ def _of_queries(queries: RowMod) -> MaskMod:
 def _runs_of(layout: Layout) -> NDArray[np.int64]:
     """Return first slots and slots behind the runs of a prompt, ``(R, 2)``."""
     count = len(layout) - 1
-    segments = layout.segment_tensor.numpy()[:count]
-    positions = layout.position_tensor.numpy()[:count]
+    segments = layout.segment_array[:count]
+    positions = layout.position_array[:count]
     is_first = (np.diff(segments) != 0) | (np.diff(positions) != 1)
     if layout.choice_lengths:
-        is_first |= np.diff(layout.choice_tensor.numpy()[:count]) != 0
+        is_first |= np.diff(layout.choice_array[:count]) != 0
     starts = np.flatnonzero(is_first) + 1
     if len(starts) >= MAX_RUNS:
         return np.empty((0, 2), np.int64)

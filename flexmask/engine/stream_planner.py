@@ -90,8 +90,8 @@ class StreamPlanner:
         sources, slots, tile_slots, tile_tokens = [], [], [], []
         for prompt, part in zip(prompts, parts, strict=True):
             computed = part.tokens[part.slots]
-            token_ids[computed] = prompt.layout.token_tensor.numpy()[part.slots]
-            positions[computed] = prompt.layout.position_tensor.numpy()[part.slots]
+            token_ids[computed] = prompt.layout.token_array[part.slots]
+            positions[computed] = prompt.layout.position_array[part.slots]
             written = np.flatnonzero(part.tokens >= 0)
             sources.append(part.tokens[written])
             slots.append(written + prompt.row * self._capacity)
