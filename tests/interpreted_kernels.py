@@ -33,10 +33,14 @@ def start() -> None:
     torch.use_deterministic_algorithms(True)  # what is read before it is written is NaN
 
     import triton_interpreter
-    from flexmask.kernels.decode_attention_kernel import decode_attention_kernel
+    from flexmask.kernels.decode_attention_kernel import (
+        decode_attention_kernel,
+        shared_keys_kernel,
+    )
     from flexmask.kernels.projection_kernel import projection_kernel
 
-    for kernel in (decode_attention_kernel, projection_kernel, triton_interpreter.straying_kernel):
+    straying = triton_interpreter.straying_kernel
+    for kernel in (decode_attention_kernel, shared_keys_kernel, projection_kernel, straying):
         triton_interpreter.watch(kernel)
     for module in (DECODE_ATTENTION, PROJECTION):
         module.starts_early = lambda device: False  # that part is assembly
@@ -115,7 +119,8 @@ def _table(
     for row, (slot, (source, num_shared, copies)) in enumerate(zip(slots, sharing, strict=True)):
         num_keys = slot - max(copies - 1, 0) * num_shared
         key_slots[row, :num_keys] = torch.randperm(slot)[:num_keys]
-        key_slots[row, :num_shared] = torch.randperm(slots[source])[:num_shared]
+        of_all = torch.Generator().manual_seed(source)
+        key_slots[row, :num_shared] = torch.randperm(slots[source], generator=of_all)[:num_shared]
     return key_slots, torch.tensor(sharing, dtype=torch.int32)
 
 

@@ -83,6 +83,11 @@ MANY_ROWS = {"slots": range(60, 256, 3), "capacity": 256, "heads": (1, 1), "dims
             id="copies in many rows",
         ),
         pytest.param(
+            MANY_ROWS | {"heads": (20, 1), "sharing": [(3, 11, 2), (0, 0, 0)] * 33},
+            {"BLOCK_G": 32},
+            id="copies in some rows",
+        ),
+        pytest.param(
             TWO_SHARES | {"dims": (128, 128)} | SMALL_GPU, {"BLOCK_N": 16}, id="small GPU"
         ),
     ],

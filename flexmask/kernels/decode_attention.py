@@ -20,12 +20,16 @@ NUM_PROGRAMS = 128
 MIN_SHARE = 64
 """Fewest keys for which a share of its own pays."""
 
+MOST_QUERIES = 64
+"""Most queries of a program that reads shared keys: rows of a tile of tensor cores."""
+
 
 class KeyTable(NamedTuple):
     """The slots of the keys of each row, with the keys of a cached prefix listed once.
 
-    The first keys of a row may be those of the cached prefix. One row holds them for all rows,
-    and each counts as many times as the prompt of the row has copies of it.
+    The first keys of a row may be those of the cached prefix. One row holds them for all rows
+    that have copies, which list the same slots of it. Each counts as many times as the prompt of
+    the row has copies of it.
 
     Attributes:
         key_slots: ``(B, capacity)`` int32 slot of each key, except that of the row's last token.
@@ -189,7 +193,10 @@ def _fast_decode_attention(
     key_slots: Tensor | None = None,
     sharing: Tensor | None = None,
 ) -> Tensor:
-    from flexmask.kernels.decode_attention_kernel import decode_attention_kernel
+    from flexmask.kernels.decode_attention_kernel import (
+        decode_attention_kernel,
+        shared_keys_kernel,
+    )
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch_size, heads, key_dim = query.shape
@@ -206,6 +213,46 @@ def _fast_decode_attention(
     partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=query.device)
     biggest, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     has_pdl = starts_early(query.device)
+    shared = shared_max = shared_sum = out
+    if key_slots is not None:
+        pairs = batch_size * heads
+        shared = torch.empty(pairs, value_dim, dtype=torch.float32, device=query.device)
+        shared_max, shared_sum = torch.empty(2, pairs, dtype=torch.float32, device=query.device)
+        block_g = block_of_queries(batch_size, kv_heads, group)
+        rows = block_g // group
+        shared_keys_kernel[(-(-batch_size // rows), kv_heads)](
+            query,
+            query if cos is None else cos.contiguous(),
+            query if sin is None else sin.contiguous(),
+            key_cache,
+            value_cache,
+            key_slots,
+            sharing,
+            shared,
+            shared_max,
+            shared_sum,
+            scale,
+            softcap or 1.0,
+            batch_size,
+            cache_rows,
+            capacity,
+            *query.stride()[:2],
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            K_DIM=key_dim,
+            V_DIM=value_dim,
+            ROTATED=cos is not None,
+            HAS_SOFTCAP=softcap != 0.0,
+            ROWS=rows,
+            BLOCK_G=block_g,
+            BLOCK_N=min(64, block_n),
+            BLOCK_K=block_k,
+            BLOCK_V=block_v,
+            STAGES=2,
+            PDL=has_pdl,
+            num_warps=4,
+            launch_pdl=has_pdl,
+        )
     decode_attention_kernel[(batch_size * kv_heads, splits)](
         query,
         key,
@@ -217,6 +264,9 @@ def _fast_decode_attention(
         slots,
         slots if key_slots is None else key_slots,
         slots if sharing is None else sharing,
+        shared,
+        shared_max,
+        shared_sum,
         out,
         partial,
         biggest,
@@ -264,6 +314,22 @@ def num_splits(pairs: int, capacity: int) -> int:
     """
     wanted = min(NUM_PROGRAMS // pairs, capacity // MIN_SHARE)
     return 1 << (max(1, wanted).bit_length() - 1)
+
+
+def block_of_queries(batch_size: int, kv_heads: int, group: int) -> int:
+    """Choose the queries that share reads of a cached prefix: as many as leave enough programs.
+
+    Args:
+        batch_size: Rows.
+        kv_heads: Key heads.
+        group: Query heads per key head.
+    """
+    block = max(MOST_QUERIES, power_of_two(group))
+    while block > max(16, power_of_two(group)) and (
+        -(-batch_size // (block // group)) * kv_heads < NUM_PROGRAMS * 3 // 4
+    ):
+        block //= 2
+    return block
 
 
 def key_tiles(programs: int, share: int) -> tuple[int, int, int]:

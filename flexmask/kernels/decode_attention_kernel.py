@@ -1,4 +1,4 @@
-"""The Triton kernel of `flexmask::decode_attention`: one query per row over the cached keys."""
+"""The Triton kernels of `flexmask::decode_attention`: one query per row over the cached keys."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def decode_attention_kernel(
     slots_ptr,
     key_slots_ptr,
     sharing_ptr,
+    shared_ptr,
+    shared_max_ptr,
+    shared_sum_ptr,
     out_ptr,
     partial_ptr,
     max_ptr,
@@ -57,7 +60,7 @@ def decode_attention_kernel(
     ``PDL`` a program may start while the kernel before it still runs. The slots, and the keys and
     values of earlier steps, are in memory by then, so the program prefetches the first ``AHEAD``
     keys before it waits. With ``HAS_TABLE`` the slots of the keys are read from a `KeyTable`, and
-    shared keys count once for each copy.
+    the first share begins with what `shared_keys_kernel` has found.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -70,14 +73,13 @@ def decode_attention_kernel(
     e = tl.arange(0, BLOCK_V)
     slot = tl.load(slots_ptr + b)
     num_keys = slot
+    num_shared = 0
     if HAS_TABLE:
-        source = tl.load(sharing_ptr + b * 3)
         num_shared = tl.load(sharing_ptr + b * 3 + 1)
         copies = tl.load(sharing_ptr + b * 3 + 2)
         num_keys -= tl.maximum(copies - 1, 0) * num_shared
-        log2_copies = tl.log2(tl.maximum(copies, 1).to(tl.float32))
-    share = tl.cdiv(tl.cdiv(num_keys, BLOCK_N), SPLITS) * BLOCK_N
-    start = split * share
+    share = tl.cdiv(tl.cdiv(num_keys - num_shared, BLOCK_N), SPLITS) * BLOCK_N
+    start = num_shared + split * share
     stop = tl.minimum(start + share, num_keys)
     base = (kv_head * cache_rows + b).to(tl.int64) * capacity
     if PDL:
@@ -92,6 +94,14 @@ def decode_attention_kernel(
     biggest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    if HAS_TABLE:
+        place = b * KV_HEADS * GROUP + head
+        is_first = split + tl.zeros((BLOCK_G,), tl.int32) == 0
+        biggest = tl.load(shared_max_ptr + place, mask=is_first, other=float("-inf"))
+        total = tl.load(shared_sum_ptr + place, mask=is_first, other=0.0)
+        is_value = is_first[:, None] & (e < V_DIM)[None, :]
+        shared = shared_ptr + place[:, None] * V_DIM + e[None, :]
+        acc = tl.load(shared, mask=is_value, other=0.0)
     k_row = k_ptr + b * stride_kb + kv_head * stride_kh
     own_key = _rotated(k_row, cos_ptr, sin_ptr, angle, d, K_DIM, ROTATED)
     v_row = v_ptr + b * stride_vb + kv_head * stride_vh
@@ -101,17 +111,13 @@ def decode_attention_kernel(
         is_key = n < stop
         key_row = base + n
         if HAS_TABLE:
-            key_slot = tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
-            holder = tl.where(n < num_shared, source, b)
-            key_row = (kv_head * cache_rows + holder).to(tl.int64) * capacity + key_slot
+            key_row = base + tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
         keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]
         values = tl.load(v_cache_ptr + key_row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
         products = tl.dot(q, tl.trans(keys), input_precision="ieee")
         score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
-        if HAS_TABLE:
-            score += tl.where(n < num_shared, log2_copies, 0.0)[None, :]
         score = tl.where(is_key[None, :], score, float("-inf"))
         new_biggest = tl.maximum(biggest, tl.max(score, 1))
         weights = tl.exp2(score - new_biggest[:, None])
@@ -165,6 +171,95 @@ def decode_attention_kernel(
             is_joined = (h < GROUP)[:, None] & (e < V_DIM)[None, :]
             tl.store(out_ptr + joined_out, joined.to(out_ptr.dtype.element_ty), mask=is_joined)
             tl.store(arrived_ptr + pair, 0)
+
+
+@triton.jit
+def shared_keys_kernel(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    key_slots_ptr,
+    sharing_ptr,
+    shared_ptr,
+    shared_max_ptr,
+    shared_sum_ptr,
+    scale,
+    softcap,
+    batch_size,
+    cache_rows,
+    capacity,
+    stride_qb,
+    stride_qh,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attend from the query heads of one key head in ``ROWS`` rows over the keys that rows share.
+
+    These keys are read once for all of these rows, and each counts once for each copy that a row
+    has of it. `decode_attention_kernel` goes on with the maxima, sums and values written here; a
+    row without copies gets a maximum of minus infinity.
+    """
+    kv_head = tl.program_id(1)
+    g = tl.arange(0, BLOCK_G)
+    b = tl.program_id(0) * ROWS + g // GROUP
+    is_query = (g < ROWS * GROUP) & (b < batch_size)
+    b = tl.minimum(b, batch_size - 1)
+    head = kv_head * GROUP + g % GROUP
+    d = tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_V)
+    copies = tl.load(sharing_ptr + b * 3 + 2)
+    is_sharing = is_query & (copies > 0)
+    num_shared = tl.max(tl.where(is_sharing, tl.load(sharing_ptr + b * 3 + 1), 0), 0)
+    source = tl.max(tl.where(is_sharing, tl.load(sharing_ptr + b * 3), 0), 0)
+    listed_in = tl.max(tl.where(is_sharing, b, 0), 0)
+    log2_copies = tl.log2(tl.maximum(copies, 1).to(tl.float32))
+    base = (kv_head * cache_rows + source).to(tl.int64) * capacity
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    q_row = q_ptr + b[:, None] * stride_qb + head[:, None] * stride_qh
+    angle = b[:, None] * K_DIM + d[None, :]
+    q = _rotated(q_row, cos_ptr, sin_ptr, angle, d[None, :], K_DIM, ROTATED)
+    biggest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
+    for first in tl.range(0, num_shared, BLOCK_N, num_stages=STAGES):
+        n = first + tl.arange(0, BLOCK_N)
+        is_key = n < num_shared
+        key_row = base + tl.load(key_slots_ptr + listed_in * capacity + n, mask=is_key, other=0)
+        is_k = is_key[:, None] & (d < K_DIM)[None, :]
+        keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
+        is_v = is_key[:, None] & (e < V_DIM)[None, :]
+        values = tl.load(v_cache_ptr + key_row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
+        products = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP) + log2_copies[:, None]
+        score = tl.where(is_key[None, :] & is_sharing[:, None], score, float("-inf"))
+        new_biggest = tl.maximum(biggest, tl.max(score, 1))
+        finite = tl.maximum(new_biggest, -1e30)  # rows without copies have no finite maximum
+        weights = tl.exp2(score - finite[:, None])
+        decay = tl.exp2(biggest - finite)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        biggest = new_biggest
+    place = b * KV_HEADS * GROUP + head
+    tl.store(shared_max_ptr + place, biggest, mask=is_query)
+    tl.store(shared_sum_ptr + place, total, mask=is_query)
+    is_out = is_query[:, None] & (e < V_DIM)[None, :]
+    tl.store(shared_ptr + place[:, None] * V_DIM + e[None, :], acc, mask=is_out)
 
 
 @triton.jit
