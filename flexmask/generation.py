@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flexmask.request import Request
 
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, stop string, or ``max_new_tokens`` reached."""
+
+
+class TokenLogprob(NamedTuple):
+    """A token, and the natural logarithm of its probability.
+
+    Attributes:
+        token_id: The token.
+        text: Its text; empty for most special tokens.
+        logprob: The logarithm.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,11 @@ class Generation:
         finish_reason: Why it ended.
         prompt_tokens: Slots of its prompts, copies of the prefix included.
         prompts: The texts that a chat template made of its request; None without one.
+        logprobs: For each token the natural logarithm of the probability that it was chosen by:
+            after the generation config's processors and after fusion, before temperature, top-k
+            and top-p. None unless asked for.
+        top_logprobs: For each token the tokens that were most likely in its place, in descending
+            order; those that cannot be chosen at all are left out. None unless asked for.
     """
 
     request: Request
@@ -30,6 +49,8 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     prompts: tuple[str, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
 
     @property
     def prediction(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.sampler import NO_TOKEN, NOT_FINITE
-from flexmask.generation import FinishReason, Generation
+from flexmask.generation import FinishReason, Generation, TokenLogprob
 from flexmask.request import Request
 
 FAULTS = {
@@ -49,6 +50,8 @@ class BatchRow:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.fault = ""
+        self._logprobs: list[Sequence[float]] = []
+        self._most_likely: list[Sequence[int]] = []
 
     @property
     def is_complete(self) -> bool:
@@ -74,6 +77,16 @@ class BatchRow:
         elif len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
 
+    def add_logprobs(self, logprobs: Sequence[float], most_likely: Sequence[int]) -> None:
+        """Add the log-probabilities of the token that was appended last.
+
+        Args:
+            logprobs: Of the token, and of each of the most likely ones.
+            most_likely: The most likely tokens.
+        """
+        self._logprobs.append(logprobs)
+        self._most_likely.append(most_likely)
+
     def generation(self, request: Request, prompt_tokens: int) -> Generation:
         """Make the generation of a row that is complete.
 
@@ -89,6 +102,19 @@ class BatchRow:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             prompt_tokens=prompt_tokens,
+            logprobs=tuple(own for own, *_ in self._logprobs) if self._logprobs else None,
+            top_logprobs=tuple(map(self._top, self._most_likely, self._logprobs))
+            if self._logprobs
+            else None,
+        )
+
+    def _top(
+        self, most_likely: Sequence[int], logprobs: Sequence[float]
+    ) -> tuple[TokenLogprob, ...]:
+        return tuple(
+            TokenLogprob(token_id, self._tokenizer.decode((token_id,)), logprob)
+            for token_id, logprob in zip(most_likely, logprobs[1:], strict=True)
+            if logprob > -math.inf
         )
 
     def _text(self) -> str:

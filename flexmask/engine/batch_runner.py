@@ -11,12 +11,11 @@ from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from flexmask.device_clock import DeviceClock, Mark
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_row import BatchRow
-from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.decode_loop import ChosenTokens, DecodeLoop
 from flexmask.engine.executor import BatchSize, Executor
 from flexmask.engine.prefix_cache import common_prefix_length, pays_off
 from flexmask.engine.prompt_group import PromptGroup
@@ -85,13 +84,13 @@ class _QueuedStep:
     """A decode step that is queued on the device.
 
     Attributes:
-        tokens: ``(B, 1)``; they are there once the second mark is reached.
+        tokens: The tokens; they are there once the second mark is reached.
         occupants: The prompts whose tokens it computes, by batch row.
         marks: Marks of the device's clock before and after it.
         prefill: The prefill right before it.
     """
 
-    tokens: Tensor
+    tokens: ChosenTokens
     occupants: Mapping[int, _Occupant]
     marks: tuple[Mark, Mark]
     prefill: _Prefill | None
@@ -380,10 +379,14 @@ class BatchRunner:
         decode_s = self._clock.seconds(*step.marks)
         unfinished = 0
         has_ended = False
-        token_ids = step.tokens[:, 0].tolist()
+        token_ids, *scores = (None if one is None else one.tolist() for one in step.tokens)
+        assert token_ids is not None
+        logprobs, most_likely = scores
         for index, (row, _) in step.occupants.items():
             if not row.is_complete:
-                row.append(token_ids[index])
+                row.append(token_ids[index][0])
+                if logprobs is not None and most_likely is not None:
+                    row.add_logprobs(logprobs[index], most_likely[index])
                 unfinished += 1
                 has_ended |= row.is_complete
         self._count(

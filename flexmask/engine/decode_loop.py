@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,25 @@ from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
 from flexmask.torch_internals import compile_settings
+
+
+class ChosenTokens(NamedTuple):
+    """The tokens that a step has chosen, on the host.
+
+    On CUDA they are there once the device has done what was queued before.
+
+    Attributes:
+        token_ids: ``(B, 1)``, the next token of each row. `NOT_FINITE` or `NO_TOKEN` ends a row
+            for which no token can be chosen. In a row that has ended or has no prompt they have
+            no meaning.
+        logprobs: ``(B, 1 + K)`` float32, the log-probabilities of the chosen token and of the
+            ``K`` most likely ones; None if they are not asked for.
+        most_likely: ``(B, K)``, these tokens, the most likely first; None likewise.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor | None = None
+    most_likely: Tensor | None = None
 
 
 class DecodeLoop:
@@ -46,6 +66,7 @@ class DecodeLoop:
         max_new_tokens: int,
         eos_token_ids: Collection[int],
         fusion: LogitFusion | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         """Allocate the buffers of a step, for the batch size that ``runner`` is prepared for.
 
@@ -55,6 +76,8 @@ class DecodeLoop:
             max_new_tokens: Most tokens per row.
             eos_token_ids: Tokens that end a row.
             fusion: Fuses the logits of rows; None where each row is by itself.
+            top_logprobs: Tokens, beside the chosen one, whose log-probabilities each step
+                returns; None for no log-probabilities.
         """
         self._runner = runner
         rows, device = runner.bound.batch_size, runner.device
@@ -63,7 +86,11 @@ class DecodeLoop:
         self._sampler = Sampler(sampling, rows, max_new_tokens, device)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self._reported = torch.zeros_like(self._token_ids)
+        self._reported = ChosenTokens(torch.zeros_like(self._token_ids))
+        if top_logprobs is not None:
+            logprobs = torch.zeros(rows, 1 + top_logprobs, device=device)
+            most_likely = torch.zeros(rows, top_logprobs, dtype=torch.long, device=device)
+            self._reported = self._reported._replace(logprobs=logprobs, most_likely=most_likely)
         self._has_ended = torch.ones(rows, 1, dtype=torch.bool, device=device)
         self._step_numbers = torch.zeros_like(self._token_ids)
         self._graphs: dict[tuple[bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
@@ -95,25 +122,17 @@ class DecodeLoop:
         self._step_numbers.index_fill_(0, index, 0)
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """Queue a step, and the copy of its tokens to the host.
-
-        Returns:
-            The next token of each row, ``(B, 1)``, on the host. On CUDA they are there once the
-            device has done what is queued so far. In a row that has ended or has no prompt they
-            have no meaning. `NOT_FINITE` or `NO_TOKEN` ends a row for which no token can be
-            chosen.
-        """
+    def step(self) -> ChosenTokens:
+        """Queue a step, and the copy of its tokens to the host."""
         processors = self.processors
         logits = self._replay_or_run(self._whole_step if processors is None else self._forward)
         if processors is not None:
             assert logits is not None
             self._choose(processors(logits))
             processors.append(self._token_ids)
-        if not self._reported.is_cuda:
-            return self._reported.clone()
-        tokens = torch.empty(self._reported.shape, dtype=torch.long, pin_memory=True)
-        return tokens.copy_(self._reported, non_blocking=True)
+        token_ids, *scores = self._reported
+        copies = (None if scored is None else _on_host(scored) for scored in scores)
+        return ChosenTokens(_on_host(token_ids), *copies)
 
     def _replay_or_run(self, step: Callable[[], Tensor | None]) -> Tensor | None:
         """Replay the graph of ``step``, captured at its first call; without CUDA, run ``step``."""
@@ -151,11 +170,31 @@ class DecodeLoop:
         """Choose a token for each row, and pass it to the next step."""
         if self._fusion is not None:
             logits = self._fusion(logits)
-        state = (self._reported, self._token_ids, self._has_ended, self._step_numbers)
+        state = (self._reported.token_ids, self._token_ids, self._has_ended, self._step_numbers)
         if self._sampler.is_greedy and logits.is_cuda:
             with compile_settings(logits.device):
-                return _compiled_end_of_step()(logits, self._eos, *state)
-        _take(self._sampler(logits, self._step_numbers), self._eos, *state)
+                _compiled_end_of_step()(logits, self._eos, *state)
+        else:
+            _take(self._sampler(logits, self._step_numbers), self._eos, *state)
+        self._report_logprobs(logits)
+
+    def _report_logprobs(self, logits: Tensor) -> None:
+        """Report the log-probabilities by which the tokens were chosen, if they are asked for."""
+        _, logprobs, most_likely = self._reported
+        if logprobs is None or most_likely is None:
+            return
+        of_all = logits.float().log_softmax(-1)
+        logprobs[:, :1] = of_all.gather(1, self._token_ids)
+        if most_likely.shape[1]:
+            logprobs[:, 1:], most_likely[:] = of_all.topk(most_likely.shape[1])
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Copy to the host; on CUDA the copy is queued."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def _take(

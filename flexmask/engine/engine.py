@@ -178,6 +178,8 @@ class Engine:
         batch_size: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         chat_template: bool = False,
         allow_special_tokens: bool = False,
         answer_of: Callable[[Generation], str] = attrgetter("prediction"),
@@ -202,6 +204,9 @@ class Engine:
             batch_size: Prompts that run together; None chooses by memory.
             sampling: The way tokens are chosen; None takes the most likely.
             stop: Strings that end a generation; its text ends before them.
+            logprobs: Keep the log-probability of each token (`Generation.logprobs`).
+            top_logprobs: Keep those of this many most likely tokens too; more than 0 implies
+                ``logprobs``.
             chat_template: Put requests into the tokenizer's chat template.
             allow_special_tokens: Read the text of a special token in a request, such as
                 ``<eos>``, as that token, which may end a turn. By default it is tokenized as
@@ -226,6 +231,12 @@ class Engine:
         check_size("max_new_tokens", max_new_tokens, 1)
         if batch_size is not None:
             check_size("batch_size", batch_size, 1)
+        check_size("top_logprobs", top_logprobs, 0)
+        vocabulary = num_embeddings(self.model)
+        if top_logprobs > vocabulary:
+            raise OptionError(
+                f"top_logprobs must be at most the model's {vocabulary} tokens, got {top_logprobs}"
+            )
         requests = checked_requests(requests)
         if isinstance(stop, str):
             raise TypeError(
@@ -249,8 +260,9 @@ class Engine:
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
         options = RunOptions(
-            max_new_tokens, rules, sampling or Sampling(), all_stops, fusion, answer_of
-        )
+            max_new_tokens, rules, sampling or Sampling(), all_stops, fusion, answer_of,
+            top_logprobs if logprobs or top_logprobs else None,
+        )  # fmt: skip
         return GenerationRun(
             self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
         )
@@ -264,6 +276,8 @@ class Engine:
         max_new_tokens: int = 20,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         chat_template: bool = False,
         allow_special_tokens: bool = False,
     ) -> TextStream:
@@ -282,6 +296,8 @@ class Engine:
             max_new_tokens: Most tokens.
             sampling: The way tokens are chosen.
             stop: Strings that end the text.
+            logprobs: Keep the log-probability of each token.
+            top_logprobs: Keep those of this many most likely tokens too.
             chat_template: Put the request into the tokenizer's chat template.
             allow_special_tokens: Read the text of a special token as that token.
 
@@ -305,6 +321,8 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
             chat_template=chat_template,
             allow_special_tokens=allow_special_tokens,
         )

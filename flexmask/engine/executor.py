@@ -133,11 +133,12 @@ class Executor:
         device = self.runner.device
         rules, max_new_tokens = options.rules, options.max_new_tokens
         chosen_by = (options.sampling, max_new_tokens, rules.eos_token_ids)
+        reported = options.top_logprobs
         fused = (options.fusion, size.group) if options.fusion.is_of_logits else None
-        if is_new or self._loop is None or self._loop_key != (chosen_by, fused):
-            self._loop_key = (chosen_by, fused)
+        if is_new or self._loop is None or self._loop_key != (chosen_by, fused, reported):
+            self._loop_key = (chosen_by, fused, reported)
             fusion = LogitFusion(*fused, size.rows, device) if fused else None
-            self._loop = DecodeLoop(self.runner, *chosen_by, fusion)
+            self._loop = DecodeLoop(self.runner, *chosen_by, fusion, reported)
         processors = BatchProcessors(rules, max_new_tokens, device) if rules.applied else None
         self._loop.processors = processors
         return self._loop

@@ -23,6 +23,8 @@ class RunOptions:
         stop: Strings that end a row, those of the generation config included.
         fusion: The way the prompts of a request become one generation.
         answer_of: Returns the answer in a generation, which a vote counts.
+        top_logprobs: Most likely tokens whose log-probabilities are kept, beside the chosen one;
+            None for no log-probabilities.
     """
 
     max_new_tokens: int
@@ -31,3 +33,4 @@ class RunOptions:
     stop: tuple[str, ...] = ()
     fusion: Fusion = Fusion()
     answer_of: Callable[[Generation], str] = attrgetter("prediction")
+    top_logprobs: int | None = None
