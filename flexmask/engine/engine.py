@@ -396,7 +396,7 @@ class Engine:
             if excess := beyond_context(layout, added, context, "the longest choice"):
                 raise RequestError(f"prompt {number}: {excess}; shorten the prompt")
             made.append(ChoicePrompt(layout.with_choices(stored_choices(choices)), choices))
-        for batch in ChoiceScorer(self.executor, strategy, batch_size).scores(made):
+        for batch in ChoiceScorer(self.executor, strategy, batch_size).results(made):
             yield from batch
 
     def warm_up(
