@@ -6,7 +6,7 @@ import gc
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -65,9 +65,11 @@ class PrefillBatches(ABC, Generic[Prompt, Result]):
             The plan of the prefill, and the result of each prompt.
         """
 
-    def _share(self, runner: ModelRunner, upcoming: Sequence[Layout], rows: int) -> int:
-        """Compute what all upcoming batches share; returns the number of its tokens."""
-        return 0
+    def _share(
+        self, runner: ModelRunner, upcoming: Sequence[Layout], rows: int
+    ) -> PrefillPlan | None:
+        """Compute what upcoming batches share; returns the plan that was carried out, if any."""
+        return None
 
     def settle(self) -> None:
         """Do nothing: no prompt is in flight when another run takes its turn."""
@@ -125,23 +127,23 @@ class PrefillBatches(ABC, Generic[Prompt, Result]):
         with TURN:
             self._executor.occupancy.admit(self)
             compiled, masks = compiled_graphs(), self._executor.mask_cache.stats
-            shared = 0
+            shared = None
             if runner.prepare(self._strategy, rows, capacity):
                 shared = self._share(runner, upcoming, rows)
             plan, results = self._compute(runner, prompts)
             later = self._executor.mask_cache.stats
-        self.stats = replace(
-            self.stats,
-            prefills=self.stats.prefills + 1,
-            computed_tokens=self.stats.computed_tokens + shared + plan.computed_tokens,
-            copied_tokens=self.stats.copied_tokens + plan.copied_tokens,
-            cached_spans=self.stats.cached_spans + plan.cached_spans,
-            kept_spans=self.stats.kept_spans + len(plan.kept),
-            prefill_s=self.stats.prefill_s + time.perf_counter() - started,
-            compilations=self.stats.compilations + compiled_graphs() - compiled,
-            mask_hits=self.stats.mask_hits + later.hits - masks.hits,
-            mask_misses=self.stats.mask_misses + later.misses - masks.misses,
+        done = RunStats(
+            batch_size=rows,
+            capacity=capacity,
+            prefills=1,
+            copied_tokens=plan.copied_tokens,
+            prefill_s=time.perf_counter() - started,
+            compilations=compiled_graphs() - compiled,
+            mask_hits=later.hits - masks.hits,
+            mask_misses=later.misses - masks.misses,
+            **sum((Counter(one.work) for one in (plan, shared) if one), Counter()),
         )
+        self.stats = self.stats.plus(done)
         return results
 
     def _halved(self, rows: int, capacity: int) -> int:

@@ -62,13 +62,15 @@ class ChoiceScorer(PrefillBatches[ChoicePrompt, "list[TokenScores]"]):
         )
         return plan, [[next(of_choices) for _ in prompt.choices] for prompt in prompts]
 
-    def _share(self, runner: ModelRunner, upcoming: Sequence[Layout], rows: int) -> int:
-        """Compute what all prompts begin with once, if that pays; returns its tokens."""
+    def _share(
+        self, runner: ModelRunner, upcoming: Sequence[Layout], rows: int
+    ) -> PrefillPlan | None:
+        """Compute what all prompts begin with once, if that pays."""
         # The last token of a prompt predicts, so it is computed with each prompt.
         shortest = min(layout.prompt_length for layout in upcoming) - 1
         length = min(common_prefix_length(upcoming), shortest)
         pays = length > 0 and pays_off(upcoming, length, rows)
-        return length if pays and runner.cache_prefix(upcoming[0], length) else 0
+        return runner.cache_prefix(upcoming[0], length) if pays else None
 
 
 @dataclass(frozen=True)
