@@ -180,6 +180,11 @@ class ModelRunner:
         )
 
     @property
+    def turns_keys(self) -> bool:
+        """True if the store's keys can be turned, so that spans are reused at any position."""
+        return bool(self._turns)
+
+    @property
     def reserved_bytes(self) -> int:
         """Bytes of the device's memory that the store may still take."""
         return self._store_bytes - self.store.held_bytes[0] if self.store else 0
@@ -223,7 +228,7 @@ class ModelRunner:
             self.layer_windows,
             streams,
             with_key_table=with_key_table,
-            turns_keys=bool(self._turns),
+            turns_keys=self.turns_keys,
         )
         bound = BoundStrategy(
             strategy,
