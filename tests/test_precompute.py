@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import precompute_folders
 from command import run_command
 from flexmask.encoding.tokenization import RequestTokenizer
-from flexmask.engine.document_reuse import limit_of_reuse
+from flexmask.engine.precomputing import SpanComputer
+from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.errors import (
     FlexMaskWarning,
     KVStoreError,
@@ -74,7 +77,10 @@ def test_prompts_find_all_documents_of_a_corpus_and_compute_their_tails_alone(st
 
 
 def test_requests_with_several_documents_are_computed_as_generate_needs_them(tmp_path):
-    with open_engine(tmp_path) as engine:
+    folder, corpus = tmp_path / "folder", tmp_path / "corpus"
+    with open_engine(corpus) as engine:
+        list(engine.precompute(CORPUS, "parallel_context"))
+    with open_engine(folder) as engine:
         run = engine.precompute(QUESTIONS[:2], "parallel_context")
         list(run.batches())
         documents = {text for one in QUESTIONS[:2] for text in one.segments}
@@ -82,6 +88,10 @@ def test_requests_with_several_documents_are_computed_as_generate_needs_them(tmp
         found = engine.generate(QUESTIONS[:2], "parallel_context")
         list(found)
         assert found.stats.kept_spans == 0
+    alone = tensors_in(corpus)
+    for name, tensors in tensors_in(folder).items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, alone[name][key], atol=1e-5, rtol=0)
 
 
 def test_spans_that_are_there_are_not_computed_and_those_that_are_not_are_the_same_again(
@@ -308,6 +318,28 @@ def test_what_a_small_folder_does_not_keep_is_told(size, told, inputs, tmp_path)
     found = run_command(*command, "--kv-cache", tmp_path / "kv", "--kv-cache-folder-size", size)
     assert found.status == 0
     assert told in found.err
+
+
+def test_ctrl_c_ends_the_command_after_a_batch_and_what_is_computed_stays(
+    inputs, tmp_path, monkeypatch
+):
+    corpus, *_ = inputs
+    batch = SpanComputer._batch
+
+    def interrupted(self: SpanComputer, *arguments: Any) -> list[None]:
+        signal.raise_signal(signal.SIGINT)
+        return batch(self, *arguments)
+
+    one_by_one = (*OPTIONS, "--batch-size", "1", "--quiet", "--kv-cache", tmp_path / "kv")
+    command = ("precompute", "--input", corpus, "--column", "segments=text", *one_by_one)
+    with monkeypatch.context() as patch:
+        patch.setattr(SpanComputer, "_batch", interrupted)
+        stopped = run_command(*command)
+    assert stopped.status != 0
+    assert "interrupted; what is computed is kept, the same command does the rest" in stopped.err
+    assert len(tensors_in(tmp_path / "kv")) == 1
+    assert run_command(*command).status == 0
+    assert len(tensors_in(tmp_path / "kv")) == 3
 
 
 def test_verbose_notes_say_why_keys_cannot_be_turned(capsys):

@@ -15,7 +15,6 @@ from flexmask.checkpoint.identity import model_files
 from flexmask.device import resolve_device, resolve_dtype
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
-from flexmask.engine.document_reuse import limit_of_reuse
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
@@ -30,6 +29,7 @@ from flexmask.engine.output_head import TokenScores
 from flexmask.engine.precomputing import PrecomputingRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
+from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
