@@ -131,7 +131,7 @@ class Tasks:
         vllm_job = None
         if job.way in VLLM_WAYS:
             prompts = [*(self._prompts(way, requests) for requests in runs[:-1]), last]
-            token_ids = tuple(tuple(map(_token_ids, each)) for each in prompts)
+            token_ids = tuple(tuple(map(whole_prompt, each)) for each in prompts)
             vllm_job = replace(job, prompts=token_ids)
         return Task(
             job=replace(job, prompts=fields),
@@ -152,6 +152,7 @@ def _fields(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in names}
 
 
-def _token_ids(prompt: TokenizedRequest) -> list[int]:
+def whole_prompt(prompt: TokenizedRequest) -> list[int]:
+    """Return the token ids of a prompt, for an engine that knows no segments."""
     parts = (prompt.prefix, *prompt.segments, prompt.tail)
     return [token for part in parts for token in part]

@@ -27,18 +27,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import vllm_process
 from flexmask import read_requests
 from floors import ModelCost
 from peer_figures import Comparison, Figure, compare
 from peer_process import Report, run_jobs
 from peer_tasks import PARTS, STRATEGIES, WAYS, Settings, Task, Tasks
-from random_model import DTYPES, SHAPES, random_config, random_model
+from random_model import DTYPES, SHAPES, random_model
 
-VLLM_SETTINGS = {
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 HERE = Path(__file__).parent
 
 
@@ -128,13 +124,8 @@ def run_vllm(
         python: The Python to run.
         site: The only folder on ``PYTHONPATH``; None to leave it as it is.
     """
-    model = folder / "model"
-    random_config(settings.shape).save_pretrained(model)
-    packages = {"PYTHONPATH": str(site.absolute())} if site else {}
-    command = [python, str(HERE / "run_vllm.py"), str(model)]
     jobs = [task.vllm_job for task in tasks if task.vllm_job is not None]
-    environment = os.environ | VLLM_SETTINGS | packages
-    return run_jobs(command, jobs, folder, settings.time_limit_s, environment)
+    return vllm_process.run_vllm(settings.shape, jobs, folder, settings.time_limit_s, python, site)
 
 
 def record_line(

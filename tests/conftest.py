@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flexmask.engine import Engine
 from flexmask.plugins.registry import load_registry
-from oracles import SHAPE, make_model
+from oracles import make_model
 from plugin_site import Site
 from real_model import smollm2_path
+from small_tokenizers import numbered_words
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -117,16 +116,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words t3, t4, … are tokens 3, 4, …"""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    vocabulary |= {f"t{i}": i for i in range(3, SHAPE["vocab_size"])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="t3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return numbered_words()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ KINDS = {
         "test_cli_kills.py",
         "test_results.py::test_a_run_killed_at_any_system_call_can_be_resumed",
         "test_results.py::test_a_run_killed_at_random_moments_equals_an_undisturbed_one",
+        "test_precompute.py::test_runs_killed_at_random_moments_leave_what_undisturbed_ones_leave",
     ],
     "full disks": ["test_full_disks.py"],
     "journal damage": [

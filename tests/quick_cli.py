@@ -46,7 +46,11 @@ class QuickRun:
 class QuickEngine:
     model = SimpleNamespace(dtype="float32", device="cpu")
     runner = SimpleNamespace(
-        layer_windows={}, prefill_kernel=None, decode_kernels={}, bound=SimpleNamespace()
+        layer_windows={},
+        prefill_kernel=None,
+        decode_kernels={},
+        bound=SimpleNamespace(),
+        store=None,
     )
 
     def generation_rules(self) -> Any:

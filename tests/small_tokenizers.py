@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
+
+from oracles import SHAPE
 
 CORPUS = [
     "Answer in one word. Q: Where was Ada born? A: London",
@@ -120,6 +130,20 @@ def word_level() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=SPECIAL))
     return _wrapped(backend)
+
+
+def numbered_words() -> PreTrainedTokenizerFast:
+    """Words t3, t4, … are the tokens 3, 4, … of the small models (`oracles.SHAPE`)."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    vocabulary |= {f"t{i}": i for i in range(3, SHAPE["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
 SPACED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {

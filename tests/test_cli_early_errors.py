@@ -68,6 +68,8 @@ ERRORS = {
     ("doctor", "--model", "./nowhere"): "does not exist",
     ("doctor", "--dtype", "float16"): "--device, --dtype and --trust-remote-code need a --model",
     ("check", "casual"): "did you mean 'causal'?",
+    ("precompute",): "precompute needs a folder to write to; name one: --kv-cache FOLDER",
+    ("precompute", "--kv-cache", "kv", "--input", "nowhere.jsonl"): "No such file",
     ("kv-cache", "nowhere"): "No such file",
     ("kv-cache", ".", "--prune", "8G"): "--prune must be a size",
     ("eval", "nowhere.feather"): "No such file",

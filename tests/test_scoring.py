@@ -401,7 +401,7 @@ def token_scores(*logprobs: float) -> TokenScores:
 class SpoiltScorer(ChoiceScorer):
     """Gives every second prompt a log-probability that is NaN."""
 
-    def scores(self, prompts):
+    def results(self, prompts):
         for index in reversed(range(len(prompts))):
             spoilt = float("nan") if index % 2 else -1.0
             yield [(index, [token_scores(-0.5), token_scores(-1.0, spoilt)])]
@@ -438,10 +438,10 @@ def test_batches_are_halved_where_memory_runs_out_and_no_prompt_is_lost(engine, 
         scores = list(run)
     assert [score.request.uuid for score in scores] == [f"row{n}" for n in range(5)]
     assert tried == [(8, 5), (4, 4), (2, 2), (2, 2), (2, 1)]
-    list(scorer.scores([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))] * 3))
+    list(scorer.results([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))] * 3))
     assert tried[5:] == [(2, 2), (2, 1)]
     assert run.stats.halvings == 2
     monkeypatch.setattr(scorer, "_batch_size", 1)
     monkeypatch.setattr(ChoiceScorer, "_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(ModelError, match="not enough memory for one row of"):
-        list(scorer.scores([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))]))
+        list(scorer.results([ChoicePrompt(planned(0).prompts.layouts[0], ((3,), (4, 5)))]))

@@ -23,6 +23,7 @@ from flexmask_cli.commands.kv_cache import kv_cache
 from flexmask_cli.commands.merge import merge
 from flexmask_cli.commands.new import new
 from flexmask_cli.commands.plugins import plugins
+from flexmask_cli.commands.precompute import precompute
 from flexmask_cli.commands.score import score
 from flexmask_cli.commands.show import show
 from flexmask_cli.commands.strategies import strategies
@@ -51,6 +52,7 @@ COMMANDS = {
     "check": check,
     "new": new,
     "warmup": warmup,
+    "precompute": precompute,
     "kv-cache": kv_cache,
     "doctor": doctor,
 }

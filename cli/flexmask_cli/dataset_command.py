@@ -14,7 +14,7 @@ from flexmask.fusion import Fusion
 from flexmask_cli.dataset_options import OpenInput
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.option_kinds import flag, path
-from flexmask_cli.options import BadRows
+from flexmask_cli.options import BadRows, Verbose
 from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.progress import track
 from flexmask_cli.render.generation import (
@@ -67,10 +67,7 @@ class OutputOptions:
     dry_run: Annotated[bool, flag("--dry-run", help="Print the prompts and generate nothing.")] = (
         False
     )
-    verbose: Annotated[
-        bool,
-        flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
-    ] = False
+    verbose: Verbose = False
     as_json: Annotated[
         bool, flag("--json", help="Print counts, accuracy and figures of the run as JSON.")
     ] = False

@@ -38,6 +38,11 @@ Parameters = Annotated[
 ]
 JUDGE_FORM = "exact|f1|lemma|contains|regex:PATTERN|choice|number|file.py:name"
 AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
+Quiet = Annotated[bool, flag("--quiet", "-q", help="Print errors and warnings only.")]
+Verbose = Annotated[
+    bool,
+    flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
+]
 
 
 @dataclass(frozen=True)
@@ -465,7 +470,7 @@ class ResultOptions:
         flag("--resume", help="Keep the rows that the output holds and generate the others."),
     ] = False
     overwrite: Annotated[bool, flag("--overwrite", help="Replace the output.")] = False
-    quiet: Annotated[bool, flag("--quiet", "-q", help="Print errors and warnings only.")] = False
+    quiet: Quiet = False
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from flexmask.printable import WORDS, printable
 from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
-    from flexmask.choice_scores import Score
     from flexmask.engine import RunStats
-    from flexmask.generation import Generation
-    from flexmask.results.dataset_run import DatasetRun
     from flexmask_cli.interrupt import Interrupt
 
 SECONDS_PER_LINE = 5.0
 
-Made = TypeVar("Made", "Generation", "Score")
+Made = TypeVar("Made", covariant=True)
+
+
+class HasStats(Protocol):
+    """A run of the engine."""
+
+    @property
+    def stats(self) -> RunStats:
+        """Counts and times so far."""
+
+
+class TrackedRun(Protocol[Made]):
+    """A run whose progress is shown, such as a `DatasetRun`."""
+
+    @property
+    def engine_run(self) -> HasStats:
+        """The engine's run, with its counts."""
+
+    def batches(self, should_stop: Callable[[], bool]) -> Iterator[Sequence[Made]]:
+        """Yield results as they finish; end after those in flight once ``should_stop``."""
 
 
 class Pace:
@@ -77,7 +93,7 @@ class Pace:
 
 
 def track(
-    run: DatasetRun[Made], total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
+    run: TrackedRun[Made], total: int, interrupt: Interrupt, *, is_quiet: bool, title: str = ""
 ) -> Iterator[Sequence[Made]]:
     """Yield the batches of a run, and show rows, tokens per second and time left.
 
@@ -96,7 +112,7 @@ def track(
 
 
 def _with_lines(
-    batches: Iterator[Sequence[Made]], run: DatasetRun[Made], total: int, title: str
+    batches: Iterator[Sequence[Made]], run: TrackedRun[Made], total: int, title: str
 ) -> Iterator[Sequence[Made]]:
     if title:
         write_note(f"note: {title}")
@@ -113,7 +129,7 @@ def _with_lines(
 
 
 def _with_bar(
-    batches: Iterator[Sequence[Made]], run: DatasetRun[Made], total: int, title: str
+    batches: Iterator[Sequence[Made]], run: TrackedRun[Made], total: int, title: str
 ) -> Iterator[Sequence[Made]]:
     """Show a bar that is erased at the end."""
     from rich.console import Console

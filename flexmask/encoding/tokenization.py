@@ -14,7 +14,7 @@ from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.encoding.chat_template import ChatTemplate, WrittenPrompt
-from flexmask.encoding.prompt_encoder import PromptEncoder
+from flexmask.encoding.prompt_encoder import EncodedPrompt, PromptEncoder
 from flexmask.encoding.text_decoder import TextDecoder
 from flexmask.encoding.text_encoder import Encoded
 from flexmask.encoding.tokenizer_errors import tokenizer_errors
@@ -121,16 +121,46 @@ class RequestTokenizer:
             RequestError: If it cannot be tokenized, leaves a segment or the fusion tail without
                 tokens, or has tokens that the model does not know.
         """
+        prompt = self._encoded(request)
+        return _with_special_text(
+            TokenizedRequest.from_token_ids(
+                prefix=self._begin + prompt.prefix.token_ids,
+                segments=[segment.token_ids for segment in prompt.segments],
+                suffix=prompt.suffix.token_ids,
+            ),
+            prompt,
+        )
+
+    def document(self, request: Request) -> TokenizedRequest:
+        """Tokenize the first segment of a request with the tokens that it has among several.
+
+        A tokenizer may encode a segment otherwise if it is the only one; and without a suffix, the
+        fusion tail would take its last token.
+
+        Returns:
+            The request with this segment alone, whose last token is the fusion tail once more if
+            there is no suffix.
+
+        Raises:
+            RequestError: As calling the tokenizer does.
+        """
+        document = request.segments[0]
+        prompt = self._encoded(replace(request, segments=(document, document), weights=()))
+        token_ids = prompt.segments[0].token_ids
+        return _with_special_text(
+            TokenizedRequest.from_token_ids(
+                prefix=self._begin + prompt.prefix.token_ids,
+                segments=[token_ids],
+                suffix=prompt.suffix.token_ids or token_ids[-1:],
+            ),
+            prompt,
+        )
+
+    def _encoded(self, request: Request) -> EncodedPrompt:
         prompt = self._encoder.encode(self._written(request), request.segments)
         for name, piece in prompt.named():
             self._check_known(name, piece)
-        tokenized = TokenizedRequest.from_token_ids(
-            prefix=self._begin + prompt.prefix.token_ids,
-            segments=[segment.token_ids for segment in prompt.segments],
-            suffix=prompt.suffix.token_ids,
-        )
-        special_texts = [piece.special_text for _, piece in prompt.named() if piece.special_text]
-        return replace(tokenized, special_text=special_texts[0]) if special_texts else tokenized
+        return prompt
 
     def choices(
         self, request: Request, texts: Sequence[str] | None = None
@@ -225,3 +255,9 @@ class RequestTokenizer:
                 f"{self._num_embeddings - 1} only; remove that text, or give the model the "
                 "tokenizer it was trained with"
             )
+
+
+def _with_special_text(tokenized: TokenizedRequest, prompt: EncodedPrompt) -> TokenizedRequest:
+    """Note the text of a special token that a prompt holds."""
+    texts = [piece.special_text for _, piece in prompt.named() if piece.special_text]
+    return replace(tokenized, special_text=texts[0]) if texts else tokenized

@@ -304,9 +304,9 @@ class BatchRunner:
         layouts = [layout for group in self._lookahead for layout in group.layouts]
         length = common_prefix_length(layouts)
         pays = length > 0 and pays_off(layouts, length, size.rows)
-        computed = length if pays and runner.cache_prefix(layouts[0], length) else 0
-        seconds = self._clock.seconds(before, self._clock.mark())
-        self._count(computed_tokens=computed, prefill_s=seconds)
+        if pays and (plan := runner.cache_prefix(layouts[0], length)) is not None:
+            self._count(**plan.work)
+        self._count(prefill_s=self._clock.seconds(before, self._clock.mark()))
         return loop
 
     def _start(self, groups: Sequence[PlacedGroup], loop: DecodeLoop, started: float) -> None:
@@ -335,13 +335,7 @@ class BatchRunner:
         prefill = _Prefill(started, (before, self._clock.mark()))
         with self._peak_bytes("decode_peak_bytes"):
             self._queue_step(prefill)
-        self._count(
-            prefills=1,
-            computed_tokens=plan.computed_tokens,
-            copied_tokens=plan.copied_tokens,
-            cached_spans=plan.cached_spans,
-            kept_spans=len(plan.kept),
-        )
+        self._count(prefills=1, copied_tokens=plan.copied_tokens, **plan.work)
 
     def _look_at_foreseen(self) -> None:
         """Plan some of the foreseen prompts, for what the planner remembers of them."""

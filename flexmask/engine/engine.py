@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -25,15 +26,17 @@ from flexmask.engine.model_runner import (
     num_embeddings,
 )
 from flexmask.engine.output_head import TokenScores
+from flexmask.engine.precomputing import PrecomputingRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
+from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
 from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
-from flexmask.errors import ModelError, OptionError, RequestError
+from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
@@ -253,10 +256,7 @@ class Engine:
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
             on_refused,
         )  # fmt: skip
-        # With a batch size beyond all memory, no more is read ahead than can run.
-        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
-        size = LOOKAHEAD_BATCHES * max(1, rows)
-        lookaheads = planner.lookaheads(requests, size)
+        lookaheads = planner.lookaheads(requests, self._lookahead_size(batch_size))
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
         options = RunOptions(
@@ -377,8 +377,7 @@ class Engine:
             strategy, tokenizer, 0, self.runner.context, fusion, None, on_refused,
             scores_choices=True,
         )  # fmt: skip
-        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
-        lookaheads = planner.lookaheads(requests, LOOKAHEAD_BATCHES * max(1, rows))
+        lookaheads = planner.lookaheads(requests, self._lookahead_size(batch_size))
         scorer = ChoiceScorer(self.executor, strategy, batch_size)
         return ScoringRun(scorer, lookaheads, fusion, on_refused)
 
@@ -416,8 +415,69 @@ class Engine:
             if excess := beyond_context(layout, added, context, "the longest choice"):
                 raise RequestError(f"prompt {number}: {excess}; shorten the prompt")
             made.append(ChoicePrompt(layout.with_choices(stored_choices(choices)), choices))
-        for batch in ChoiceScorer(self.executor, strategy, batch_size).scores(made):
+        for batch in ChoiceScorer(self.executor, strategy, batch_size).results(made):
             yield from batch
+
+    def precompute(
+        self,
+        requests: Iterable[Request],
+        strategy: Strategy | str,
+        *,
+        batch_size: int | None = None,
+        chat_template: bool = False,
+        allow_special_tokens: bool = False,
+        on_refused: Callable[[Request, RequestError], None] | None = None,
+    ) -> PrecomputingRun:
+        """Compute the keys and values of documents and prefixes that the cache does not have.
+
+        Spans are those of the prompts that `generate` makes of the requests. A request of one
+        segment is a document for other prompts: it has the tokens that the segment has among
+        several, all of them. Nothing else of a prompt is computed, and no token is generated.
+
+        Args:
+            requests: The requests.
+            strategy: The mask strategy, or the name of one for its default parameters.
+            batch_size: Prompts that run together; None chooses by memory.
+            chat_template: Put requests into the tokenizer's chat template.
+            allow_special_tokens: As in `generate`.
+            on_refused: As in `generate`.
+
+        Returns:
+            An iterator of the requests as their spans are computed; its ``stats`` count spans.
+
+        Raises:
+            RequestError: If a request is refused and there is no ``on_refused``.
+            ModelError: If a chat template is asked for and the tokenizer has none that can be
+                used.
+            OptionError: If the engine has no ``kv_cache``, or the batch size is impossible.
+            StrategyError: If there is no strategy of that name, or nothing can be reused under it.
+            TypeError: If requests are of another type.
+        """
+        if isinstance(strategy, str):
+            strategy = make_strategy(strategy, {})
+        if batch_size is not None:
+            check_size("batch_size", batch_size, 1)
+        store = self.runner.store
+        if store is None:
+            raise OptionError("precompute needs an engine with a kv_cache")
+        if limit := limit_of_reuse(strategy):
+            warnings.warn(limit, FlexMaskWarning, stacklevel=2)
+        requests = checked_requests(requests)
+        tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
+        planner = PromptPlanner(
+            strategy, tokenizer, 0, self.runner.context, Fusion(), None, on_refused,
+            takes_documents=True,
+        )  # fmt: skip
+        lookaheads = planner.lookaheads(requests, self._lookahead_size(batch_size))
+        return PrecomputingRun(self.executor, strategy, lookaheads, batch_size, store)
+
+    def _lookahead_size(self, batch_size: int | None) -> int:
+        """Return the number of prompts that are planned ahead.
+
+        With a batch size beyond all memory, no more is read ahead than can run.
+        """
+        rows = self.runner.rows_that_fit(batch_size or self.executor.largest_batch, MIN_CAPACITY)
+        return LOOKAHEAD_BATCHES * max(1, rows)
 
     def warm_up(
         self,

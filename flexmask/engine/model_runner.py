@@ -8,7 +8,7 @@ decode for the shapes of the run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
 from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
 from flexmask.engine.row_loading import to_device
+from flexmask.engine.span_sharing import PromptSpans
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
 from flexmask.engine.stream_planner import StreamPlanner
 from flexmask.errors import AttentionError, LayoutError, OptionError
@@ -81,6 +82,8 @@ class ModelRunner:
         decode_kernels: The kernel that decodes the rows in flight, by kind of layer.
         cached_prefix: The prefix that `prefill` copies; None for none.
         store: Keys and values of spans, which `prefill` copies or adds; None for none.
+        fixed_position_reason: Why spans are reused at their own position only; None if they are
+            reused at any. `use_store` finds it out.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class ModelRunner:
         self.decode_kernels: dict[str, DecodeKernel] = {}
         self.cached_prefix: CachedPrefix | None = None
         self.store: KVStore | None = None
+        self.fixed_position_reason: str | None = None
         self._probe, self._names = probe, names
         self._turns: Mapping[str, KeyTurn] = {}
         self._store_bytes = 0
@@ -155,8 +159,9 @@ class ModelRunner:
         """
         if options.gpu_bytes and self._is_on_cpu:
             raise OptionError("gpu_bytes needs a model on a GPU; on a CPU, set host_bytes")
-        turns = key_turns(self._probe).by_module
-        self._turns = {self._names[module]: turn for module, turn in turns.items()}
+        turns = key_turns(self._probe)
+        self._turns = {self._names[module]: turn for module, turn in turns.by_module.items()}
+        self.fixed_position_reason = turns.reason
         kv_format = KVFormat(
             model,
             model_files,
@@ -173,6 +178,11 @@ class ModelRunner:
             folder=options.folder,
             folder_bytes=options.folder_bytes if options.folder else 0,
         )
+
+    @property
+    def turns_keys(self) -> bool:
+        """True if the store's keys can be turned, so that spans are reused at any position."""
+        return bool(self._turns)
 
     @property
     def reserved_bytes(self) -> int:
@@ -218,7 +228,7 @@ class ModelRunner:
             self.layer_windows,
             streams,
             with_key_table=with_key_table,
-            turns_keys=bool(self._turns),
+            turns_keys=self.turns_keys,
         )
         bound = BoundStrategy(
             strategy,
@@ -294,27 +304,29 @@ class ModelRunner:
         self.cache.bind(0, 0)
 
     @torch.no_grad()
-    def cache_prefix(self, layout: Layout, length: int) -> bool:
+    def cache_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
+
+        What the store has of it is copied.
 
         Wherever a prompt holds these tokens at positions 0, 1, …, and they are proved to see only
         themselves, their keys and values are copied and not computed again. It is computed in row
         0, so no row may be in flight.
 
         Returns:
-            False if they are not proved to see only themselves, with unchanged scores; then there
-            is no cached prefix.
+            The plan that was carried out; None if they are not proved to see only themselves, with
+            unchanged scores. Then there is no cached prefix.
         """
         self.cached_prefix = None
-        plan = self.planner.plan_prefix(layout, length)
+        plan = self.planner.plan_prefix(layout, length, self.store)
         if plan is None:
-            return False
+            return None
         self._run(plan)
         bound, values = self.bound, self.cache.copy_of(0, length)
         if bound.key_table is not None:
             self.cache.write([bound.batch_size * bound.capacity], values)
         self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
-        return True
+        return plan
 
     def plan(
         self, prompts: Mapping[int, Layout], max_new_tokens: int | None = None
@@ -352,6 +364,26 @@ class ModelRunner:
             for kind in bound.query_masks
         }
         bound.make_decode_masks(self.decode_kernels)
+
+    def plan_spans(self, prompts: Sequence[PromptSpans]) -> PrefillPlan:
+        """Plan to compute the spans that prompts want, and what these see.
+
+        Args:
+            prompts: The prompts with their batch rows.
+        """
+        assert self.store is not None, "use_store comes first"
+        return self.planner.plan_spans(prompts, self.store)
+
+    @torch.no_grad()
+    def compute_spans(self, plan: PrefillPlan) -> None:
+        """Compute spans, and give them to the store; on a GPU, wait until they are computed.
+
+        Args:
+            plan: The plan that `plan_spans` made.
+        """
+        self._run(plan)
+        if not self._is_on_cpu:
+            torch.cuda.synchronize(self.device)
 
     def plan_choices(self, prompts: Mapping[int, ChoicePrompt]) -> PrefillPlan:
         """Plan to compute all tokens of prompts and of the choices stored behind them.

@@ -86,3 +86,12 @@ class PrefillPlan:
     computed_tokens: int
     copied_tokens: int
     cached_spans: int = 0
+
+    @property
+    def work(self) -> dict[str, int]:
+        """Counts by the names of `RunStats`, but for copied tokens."""
+        return {
+            "computed_tokens": self.computed_tokens,
+            "cached_spans": self.cached_spans,
+            "kept_spans": len(self.kept),
+        }

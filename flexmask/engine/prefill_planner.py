@@ -13,15 +13,15 @@ from torch import Tensor
 from flexmask.block_mask.equality import rows_are_causal
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, whole_tiles
 from flexmask.engine.prefill_plan import DecodeKernel, KeptSpan, PrefillPlan, SpanCopy
-from flexmask.engine.prefix_cache import MIN_PREFIX_TOKENS, CachedPrefix
-from flexmask.engine.prompt_spans import SpanFinder, span_identity
+from flexmask.engine.prefix_cache import CachedPrefix
+from flexmask.engine.prompt_spans import SpanFinder
 from flexmask.engine.proof_cache import ProofCache
-from flexmask.engine.span_sharing import PromptSpans, divide
+from flexmask.engine.span_sharing import PromptSpans, divide, known_spans
 from flexmask.engine.stream_planner import StreamPlanner
 from flexmask.errors import LayoutError
 from flexmask.kernels.decode_attention import KeyTable
 from flexmask.kv_store.span_values import SpanValues
-from flexmask.layout import TAIL, Layout
+from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch, LayoutTables, layout_tables
 from flexmask.mask_mods import layer_masks
 from flexmask.strategy import Strategy
@@ -128,8 +128,28 @@ class PrefillPlanner:
         whole = [replace(prompt, count=len(prompt.layout)) for prompt in self._known(prompts)]
         return self._plan(whole, prefix, store, 0)
 
-    def plan_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
+    def plan_spans(self, prompts: Sequence[PromptSpans], store: KVStore) -> PrefillPlan:
+        """Plan to compute the spans that prompts want, and to keep them in a store.
+
+        Of what these spans see, the store's keys and values are copied. Nothing else of the
+        prompts is computed, and nothing is decoded.
+
+        Args:
+            prompts: The prompts with their batch rows, shorter than the capacity.
+            store: Keys and values of spans.
+        """
+        return self._plan(prompts, None, store, 0)
+
+    def plan_prefix(
+        self, layout: Layout, length: int, store: KVStore | None = None
+    ) -> PrefillPlan | None:
         """Plan to compute the first ``length`` tokens of a prompt in row 0.
+
+        Args:
+            layout: The prompt.
+            length: Number of tokens.
+            store: Keys and values of spans, which are copied; those that it does not have are
+                kept in it.
 
         Returns:
             None if they are not proved to see only themselves.
@@ -137,8 +157,14 @@ class PrefillPlanner:
         (prompt,) = self._known({0: layout})
         if not prompt.is_closed(0, length):
             return None
-        beginning = PromptSpans(0, layout, length, (), ())
-        return self._plan([beginning], None, None, 1)
+        whole = sum(span.stop <= length for span in prompt.spans)
+        beginning = replace(
+            prompt,
+            count=length,
+            spans=prompt.spans[:whole],
+            identities=prompt.identities[:whole],
+        )
+        return self._plan([beginning], None, store, 1)
 
     def foresee(self, layouts: Sequence[Layout], max_new_tokens: int) -> None:
         """Find out about prompts what their plan will need, and remember it."""
@@ -151,20 +177,15 @@ class PrefillPlanner:
     def _known(self, prompts: Mapping[int, Layout]) -> list[PromptSpans]:
         """Find the spans of prompts in batch rows; those of foreseen prompts are there already."""
         known = {
-            row: replace(self._foreseen.pop(id(layout)), row=row)
+            row: replace(self._foreseen[id(layout)], row=row)
             for row, layout in prompts.items()
             if id(layout) in self._foreseen
         }
+        for prompt in known.values():
+            self._foreseen.pop(id(prompt.layout), None)
         new = {row: layout for row, layout in prompts.items() if row not in known}
-        spans_of = self._spans.spans_of([*new.values()])
-        for (row, layout), spans in zip(new.items(), spans_of, strict=True):
-            identities: dict[int, bytes] = {}
-            for index in range(len(spans)):
-                identities[index] = span_identity(
-                    layout, spans, index, identities, at_own_position=not self._turns_keys
-                )
-            values = tuple(identities.values())
-            known[row] = PromptSpans(row, layout, len(layout) - 1, spans, values)
+        found = known_spans(self._spans, new, at_own_position=not self._turns_keys)
+        known.update((prompt.row, prompt) for prompt in found)
         return [known[row] for row in prompts]
 
     def _plan(
@@ -180,11 +201,13 @@ class PrefillPlanner:
         copied = [
             [(start, start + length) for start in own]
             + [(s.start, s.stop) for i, s in enumerate(prompt.spans) if (number, i) in found]
+            + prompt.left_out
             for number, (prompt, own) in enumerate(zip(prompts, starts, strict=True))
         ]
         parts = divide(prompts, copied)
         computed = sum(len(part.slots) for part in parts)
         counts = [prompt.count for prompt in prompts]
+        left_out = sum(stop - start for prompt in prompts for start, stop in prompt.left_out)
         return PrefillPlan(
             rows=tuple(prompt.row for prompt in prompts),
             counts=tuple(counts),
@@ -196,7 +219,7 @@ class PrefillPlanner:
             decode_kernels=self._decode_kernels(prompts, max_new_tokens),
             key_table=self._key_table(starts, length),
             computed_tokens=computed,
-            copied_tokens=sum(counts) - computed,
+            copied_tokens=sum(counts) - computed - left_out,
             cached_spans=len(found),
         )
 
@@ -207,14 +230,11 @@ class PrefillPlanner:
         return layout_tables(layouts, counts, [0] * size, size, self._capacity)
 
     def _stale_slots(self, prompts: Sequence[PromptSpans], max_new_tokens: int) -> Tensor:
-        stale = [
-            np.arange(
-                prompt.count,
-                min(self._capacity, whole_tiles(prompt.count + max_new_tokens, BLOCK_SIZE)),
-            )
-            + prompt.row * self._capacity
-            for prompt in prompts
-        ]
+        stale = []
+        for prompt in prompts:
+            end = min(self._capacity, whole_tiles(prompt.count + max_new_tokens, BLOCK_SIZE))
+            for start, stop in (*prompt.left_out, (prompt.count, end)):
+                stale.append(np.arange(start, stop) + prompt.row * self._capacity)
         return torch.from_numpy(np.concatenate(stale))
 
     def _copies(
@@ -251,9 +271,9 @@ class PrefillPlanner:
         """List the spans that the store gets: those of documents and prefixes, each once."""
         kept: dict[bytes, KeptSpan] = {}
         for number, prompt in enumerate(prompts):
-            for index, span in enumerate(prompt.spans):
-                identity = prompt.identities[index]
-                if _is_storable(prompt, index) and (number, index) not in found:
+            for index in prompt.needed:
+                span, identity = prompt.spans[index], prompt.identities[index]
+                if prompt.is_storable(index) and (number, index) not in found:
                     kept[identity] = KeptSpan(
                         identity,
                         prompt.row * self._capacity + span.start,
@@ -350,18 +370,12 @@ def _found_in(store: KVStore, prompts: Sequence[PromptSpans]) -> Found:
     values: dict[bytes, SpanValues | None] = {}
     found: Found = {}
     for number, prompt in enumerate(prompts):
-        for index, identity in enumerate(prompt.identities):
-            if not _is_storable(prompt, index):
+        for index in prompt.needed:
+            if not prompt.is_storable(index) or index in (prompt.wanted or ()):
                 continue
+            identity = prompt.identities[index]
             if identity not in values:
                 values[identity] = store.get(identity)
             if (of_span := values[identity]) is not None:
                 found[number, index] = of_span
     return found
-
-
-def _is_storable(prompt: PromptSpans, index: int) -> bool:
-    """Return True if a span is worth a place in a store: long enough, and not of the tail."""
-    span = prompt.spans[index]
-    is_tail = prompt.layout.segment_ids[span.start] == TAIL
-    return not is_tail and span.stop - span.start >= MIN_PREFIX_TOKENS

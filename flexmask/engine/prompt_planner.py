@@ -63,6 +63,7 @@ class PromptPlanner:
         max_rows: Most prompts that run together; None for no limit.
         on_refused: Called with each request that cannot be run; None raises.
         scores_choices: True if the choices of requests are scored, and nothing is generated.
+        takes_documents: True if a request of one segment stands for that segment in any prompt.
     """
 
     strategy: Strategy
@@ -73,6 +74,7 @@ class PromptPlanner:
     max_rows: int | None
     on_refused: OnRefused | None
     scores_choices: bool = False
+    takes_documents: bool = False
 
     def lookaheads(self, requests: Iterable[Request], size: int) -> Iterator[list[PlannedRequest]]:
         """Yield ``size`` generations at a time, planned while the caller runs those before them.
@@ -147,6 +149,8 @@ class PromptPlanner:
 
     def _tokenize(self, prompt: Request) -> TokenizedRequest:
         try:
+            if self.takes_documents and len(prompt.segments) == 1:
+                return self.tokenizer.document(prompt)
             return self.tokenizer(prompt)
         except RequestError as error:
             raise RequestError(f"{prompt.label}: {error}") from None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import time
-import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -16,29 +12,24 @@ from flexmask.choice_scores import ChoiceScore, Score, fused_scores
 from flexmask.engine.choice_prompt import ChoicePrompt
 from flexmask.engine.choice_strategy import ChoiceStrategy
 from flexmask.engine.executor import Executor
-from flexmask.engine.memory import is_out_of_memory
-from flexmask.engine.model_runner import bucketed_capacity
+from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.output_head import TokenScores
+from flexmask.engine.prefill_batches import PrefillBatches
+from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prefix_cache import common_prefix_length, pays_off
 from flexmask.engine.prompt_planner import OnRefused, PlannedRequest
 from flexmask.engine.run_stats import RunStats
-from flexmask.engine.turns import TURN
-from flexmask.errors import FlexMaskWarning, ModelError, RequestError
+from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
 from flexmask.layout import Layout
 from flexmask.request import Request
 from flexmask.strategy import Strategy
-from flexmask.torch_internals import compiled_graphs
 
 
-class ChoiceScorer:
-    """Scores the choices of prompts, a batch at a time, on an executor that others use too.
+class ChoiceScorer(PrefillBatches[ChoicePrompt, "list[TokenScores]"]):
+    """Scores the choices of prompts: the scores of the tokens of each choice.
 
-    A batch is one prefill of all its prompts with their choices; nothing is decoded. So nothing
-    is in flight between two batches.
-
-    Attributes:
-        stats: Work and times so far.
+    A batch computes all its prompts with their choices.
     """
 
     def __init__(self, executor: Executor, strategy: Strategy, batch_size: int | None) -> None:
@@ -49,134 +40,37 @@ class ChoiceScorer:
             strategy: The mask strategy of the prompts.
             batch_size: Prompts that run together; None to choose.
         """
-        self._executor = executor
-        self._strategy = ChoiceStrategy(strategy)
-        self._batch_size = batch_size
-        self.stats = RunStats(batch_size=0, capacity=0)
+        super().__init__(executor, ChoiceStrategy(strategy), batch_size)
 
-    def settle(self) -> None:
-        """Do nothing: no prompt is in flight when another run takes its turn."""
+    def _layout_of(self, prompt: ChoicePrompt) -> Layout:
+        return prompt.layout
 
-    def scores(
-        self, prompts: Sequence[ChoicePrompt]
-    ) -> Iterator[list[tuple[int, list[TokenScores]]]]:
-        """Score prompts, those of similar length together; yield some at a time.
-
-        Where memory runs out, batches are halved.
-
-        Returns:
-            For some of the prompts the index, and the scores of the tokens of each choice.
-
-        Raises:
-            ModelError: If memory does not suffice for a single prompt.
-        """
-        if not prompts:
-            return
-        # The longest first: if memory does not suffice, that shows at once.
-        waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].layout)))
-        capacity = bucketed_capacity(1 + len(prompts[waiting[0]].layout))
-        capacity = max(capacity, self.stats.capacity)
-        chosen = self._batch_size or self._executor.auto_batch_size(len(prompts), capacity)
-        rows = max(1, self._executor.runner.rows_that_fit(chosen, capacity))
-        # The same shapes for every lookahead, and no size again that did not fit.
-        bound = min if self.stats.halvings else max
-        rows = bound(rows, self.stats.batch_size or rows)
-        layouts = [prompt.layout for prompt in prompts]
-        while waiting:
-            some = [waiting.popleft() for _ in range(min(rows, len(waiting)))]
-            self.stats = replace(self.stats, batch_size=rows, capacity=capacity)
-            try:
-                scores = self._batch([prompts[index] for index in some], rows, capacity, layouts)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            else:
-                yield list(zip(some, scores, strict=True))
-                continue
-            # Outside of the handler, because the error holds the tensors of its frames.
-            waiting.extendleft(reversed(some))
-            rows = self._halved(rows, capacity)
-
-    def _batch(
-        self,
-        prompts: Sequence[ChoicePrompt],
-        rows: int,
-        capacity: int,
-        upcoming: Sequence[Layout],
-    ) -> list[list[TokenScores]]:
-        """Score one batch; for each prompt, return the scores of the tokens of each choice.
-
-        Args:
-            prompts: The prompts, at most ``rows``.
-            rows: Batch rows that the executor is prepared for.
-            capacity: Slots per row.
-            upcoming: All prompts of the lookahead, in which a common prefix is looked for.
-        """
-        runner, started = self._executor.runner, time.perf_counter()
-        with TURN:
-            self._executor.occupancy.admit(self)
-            compiled, masks = compiled_graphs(), self._executor.mask_cache.stats
-            computed = 0
-            if runner.prepare(self._strategy, rows, capacity):
-                computed = self._cache_prefix(upcoming, rows)
-            plan = runner.plan_choices(dict(enumerate(prompts)))
-            predictions = [prompt.predictions() for prompt in prompts]
-            slots = [
-                row * capacity + slot for row, own in enumerate(predictions) for slot, _ in own
-            ]
-            tokens = [token for own in predictions for _, token in own]
-            scored = runner.score(plan, torch.tensor(slots), torch.tensor(tokens))
-            scored = TokenScores(*(tensor.cpu() for tensor in scored))
-            later = self._executor.mask_cache.stats
-        self.stats = replace(
-            self.stats,
-            prefills=self.stats.prefills + 1,
-            computed_tokens=self.stats.computed_tokens + computed + plan.computed_tokens,
-            copied_tokens=self.stats.copied_tokens + plan.copied_tokens,
-            cached_spans=self.stats.cached_spans + plan.cached_spans,
-            kept_spans=self.stats.kept_spans + len(plan.kept),
-            prefill_s=self.stats.prefill_s + time.perf_counter() - started,
-            compilations=self.stats.compilations + compiled_graphs() - compiled,
-            mask_hits=self.stats.mask_hits + later.hits - masks.hits,
-            mask_misses=self.stats.mask_misses + later.misses - masks.misses,
-        )
+    def _compute(
+        self, runner: ModelRunner, prompts: Sequence[ChoicePrompt]
+    ) -> tuple[PrefillPlan, list[list[TokenScores]]]:
+        plan = runner.plan_choices(dict(enumerate(prompts)))
+        capacity = runner.bound.capacity
+        predictions = [prompt.predictions() for prompt in prompts]
+        slots = [row * capacity + slot for row, own in enumerate(predictions) for slot, _ in own]
+        tokens = [token for own in predictions for _, token in own]
+        scored = runner.score(plan, torch.tensor(slots), torch.tensor(tokens))
+        on_host = TokenScores(*(tensor.cpu() for tensor in scored))
         lengths = [len(choice) for prompt in prompts for choice in prompt.choices]
         of_choices = iter(
             TokenScores(*pair)
-            for pair in zip(*(tensor.split(lengths) for tensor in scored), strict=True)
+            for pair in zip(*(tensor.split(lengths) for tensor in on_host), strict=True)
         )
-        return [[next(of_choices) for _ in prompt.choices] for prompt in prompts]
+        return plan, [[next(of_choices) for _ in prompt.choices] for prompt in prompts]
 
-    def _cache_prefix(self, layouts: Sequence[Layout], rows: int) -> int:
-        """Compute what all prompts begin with once, if that pays; returns its tokens."""
+    def _share(
+        self, runner: ModelRunner, upcoming: Sequence[Layout], rows: int
+    ) -> PrefillPlan | None:
+        """Compute what all prompts begin with once, if that pays."""
         # The last token of a prompt predicts, so it is computed with each prompt.
-        shortest = min(layout.prompt_length for layout in layouts) - 1
-        length = min(common_prefix_length(layouts), shortest)
-        pays = length > 0 and pays_off(layouts, length, rows)
-        return length if pays and self._executor.runner.cache_prefix(layouts[0], length) else 0
-
-    def _halved(self, rows: int, capacity: int) -> int:
-        """Free memory, and return a smaller number of rows.
-
-        Raises:
-            ModelError: If there is one row only.
-        """
-        on_gpu = self._executor.runner.device.type == "cuda"
-        memory = "GPU memory" if on_gpu else "memory"
-        with TURN:
-            self._executor.release()
-        if rows == 1:
-            raise ModelError(
-                f"not enough {memory} for one row of {capacity} slots; shorten the prompts"
-            )
-        gc.collect()
-        torch.cuda.empty_cache()
-        smaller = max(1, self._executor.runner.rows_that_fit(rows // 2, capacity))
-        message = f"out of {memory}: {rows} rows at a time become {smaller}"
-        warnings.warn(message, FlexMaskWarning, stacklevel=2)
-        halvings = self.stats.halvings + 1
-        self.stats = replace(self.stats, batch_size=smaller, halvings=halvings)
-        return smaller
+        shortest = min(layout.prompt_length for layout in upcoming) - 1
+        length = min(common_prefix_length(upcoming), shortest)
+        pays = length > 0 and pays_off(upcoming, length, rows)
+        return runner.cache_prefix(upcoming[0], length) if pays else None
 
 
 @dataclass(frozen=True)
@@ -275,7 +169,7 @@ class ScoringRun(Iterator[Score]):
         ]
         missing = {planned.prompts.number: len(planned.prompts.layouts) for planned in lookahead}
         found: dict[tuple[int, int], list[TokenScores]] = {}
-        for batch in self._scorer.scores(prompts):
+        for batch in self._scorer.results(prompts):
             outcomes: dict[int, Score | None] = {}
             for place, scores in batch:
                 planned, index = places[place]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from flexmask.engine.prefix_cache import MIN_PREFIX_TOKENS, common_length
-from flexmask.engine.prompt_spans import Span
-from flexmask.layout import Layout
+from flexmask.engine.prompt_spans import Span, SpanFinder, span_identity
+from flexmask.layout import TAIL, Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +32,8 @@ class PromptSpans:
         count: Tokens whose keys and values are needed: all but the last.
         spans: Its spans.
         identities: The identity of each span.
+        wanted: Indices of the spans that are computed, and nothing else of the prompt but what
+            they see; None for the whole prompt.
     """
 
     row: int
@@ -38,6 +41,37 @@ class PromptSpans:
     count: int
     spans: tuple[Span, ...]
     identities: tuple[bytes, ...]
+    wanted: frozenset[int] | None = None
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """Indices of the spans whose keys and values the row must have, in ascending order."""
+        if self.wanted is None:
+            return tuple(range(len(self.spans)))
+        needed = set(self.wanted)
+        for index in reversed(range(len(self.spans))):
+            if index in needed:
+                needed.update(self.spans[index].ancestors)
+        return tuple(sorted(needed))
+
+    @cached_property
+    def left_out(self) -> list[tuple[int, int]]:
+        """The slots whose keys and values the row need not have, as ``(start, stop)``."""
+        if self.wanted is None:
+            return []
+        ranges, reached = [], 0
+        needed = [(self.spans[index].start, self.spans[index].stop) for index in self.needed]
+        for start, stop in (*needed, (self.count, self.count)):
+            if reached < start:
+                ranges.append((reached, start))
+            reached = stop
+        return ranges
+
+    def is_storable(self, index: int) -> bool:
+        """Return True if a span is worth a place in a store: long enough, and not of the tail."""
+        span = self.spans[index]
+        is_tail = self.layout.segment_ids[span.start] == TAIL
+        return not is_tail and span.stop - span.start >= MIN_PREFIX_TOKENS
 
     def first_position(self, span: Span) -> int:
         """Position of the first token of a span."""
@@ -57,6 +91,29 @@ class PromptSpans:
             seen.append(index)
             reached = span.stop
         return reached >= stop
+
+
+def known_spans(
+    finder: SpanFinder, prompts: Mapping[int, Layout], *, at_own_position: bool
+) -> list[PromptSpans]:
+    """Find and identify the spans of prompts, of each without its last token.
+
+    Args:
+        finder: Finds them.
+        prompts: The layout of each prompt, by batch row.
+        at_own_position: True if they are reused at their own position only.
+    """
+    known = []
+    spans_of = finder.spans_of(list(prompts.values()))
+    for (row, layout), spans in zip(prompts.items(), spans_of, strict=True):
+        identities: dict[int, bytes] = {}
+        for index in range(len(spans)):
+            identities[index] = span_identity(
+                layout, spans, index, identities, at_own_position=at_own_position
+            )
+        values = tuple(identities.values())
+        known.append(PromptSpans(row, layout, len(layout) - 1, spans, values))
+    return known
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,17 @@ class KVStore:
                 return True
         return self._is_in_folder(identity)
 
+    def use(self, identity: bytes) -> bool:
+        """Return True if `get` would find a span, as `contains` does; it counts as used now."""
+        if not self.contains(identity):
+            return False
+        with self._lock:
+            self._on_device.use(identity)
+            self._on_host.use(identity)
+            if self._folder is not None:
+                self._record_use(identity)
+        return True
+
     def get(self, identity: bytes) -> SpanValues | None:
         """Return the keys and values of a span on the device, for use on the current stream.
 

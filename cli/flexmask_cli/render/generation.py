@@ -28,19 +28,31 @@ SHOWN_ANSWERS = 8
 """Number of generations that are shown."""
 
 
-def print_notes(engine: Engine, strategy: Strategy, fusion: str) -> None:
-    """Print strategy, model and attention of a run to stderr."""
+def print_notes(engine: Engine, strategy: Strategy, fusion: str | None = None) -> None:
+    """Print strategy, model, attention and cache of a run to stderr."""
     model, kinds = engine.model, engine.runner.layer_windows
     layers = ", ".join(
         kind if window is None else f"{kind} (window {window})" for kind, window in kinds.items()
     )
     for line in (
         f"strategy: {strategy}",
-        f"fusion: {fusion}",
+        *([] if fusion is None else [f"fusion: {fusion}"]),
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
+        *_notes_on_spans(engine),
     ):
         write_note(line)
+
+
+def _notes_on_spans(engine: Engine) -> Iterator[str]:
+    """Yield where keys and values can be reused, if the engine keeps any."""
+    runner = engine.runner
+    if runner.store is None:
+        return
+    where = "any position"
+    if runner.fixed_position_reason is not None:
+        where = f"the position of their first use only: {runner.fixed_position_reason}"
+    yield f"keys and values of spans: reused at {where}"
 
 
 def print_rules(rules: GenerationRules, stats: RunStats) -> None:
