@@ -32,6 +32,11 @@ class Generation:
     prompts: tuple[str, ...] | None = None
 
     @property
+    def sample(self) -> int:
+        """Its number, from 0, among the generations that continue one prompt."""
+        return self.request.sample
+
+    @property
     def prediction(self) -> str:
         """The answer: the first line of the text that is not blank, stripped."""
         return first_line(self.text)

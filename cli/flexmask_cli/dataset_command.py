@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -248,7 +248,7 @@ class DatasetCommand(ABC, Generic[Made]):
     def _print_prompts(self) -> None:
         from flexmask.tasks.request_source import BadRow
 
-        run, fusion = self.planned, self.fusion
+        run, fusion = self.planned, replace(self.fusion, samples=1)
         skips = run.options.rows.on_error is BadRows.SKIP
         tokenize = run.load_tokenizer() if run.uses_chat_template else None
         for request in self._requests():

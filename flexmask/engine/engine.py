@@ -175,6 +175,7 @@ class Engine:
         max_new_tokens: int = 20,
         batch_size: int | None = None,
         sampling: Sampling | None = None,
+        samples: int | None = None,
         stop: Sequence[str] = (),
         chat_template: bool = False,
         allow_special_tokens: bool = False,
@@ -185,7 +186,8 @@ class Engine:
 
         There is one generation for each request. The fusions ``none`` and ``each`` choose
         segments of a request and generate for each of these; the generation's ``request`` then
-        holds that segment alone (`Request.alone`).
+        holds that segment alone (`Request.alone`). With several samples there is a generation for
+        each, unless they vote.
 
         Requests are tokenized and checked some batches ahead, the first of them at once;
         batches run as the result is iterated. The model's generation config applies, except for
@@ -199,6 +201,9 @@ class Engine:
             max_new_tokens: Most tokens per generation.
             batch_size: Prompts that run together; None chooses by memory.
             sampling: The way tokens are chosen; None takes the most likely.
+            samples: Number of times that each prompt is continued; None for that of the fusion.
+                The prompt is computed once if the batch has room for all samples. Sample 0 is
+                what a single one would be.
             stop: Strings that end a generation; its text ends before them.
             chat_template: Put requests into the tokenizer's chat template.
             allow_special_tokens: Read the text of a special token in a request, such as
@@ -235,6 +240,10 @@ class Engine:
             )
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
+        sampling = sampling or Sampling()
+        if samples is not None:
+            fusion = replace(fusion, samples=samples)
+        fusion.check_samples(is_greedy=sampling.is_greedy)
         tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
@@ -246,9 +255,7 @@ class Engine:
         lookaheads = planner.lookaheads(requests, size)
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
-        options = RunOptions(
-            max_new_tokens, rules, sampling or Sampling(), all_stops, fusion, answer_of
-        )
+        options = RunOptions(max_new_tokens, rules, sampling, all_stops, fusion, answer_of)
         return GenerationRun(
             self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
         )
@@ -275,8 +282,8 @@ class Engine:
         Args:
             request: The request.
             strategy: As for `generate`, like all that follows.
-            fusion: One that makes a single generation from the first token on: not ``vote`` or
-                ``each``.
+            fusion: One that makes a single generation from the first token on: not ``each``, a
+                vote or several samples.
             max_new_tokens: Most tokens.
             sampling: The way tokens are chosen.
             stop: Strings that end the text.
@@ -291,9 +298,12 @@ class Engine:
             OptionError: If the fusion makes several generations.
             FlexMaskError: As `generate`.
         """
-        name = fusion if isinstance(fusion, str) else fusion.name
-        if name in ("vote", "each"):
-            raise OptionError(f"fusion {name!r} makes several generations; stream another fusion")
+        if isinstance(fusion, str):
+            fusion = Fusion(fusion)
+        if not fusion.is_single:
+            raise OptionError(
+                f"fusion {str(fusion)!r} makes several generations; stream another fusion"
+            )
         if not isinstance(request, Request):
             raise TypeError(f"request must be a Request, got {request!r:.60}")
         run = self.generate(

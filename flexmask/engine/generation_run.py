@@ -184,7 +184,7 @@ class GenerationRun(Iterator[Generation]):
         prompt_tokens = sum(map(len, group.layouts))
         generations = [row.generation(request, prompt_tokens) for row in rows]
         chosen = generations[0]
-        if self._options.fusion.name == "vote":
+        if self._options.fusion.is_vote:
             chosen = generations[majority([*map(self._options.answer_of, generations)])]
         return replace(chosen, prompts=self._prompts_of(request))
 

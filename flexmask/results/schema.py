@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.errors import JudgeError
+from flexmask.fusion import VOTES, Fusion
 from flexmask.generation import Generation
+from flexmask.request import RequestKey
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.matching import is_exact_match
 from flexmask.tasks.request_source import BadRow
@@ -71,7 +73,11 @@ those of its tokens, numbers of tokens and bytes, and whether greedy decoding wo
 it (null where prompts are fused). ``prediction`` is the chosen choice, and ``correct`` compares
 its index with the answer's. Rows that failed have nulls from ``chosen`` on."""
 
-SCHEMAS = {tuple(schema.names): schema for schema in (SCHEMA, SCORE_SCHEMA)}
+SAMPLE_SCHEMA = pa.schema([*SCHEMA, ("sample", pa.int32())])
+"""Columns of a result file with several samples of each prompt: ``sample`` is the number of the
+generation, from 0. Without samples there is no such column, as before there were samples."""
+
+SCHEMAS = {tuple(schema.names): schema for schema in (SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA)}
 """The schemas of result files by the names of their columns."""
 
 SCORED = "scored"
@@ -80,21 +86,34 @@ SCORED = "scored"
 NEVER_NULL = (
     *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
     *("system", "messages", "answer_prefix", "segment_turns"),
-    *("prompt_tokens", "generated_tokens", "finish_reason"),
+    *("prompt_tokens", "generated_tokens", "finish_reason", "sample"),
 )
-"""Columns that are never null; the items of their lists are not null either."""
+"""Columns that are never null where a file has them; the items of their lists are not either."""
 
 
 Result = Generation | Score | BadRow
 
 
-def schema_of(judge: Judge | ChoiceJudge) -> pa.Schema:
-    """Return the columns of the rows that a judge judges."""
-    return SCORE_SCHEMA if isinstance(judge, ChoiceJudge) else SCHEMA
+def schema_of(judge: Judge | ChoiceJudge, fusion: Fusion) -> pa.Schema:
+    """Return the columns of the rows that a judge judges, and that a run has under a fusion."""
+    if isinstance(judge, ChoiceJudge):
+        return SCORE_SCHEMA
+    return SAMPLE_SCHEMA if fusion.has_sample_rows else SCHEMA
+
+
+def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
+    """Return the columns that the rows of a run have, by its record."""
+    if "scores" in run:
+        return SCORE_SCHEMA
+    fusion = run.get("fusion", {})  # early versions had no fusions
+    has_sample_rows = "samples" in fusion and fusion.get("name") not in VOTES
+    return SAMPLE_SCHEMA if has_sample_rows else SCHEMA
 
 
 def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
     """Return the row of a result, or of a bad row, which has no text and counts as wrong.
+
+    Its columns are those of the schema for its judge, and ``sample``.
 
     Raises:
         JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
@@ -112,6 +131,7 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         "segment_turns": request.segment_turns if request else "one",
         "prompts": None,
         "segment": request.segment if request else None,
+        "sample": request.sample if request else 0,
         "weights": (request.weights or None) if request else None,
     }
     if isinstance(judge, ChoiceJudge):
@@ -143,6 +163,11 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         return row | verdict(row, judge)
     except JudgeError as error:
         raise JudgeError(f"{request.label if request else row['uuid']}: {error}") from error
+
+
+def key_of(row: Mapping[str, Any]) -> RequestKey:
+    """Return the key of a row; without samples it has no such column."""
+    return RequestKey(row["uuid"], row["segment"], row.get("sample", 0))
 
 
 def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:

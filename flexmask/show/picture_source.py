@@ -154,7 +154,7 @@ def subject_of_result(
     ]:
         raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
     fusion = recorded["fusion"].get("name", "attention")
-    if fusion not in ("attention", "none", "each"):
+    if fusion not in ("attention", "none", "each", "self_consistency"):
         raise OptionError(
             f"{source}: its segments ran as separate prompts (fusion {fusion!r}), with no mask "
             "between them to draw; name the file of the requests"

@@ -51,6 +51,7 @@ def generate(
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
     choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
+    fusion.chosen.check_samples(is_greedy=run.sampling.sampling.is_greedy)
     chosen = choose()
     open_input = partial(
         data.open,
@@ -178,7 +179,7 @@ class Generate(DatasetCommand["Generation"]):
         """Return True if the one answer of a run is printed to a terminal as it is generated."""
         is_quiet = self.planned.options.results.quiet
         prints_text = not (self.output.as_json or self.output.output == STDOUT or is_quiet)
-        is_one = len(writer.remaining) == 1 and self.fusion.name not in ("vote", "each")
+        is_one = len(writer.remaining) == 1 and self.fusion.is_single
         return is_one and prints_text and _is_terminal()
 
     def _stream(
