@@ -153,6 +153,18 @@ class Fusion:
         if self.name == "self_consistency" and self.samples == 1:
             raise OptionError("fusion 'self_consistency' needs at least 2 samples, got 1")
 
+    def check_one_prompt(self) -> None:
+        """Check that each generation continues one prompt, whose attention can be measured.
+
+        Raises:
+            OptionError: If logits of several are fused.
+        """
+        if self.is_of_logits:
+            raise OptionError(
+                f"segment attention is that of one prompt, but fusion {self.name!r} fuses the "
+                "logits of several"
+            )
+
     def check(self, request: Request) -> None:
         """Check that a request has weights if its prompts are weighted by them.
 

@@ -10,6 +10,10 @@ from flexmask.request import Request
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, stop string, or ``max_new_tokens`` reached."""
 
+SegmentAttention = tuple[tuple[float, ...], ...]
+"""For each generated token the shares of attention on the prefix, on each segment, and on the tail
+with the tokens generated so far."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -22,6 +26,9 @@ class Generation:
         finish_reason: Why it ended.
         prompt_tokens: Slots of its prompts, copies of the prefix included.
         prompts: The texts that a chat template made of its request; None without one.
+        segment_attention: Where the tokens that chose each of ``token_ids`` attended to, mean over
+            heads and layers; each row sums to 1. A copy of the prefix belongs to its segment.
+            None where it was not asked for.
     """
 
     request: Request
@@ -30,6 +37,7 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     prompts: tuple[str, ...] | None = None
+    segment_attention: SegmentAttention | None = None
 
     @property
     def sample(self) -> int:

@@ -31,6 +31,7 @@ from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
 from flexmask.engine.scoring import ChoiceScorer, ScoringRun
+from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
 from flexmask.errors import ModelError, OptionError, RequestError
@@ -179,6 +180,7 @@ class Engine:
         stop: Sequence[str] = (),
         chat_template: bool = False,
         allow_special_tokens: bool = False,
+        segment_attention: bool = False,
         answer_of: Callable[[Generation], str] = attrgetter("prediction"),
         on_refused: Callable[[Request, RequestError], None] | None = None,
     ) -> GenerationRun:
@@ -209,6 +211,9 @@ class Engine:
             allow_special_tokens: Read the text of a special token in a request, such as
                 ``<eos>``, as that token, which may end a turn. By default it is tokenized as
                 plain text, and a warning counts the requests that hold some.
+            segment_attention: Measure which parts of the prompt generated tokens attend to
+                (`Generation.segment_attention`). It computes prompts again, and is no option of
+                fused logits, where a token comes from several prompts.
             answer_of: Returns the answer in a generation, which the fusion ``vote`` counts.
             on_refused: Called with each request that cannot be tokenized, exceeds the model's
                 context or gets logits that are NaN or infinite. Such a request is left out of the
@@ -244,6 +249,8 @@ class Engine:
         if samples is not None:
             fusion = replace(fusion, samples=samples)
         fusion.check_samples(is_greedy=sampling.is_greedy)
+        if segment_attention:
+            fusion.check_one_prompt()
         tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
@@ -256,8 +263,9 @@ class Engine:
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
         options = RunOptions(max_new_tokens, rules, sampling, all_stops, fusion, answer_of)
+        meter = AttentionMeter(self.executor, strategy) if segment_attention else None
         return GenerationRun(
-            self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
+            self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused, meter
         )
 
     def stream(
