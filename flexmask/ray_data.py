@@ -104,7 +104,8 @@ class Predictor:
             raise OptionError(
                 f"{self._fusion.samples} samples give a row several generations; explode the rows"
             )
-        if unusable := {"on_refused", "answer_of", "samples"}.intersection(options):
+        refused = {"on_refused", "answer_of", "samples", "segment_attention"}
+        if unusable := refused.intersection(options):
             raise OptionError(f"{min(unusable)} is not an option of Predictor")
         names = {
             name: (source,) if isinstance(source, str) else tuple(source)

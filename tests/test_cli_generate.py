@@ -142,6 +142,29 @@ def test_every_sample_has_a_row_and_is_resumed_by_itself(small, error_of):
     assert dry.out.count("== ") == 1
 
 
+def test_segment_attention_is_a_column_that_is_resumed_and_shown(small, error_of):
+    options = [*small, "--segment-attention"]
+    assert "but fusion 'mean' fuses the logits of several" in error_of(
+        *options, "--fusion", "mean"
+    )
+    assert run(*options, "--limit", 1).status == 0
+    more = error_of(*small, "--resume")
+    assert "made by a different run (segment_attention: True → not set)" in more
+    assert run(*options, "--resume").status == 0
+    rows = pyarrow.feather.read_table(small[-1]).to_pylist()
+    for row in rows:
+        assert len(row["segment_attention"]) == row["generated_tokens"]
+        for shares in row["segment_attention"]:
+            assert len(shares) == len(row["paraphrases"]) + 2
+            assert sum(shares) == pytest.approx(1)
+    shown = run_command("show", small[-1], "--row", 1).out
+    assert re.search(r"\nattention   P 0\.0%  S1 \d+\.\d%  .*  T \d+\.\d%\n", shown), shown
+    lines = run(*options[:-3], "--output", "-", "--limit", 1, "--segment-attention").out
+    found = json.loads(lines)["segment_attention"]
+    want = rows[0]["segment_attention"]
+    assert [pytest.approx(shares, abs=1e-5) for shares in want] == found
+
+
 def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(
     small, tmp_path, monkeypatch, error_of
 ):

@@ -1,5 +1,6 @@
 """Where generated tokens attend to, against dense attention over the whole row."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,17 @@ from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine import Engine
 from flexmask.errors import OptionError
 from flexmask.layout import TAIL
+from flexmask.layout_batch import LayoutBatch
 from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
-from oracles import WINDOW, make_model, random_text_request
+from oracles import (
+    WINDOW,
+    dense_mask,
+    make_model,
+    oracle_logits,
+    random_text_request,
+    within_window,
+)
 from plugin_site import BUILT_IN
 from test_scoring import NARROW, dense_logprobs, with_tokens
 
@@ -32,22 +41,47 @@ def run(engine, strategy, requests=REQUESTS, **options):
 
 
 @pytest.fixture
-def weights_of(monkeypatch):
-    """Runs a dense pass; returns the mean of attention weights over heads and layers."""
+def weights_of(models, monkeypatch):
+    """Runs a dense pass; returns the mean of attention weights over heads and layers.
 
-    def get(model, strategy, layout) -> Tensor:
-        seen = []
+    The pass is transformers' own, under the plain-Python oracle; where a strategy changes scores,
+    it is that of ``flexmask_dense``.
+    """
 
-        def record(*arguments, **options):
-            seen.append(dense_weights(*arguments, **options))
-            return seen[-1]
+    def get(architecture, strategy, layout) -> Tensor:
+        seen: list[Tensor] = []
+        if not strategy.changes_scores(LayoutBatch(1, 1, torch.device("cpu"))):
+            model = models(architecture, "eager")
+            dense = near = dense_mask(strategy, layout)
+            if (window := getattr(model.config, "sliding_window", None)) is not None:
+                near = dense & within_window(layout, window)
+            with recorded_weights(model, seen):
+                oracle_logits(model, layout, dense, near)
+        else:
 
-        monkeypatch.setattr(backend, "dense_weights", record)
-        dense_logprobs(model, strategy, layout)
-        monkeypatch.undo()
+            def record(*arguments, **options):
+                seen.append(dense_weights(*arguments, **options))
+                return seen[-1]
+
+            monkeypatch.setattr(backend, "dense_weights", record)
+            dense_logprobs(models(architecture, "flexmask_dense"), strategy, layout)
+            monkeypatch.undo()
         return torch.stack([weights[0].mean(0) for weights in seen]).mean(0)
 
     return get
+
+
+@contextmanager
+def recorded_weights(model, seen):
+    """Append the attention weights that attention modules return, ``(1, H, S, S)`` each."""
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        for name, module in model.named_modules()
+        if name.endswith("self_attn")
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def shares_of(weights: Tensor, layout, prompt_length: int, num_segments: int) -> Tensor:
@@ -57,12 +91,12 @@ def shares_of(weights: Tensor, layout, prompt_length: int, num_segments: int) ->
     return torch.stack([weights[queries, ids == part].sum(-1) for part in parts], -1)
 
 
-def check(engine, model, strategy, generations, weights_of):
+def check(engine, architecture, strategy, generations, weights_of):
     tokenize = RequestTokenizer(engine.tokenizer)
     for generation in generations:
         prompt = strategy.layout(tokenize(generation.request))
         layout = with_tokens(prompt, generation.token_ids[:-1])
-        weights = weights_of(model, strategy, layout)
+        weights = weights_of(architecture, strategy, layout)
         count = prompt.num_segments
         want = shares_of(weights, layout, len(prompt), count)
         found = torch.tensor(generation.segment_attention)
@@ -72,10 +106,10 @@ def check(engine, model, strategy, generations, weights_of):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_shares_are_those_of_dense_attention(engine, models, name, weights_of):
+def test_shares_are_those_of_dense_attention(engine, name, weights_of):
     strategy = make_strategy(name, NARROW.get(name, {}))
     generations = run(engine, strategy)
-    check(engine, models("llama", "flexmask_dense"), strategy, generations, weights_of)
+    check(engine, "llama", strategy, generations, weights_of)
     if name != "boundary_repair":  # its layout has segments of its own
         shapes = [len(one.segment_attention[0]) for one in generations]
         assert shapes == [len(one.segments) + 2 for one in REQUESTS]
@@ -83,14 +117,12 @@ def test_shares_are_those_of_dense_attention(engine, models, name, weights_of):
         assert all(one.segment_attention[-1][0] == 0 for one in generations)
 
 
-def test_sliding_layers_and_capped_scores_count_as_the_model_computes_them(
-    tokenizer, models, weights_of
-):
+def test_sliding_layers_and_capped_scores_count_as_the_model_computes_them(tokenizer, weights_of):
     engine = Engine(make_model("gemma2", "flexmask"), tokenizer)
     strategy = make_strategy("prefix_segment", {})
     requests = [random_text_request(1, 2, length=WINDOW - 8)]
     generations = run(engine, strategy, requests, batch_size=1)
-    check(engine, models("gemma2", "flexmask_dense"), strategy, generations, weights_of)
+    check(engine, "gemma2", strategy, generations, weights_of)
 
 
 def test_measuring_changes_no_generation_and_costs_nothing_where_it_is_not_asked_for(engine):
@@ -116,7 +148,7 @@ def test_it_is_measured_some_queries_at_a_time(engine, monkeypatch):
 @pytest.mark.parametrize(
     ("fusion", "samples"), [("vote", 1), ("vote", 2), ("self_consistency", 2)]
 )
-def test_of_a_vote_it_is_that_of_the_winner(engine, models, weights_of, fusion, samples):
+def test_of_a_vote_it_is_that_of_the_winner(engine, weights_of, fusion, samples):
     strategy = make_strategy("prefix_segment", {})
     sampling = Sampling(temperature=1.0)
     options = {"batch_size": 6, "fusion": fusion, "samples": samples, "sampling": sampling}
@@ -129,7 +161,7 @@ def test_of_a_vote_it_is_that_of_the_winner(engine, models, weights_of, fusion, 
             found, want = map(torch.tensor, (one.segment_attention, other.segment_attention))
             torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
     else:
-        check(engine, models("llama", "flexmask_dense"), strategy, generations, weights_of)
+        check(engine, "llama", strategy, generations, weights_of)
 
 
 def test_fused_logits_have_no_prompt_to_attend_to(engine):

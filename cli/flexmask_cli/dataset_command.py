@@ -230,8 +230,15 @@ class DatasetCommand(ABC, Generic[Made]):
         if self.planned.options.results.mode != "new":
             raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
         requests, judge = self._requests(), self.planned.judge
-        stream = RowStream(print_json_line, requests=requests, fusion=self.fusion, judge=judge)
-        self.run_rest(self._job(requests), stream)
+        job = self._job(requests)
+        stream = RowStream(
+            print_json_line,
+            requests=requests,
+            fusion=self.fusion,
+            judge=judge,
+            segment_attention=job.has_segment_attention,
+        )
+        self.run_rest(job, stream)
 
     def _run(self, run: DatasetRun[Made], writer: ResultWriter | RowStream) -> Sequence[Made]:
         """Run; return the first results."""

@@ -35,6 +35,7 @@ class RowStream:
         requests: Iterable[Request | BadRow],
         fusion: Fusion = Fusion(),
         judge: Judge | ChoiceJudge = Judge(),
+        segment_attention: bool = False,
     ) -> None:
         """Read the requests once, and write the bad rows that come first.
 
@@ -44,12 +45,13 @@ class RowStream:
                 than once.
             fusion: The fusion of the run, as for `ResultWriter.open`.
             judge: Extracts answers from generations and scores them.
+            segment_attention: As for `ResultWriter.open`.
 
         Raises:
             RequestError: If two requests have the same uuid, or the input cannot be read.
         """
         expanded = ExpandedRequests(requests, fusion)
-        columns = schema_of(judge, fusion)
+        columns = schema_of(judge, fusion, segment_attention=segment_attention)
         plan = make_plan(expanded, None, Path("-"), judge, columns)
         self.remaining = Remaining(expanded, plan)
         self.fusion = fusion.after_expansion

@@ -73,11 +73,34 @@ those of its tokens, numbers of tokens and bytes, and whether greedy decoding wo
 it (null where prompts are fused). ``prediction`` is the chosen choice, and ``correct`` compares
 its index with the answer's. Rows that failed have nulls from ``chosen`` on."""
 
-SAMPLE_SCHEMA = pa.schema([*SCHEMA, ("sample", pa.int32())])
-"""Columns of a result file with several samples of each prompt: ``sample`` is the number of the
-generation, from 0. Without samples there is no such column, as before there were samples."""
+SAMPLE = pa.field("sample", pa.int32())
+"""The column of a run with several samples of each prompt: the number of the generation, from 0.
+"""
 
-SCHEMAS = {tuple(schema.names): schema for schema in (SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA)}
+SEGMENT_ATTENTION = pa.field("segment_attention", pa.list_(pa.list_(pa.float32())))
+"""The column of a run that measures it; null where a row failed."""
+
+
+def generation_schema(*, has_samples: bool, has_attention: bool) -> pa.Schema:
+    """Return the columns of generations: `SCHEMA`, and those that were asked for.
+
+    Other files are as they were before there were such columns.
+    """
+    asked_for = [(SAMPLE, has_samples), (SEGMENT_ATTENTION, has_attention)]
+    return pa.schema([*SCHEMA, *(column for column, is_there in asked_for if is_there)])
+
+
+SCHEMAS = {
+    tuple(schema.names): schema
+    for schema in (
+        *(
+            generation_schema(has_samples=samples, has_attention=attention)
+            for samples in (False, True)
+            for attention in (False, True)
+        ),
+        SCORE_SCHEMA,
+    )
+}
 """The schemas of result files by the names of their columns."""
 
 SCORED = "scored"
@@ -94,11 +117,19 @@ NEVER_NULL = (
 Result = Generation | Score | BadRow
 
 
-def schema_of(judge: Judge | ChoiceJudge, fusion: Fusion) -> pa.Schema:
-    """Return the columns of the rows that a judge judges, and that a run has under a fusion."""
+def schema_of(
+    judge: Judge | ChoiceJudge, fusion: Fusion, *, segment_attention: bool = False
+) -> pa.Schema:
+    """Return the columns of the rows of a run.
+
+    Args:
+        judge: The judge of its rows.
+        fusion: Its fusion.
+        segment_attention: Whether it measures that.
+    """
     if isinstance(judge, ChoiceJudge):
         return SCORE_SCHEMA
-    return SAMPLE_SCHEMA if fusion.has_sample_rows else SCHEMA
+    return generation_schema(has_samples=fusion.has_sample_rows, has_attention=segment_attention)
 
 
 def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
@@ -106,14 +137,16 @@ def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
     if "scores" in run:
         return SCORE_SCHEMA
     fusion = run.get("fusion", {})  # early versions had no fusions
-    has_sample_rows = "samples" in fusion and fusion.get("name") not in VOTES
-    return SAMPLE_SCHEMA if has_sample_rows else SCHEMA
+    return generation_schema(
+        has_samples="samples" in fusion and fusion.get("name") not in VOTES,
+        has_attention="segment_attention" in run,
+    )
 
 
 def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
     """Return the row of a result, or of a bad row, which has no text and counts as wrong.
 
-    Its columns are those of the schema for its judge, and ``sample``.
+    It has the columns of any run with this judge, those that were not asked for too.
 
     Raises:
         JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
@@ -132,6 +165,7 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         "prompts": None,
         "segment": request.segment if request else None,
         "sample": request.sample if request else 0,
+        "segment_attention": None,
         "weights": (request.weights or None) if request else None,
     }
     if isinstance(judge, ChoiceJudge):
@@ -158,6 +192,7 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
             "generated_tokens": len(result.token_ids),
             "finish_reason": result.finish_reason,
             "error": None,
+            "segment_attention": result.segment_attention,
         }
     try:
         return row | verdict(row, judge)
