@@ -63,7 +63,7 @@ def write(engine, source, output, mode="new", batches=None, **options):
             for name in FUSIONS
             if name not in ("attention", "self_consistency")
         ),
-        *(Fusion(name, samples=3) for name in ("attention", "each", "mean", "self_consistency")),
+        *(Fusion(name, samples=3) for name in ("attention", "self_consistency")),
     ],
     ids=str,
 )
