@@ -1,19 +1,22 @@
 """Fusion: the way the segments of a request become one generation.
 
 Under ``attention`` all segments are in one prompt, and the strategy's mask decides which tokens
-see each other. Under every other fusion each segment is a prompt of its own, with prefix and
-suffix, in a batch row of its own. docs/fusion.md says when to use which.
+see each other; so it is under ``self_consistency``. Under every other fusion each segment is a
+prompt of its own, with prefix and suffix, in a batch row of its own. docs/fusion.md says when to
+use which.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from flexmask.answers import normalize_answer
 from flexmask.error_text import did_you_mean
 from flexmask.errors import OptionError, RequestError
+from flexmask.limits import check_size
 from flexmask.request import Request
 
 FUSIONS = {
@@ -26,8 +29,13 @@ FUSIONS = {
     "weighted_mean": "weighted mean of the prompts' logits",
     "weighted_max": "for each token the largest weighted probability that a prompt gives it",
     "vote": "every prompt alone; the answer that most of them give",
+    "self_consistency": "all segments in one prompt; the answer that most of its samples give",
 }
-"""All fusions, each with its description; there is a prompt per segment, but for attention."""
+"""All fusions, each with its description; there is a prompt per segment, but for attention and
+self_consistency."""
+
+VOTES = ("vote", "self_consistency")
+"""Fusions under which generations vote on the answer of their request."""
 
 SCORE_FUSIONS = {
     "attention": FUSIONS["attention"],
@@ -50,13 +58,17 @@ class Fusion:
     Attributes:
         name: One of `FUSIONS`.
         weights: One of `WEIGHTS` for the weighted fusions, and None for the others.
+        samples: Number of times that each prompt is continued. A vote counts them; under other
+            fusions each is a generation of its own.
 
     Raises:
-        OptionError: If there is no such fusion, or its weights are missing or superfluous.
+        OptionError: If there is no such fusion, its weights are missing or superfluous, or the
+            number of samples is not positive.
     """
 
     name: str = "attention"
     weights: str | None = None
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in FUSIONS:
@@ -77,10 +89,19 @@ class Fusion:
             raise OptionError(
                 f"fusion {self.name!r} takes no weights; weighted_mean and weighted_max do"
             )
+        check_size("samples", self.samples, 1)
 
     def __str__(self) -> str:
-        """Return its name, with the source of its weights if it has one."""
-        return f"{self.name}-{self.weights}" if self.weights else self.name
+        """Return its name, with the source of its weights and the samples if it has some."""
+        name = f"{self.name}-{self.weights}" if self.weights else self.name
+        return name if self.samples == 1 else f"{name}-{self.samples}-samples"
+
+    def record(self) -> dict[str, Any]:
+        """Return its JSON values; samples are left out if there is one, as they once were."""
+        recorded = asdict(self)
+        if self.samples == 1:
+            del recorded["samples"]
+        return recorded
 
     @property
     def _is_weighted(self) -> bool:
@@ -101,6 +122,49 @@ class Fusion:
         """True if logits are fused by the largest probability of each token."""
         return self.name in ("max", "weighted_max")
 
+    @property
+    def is_vote(self) -> bool:
+        """True if the generations of a request vote on its answer."""
+        return self.name in VOTES
+
+    @property
+    def is_single(self) -> bool:
+        """True if one generation is made of a request, and no other is chosen among."""
+        return self.name != "each" and self.samples == 1 and not self.is_vote
+
+    @property
+    def has_sample_rows(self) -> bool:
+        """True if each sample is a generation of its own, with a row of its own."""
+        return self.samples > 1 and not self.is_vote
+
+    def check_samples(self, *, is_greedy: bool) -> None:
+        """Check that the samples of a prompt can differ.
+
+        Args:
+            is_greedy: True if the most likely tokens are taken.
+
+        Raises:
+            OptionError: If they cannot, or there is one where samples are counted.
+        """
+        if self.samples > 1 and is_greedy:
+            raise OptionError(
+                f"{self.samples} samples need a temperature above 0, since at 0 all are the same"
+            )
+        if self.name == "self_consistency" and self.samples == 1:
+            raise OptionError("fusion 'self_consistency' needs at least 2 samples, got 1")
+
+    def check_one_prompt(self) -> None:
+        """Check that each generation continues one prompt, whose attention can be measured.
+
+        Raises:
+            OptionError: If logits of several are fused.
+        """
+        if self.is_of_logits:
+            raise OptionError(
+                f"segment attention is that of one prompt, but fusion {self.name!r} fuses the "
+                "logits of several"
+            )
+
     def check(self, request: Request) -> None:
         """Check that a request has weights if its prompts are weighted by them.
 
@@ -116,21 +180,28 @@ class Fusion:
         """Return the requests that ``request`` stands for, each with a generation of its own.
 
         ``none`` and ``each`` fuse nothing. They choose segments, and every chosen segment becomes
-        a request of its own. All other fusions leave the request as it is.
+        a request of its own. All other fusions leave the request as it is. With several samples
+        that are not counted by a vote, there is a request for each sample.
         """
+        chosen = request.alone() if self.name in ("none", "each") else [request]
         if self.name == "none":
-            return request.alone()[:1]
-        return request.alone() if self.name == "each" else [request]
+            del chosen[1:]
+        if not self.has_sample_rows:
+            return chosen
+        return [replace(one, sample=number) for one in chosen for number in range(self.samples)]
 
     @property
     def after_expansion(self) -> Fusion:
         """The fusion under which requests run that `expand` has returned."""
-        return Fusion() if self.name in ("none", "each") else self
+        if self.is_vote:
+            return self
+        return Fusion() if self.name in ("none", "each") else replace(self, samples=1)
 
     def prompts(self, request: Request) -> list[tuple[Request, list[Request]]]:
         """Return the requests that ``request`` stands for, each with its prompts.
 
-        The prompts of each are fused into its generation; there is a batch row for each prompt.
+        The prompts of each are fused into its generation; there is a batch row for each prompt,
+        or for each of its samples if these vote.
         """
         return [(each, self._prompts(each)) for each in self.expand(request)]
 
@@ -153,6 +224,8 @@ def check_score_fusion(fusion: Fusion) -> None:
     Raises:
         OptionError: If they cannot.
     """
+    if fusion.samples > 1:
+        raise OptionError(f"choices are scored once, got {fusion.samples} samples")
     if fusion.name not in SCORE_FUSIONS:
         raise OptionError(
             f"choices are scored under the fusions {', '.join(SCORE_FUSIONS)}, got {fusion.name!r}"

@@ -10,6 +10,10 @@ from flexmask.request import Request
 FinishReason = Literal["eos", "stop", "length"]
 """Why a generation ended: end-of-sequence token, stop string, or ``max_new_tokens`` reached."""
 
+SegmentAttention = tuple[tuple[float, ...], ...]
+"""For each generated token the shares of attention on the prefix, on each segment, and on the tail
+with the tokens generated so far."""
+
 
 class TokenLogprob(NamedTuple):
     """A token, and the natural logarithm of its probability.
@@ -41,6 +45,9 @@ class Generation:
             and top-p. None unless asked for.
         top_logprobs: For each token the tokens that were most likely in its place, in descending
             order; those that cannot be chosen at all are left out. None unless asked for.
+        segment_attention: Where the tokens that chose each of ``token_ids`` attended to, mean over
+            heads and layers; each row sums to 1. A copy of the prefix belongs to its segment.
+            None where it was not asked for.
     """
 
     request: Request
@@ -51,6 +58,12 @@ class Generation:
     prompts: tuple[str, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+    segment_attention: SegmentAttention | None = None
+
+    @property
+    def sample(self) -> int:
+        """Its number, from 0, among the generations that continue one prompt."""
+        return self.request.sample
 
     @property
     def prediction(self) -> str:

@@ -81,7 +81,8 @@ class Predictor:
             model: Hub id, folder or GGUF file; None for the model that comes with flexmask.
             strategy: The mask strategy, or the name of one.
             parameters: Parameters of a strategy that is given by name.
-            fusion: The fusion; ``each`` is refused, because it gives a row several generations.
+            fusion: The fusion; ``each`` and samples that do not vote are refused, because they
+                give a row several generations.
             columns: Names of a row's columns, or of several, to read in place of others, such as
                 ``{"segments": ["question", "paraphrase"]}``.
             judge: Extracts answers and scores them.
@@ -99,7 +100,12 @@ class Predictor:
         self._fusion = Fusion(fusion) if isinstance(fusion, str) else fusion
         if self._fusion.name == "each":
             raise OptionError("fusion 'each' gives a row several generations; explode the rows")
-        if unusable := {"on_refused", "answer_of"}.intersection(options):
+        if self._fusion.has_sample_rows:
+            raise OptionError(
+                f"{self._fusion.samples} samples give a row several generations; explode the rows"
+            )
+        refused = {"on_refused", "answer_of", "samples", "segment_attention"}
+        if unusable := refused.intersection(options):
             raise OptionError(f"{min(unusable)} is not an option of Predictor")
         names = {
             name: (source,) if isinstance(source, str) else tuple(source)

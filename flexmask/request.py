@@ -6,12 +6,23 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from flexmask.errors import RequestError
 
-RequestKey = tuple[str, int | None]
-"""A uuid, and the number of the segment for a request that is one segment alone."""
+
+class RequestKey(NamedTuple):
+    """Identifies a request in a result file, where segments and samples have rows of their own.
+
+    Attributes:
+        uuid: The uuid.
+        segment: Number of the segment, for a request that is one segment alone.
+        sample: Number of the sample.
+    """
+
+    uuid: str
+    segment: int | None
+    sample: int = 0
 
 
 ROLES = ("user", "assistant")
@@ -62,7 +73,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Request:
-    """A request, for which one generation is made (several under the fusion ``each``).
+    """A request, for which one generation is made (several under ``each``, and with samples).
 
     Attributes:
         segments: The branches: paraphrases of one question, documents, prompts. At least one.
@@ -82,6 +93,8 @@ class Request:
             prefix and suffix, or ``each`` in its own, as prefix and suffix are then.
         segment: Number of the segment, from 1, if this is one segment of a larger request
             (`alone`); else None.
+        sample: Number of the generation, from 0, if this is one of several that continue one
+            prompt (`flexmask.Fusion.samples`); else 0.
         choices: Continuations to choose from, which `flexmask.Engine.score` scores; may be empty.
             Each is the text right after the prompt, so it usually begins with a space.
         answer: Index of the right choice, from 0; None if it is not known (`choice_index` finds
@@ -106,6 +119,7 @@ class Request:
     answer_prefix: str = ""
     segment_turns: SegmentTurns = "one"
     segment: int | None = None
+    sample: int = 0
     source: str = field(default="", compare=False)
     choices: tuple[str, ...] = ()
     answer: int | None = None
@@ -184,8 +198,8 @@ class Request:
 
     @property
     def key(self) -> RequestKey:
-        """Identifies the request in a result file, where segments may have rows of their own."""
-        return self.uuid, self.segment
+        """Identifies the request in a result file."""
+        return RequestKey(self.uuid, self.segment, self.sample)
 
     @property
     def label(self) -> str:

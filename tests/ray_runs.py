@@ -114,14 +114,17 @@ def answer(_: Request) -> None:
 
 
 def job(
-    rows: Path, act: Callable[[Request], object] = answer, on_error: OnError = "skip"
+    rows: Path,
+    act: Callable[[Request], object] = answer,
+    on_error: OnError = "skip",
+    fusion: Fusion = Fusion(),
 ) -> GenerationJob:
     return GenerationJob(
         open_requests=partial(open_rows_of, str(rows)),
         make_strategy=partial(getattr, RowEngine, "__name__"),
         load_engine=partial(load, act),
         record=record,
-        fusion=Fusion(),
+        fusion=fusion,
         judge=Judge(),
         on_error=on_error,
         options={},

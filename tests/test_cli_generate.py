@@ -119,6 +119,52 @@ def test_resuming_adds_the_rows_that_are_missing(small, error_of):
     assert "pass --resume" in error_of(*small)
 
 
+def test_every_sample_has_a_row_and_is_resumed_by_itself(small, error_of):
+    options = [*small, "--samples", 3, "--temperature", 1, "--num-segments", 2]
+    assert error_of(*options[:-4]) == (
+        "error: 3 samples need a temperature above 0, since at 0 all are the same"
+    )
+    assert run(*options, "--limit", 1).status == 0
+    first = pyarrow.feather.read_table(small[-1])
+    result = run(*options, "--resume")
+    assert result.status == 0, result.err
+    assert "fusion: attention-3-samples\nrows: 6 generated" in result.out
+    table = pyarrow.feather.read_table(small[-1])
+    assert table.slice(0, 3).equals(first)
+    assert table["sample"].to_pylist() == [0, 1, 2] * 3
+    assert len(set(table["uuid"].to_pylist())) == 3
+    rows, questions = 9, 3
+    evaluated = run_command("eval", small[-1])
+    assert re.search(rf"out\.feather +{rows} +0 +{questions} ", evaluated.out), evaluated
+    more = error_of(*options, "--samples", 4, "--resume")
+    assert "made by a different run (fusion.samples: 3 → 4)" in more
+    dry = run(*options, "--dry-run", "--limit", 1)
+    assert dry.out.count("== ") == 1
+
+
+def test_segment_attention_is_a_column_that_is_resumed_and_shown(small, error_of):
+    options = [*small, "--segment-attention"]
+    assert "but fusion 'mean' fuses the logits of several" in error_of(
+        *options, "--fusion", "mean"
+    )
+    assert run(*options, "--limit", 1).status == 0
+    more = error_of(*small, "--resume")
+    assert "made by a different run (segment_attention: True → not set)" in more
+    assert run(*options, "--resume").status == 0
+    rows = pyarrow.feather.read_table(small[-1]).to_pylist()
+    for row in rows:
+        assert len(row["segment_attention"]) == row["generated_tokens"]
+        for shares in row["segment_attention"]:
+            assert len(shares) == len(row["paraphrases"]) + 2
+            assert sum(shares) == pytest.approx(1)
+    shown = run_command("show", small[-1], "--row", 1).out
+    assert re.search(r"\nattention   P 0\.0%  S1 \d+\.\d%  .*  T \d+\.\d%\n", shown), shown
+    lines = run(*options[:-3], "--output", "-", "--limit", 1, "--segment-attention").out
+    found = json.loads(lines)["segment_attention"]
+    want = rows[0]["segment_attention"]
+    assert [pytest.approx(shares, abs=1e-5) for shares in want] == found
+
+
 def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(
     small, tmp_path, monkeypatch, error_of
 ):

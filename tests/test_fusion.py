@@ -15,12 +15,16 @@ def fusion(name, weights=None):
     return Fusion(name, weights or ("column" if name.startswith("weighted") else None))
 
 
-def test_under_attention_a_request_stays_one_prompt():
-    assert Fusion().expand(REQUEST) == [REQUEST]
-    assert Fusion().prompts(REQUEST) == [(REQUEST, [REQUEST])]
+@pytest.mark.parametrize("name", ["attention", "self_consistency"])
+def test_under_attention_and_self_consistency_a_request_stays_one_prompt(name):
+    assert Fusion(name).expand(REQUEST) == [REQUEST]
+    assert Fusion(name).prompts(REQUEST) == [(REQUEST, [REQUEST])]
 
 
-@pytest.mark.parametrize("name", [name for name in FUSIONS if name != "attention"])
+OF_ONE_PROMPT = ("attention", "self_consistency")
+
+
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name not in OF_ONE_PROMPT])
 def test_under_other_fusions_every_prompt_is_one_segment_between_prefix_and_suffix(name):
     chosen = fusion(name)
     prompts = [prompt for _, prompts in chosen.prompts(REQUEST) for prompt in prompts]
@@ -45,6 +49,27 @@ def test_an_expanded_request_has_the_prompts_that_the_request_had_for_it(name):
         chosen.prompts(REQUEST)
     )
     assert chosen.after_expansion == (Fusion() if name in ("none", "each") else chosen)
+
+
+def test_samples_are_requests_of_their_own_unless_they_vote():
+    for name, segments in (("attention", [None]), ("none", [1]), ("each", [1, 2, 3])):
+        sampled = Fusion(name, samples=2)
+        expanded = sampled.expand(REQUEST)
+        assert [one.key for one in expanded] == [("a", s, n) for s in segments for n in (0, 1)]
+        assert expanded[::2] == Fusion(name).expand(REQUEST)
+        assert sampled.after_expansion == Fusion()
+        assert [one for each in expanded for one in Fusion().expand(each)] == expanded
+    for name in ("vote", "self_consistency"):
+        sampled = Fusion(name, samples=2)
+        assert sampled.expand(REQUEST) == [REQUEST]
+        assert sampled.after_expansion == sampled
+
+
+def test_samples_change_the_name_and_the_record_of_a_fusion():
+    assert str(Fusion("vote", samples=5)) == "vote-5-samples"
+    assert str(Fusion("weighted_max", "column", 2)) == "weighted_max-column-2-samples"
+    assert Fusion("each").record() == {"name": "each", "weights": None}
+    assert Fusion(samples=2).record() == {"name": "attention", "weights": None, "samples": 2}
 
 
 def test_weights_are_those_of_the_column_or_equal():

@@ -10,6 +10,7 @@ from flexmask.inputs.input_files import open_input
 from flexmask.results.dataset_run import DatasetRun
 from flexmask.results.result_writer import ResultWriter, read_finished_rows
 from flexmask.results.run_config import RunConfig
+from flexmask.sampling import Sampling
 from flexmask.tasks.judge import Judge
 from flexmask.tasks.request_source import PlainRequests, RequestSource
 from flexmask_strategies.ensemble_isolation import EnsembleIsolation
@@ -54,19 +55,37 @@ def write(engine, source, output, mode="new", batches=None, **options):
     return read_finished_rows(output)
 
 
-@pytest.mark.parametrize("name", [name for name in FUSIONS if name != "attention"])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        *(
+            Fusion(name, "column" if name.startswith("weighted") else None)
+            for name in FUSIONS
+            if name not in ("attention", "self_consistency")
+        ),
+        *(Fusion(name, samples=3) for name in ("attention", "self_consistency")),
+    ],
+    ids=str,
+)
 def test_an_interrupted_run_is_completed_to_the_file_of_an_undisturbed_one(
-    engine, source_of, tmp_path, name
+    engine, source_of, tmp_path, fusion
 ):
-    source = source_of(Fusion(name, "column" if name.startswith("weighted") else None))
-    whole = write(engine, source, tmp_path / "whole.feather")
+    source = source_of(fusion)
+    sampling = Sampling(temperature=float(fusion.samples > 1))
+    whole = write(engine, source, tmp_path / "whole.feather", sampling=sampling)
     output = tmp_path / "out.feather"
     with pytest.raises(KeyboardInterrupt):
-        write(engine, source, output, batches=1)
+        write(engine, source, output, batches=1, sampling=sampling)
     kept = read_finished_rows(output.with_name("out.feather.partial"))
     assert 0 < kept.num_rows < whole.num_rows
-    assert write(engine, source, output, "resume").equals(whole)
-    counts = SIZES if name == "each" else (1,) * len(SIZES)
+    assert write(engine, source, output, "resume", sampling=sampling).equals(whole)
+    samples = fusion.samples if fusion.has_sample_rows else 1
+    counts = [samples * size for size in (SIZES if fusion.name == "each" else (1,) * len(SIZES))]
+    if fusion.has_sample_rows:
+        assert whole["sample"].to_pylist() == [*range(samples)] * (len(whole) // samples)
+        assert len(set(whole["generation"].to_pylist())) > len(whole) // samples
+    else:
+        assert "sample" not in whole.column_names
     uuids = [f"row{n}" for n, count in enumerate(counts) for _ in range(count)]
     assert whole["uuid"].to_pylist() == uuids
 

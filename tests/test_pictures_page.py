@@ -1,12 +1,14 @@
 """The page, read back; tests/test_pictures_browser.py uses it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from flexmask.layout import TokenizedRequest
 from flexmask.plugins.registry import make_strategy
 from flexmask.show import mask_page as page_module
+from flexmask.show.answer_text import answer_text
 from flexmask.show.mask_page import page_html
 from flexmask.show.mask_picture import draw_difference, draw_mask
 from flexmask.show.picture_source import Answer, Subject, subject_of_lengths
@@ -78,6 +80,17 @@ def test_texts_cannot_leave_their_place_in_the_page():
     assert "&lt;script&gt;<mark>alert</mark>(1)" in page
     (panel,) = panels_of(page)
     assert panel["texts"] == [attack] * 5
+
+
+def test_shares_of_attention_stand_beside_the_answer():
+    (strategy, shown) = make_strategy("causal", {}), SUBJECT.shown
+    answer = Answer("a", "a", (), None, "eos", "m", lambda: strategy)
+    picture = draw_mask(strategy, shown)
+    assert "Attention" not in page_html([picture], Subject("", shown, answer))
+    measured = replace(answer, attention=(0.25, 0.5, 0.25))
+    page = page_html([picture], Subject("", shown, measured))
+    assert "<dt>Attention</dt><dd>P 25.0%  S1 50.0%  T 25.0%</dd>" in page
+    assert answer_text(measured).plain.endswith("attention   P 25.0%  S1 50.0%  T 25.0%\n")
 
 
 def test_a_page_names_nothing_on_the_network():

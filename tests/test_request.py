@@ -57,7 +57,7 @@ def test_a_segment_alone_keeps_all_but_the_others() -> None:
     request = Request(("x", "y"), "P", "S", ("z",), "a", weights=(1.0, 2.0), source="f:3")
     first, second = request.alone()
     assert second == Request(("y",), "P", "S", ("z",), "a", segment=2)
-    assert (first.key, request.key) == (("a", 1), ("a", None))
+    assert (first.key, request.key) == (("a", 1, 0), ("a", None, 0))
     assert second.label == "f:3, segment 2"
     assert second.alone() == [second]
 

@@ -425,7 +425,9 @@ def test_a_fusion_that_chooses_segments_gives_a_row_for_each_of_them(
     fusion = Fusion(name)
     with ResultWriter.open(output, config=CONFIG, requests=requests, fusion=fusion) as writer:
         remaining = list(writer.remaining)
-        assert [one.key for one in remaining] == [(u, s) for u in ("q0", "q1") for s in segments]
+        assert [one.key for one in remaining] == [
+            (u, s, 0) for u in ("q0", "q1") for s in segments
+        ]
         assert len(writer.remaining) == len(remaining)
         assert writer.fusion == (fusion if name == "mean" else Fusion())
         writer.write(map(answer, remaining))

@@ -235,10 +235,10 @@ def test_equal_prompts_and_choices_share_tokens_that_predict(engine):
             assert [choice.logprob for choice in score.choices] == pytest.approx(
                 expected, abs=1e-5
             )
-    # The last token of a layout is in no span. All others of the second request are shared, with
-    # those that predict, and the whole prompt of the third.
+    # The second request is shared as a whole, with the tokens that predict, and the prompt of the
+    # third.
     tokens = RequestTokenizer(engine.tokenizer).choices(requests[2])
-    assert computed[1] == computed[0] + 1
+    assert computed[1] == computed[0]
     assert computed[2] == computed[1] + sum(len(choice) - 1 for choice in tokens)
 
 

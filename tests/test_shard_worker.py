@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flexmask.errors import OutputError
+from flexmask.fusion import Fusion
 from flexmask.inputs.rows import rows_in_memory
 from flexmask.request import Request
 from flexmask.results.merge import merge
@@ -48,7 +49,8 @@ class LocalAssignments:
 class Run:
     """A run whose workers come one after another."""
 
-    def __init__(self, folder: Path, count: int = 4) -> None:
+    def __init__(self, folder: Path, count: int = 4, fusion: Fusion = Fusion()) -> None:
+        self.fusion = fusion
         self.rows = folder / "rows.jsonl"
         content = [{"uuid": f"q{n}", "segments": [f"Q{n}"]} for n in range(ROWS)]
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -60,7 +62,8 @@ class Run:
 
     def work(self, name: str, act: Callable[[Request], object] = answer) -> tuple[Any, bool]:
         """Let a worker run; return what `ShardQueue.lose` says if it dies."""
-        worker = ShardWorker(job(self.rows, act), self.folder, LocalAssignments(self.queue, name))
+        run = job(self.rows, act, fusion=self.fusion)
+        worker = ShardWorker(run, self.folder, LocalAssignments(self.queue, name))
         try:
             worker.run()
         except (DeathError, RuntimeError) as error:
@@ -88,7 +91,7 @@ def test_a_row_that_workers_die_of_three_times_is_run_alone_and_given_up(tmp_pat
     run = Run(tmp_path)
     deadly = partial(die_at, {"q10"})
     outcomes = [run.work(f"w{n}", deadly) for n in range(4)]
-    assert outcomes == [(None, False), (None, False), (("q10", None), False), (None, False)]
+    assert outcomes == [(None, False), (None, False), (("q10", None, 0), False), (None, False)]
     assert run.deaths[-1] == 1
     assert min(run.deaths[:2]) > 1
     rows = run.merged()
@@ -97,6 +100,21 @@ def test_a_row_that_workers_die_of_three_times_is_run_alone_and_given_up(tmp_pat
         "rows.jsonl:11: 3 workers died while they computed it; the last: Death"
         in (rows["q10"]["error"])
     )
+
+
+def test_a_sample_that_workers_die_of_is_given_up_and_the_others_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, fusion=Fusion(samples=2))
+
+    def deadly(request: Request) -> None:
+        die_at({"q10"} if request.sample == 1 else set(), request)
+
+    given_up = [run.work(f"w{n}", deadly)[0] for n in range(4)]
+    assert given_up[2] == ("q10", None, 1)
+    merge(run.folder.files(), run.output, is_replaced=True)
+    rows = read_finished_rows(run.output).to_pylist()
+    keys = [(row["uuid"], row["sample"]) for row in rows]
+    assert keys == [(f"q{n}", sample) for n in range(ROWS) for sample in (0, 1)]
+    assert [(row["uuid"], row["sample"]) for row in rows if row["error"]] == [("q10", 1)]
 
 
 def test_two_deaths_mark_no_row(tmp_path: Path) -> None:
@@ -111,7 +129,7 @@ def test_two_rows_that_workers_die_of_are_told_apart(tmp_path: Path) -> None:
     run = Run(tmp_path)
     deadly = partial(die_at, {"q3", "q4"})
     given_up = [run.work(f"w{n}", deadly)[0] for n in range(7)]
-    assert sorted(key for key in given_up if key) == [("q3", None), ("q4", None)]
+    assert sorted(key for key in given_up if key) == [("q3", None, 0), ("q4", None, 0)]
     assert {uuid for uuid, row in run.merged().items() if row["error"]} == {"q3", "q4"}
 
 

@@ -99,7 +99,10 @@ def test_shards_read_the_requests_that_one_process_reads(name: str, tmp_path: Pa
     assert [one.source for one in read] == [one.source for one in whole]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("options", [[], ["--fusion", "each"], ["--limit", 6]])
+SAMPLED = ["--samples", 2, "--temperature", 1]
+
+
+@pytest.mark.parametrize("options", [[], ["--fusion", "each"], ["--limit", 6], SAMPLED])
 def test_merged_shards_are_the_bytes_that_one_process_writes(
     generate: Generate, options: list[object]
 ) -> None:
@@ -118,9 +121,13 @@ def test_merged_shards_are_the_bytes_that_one_process_writes(
     assert json.loads(figures.out)["failed"] == (2 if options[:1] == ["--limit"] else 3)
 
 
-def test_more_shards_than_rows_leave_some_empty(generate: Generate) -> None:
-    assert generate("--output", "whole.parquet").status == 0
-    parts = write_parts(generate, len(ROWS) + 3)
+@pytest.mark.parametrize("options", [[], SAMPLED])
+def test_more_shards_than_rows_leave_some_empty(generate: Generate, options: list[object]) -> None:
+    assert generate("--output", "whole.parquet", *options).status == 0
+    parts = write_parts(generate, len(ROWS) + 3, *options)
+    last = ("--shard", f"{len(parts)}/{len(parts)}", "--output", "last.jsonl")
+    assert generate(*last, *options).status == 0
+    parts[0] = "last.jsonl"
     assert run_command("merge", *parts, "--output", "merged.parquet").status == 0
     assert Path("merged.parquet").read_bytes() == Path("whole.parquet").read_bytes()
 

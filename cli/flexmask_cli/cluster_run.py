@@ -131,6 +131,7 @@ def first_generations(output: Path, count: int) -> list[Generation]:
                     uuid=row["uuid"],
                 ),
                 segment=row["segment"],
+                sample=row.get("sample", 0),
             ),
             text=row["generation"],
             token_ids=(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -227,8 +227,15 @@ class DatasetCommand(ABC, Generic[Made]):
         if self.planned.options.results.mode != "new":
             raise OptionError("standard output holds no rows; leave out --resume and --overwrite")
         requests, judge = self._requests(), self.planned.judge
-        stream = RowStream(print_json_line, requests=requests, fusion=self.fusion, judge=judge)
-        self.run_rest(self._job(requests), stream)
+        job = self._job(requests)
+        stream = RowStream(
+            print_json_line,
+            requests=requests,
+            fusion=self.fusion,
+            judge=judge,
+            segment_attention=job.has_segment_attention,
+        )
+        self.run_rest(job, stream)
 
     def _run(self, run: DatasetRun[Made], writer: ResultWriter | RowStream) -> Sequence[Made]:
         """Run; return the first results."""
@@ -245,7 +252,7 @@ class DatasetCommand(ABC, Generic[Made]):
     def _print_prompts(self) -> None:
         from flexmask.tasks.request_source import BadRow
 
-        run, fusion = self.planned, self.fusion
+        run, fusion = self.planned, replace(self.fusion, samples=1)
         skips = run.options.rows.on_error is BadRows.SKIP
         tokenize = run.load_tokenizer() if run.uses_chat_template else None
         for request in self._requests():

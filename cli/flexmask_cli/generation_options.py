@@ -38,7 +38,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
-    """The options of a run that generates, and its task."""
+    """The options of a run that generates, and its task.
+
+    Attributes:
+        segment_attention: Whether it measures what generated tokens attend to.
+    """
+
+    segment_attention: bool = False
 
     @property
     def judge(self) -> Judge:
@@ -54,7 +60,7 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
 
     def that_change_rows(self) -> dict[str, Any]:
         """Return arguments of `Engine.generate` that change what is in the rows."""
-        return {
+        return self._measured() | {
             "max_new_tokens": self.options.batch.max_new_tokens,
             "sampling": self.options.sampling.sampling,
             "stop": self.options.sampling.stop_strings,
@@ -64,8 +70,11 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
 
     def recorded(self) -> dict[str, Any]:
         """Return the record of length, sampling and stop strings."""
-        return {
+        return self._measured() | {
             "max_new_tokens": self.options.batch.max_new_tokens,
             "sampling": asdict(self.options.sampling.sampling),
             "stop": self.options.sampling.stop_strings,
         }
+
+    def _measured(self) -> dict[str, Any]:
+        return {"segment_attention": True} if self.segment_attention else {}

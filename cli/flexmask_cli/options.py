@@ -91,7 +91,8 @@ class FusionOptions:
             "other fusion makes each segment a prompt of its own: mean, mean_prob, max, "
             "weighted_mean and weighted_max fuse the logits of all prompts into one generation; "
             "none runs the first prompt only, each runs every prompt by itself, and vote takes "
-            "the answer of most prompts.",
+            "the answer of most prompts. self_consistency puts all segments into one prompt and "
+            "takes the answer of most of its samples.",
         ),
     ] = "attention"
     fusion_weights: Annotated[
@@ -104,6 +105,15 @@ class FusionOptions:
         ),
     ] = None
 
+    samples: Annotated[
+        int,
+        size(
+            "--samples",
+            help="Continue each prompt N times, which needs a --temperature. Every sample has a "
+            "row; under vote and self_consistency the samples are counted instead.",
+        ),
+    ] = 1
+
     def __post_init__(self) -> None:
         """Check the names.
 
@@ -115,7 +125,7 @@ class FusionOptions:
     @property
     def chosen(self) -> Fusion:
         """The fusion."""
-        return Fusion(self.fusion, self.fusion_weights)
+        return Fusion(self.fusion, self.fusion_weights, self.samples)
 
 
 class BadRows(StrEnum):

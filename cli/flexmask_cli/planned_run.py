@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -179,7 +179,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
                 "judge": self.judge.record(),
-                "fusion": asdict(fusion),
+                "fusion": fusion.record(),
                 "chat_template": self.uses_chat_template,
                 "allow_special_tokens": self.options.chat.allow_special_tokens,
                 **self.recorded(),

@@ -17,7 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexmask.attention import BACKEND, DENSE_BACKEND
 from flexmask.attention.added_mask import seen_through
+from flexmask.attention.dense_weights import dense_weights, index_axes
 from flexmask.attention.flex_call import PrefillKernel, TokenStream, attend, check_lengths
+from flexmask.attention.measuring_mask import MeasuringMask
 from flexmask.attention.model_block_mask import ModelBlockMask
 from flexmask.attention.model_probe import ProbeMask
 from flexmask.attention.scaled_part import PlacedPart
@@ -99,6 +101,11 @@ def flexmask_attention(
     if isinstance(attention_mask, ProbeMask):
         return attention_mask.note(module, (query, key, value), softcap, cache_slots), None
     note_attention()
+    if isinstance(attention_mask, MeasuringMask):
+        output = attention_mask.attend(
+            module, query, key, value, scaling, softcap, score_mod, scaled_part
+        )
+        return output, None
     if not isinstance(attention_mask, BlockMask):
         got = type(attention_mask).__name__
         raise AttentionError(
@@ -165,22 +172,18 @@ def dense_attention(
     note_attention()
     check_lengths(query, key, tuple(attention_mask.shape[2:]))
     is_seen = seen_through(attention_mask)
-    groups = query.shape[1] // key.shape[1]
-    keys = key.repeat_interleave(groups, dim=1).float()
-    values = value.repeat_interleave(groups, dim=1).float()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query.float() @ keys.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    axes = [torch.arange(size, device=scores.device) for size in scores.shape]
-    b, h, q_idx, kv_idx = (axis.view(-1, *[1] * (3 - n)) for n, axis in enumerate(axes))
-    if score_mod is not None:
-        scores = score_mod(scores, b, h, q_idx, kv_idx)
-    if scaled_part is not None:
-        in_part = scaled_part.holds(b, q_idx, kv_idx) & is_seen
-        sums = scores.masked_fill(~in_part, float("-inf")).logsumexp(-1, keepdim=True)
-        scores = torch.where(in_part, scores + (scaled_part.part.scale - 1) * sums, scores)
-    weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1).nan_to_num()
+    sizes = (*query.shape[:3], key.shape[2])
+    weights = dense_weights(
+        query,
+        key,
+        is_seen,
+        index_axes(*(torch.arange(size, device=query.device) for size in sizes)),
+        scaling=scaling,
+        softcap=softcap,
+        score_mod=score_mod,
+        scaled_part=scaled_part,
+    )
+    values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).float()
     return (weights @ values).to(query.dtype).transpose(1, 2).contiguous(), None
 
 

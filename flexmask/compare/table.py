@@ -50,7 +50,7 @@ class CellResult:
             "num_segments": way.num_segments,
             "strategy": way.contender.reference,
             "parameters": way.contender.strategy.parameter_values(),
-            "fusion": asdict(way.fusion),
+            "fusion": way.fusion.record(),
             "same": list(self.cell.same),
             "file": f"{self.cell.stem}.feather",
             "error": self.error or None,

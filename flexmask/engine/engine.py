@@ -34,6 +34,7 @@ from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
 from flexmask.engine.scoring import ChoiceScorer, ScoringRun
+from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
 from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
@@ -180,11 +181,13 @@ class Engine:
         max_new_tokens: int = 20,
         batch_size: int | None = None,
         sampling: Sampling | None = None,
+        samples: int | None = None,
         stop: Sequence[str] = (),
         logprobs: bool = False,
         top_logprobs: int = 0,
         chat_template: bool = False,
         allow_special_tokens: bool = False,
+        segment_attention: bool = False,
         answer_of: Callable[[Generation], str] = attrgetter("prediction"),
         on_refused: Callable[[Request, RequestError], None] | None = None,
     ) -> GenerationRun:
@@ -192,7 +195,8 @@ class Engine:
 
         There is one generation for each request. The fusions ``none`` and ``each`` choose
         segments of a request and generate for each of these; the generation's ``request`` then
-        holds that segment alone (`Request.alone`).
+        holds that segment alone (`Request.alone`). With several samples there is a generation for
+        each, unless they vote.
 
         Requests are tokenized and checked some batches ahead, the first of them at once;
         batches run as the result is iterated. The model's generation config applies, except for
@@ -206,6 +210,9 @@ class Engine:
             max_new_tokens: Most tokens per generation.
             batch_size: Prompts that run together; None chooses by memory.
             sampling: The way tokens are chosen; None takes the most likely.
+            samples: Number of times that each prompt is continued; None for that of the fusion.
+                The prompt is computed once if the batch has room for all samples. Sample 0 is
+                what a single one would be.
             stop: Strings that end a generation; its text ends before them.
             logprobs: Keep the log-probability of each token (`Generation.logprobs`).
             top_logprobs: Keep those of this many most likely tokens too; more than 0 implies
@@ -214,6 +221,9 @@ class Engine:
             allow_special_tokens: Read the text of a special token in a request, such as
                 ``<eos>``, as that token, which may end a turn. By default it is tokenized as
                 plain text, and a warning counts the requests that hold some.
+            segment_attention: Measure which parts of the prompt generated tokens attend to
+                (`Generation.segment_attention`). It computes prompts again, and is no option of
+                fused logits, where a token comes from several prompts.
             answer_of: Returns the answer in a generation, which the fusion ``vote`` counts.
             on_refused: Called with each request that cannot be tokenized, exceeds the model's
                 context or gets logits that are NaN or infinite. Such a request is left out of the
@@ -251,6 +261,12 @@ class Engine:
             )
         if any(not text for text in stop):
             raise OptionError("a stop string must not be empty")
+        sampling = sampling or Sampling()
+        if samples is not None:
+            fusion = replace(fusion, samples=samples)
+        fusion.check_samples(is_greedy=sampling.is_greedy)
+        if segment_attention:
+            fusion.check_one_prompt()
         tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,
@@ -260,11 +276,12 @@ class Engine:
         rules = self.generation_rules()
         all_stops = (*stop, *rules.stop_strings)
         options = RunOptions(
-            max_new_tokens, rules, sampling or Sampling(), all_stops, fusion, answer_of,
+            max_new_tokens, rules, sampling, all_stops, fusion, answer_of,
             top_logprobs if logprobs or top_logprobs else None,
         )  # fmt: skip
+        meter = AttentionMeter(self.executor, strategy) if segment_attention else None
         return GenerationRun(
-            self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused
+            self.executor, strategy, tokenizer, lookaheads, options, batch_size, on_refused, meter
         )
 
     def stream(
@@ -291,8 +308,8 @@ class Engine:
         Args:
             request: The request.
             strategy: As for `generate`, like all that follows.
-            fusion: One that makes a single generation from the first token on: not ``vote`` or
-                ``each``.
+            fusion: One that makes a single generation from the first token on: not ``each``, a
+                vote or several samples.
             max_new_tokens: Most tokens.
             sampling: The way tokens are chosen.
             stop: Strings that end the text.
@@ -309,9 +326,12 @@ class Engine:
             OptionError: If the fusion makes several generations.
             FlexMaskError: As `generate`.
         """
-        name = fusion if isinstance(fusion, str) else fusion.name
-        if name in ("vote", "each"):
-            raise OptionError(f"fusion {name!r} makes several generations; stream another fusion")
+        if isinstance(fusion, str):
+            fusion = Fusion(fusion)
+        if not fusion.is_single:
+            raise OptionError(
+                f"fusion {str(fusion)!r} makes several generations; stream another fusion"
+            )
         if not isinstance(request, Request):
             raise TypeError(f"request must be a Request, got {request!r:.60}")
         run = self.generate(

@@ -15,11 +15,21 @@ from flexmask.engine.prompt_planner import OnRefused, PlannedRequest
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
 from flexmask.engine.scheduler import Scheduler
+from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.errors import RequestError
 from flexmask.fusion import majority
 from flexmask.generation import Generation
+from flexmask.layout import Layout
 from flexmask.request import Request
 from flexmask.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A generation, and the prompt that it continues: the first one if logits are fused."""
+
+    generation: Generation
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class GenerationRun(Iterator[Generation]):
         options: RunOptions,
         batch_size: int | None,
         on_refused: OnRefused | None = None,
+        meter: AttentionMeter | None = None,
     ) -> None:
         """Plan the first prompts; iterating starts the run.
 
@@ -60,6 +71,7 @@ class GenerationRun(Iterator[Generation]):
             options: The options of the run.
             batch_size: Prompts that run together; None to choose.
             on_refused: Called with each request for which no token can be chosen; None raises.
+            meter: Measures where generated tokens attend to; None leaves that out.
 
         Raises:
             RequestError: If a request cannot be planned, and the planner raises for it.
@@ -68,6 +80,7 @@ class GenerationRun(Iterator[Generation]):
         self._options = options
         self._tokenizer = tokenizer
         self._on_refused = on_refused
+        self._meter = meter
         self._request_of: dict[int, Request] = {}
         self._num_generations = self._prompt_tokens = self._generated_tokens = 0
         groups = self._groups(lookaheads)
@@ -159,23 +172,38 @@ class GenerationRun(Iterator[Generation]):
             elif refused:
                 refusal = refusal or refused[0].error
                 self._scheduler.stop()
-            yield {
-                number: outcome if isinstance(outcome, Generation) else None
-                for number, outcome in outcomes.items()
-            }
+            yield self._measured(outcomes)
         if refusal is not None:
             raise refusal
 
-    def _outcomes(self, finished: Sequence[PlacedGroup]) -> Mapping[int, Generation | _Refused]:
+    def _measured(
+        self, outcomes: Mapping[int, _Finished | _Refused]
+    ) -> dict[int, Generation | None]:
+        """Return generations by number, with what the meter measures; None for a refusal."""
+        made = {number: one for number, one in outcomes.items() if isinstance(one, _Finished)}
+        generations = {number: one.generation for number, one in made.items()}
+        if self._meter is not None:
+            stats = self._scheduler.stats
+            measured = self._meter.measured(
+                ((one.layout, one.generation.token_ids) for one in made.values()),
+                stats.batch_size,
+                stats.capacity,
+            )
+            for (number, generation), shares in zip(generations.items(), measured, strict=True):
+                generations[number] = replace(generation, segment_attention=shares)
+        return {number: generations.get(number) for number in outcomes}
+
+    def _outcomes(self, finished: Sequence[PlacedGroup]) -> Mapping[int, _Finished | _Refused]:
         """The outcome of each prompt group by its number, in ascending order."""
         outcomes = {one.group.number: self._outcome_of(one.group, one.rows) for one in finished}
-        generations = [one for one in outcomes.values() if isinstance(one, Generation)]
+        made = [one for one in outcomes.values() if isinstance(one, _Finished)]
+        generations = [one.generation for one in made]
         self._num_generations += len(generations)
         self._prompt_tokens += sum(one.prompt_tokens for one in generations)
         self._generated_tokens += sum(len(one.token_ids) for one in generations)
         return dict(sorted(outcomes.items()))
 
-    def _outcome_of(self, group: PromptGroup, rows: Sequence[BatchRow]) -> Generation | _Refused:
+    def _outcome_of(self, group: PromptGroup, rows: Sequence[BatchRow]) -> _Finished | _Refused:
         """The generation of a group: the same in all of its rows, or the winner of the vote."""
         request = self._request_of.pop(group.number)
         if fault := next((row.fault for row in rows if row.fault), ""):
@@ -183,10 +211,11 @@ class GenerationRun(Iterator[Generation]):
             return _Refused(request, RequestError(f"{request.label}{uuid}: {fault}"))
         prompt_tokens = sum(map(len, group.layouts))
         generations = [row.generation(request, prompt_tokens) for row in rows]
-        chosen = generations[0]
-        if self._options.fusion.name == "vote":
-            chosen = generations[majority([*map(self._options.answer_of, generations)])]
-        return replace(chosen, prompts=self._prompts_of(request))
+        chosen = 0
+        if self._options.fusion.is_vote:
+            chosen = majority([*map(self._options.answer_of, generations)])
+        generation = replace(generations[chosen], prompts=self._prompts_of(request))
+        return _Finished(generation, group.layouts[chosen])
 
     def _prompts_of(self, request: Request) -> tuple[str, ...] | None:
         """The texts that the chat template makes of a request; None without one."""

@@ -90,6 +90,11 @@ class KVCache:
         caches = (bound_cache(self._views[0].get_submodule(name)) for name in self._shapes)
         return [(keys[:, row, :num_slots], values[:, row, :num_slots]) for keys, values in caches]
 
+    def by_module(self, model: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Return the key and value cache of each attention module of a tree of the same model."""
+        own = self._views[0].get_submodule
+        return {model.get_submodule(name): bound_cache(own(name)) for name in self._shapes}
+
     def copy_of(self, first_slot: int, length: int) -> tuple[LayerGroupValues, ...]:
         """Copy the keys and values of slots side by side.
 

@@ -11,13 +11,15 @@ from flexmask.layout import Layout
 class PromptGroup:
     """The prompts of one generation, which always run in one batch.
 
-    It holds a single prompt, or one for each segment of a request whose prompts are fused. The
-    prompt planner makes it of a request; from here on down, requests are not known.
+    It holds a single prompt, or one for each segment of a request whose prompts are fused, each
+    as often as it has samples that vote. The prompt planner makes it of a request; from here on
+    down, requests are not known.
 
     Attributes:
         number: Identifies the group within its run. Groups are numbered from 0 in the order of
             their requests.
-        layouts: The tokens of each prompt.
+        layouts: The tokens of each prompt. Groups that are samples of one request share one
+            tuple.
         seeds: A text for each prompt; with the seed of the run it determines what is sampled.
         weights: The weight of each prompt where logits are fused.
         choices: For each prompt the tokens of its choices, which its layout holds behind it

@@ -16,7 +16,7 @@ from flexmask.engine.prompt_group import PromptGroup
 from flexmask.errors import FlexMaskWarning, RequestError
 from flexmask.fusion import Fusion
 from flexmask.layout import Layout, TokenizedRequest
-from flexmask.request import Request
+from flexmask.request import Request, RequestKey
 from flexmask.strategy import Strategy
 
 OnRefused = Callable[[Request, RequestError], None]
@@ -115,37 +115,70 @@ class PromptPlanner:
             for number, request in enumerate(requests)
             for each, prompts in self.fusion.prompts(request)
         )
+        last: _Attempt | None = None
         while together := list(islice(expanded, size)):
             self.tokenizer.read_ahead(request for _, request, _ in together)
             for number, request, prompts in together:
                 try:
-                    yield self._plan(number, request, prompts)
+                    last = self._sample(request, prompts, last) or self._plan(
+                        number, request, prompts
+                    )
+                    yield last
                 except RequestError as error:
                     yield _Attempt(number, request, error)
+
+    def _sample(
+        self, request: Request, prompts: Sequence[Request], last: _Attempt | None
+    ) -> _Attempt | None:
+        """Plan another sample of the last request; None if ``request`` is none."""
+        if not request.sample or last is None:
+            return None
+        if replace(last.request, sample=request.sample) != request:
+            return None
+        assert isinstance(last.result, PromptGroup)
+        group = replace(last.result, seeds=self._seeds(request, prompts))
+        return last._replace(request=request, result=group)
 
     def _plan(self, number: int, request: Request, prompts: Sequence[Request]) -> _Attempt:
         try:
             self.fusion.check(request)
         except RequestError as error:
             raise RequestError(f"{request.label}: {error}") from None
-        if self.max_rows is not None and len(prompts) > self.max_rows:
+        num_rows = len(prompts) * self._samples_together
+        if self.max_rows is not None and num_rows > self.max_rows:
+            of_samples = "" if self._samples_together == 1 else " or samples"
             raise RequestError(
-                f"{request.label}: its {len(prompts)} prompts run together, which takes a batch "
-                f"size of {len(prompts)}, got {self.max_rows}; raise it or take fewer segments"
+                f"{request.label}: its {num_rows} prompts run together, which takes a batch "
+                f"size of {num_rows}, got {self.max_rows}; raise it or take fewer "
+                f"segments{of_samples}"
             )
         tokenized = [self._tokenize(prompt) for prompt in prompts]
         choices = [self._choices(prompt) for prompt in prompts] if self.scores_choices else []
         layouts = tuple(map(self._layout, prompts, tokenized, choices or repeat(())))
-        drawn_for = [request] * len(prompts) if self.fusion.is_of_logits else prompts
         special_texts = [each.special_text for each in tokenized if each.special_text]
         group = PromptGroup(
             number=-1,
-            layouts=layouts,
-            seeds=tuple(map(_seed, drawn_for)),
-            weights=self.fusion.weights_of(request),
+            layouts=layouts * self._samples_together,
+            seeds=self._seeds(request, prompts),
+            weights=self.fusion.weights_of(request) * self._samples_together,
             choices=tuple(choices),
         )
         return _Attempt(number, request, group, next(iter(special_texts), None))
+
+    @property
+    def _samples_together(self) -> int:
+        return self.fusion.samples if self.fusion.is_vote else 1
+
+    def _seeds(self, request: Request, prompts: Sequence[Request]) -> tuple[str, ...]:
+        if self.fusion.is_vote:
+            samples = range(self.fusion.samples)
+            return tuple(
+                _seed(prompt.key._replace(sample=sample))
+                for sample in samples
+                for prompt in prompts
+            )
+        drawn_for = [request] * len(prompts) if self.fusion.is_of_logits else prompts
+        return tuple(_seed(each.key) for each in drawn_for)
 
     def _tokenize(self, prompt: Request) -> TokenizedRequest:
         try:
@@ -189,8 +222,9 @@ def beyond_context(
     )
 
 
-def _seed(request: Request) -> str:
-    return request.uuid if request.segment is None else f"{request.uuid}/{request.segment}"
+def _seed(key: RequestKey) -> str:
+    seed = key.uuid if key.segment is None else f"{key.uuid}/{key.segment}"
+    return f"{seed}/sample {key.sample}" if key.sample else seed
 
 
 def _warn_of(special_texts: dict[int, str]) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import TypeVar
 
 import torch
@@ -157,7 +157,7 @@ class Scheduler:
         enough = self._rows_to_refill
         never = self._size.rows + 1
         if self._waiting:
-            free = max(enough, len(self._waiting[0].layouts))
+            free = max(enough, sum(len(group.layouts) for group in self._first_together()))
         else:
             free = enough if self._has_more else never
         if self._size != self._runner.size:
@@ -194,8 +194,24 @@ class Scheduler:
 
     def _taken(self, room: int) -> Iterator[PromptGroup]:
         """Remove the first waiting groups whose prompts fit into ``room`` rows."""
-        while self._waiting and (room := room - len(self._waiting[0].layouts)) >= 0:
-            yield self._waiting.popleft()
+        while self._waiting:
+            together = self._first_together()
+            room -= sum(len(group.layouts) for group in together)
+            if room < 0:
+                return
+            for _ in together:
+                yield self._waiting.popleft()
+
+    def _first_together(self) -> list[PromptGroup]:
+        """Return the first waiting group, and the other samples of its request.
+
+        They start together, as many as the batch has rows for, so that their prompts are computed
+        once.
+        """
+        first = self._waiting[0]
+        room = self._size.rows // len(first.layouts)
+        samples = takewhile(lambda group: group.layouts is first.layouts, self._waiting)
+        return list(islice(samples, room))
 
     def _try(self, work: Callable[[], Result]) -> Result | None:
         """Do something with the runner; halve the batch and return None if memory runs out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -153,8 +153,8 @@ def divide(
 ) -> list[RowPart]:
     """Divide prompts into tokens to compute, and those that are written from others.
 
-    Equal spans at equal positions are computed once, wherever they stand: in several prompts, or
-    several times in one. So are the first tokens that spans have in common.
+    Equal prompts are computed once. So are equal spans at equal positions, wherever they stand, in
+    several prompts or several times in one, and the first tokens that spans have in common.
 
     Args:
         prompts: The prompts.
@@ -164,10 +164,11 @@ def divide(
     for of_row, ranges in zip(tokens, copied, strict=True):
         for start, stop in ranges:
             of_row[start:stop] = COPIED
-    whole, first = _equal_spans(prompts, tokens)
+    equal = _equal_prompts(prompts, copied)
+    whole, first = _equal_spans(prompts, tokens, {one.prompt for one in equal})
     shared = [
         one
-        for one in _common_beginnings(prompts, tokens, first) + whole
+        for one in _common_beginnings(prompts, tokens, first) + whole + equal
         if not np.any((one.donated(tokens) == COPIED) & (one.received(tokens) != COPIED))
     ]
     for one in shared:
@@ -184,17 +185,34 @@ def divide(
     return [RowPart(own, of_row) for own, of_row in zip(slots, tokens, strict=True)]
 
 
+def _equal_prompts(
+    prompts: Sequence[PromptSpans], copied: Sequence[Sequence[tuple[int, int]]]
+) -> list[_Shared]:
+    """Find prompts that occurred before; what their tokens see is the same under any mask.
+
+    A prompt of which other slots are copied does not count.
+    """
+    first: dict[object, int] = {}
+    again = []
+    for number, (prompt, ranges) in enumerate(zip(prompts, copied, strict=True)):
+        key = prompt.layout.digest, prompt.layout.token_ids, tuple(ranges)
+        donor = first.setdefault(key, number)
+        if donor != number:
+            again.append(_Shared(number, 0, donor, 0, prompt.count))
+    return again
+
+
 def _equal_spans(
-    prompts: Sequence[PromptSpans], tokens: Sequence[Numbers]
+    prompts: Sequence[PromptSpans], tokens: Sequence[Numbers], left_out: Container[int]
 ) -> tuple[list[_Shared], list[tuple[int, int]]]:
     """Find spans that occurred before; also returns those that occur for the first time.
 
-    Spans that are copied anyway are left out.
+    Those of prompts that are left out do not count, nor spans that are copied anyway.
     """
     first: dict[tuple[bytes, int], tuple[int, int]] = {}
     again = []
     for number, prompt in enumerate(prompts):
-        for index, span in enumerate(prompt.spans):
+        for index, span in enumerate(() if number in left_out else prompt.spans):
             if tokens[number][span.stop - 1] == COPIED:
                 continue
             key = (prompt.identities[index], prompt.first_position(span))

@@ -117,7 +117,13 @@ class DatasetJob(ABC, Generic[Made]):
             fusion=self.fusion,
             mode=mode,
             judge=self.judge,
+            segment_attention=self.has_segment_attention,
         )
+
+    @property
+    def has_segment_attention(self) -> bool:
+        """True if generations are measured."""
+        return bool(self.options.get("segment_attention"))
 
     @abstractmethod
     def run(self, engine: Engine, strategy: Strategy, writer: RowWriter) -> DatasetRun[Made]:

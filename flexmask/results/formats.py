@@ -22,7 +22,7 @@ from flexmask.errors import OutputError
 from flexmask.results.batch_checksum import checksum
 from flexmask.results.journal_stream import JournalContent, is_stream, read_stream
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import RUN, SCHEMA, SCHEMAS, SCORE_SCHEMA
+from flexmask.results.schema import RUN, SCHEMA, SCHEMAS, recorded_schema
 from flexmask.results.whole_file import WRITING, os_errors, replacing, target_of
 
 _FEATHER = b"ARROW1"
@@ -279,8 +279,8 @@ def _json_lines_schema(path: Path) -> pa.Schema:
     if first:
         schema = _schema_with(json.loads(first)) or SCHEMA
     else:
-        holds_scores = RUN in metadata and "scores" in RunConfig.from_json(metadata[RUN]).run
-        schema = SCORE_SCHEMA if holds_scores else SCHEMA
+        run = RunConfig.from_json(metadata[RUN]).run if RUN in metadata else {}
+        schema = recorded_schema(run)
     return schema.with_metadata(metadata)
 
 

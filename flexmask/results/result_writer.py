@@ -52,7 +52,7 @@ from flexmask.results.resume import (
     values,
 )
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import FAILED, RUN, Result, row_of, schema_of
+from flexmask.results.schema import FAILED, RUN, Result, key_of, row_of, schema_of
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
@@ -187,6 +187,7 @@ class ResultWriter:
         fusion: Fusion = Fusion(),
         mode: OutputMode = "new",
         judge: Judge | ChoiceJudge = Judge(),
+        segment_attention: bool = False,
     ) -> Self:
         """Lock the output, find the remaining requests, and write the bad rows.
 
@@ -197,10 +198,11 @@ class ResultWriter:
             requests: All requests of the run, finished or not, in the order of the file. They
                 are iterated more than once.
             fusion: The fusion of the run, which decides whether a request has one row, or one for
-                each of several segments (`Fusion.expand`).
+                each of several segments and samples (`Fusion.expand`).
             mode: What to do if there is a result or a journal already.
             judge: Extracts answers from generations and scores them; or a `ChoiceJudge`, for
                 scores of choices, whose files have more columns (`SCORE_SCHEMA`).
+            segment_attention: Whether generations have it, which takes a column.
 
         Raises:
             OutputError: If the output cannot be written, is being written by another process, or
@@ -215,10 +217,11 @@ class ResultWriter:
                 earlier.check_same_run(config)
                 config = config.resuming(earlier.config)
             expanded = ExpandedRequests(requests, fusion)
-            plan = make_plan(expanded, earlier, output, judge)
+            columns = schema_of(judge, fusion, segment_attention=segment_attention)
+            plan = make_plan(expanded, earlier, output, judge, columns)
             if config.shard is not None:
                 config = replace(config, num_rows=len(plan.has_row))
-            schema = schema_of(judge).with_metadata({RUN: config.to_json()})
+            schema = columns.with_metadata({RUN: config.to_json()})
             if not plan.is_complete:
                 journal.restart(schema, plan.rows)
             writer = cls(output, journal, schema, expanded, fusion.after_expansion, plan, judge)
@@ -236,11 +239,12 @@ class ResultWriter:
             ValueError: If a row belongs to no remaining request, or is written twice.
         """
         rows = [row_of(result, self.judge) for result in results]
-        given = [(row["uuid"], row["segment"]) for row in rows]
+        given = [key_of(row) for row in rows]
         if len(set(given)) < len(given) or not self._pending.issuperset(given):
             raise ValueError(f"every remaining request takes one row, got {given}")
         if rows:
-            batch = pa.RecordBatch.from_pylist(rows, schema=schema_of(self.judge))
+            columns = self._schema.remove_metadata()
+            batch = pa.RecordBatch.from_pylist(rows, schema=columns)
             self._journal.append(batch)
             self._pending.difference_update(given)
             self.summary = self.summary.plus(
@@ -328,7 +332,7 @@ def read_finished_rows(path: str | Path) -> pa.Table:
     damaged one, the rows before the damage, with a warning.
 
     Returns:
-        A table with the columns of `SCHEMA` or `SCORE_SCHEMA`, and the run in its metadata
+        A table with the columns of one of `SCHEMAS`, and the run in its metadata
         (`read_run_config`).
 
     Raises:

@@ -16,7 +16,7 @@ from flexmask.request import Request, RequestKey
 from flexmask.results.formats import read_rows, sidecar_path
 from flexmask.results.journal import Journal
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import FAILED, NEVER_NULL, RUN, SCHEMAS, schema_of, verdict
+from flexmask.results.schema import FAILED, NEVER_NULL, RUN, SCHEMAS, verdict
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
@@ -50,7 +50,8 @@ class EarlierRun:
             ) from None
         if not any(rows.schema.equals(schema) for schema in SCHEMAS.values()):
             raise OutputError(f"{path}: its columns are not those that this version writes")
-        if name := next((name for name in NEVER_NULL if _has_null(rows[name])), None):
+        never_null = [name for name in NEVER_NULL if name in rows.schema.names]
+        if name := next((name for name in never_null if _has_null(rows[name])), None):
             raise OutputError(f"{path}: damaged, its column {name!r} has nulls")
         return cls(path, rows, config)
 
@@ -158,6 +159,7 @@ def make_plan(
     earlier: EarlierRun | None,
     output: Path,
     judge: Judge | ChoiceJudge,
+    schema: pa.Schema,
 ) -> Plan:
     """Compare the requests of a run with the rows of an earlier one.
 
@@ -167,7 +169,6 @@ def make_plan(
         OutputError: If the earlier rows belong to other requests.
         RequestError: If two requests have the same uuid.
     """
-    schema = schema_of(judge)
     rows = schema.empty_table() if earlier is None else _without_failures(earlier.rows)
     hashes = dict(_hashes(rows))
     has_row: dict[RequestKey, bool] = {}
@@ -208,7 +209,10 @@ def values(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
 
 def keys(rows: pa.Table | pa.RecordBatch) -> Iterator[RequestKey]:
     """Yield the request key of each row."""
-    return zip(values(rows, "uuid"), values(rows, "segment"), strict=True)
+    uuids, segments = values(rows, "uuid"), values(rows, "segment")
+    has_samples = "sample" in rows.schema.names
+    samples = values(rows, "sample") if has_samples else [0] * rows.num_rows
+    return map(RequestKey, uuids, segments, samples)
 
 
 def _has_null(column: pa.ChunkedArray[Any]) -> bool:
@@ -293,8 +297,8 @@ def _judged_again(
     batches = []
     for batch in rows.to_batches():
         content = batch.to_pylist()
-        for row in content:
-            if (right := corrected.get((row["uuid"], row["segment"]))) is not None:
+        for key, row in zip(keys(batch), content, strict=True):
+            if (right := corrected.get(key)) is not None:
                 row |= right
                 row |= verdict(row, judge)
         batches.append(pa.RecordBatch.from_pylist(content, schema=rows.schema))
@@ -303,7 +307,9 @@ def _judged_again(
 
 def _named(keys: Sequence[RequestKey]) -> str:
     first = ", ".join(
-        repr(uuid) if segment is None else f"{uuid!r} segment {segment}"
-        for uuid, segment in keys[:3]
+        repr(uuid)
+        + (f" segment {segment}" if segment is not None else "")
+        + (f" sample {sample}" if sample else "")
+        for uuid, segment, sample in keys[:3]
     )
     return f"uuid {first}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

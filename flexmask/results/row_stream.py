@@ -10,7 +10,7 @@ from flexmask.fusion import Fusion
 from flexmask.request import Request, RequestKey
 from flexmask.results.result_writer import ExpandedRequests, Remaining, ResultSummary
 from flexmask.results.resume import make_plan
-from flexmask.results.schema import Result, row_of
+from flexmask.results.schema import Result, key_of, row_of, schema_of
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow
 
@@ -35,6 +35,7 @@ class RowStream:
         requests: Iterable[Request | BadRow],
         fusion: Fusion = Fusion(),
         judge: Judge | ChoiceJudge = Judge(),
+        segment_attention: bool = False,
     ) -> None:
         """Read the requests once, and write the bad rows that come first.
 
@@ -44,17 +45,20 @@ class RowStream:
                 than once.
             fusion: The fusion of the run, as for `ResultWriter.open`.
             judge: Extracts answers from generations and scores them.
+            segment_attention: As for `ResultWriter.open`.
 
         Raises:
             RequestError: If two requests have the same uuid, or the input cannot be read.
         """
         expanded = ExpandedRequests(requests, fusion)
-        plan = make_plan(expanded, None, Path("-"), judge)
+        columns = schema_of(judge, fusion, segment_attention=segment_attention)
+        plan = make_plan(expanded, None, Path("-"), judge, columns)
         self.remaining = Remaining(expanded, plan)
         self.fusion = fusion.after_expansion
         self.summary = ResultSummary(0, 0, 0, 0)
         self.judge = judge
         self._write_line = write_line
+        self._columns = columns.names
         self._order: list[RequestKey] = [*plan.has_row][::-1]
         self._waiting: dict[RequestKey, str] = {}
         self.write(plan.bad)
@@ -67,7 +71,8 @@ class RowStream:
         """
         rows = [row_of(result, self.judge) for result in results]
         for row in rows:
-            self._waiting[row["uuid"], row["segment"]] = json.dumps(row)
+            shown = {name: value for name, value in row.items() if name in self._columns}
+            self._waiting[key_of(row)] = json.dumps(shown)
         self.summary = self.summary.plus(
             [row["correct"] for row in rows], [row["finish_reason"] for row in rows]
         )

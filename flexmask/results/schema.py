@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.errors import JudgeError
+from flexmask.fusion import VOTES, Fusion
 from flexmask.generation import Generation
+from flexmask.request import RequestKey
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.matching import is_exact_match
 from flexmask.tasks.request_source import BadRow
@@ -71,7 +73,34 @@ those of its tokens, numbers of tokens and bytes, and whether greedy decoding wo
 it (null where prompts are fused). ``prediction`` is the chosen choice, and ``correct`` compares
 its index with the answer's. Rows that failed have nulls from ``chosen`` on."""
 
-SCHEMAS = {tuple(schema.names): schema for schema in (SCHEMA, SCORE_SCHEMA)}
+SAMPLE = pa.field("sample", pa.int32())
+"""The column of a run with several samples of each prompt: the number of the generation, from 0.
+"""
+
+SEGMENT_ATTENTION = pa.field("segment_attention", pa.list_(pa.list_(pa.float32())))
+"""The column of a run that measures it; null where a row failed."""
+
+
+def generation_schema(*, has_samples: bool, has_attention: bool) -> pa.Schema:
+    """Return the columns of generations: `SCHEMA`, and those that were asked for.
+
+    Other files are as they were before there were such columns.
+    """
+    asked_for = [(SAMPLE, has_samples), (SEGMENT_ATTENTION, has_attention)]
+    return pa.schema([*SCHEMA, *(column for column, is_there in asked_for if is_there)])
+
+
+SCHEMAS = {
+    tuple(schema.names): schema
+    for schema in (
+        *(
+            generation_schema(has_samples=samples, has_attention=attention)
+            for samples in (False, True)
+            for attention in (False, True)
+        ),
+        SCORE_SCHEMA,
+    )
+}
 """The schemas of result files by the names of their columns."""
 
 SCORED = "scored"
@@ -80,21 +109,44 @@ SCORED = "scored"
 NEVER_NULL = (
     *("uuid", "answers", "paraphrases", "prediction", "generation", "prefix", "suffix"),
     *("system", "messages", "answer_prefix", "segment_turns"),
-    *("prompt_tokens", "generated_tokens", "finish_reason"),
+    *("prompt_tokens", "generated_tokens", "finish_reason", "sample"),
 )
-"""Columns that are never null; the items of their lists are not null either."""
+"""Columns that are never null where a file has them; the items of their lists are not either."""
 
 
 Result = Generation | Score | BadRow
 
 
-def schema_of(judge: Judge | ChoiceJudge) -> pa.Schema:
-    """Return the columns of the rows that a judge judges."""
-    return SCORE_SCHEMA if isinstance(judge, ChoiceJudge) else SCHEMA
+def schema_of(
+    judge: Judge | ChoiceJudge, fusion: Fusion, *, segment_attention: bool = False
+) -> pa.Schema:
+    """Return the columns of the rows of a run.
+
+    Args:
+        judge: The judge of its rows.
+        fusion: Its fusion.
+        segment_attention: Whether it measures that.
+    """
+    if isinstance(judge, ChoiceJudge):
+        return SCORE_SCHEMA
+    return generation_schema(has_samples=fusion.has_sample_rows, has_attention=segment_attention)
+
+
+def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
+    """Return the columns that the rows of a run have, by its record."""
+    if "scores" in run:
+        return SCORE_SCHEMA
+    fusion = run.get("fusion", {})  # early versions had no fusions
+    return generation_schema(
+        has_samples="samples" in fusion and fusion.get("name") not in VOTES,
+        has_attention="segment_attention" in run,
+    )
 
 
 def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
     """Return the row of a result, or of a bad row, which has no text and counts as wrong.
+
+    It has the columns of any run with this judge, those that were not asked for too.
 
     Raises:
         JudgeError: If the judge does not apply to the row, or fails on it; the message names it.
@@ -112,6 +164,8 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         "segment_turns": request.segment_turns if request else "one",
         "prompts": None,
         "segment": request.segment if request else None,
+        "sample": request.sample if request else 0,
+        "segment_attention": None,
         "weights": (request.weights or None) if request else None,
     }
     if isinstance(judge, ChoiceJudge):
@@ -138,11 +192,17 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
             "generated_tokens": len(result.token_ids),
             "finish_reason": result.finish_reason,
             "error": None,
+            "segment_attention": result.segment_attention,
         }
     try:
         return row | verdict(row, judge)
     except JudgeError as error:
         raise JudgeError(f"{request.label if request else row['uuid']}: {error}") from error
+
+
+def key_of(row: Mapping[str, Any]) -> RequestKey:
+    """Return the key of a row; without samples it has no such column."""
+    return RequestKey(row["uuid"], row["segment"], row.get("sample", 0))
 
 
 def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:

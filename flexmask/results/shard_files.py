@@ -197,7 +197,7 @@ def _keys_of(lines: Iterable[str]) -> Iterator[RequestKey]:
         except ValueError:  # the last one, cut
             return
         if isinstance(entry, list):
-            yield entry[0], entry[1]
+            yield RequestKey(*entry)
 
 
 def _finished_keys(part: Path) -> set[RequestKey]:

@@ -15,7 +15,7 @@ VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 
 
 def answer_text(answer: Answer) -> Text:
-    """Format generation, prediction and accepted answers; accepted answers are marked.
+    """Format generation, prediction, accepted answers and attention; accepted ones are marked.
 
     Marks are underlined and in brackets, which remain in plain text.
     """
@@ -36,7 +36,15 @@ def answer_text(answer: Answer) -> Text:
             accepted = printable(accepted)
             text.append(f"[{accepted}]" if is_match else accepted, "underline" if is_match else "")
         text.append("\n")
+    if answer.attention is not None:
+        text.append("attention   ", "bold").append(f"{shares_text(answer.attention)}\n")
     return text
+
+
+def shares_text(shares: Sequence[float]) -> str:
+    """Write shares of attention with the names of their parts, as pictures have them."""
+    names = ("P", *(f"S{number}" for number in range(1, len(shares) - 1)), "T")
+    return "  ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
 
 
 def marked_pieces(text: str, accepted: Sequence[str]) -> Iterator[tuple[str, bool]]:

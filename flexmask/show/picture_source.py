@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
@@ -54,6 +55,8 @@ class Answer:
         model: The model.
         strategy: Returns the strategy with the parameters of the run; if it comes from a file,
             that file is executed. Raises `StrategyError` if it cannot be found any more.
+        attention: Mean over the generated tokens of the attention that the prefix, each segment
+            and the tail got; None where it was not measured.
     """
 
     prediction: str
@@ -63,6 +66,7 @@ class Answer:
     finish_reason: str
     model: str
     strategy: Callable[[], Strategy]
+    attention: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def subject_of_result(
     ]:
         raise OutputError(f"{source}: its run does not record {', '.join(missing)}")
     fusion = recorded["fusion"].get("name", "attention")
-    if fusion not in ("attention", "none", "each"):
+    if fusion not in ("attention", "none", "each", "self_consistency"):
         raise OptionError(
             f"{source}: its segments ran as separate prompts (fusion {fusion!r}), with no mask "
             "between them to draw; name the file of the requests"
@@ -181,6 +185,7 @@ def subject_of_result(
         finish_reason=values["finish_reason"],
         model=run["model"],
         strategy=partial(_strategy_of_run, config),
+        attention=_mean_attention(values.get("segment_attention")),
     )
     # Imported here, because a request of given lengths need not wait for transformers.
     from flexmask.encoding.tokenization import RequestTokenizer
@@ -199,6 +204,10 @@ def subject_of_result(
         new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
     )
     return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
+
+
+def _mean_attention(of_tokens: Sequence[Sequence[float]] | None) -> tuple[float, ...] | None:
+    return tuple(map(fmean, zip(*of_tokens, strict=True))) if of_tokens else None
 
 
 def _strategy_of_run(config: RunConfig) -> Strategy:

@@ -50,7 +50,9 @@ class BadRow:
     @property
     def key(self) -> RequestKey:
         """As `Request.key`."""
-        return self.uuid, self.request.segment if self.request else None
+        if self.request is None:
+            return RequestKey(self.uuid, None)
+        return RequestKey(self.uuid, self.request.segment, self.request.sample)
 
 
 class RequestMaker(Protocol):

@@ -97,6 +97,8 @@ def compare(
 ) -> None:
     """Compare strategies, fusions and numbers of segments on one data set."""
     ways = _plan(plan)
+    for way in ways:
+        way.fusion.check_samples(is_greedy=run.sampling.sampling.is_greedy)
     opened = data.open(
         fusion=_read_for(ways), limit=run.rows.limit, on_bad_row=run.rows.on_bad_row
     )

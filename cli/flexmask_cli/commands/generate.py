@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import FUSIONS
@@ -16,6 +16,7 @@ from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, 
 from flexmask_cli.dataset_options import OpenInput, RequestOptions
 from flexmask_cli.generation_options import PlannedGeneration, RunOptions
 from flexmask_cli.option_groups import takes_options
+from flexmask_cli.option_kinds import flag
 from flexmask_cli.options import FusionOptions, StrategyOptions
 from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.render.generation import (
@@ -39,6 +40,22 @@ if TYPE_CHECKING:
     from flexmask.tasks.request_source import RequestSource
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What is measured of generated tokens."""
+
+    heading: ClassVar[str] = "Generation"
+
+    segment_attention: Annotated[
+        bool,
+        flag(
+            "--segment-attention",
+            help="Also write which parts of the prompt each generated token attends to. Prompts "
+            "are computed twice for it.",
+        ),
+    ] = False
+
+
 @takes_options
 def generate(
     *,
@@ -47,10 +64,14 @@ def generate(
     data: RequestOptions,
     output: OutputOptions,
     run: RunOptions,
+    attention: AttentionOptions,
     scaling: ScalingOptions,
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
     choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
+    fusion.chosen.check_samples(is_greedy=run.sampling.sampling.is_greedy)
+    if attention.segment_attention:
+        fusion.chosen.check_one_prompt()
     chosen = choose()
     open_input = partial(
         data.open,
@@ -61,7 +82,7 @@ def generate(
     )
     opened = open_input()
     Generate(
-        planned=PlannedGeneration(run, opened.task),
+        planned=PlannedGeneration(run, opened.task, attention.segment_attention),
         chosen=chosen,
         fusion=fusion.chosen,
         opened=opened,
@@ -176,9 +197,11 @@ class Generate(DatasetCommand["Generation"]):
 
     def _is_streamed(self, writer: ResultWriter | RowStream) -> bool:
         """Return True if the one answer of a run is printed to a terminal as it is generated."""
+        if self.planned.for_engine().get("segment_attention"):
+            return False
         is_quiet = self.planned.options.results.quiet
         prints_text = not (self.output.as_json or self.output.output == STDOUT or is_quiet)
-        is_one = len(writer.remaining) == 1 and self.fusion.name not in ("vote", "each")
+        is_one = len(writer.remaining) == 1 and self.fusion.is_single
         return is_one and prints_text and _is_terminal()
 
     def _stream(
