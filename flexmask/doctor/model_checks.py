@@ -72,7 +72,9 @@ def check_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> C
     return _checked(DENSE_NAME, comparison.under_use_strategy)
 
 
-def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bool) -> list[Check]:
+def load_and_check(
+    model: str, device: str, dtype: str, *, trust_remote_code: bool, adapter: str | None = None
+) -> list[Check]:
     """Load a model and check it.
 
     Args:
@@ -80,6 +82,7 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: Run code that comes with the model.
+        adapter: Folder of a LoRA adapter to merge into it.
 
     Raises:
         ModelError: If it cannot be loaded.
@@ -94,6 +97,7 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
             dtype=resolve_dtype(dtype, target),
             trust_remote_code=trust_remote_code,
             needs_backend=needs_backend,
+            adapter=adapter,
         )
 
     try:

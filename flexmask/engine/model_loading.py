@@ -18,6 +18,7 @@ from transformers import (
 
 from flexmask.attention import BACKEND
 from flexmask.attention.backend import register_attention
+from flexmask.checkpoint.adapter import merge_adapter
 from flexmask.checkpoint.config import (
     check_backend,
     check_config_file,
@@ -25,12 +26,12 @@ from flexmask.checkpoint.config import (
     quantization_of,
 )
 from flexmask.checkpoint.folder import check_files, check_folder, check_sizes
-from flexmask.checkpoint.model_name import shown
+from flexmask.checkpoint.model_name import check_adapter_name, shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.checkpoint.weights import check_loaded_weights
 from flexmask.encoding.tokenization import load_tokenizer
-from flexmask.errors import AttentionError
+from flexmask.errors import AttentionError, ModelError
 from flexmask.torch_internals import prepare_compiler
 from flexmask.transformers_internals import set_attention_implementation
 
@@ -42,6 +43,7 @@ def load_model(
     dtype: torch.dtype | str,
     trust_remote_code: bool = False,
     needs_backend: bool = True,
+    adapter: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, from safetensors or GGUF only, and its tokenizer.
 
@@ -51,16 +53,19 @@ def load_model(
         dtype: A torch dtype, or ``"auto"`` for the one it was saved in.
         trust_remote_code: Run code that comes with the model.
         needs_backend: Refuse architectures that do not support attention backends.
+        adapter: Folder of a LoRA adapter to merge into the weights.
 
     Raises:
-        ModelError: If it cannot be found or loaded; if weights are missing, or belong to another
-            model.
+        ModelError: If it or the adapter cannot be found or loaded; if weights are missing, or
+            belong to another model.
         AttentionError: If its architecture does not support attention backends and
             ``needs_backend`` is set.
         CompilerError: If the device needs a C++ compiler and there is none.
     """
     register_attention()
     source = CheckpointSource.find(model)
+    if adapter is not None:
+        check_adapter_name(adapter)
     with errors_in_one_line(f"cannot load model {shown(source.name)}"):
         check_folder(source)
         check_config_file(source, trust_remote_code=trust_remote_code)
@@ -69,12 +74,19 @@ def load_model(
             source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
         )
         check_sizes(config.get_text_config(decoder=True), shapes, source.name)
+    if adapter is not None and (method := quantization_of(config)):
+        raise ModelError(
+            f"adapter {shown(adapter)} cannot be merged into model {shown(source.name)}, which is "
+            f"quantised by {method}; load one that is not quantised"
+        )
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     loaded = _load_weights(source, config, dtype, trust_remote_code)
     if needs_backend:
         check_backend(type(loaded))
     module: nn.Module = loaded  # its to() has the simpler signature
     _move(module.eval().requires_grad_(False), device)
+    if adapter is not None:
+        merge_adapter(loaded, adapter, source.name)
     return loaded, tokenizer
 
 
@@ -118,7 +130,8 @@ def _load_weights(
                 f"model {shown(source.name)} has attention of its own kinds only, and does not "
                 "support attention backends, which flexmask needs"
             ) from None
-    check_loaded_weights(type(loaded).__name__, report, source.name)
+    what = f"cannot load model {shown(source.name)}"
+    check_loaded_weights(type(loaded).__name__, report, what)
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
