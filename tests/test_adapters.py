@@ -91,7 +91,7 @@ def change_weights(
 
 def loaded(adapter: Path) -> PreTrainedModel:
     device = torch.device("cpu")
-    model, _ = load_model(BASE, device=device, dtype=torch.float32, adapter=str(adapter))
+    model, _ = load_model(BASE, device=device, dtype="float32", adapter=str(adapter))
     return model
 
 

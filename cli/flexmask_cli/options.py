@@ -300,8 +300,8 @@ class DeviceOptions:
             "--dtype",
             metavar="DTYPE",
             completion=completion.dtypes,
-            help="auto, float32, bfloat16 or float16. auto is float32 on a CPU, and the dtype "
-            "that the model was saved in on a GPU.",
+            help="auto, float32, bfloat16 or float16. auto is the dtype that the model was saved "
+            "in; on a CPU float32, unless the model is quantised.",
         ),
     ] = "auto"
 

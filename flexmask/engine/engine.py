@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.checkpoint.identity import model_files
-from flexmask.device import resolve_device, resolve_dtype
+from flexmask.device import resolve_device
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
@@ -164,7 +164,7 @@ class Engine:
             loaded = load_model(
                 model,
                 device=target,
-                dtype=resolve_dtype(dtype, target),
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 adapter=adapter,
             )

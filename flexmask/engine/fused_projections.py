@@ -1,8 +1,9 @@
 """Fuses the projections of a traced decoder layer into few launches.
 
 The graph that torch.compile traces holds every projection of a layer, whatever its name is in the
-model's code. Projections of the same input become one `flexmask::project`. It also takes in a
-root-mean-square norm that only they use, the gate of a pair, and a residual sum after one.
+model's code. Projections of the same input become one `flexmask::project` if their weights are
+dense. It also takes in a root-mean-square norm that only they use, the gate of a pair, and a
+residual sum after one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
+from flexmask.kernels.dense_weights import is_dense
 from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
 
 _MOST_WEIGHTS = 3
@@ -70,7 +72,9 @@ def _is_projection(node: fx.Node) -> bool:
     if node.target is not nn.functional.linear:
         return False
     x, weight = (_value(argument) for argument in node.args[:2])
-    return x.dtype == weight.dtype and weight.is_contiguous() and _num_rows(x) <= MAX_ROWS
+    if not is_dense(weight) or x.dtype != weight.dtype:
+        return False
+    return weight.is_contiguous() and _num_rows(x) <= MAX_ROWS
 
 
 def _num_rows(x: Tensor) -> int:

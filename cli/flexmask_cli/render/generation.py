@@ -39,8 +39,22 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: str) -> None:
         f"fusion: {fusion}",
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
+        f"projections: {_projections(engine)}",
     ):
         write_note(line)
+
+
+def _projections(engine: Engine) -> str:
+    """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
+    from flexmask.kernels.dense_weights import DENSE, kinds_of_projections
+
+    is_fused = engine.model.device.type == "cuda"
+    return ", ".join(
+        f"{count} {'fused' if is_fused else 'with dense weights'}"
+        if kind == DENSE
+        else f"{count} not fused, since their weights are {kind}"
+        for kind, count in kinds_of_projections(engine.model).items()
+    )
 
 
 def print_rules(rules: GenerationRules, stats: RunStats) -> None:
