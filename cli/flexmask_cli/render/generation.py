@@ -48,13 +48,16 @@ def _projections(engine: Engine) -> str:
     """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
     from flexmask.kernels.dense_weights import DENSE, kinds_of_projections
 
-    is_fused = engine.model.device.type == "cuda"
-    return ", ".join(
-        f"{count} {'fused' if is_fused else 'with dense weights'}"
-        if kind == DENSE
-        else f"{count} not fused, since their weights are {kind}"
-        for kind, count in kinds_of_projections(engine.model).items()
-    )
+    is_on_gpu = engine.model.device.type == "cuda"
+    parts = []
+    for (kind, is_readable), count in kinds_of_projections(engine.model).items():
+        if kind == DENSE:
+            parts.append(f"{count} fused" if is_on_gpu else f"{count} with dense weights")
+        elif is_on_gpu and is_readable:
+            parts.append(f"{count} fused, with weights in 8 bits ({kind})")
+        else:
+            parts.append(f"{count} not fused, since their weights are {kind}")
+    return ", ".join(parts)
 
 
 def print_rules(rules: GenerationRules, stats: RunStats) -> None:
