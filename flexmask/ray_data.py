@@ -72,6 +72,7 @@ class Predictor:
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        adapter: str | None = None,
         sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
@@ -89,6 +90,7 @@ class Predictor:
             device: As for `flexmask.Engine.from_pretrained`.
             dtype: As for `flexmask.Engine.from_pretrained`.
             trust_remote_code: As for `flexmask.Engine.from_pretrained`.
+            adapter: As for `flexmask.Engine.from_pretrained`.
             sampling: The way tokens are chosen; None takes the most likely. Random numbers of a
                 row depend on its uuid, so sampled rows need one.
             **options: Other options of `flexmask.Engine.generate`, such as ``max_new_tokens``.
@@ -127,6 +129,7 @@ class Predictor:
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            adapter=adapter,
         )
 
     def load_engine(self, model: str, **options: Any) -> Engine:

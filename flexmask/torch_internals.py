@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, fx
 from torch._C import DisableTorchFunction
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flexmask.errors import CompilerError
@@ -67,6 +67,11 @@ def mark_static(tensor: Tensor) -> None:
     marked = cast(Any, tensor)
     marked._dynamo_static_indices = set(range(tensor.dim()))
     marked._has_dynamo_dim_marking = True  # read since torch 2.13
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Return True if a tensor has its numbers in other tensors, as quantised ones of torchao."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def returns_view(operator: Any) -> bool:

@@ -132,15 +132,27 @@ def check_projection(
     has_bias: bool = False,
     has_norm: bool = False,
     has_residual: bool = False,
+    weight_dtype: torch.dtype | None = None,
     dtype: torch.dtype = torch.float32,
     tile_bytes: int = 200_000,
 ) -> dict[str, Any]:
-    """Check the product of ``rows`` inputs of a width with weights for as many outputs each."""
+    """Check the product of ``rows`` inputs of a width with weights for as many outputs each.
+
+    Weights of a ``weight_dtype`` have a scale for each output.
+    """
     outputs = sizes[0] if activation else sum(sizes)
+    weights = [torch.randn(size, width) / width**0.5 for size in sizes]
+    scales = [weight.abs().amax(1, keepdim=True) / 100 for weight in weights]
+    if weight_dtype is None:
+        weights, scales = [weight.to(dtype) for weight in weights], []
+    else:
+        scaled = zip(weights, scales, strict=True)
+        weights = [(weight / scale).round().to(weight_dtype) for weight, scale in scaled]
     arguments = (
         torch.randn(rows, width, dtype=dtype),
-        [torch.randn(size, width, dtype=dtype) / width**0.5 for size in sizes],
+        weights,
         [torch.randn(size, dtype=dtype) for size in sizes] if has_bias else [],
+        scales,
         torch.randn(width, dtype=dtype) if has_norm else None,
         1e-5,
         activation,

@@ -120,6 +120,26 @@ def test_projections_stay_inside_their_tensors(
     )
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("sizes", "activation"), [((70,), ""), ((20, 6, 6), ""), ((20, 20), "silu")], ids=str
+)
+def test_projections_by_weights_of_8_bits_are_scaled_once_for_each_output(
+    interpreted, sizes, activation, rows, weight_dtype
+):
+    interpreted(
+        check_projection,
+        rows=rows,
+        width=384,
+        sizes=sizes,
+        activation=activation,
+        has_bias=rows > 1,
+        has_norm=True,
+        weight_dtype=weight_dtype,
+    )
+
+
 ONE_ROW = {"rows": 1, "width": 2304, "sizes": (10,)}
 FEW_ROWS = {"rows": 3, "width": 1100, "sizes": (40, 30), "has_bias": True}
 MORE_ROWS = {"rows": 20, "width": 384, "sizes": (70, 70), "activation": "gelu_tanh"}

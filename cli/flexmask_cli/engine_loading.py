@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
-from flexmask_cli.options import ChatOptions, EngineOptions, ModelOptions
+from flexmask_cli.options import ChatOptions, EngineOptions, ModelOptions, RunModelOptions
 from flexmask_cli.start_up import import_engine, quick_loading
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flexmask.tasks.task import Task
 
 
-def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
+def load_engine(model: RunModelOptions, options: EngineOptions) -> Engine:
     """Load a model; from then on, transformers logs errors only.
 
     Raises:
@@ -28,6 +28,7 @@ def load_engine(model: ModelOptions, options: EngineOptions) -> Engine:
             device=options.device,
             dtype=options.dtype,
             trust_remote_code=model.trust_remote_code,
+            adapter=model.adapter_folder,
             prefill_kernel=options.chosen_kernel,
             kv_cache=options.chosen_cache,
         )

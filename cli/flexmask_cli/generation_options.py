@@ -10,9 +10,9 @@ from flexmask_cli.options import (
     CachedEngineOptions,
     ChatOptions,
     JudgeOptions,
-    ModelOptions,
     ResultOptions,
     RowOptions,
+    RunModelOptions,
     SamplingOptions,
 )
 from flexmask_cli.planned_run import PlannedRun
@@ -27,7 +27,7 @@ class RunOptions:
     """The rows, model, generation, device and results of a run over a data set."""
 
     rows: RowOptions
-    model: ModelOptions
+    model: RunModelOptions
     chat: ChatOptions
     batch: BatchOptions
     sampling: SamplingOptions

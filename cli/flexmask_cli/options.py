@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import typer
 
-from flexmask.checkpoint.model_name import check_model_name
+from flexmask.checkpoint.model_name import check_adapter_name, check_model_name
 from flexmask.device import check_device_name, check_dtype_name
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
@@ -193,6 +193,36 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class RunModelOptions(ModelOptions):
+    """A model to run, and the adapter that is merged into it."""
+
+    adapter: Annotated[
+        Path | None,
+        path(
+            "--adapter",
+            help="Folder of a LoRA adapter, merged into the model at loading; needs "
+            "flexmask[adapters].",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Check the names, as far as possible without importing a library.
+
+        Raises:
+            OptionError: If the model's name is not UTF-8.
+            ModelError: If there is no such model or adapter, or a package is missing.
+        """
+        super().__post_init__()
+        if self.adapter_folder is not None:
+            check_adapter_name(self.adapter_folder)
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """The folder of the adapter; None for none."""
+        return None if self.adapter is None else str(self.adapter)
+
+
+@dataclass(frozen=True)
 class ChatOptions:
     """Chat template and special tokens."""
 
@@ -285,8 +315,8 @@ class DeviceOptions:
             "--dtype",
             metavar="DTYPE",
             completion=completion.dtypes,
-            help="auto, float32, bfloat16 or float16. auto is float32 on a CPU, and the dtype "
-            "that the model was saved in on a GPU.",
+            help="auto, float32, bfloat16 or float16. auto is the dtype that the model was saved "
+            "in; on a CPU float32, unless the model is quantised.",
         ),
     ] = "auto"
 

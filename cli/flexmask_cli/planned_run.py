@@ -20,9 +20,9 @@ from flexmask_cli.options import (
     BatchSizeOptions,
     ChatOptions,
     EngineOptions,
-    ModelOptions,
     ResultOptions,
     RowOptions,
+    RunModelOptions,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class DatasetOptions(Protocol):
         """The number of rows to use, and the handling of bad rows."""
 
     @property
-    def model(self) -> ModelOptions:
+    def model(self) -> RunModelOptions:
         """The model."""
 
     @property
@@ -103,6 +103,11 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
     def model_name(self) -> str:
         """The model's name as results record it."""
         return self.options.model.model or DEMO
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the model's adapter; None for none."""
+        return self.options.model.adapter_folder
 
     def checked(self, requests: RequestSource) -> RequestSource:
         """Return requests that are checked for the judge and the chat template."""
@@ -169,13 +174,15 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
             fusion: The fusion.
             input: Name of the input.
         """
+        model, adapter = self.options.model, self.adapter
         return RunConfig(
             run={
                 "strategy": recorded_name(reference),
                 "parameters": strategy.parameter_values(),
                 "plugin": recorded_plugin(reference),
                 "model": self.model_name,
-                "model_files": model_files(self.options.model.model or str(model_path())),
+                "model_files": model_files(model.model or str(model_path()), adapter),
+                **({} if adapter is None else {"adapter": adapter}),
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
                 "judge": self.judge.record(),

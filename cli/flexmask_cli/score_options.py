@@ -13,9 +13,9 @@ from flexmask_cli.options import (
     BatchSizeOptions,
     CachedEngineOptions,
     ChatOptions,
-    ModelOptions,
     ResultOptions,
     RowOptions,
+    RunModelOptions,
 )
 from flexmask_cli.planned_run import PlannedRun
 
@@ -78,7 +78,7 @@ class ScoreRunOptions:
     """The rows, model, device and results of a run that scores choices."""
 
     rows: RowOptions
-    model: ModelOptions
+    model: RunModelOptions
     chat: ChatOptions
     batch: BatchSizeOptions
     engine: CachedEngineOptions

@@ -95,6 +95,35 @@ def _check_quantization(config: PreTrainedConfig, name: str) -> None:
             f"model {shown(name)} is quantised by {str(values.get('quant_method'))[:40]!r}, which "
             "this version of transformers does not know; load one that is not quantised"
         )
+    method = quantization_of(config)
+    if method == "compressed-tensors":
+        _check_compressed_tensors(values, name)
+    elif method is not None and method.startswith("bitsandbytes"):
+        _check_bitsandbytes(values, name)
+
+
+def _check_compressed_tensors(values: dict[str, Any], name: str) -> None:
+    groups = values.get("config_groups")
+    schemes = groups.values() if isinstance(groups, dict) else ()
+    if any(isinstance(one, dict) and one.get("input_activations") for one in schemes):
+        raise ModelError(
+            f"model {shown(name)} is quantised by compressed-tensors, inputs of layers included "
+            "(input_activations), which torch.compile does not trace; load one whose weights "
+            "alone are quantised"
+        )
+
+
+def _check_bitsandbytes(values: dict[str, Any], name: str) -> None:
+    if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        raise ModelError(
+            f"config.json of model {shown(name)}: quantization_config of bitsandbytes must load "
+            "in 4 or 8 bits"
+        )
+    if values.get("load_in_8bit"):
+        raise ModelError(
+            f"model {shown(name)} is quantised to 8 bits by bitsandbytes, which picks outliers "
+            "over all tokens of a batch, so that no mask isolates them; load one of 4 bits"
+        )
 
 
 def _quantization_values(config: PreTrainedConfig) -> dict[str, Any]:

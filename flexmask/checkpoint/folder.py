@@ -11,14 +11,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from flexmask.checkpoint.gguf_file import read_header
-from flexmask.checkpoint.model_name import shown
+from flexmask.checkpoint.model_name import ADAPTER_CONFIG, shown
 from flexmask.checkpoint.source import CheckpointSource, check_is_no_pointer
 from flexmask.checkpoint.transformers_calls import one_line
 from flexmask.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 LARGEST_UNUSED = 2**20
 """Largest ``intermediate_size`` allowed where no weight is as wide: experts may not use it."""
 _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$")
@@ -33,7 +32,7 @@ def check_folder(source: CheckpointSource) -> None:
     name, folder = source.name, source.folder
     if folder is None:
         return
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise _adapter_error(name)
     if not (folder / "config.json").is_file():
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
@@ -48,8 +47,8 @@ def check_folder(source: CheckpointSource) -> None:
 
 def _adapter_error(name: str) -> ModelError:
     return ModelError(
-        f"model {shown(name)} holds an adapter, which flexmask does not load; merge it into its "
-        "model (peft's merge_and_unload) and save that"
+        f"model {shown(name)} holds an adapter, which is not a model; name the model that it was "
+        "made for, and the adapter's folder as `adapter`"
     )
 
 
@@ -70,7 +69,7 @@ def check_files(source: CheckpointSource) -> list[list[int]]:
         return []
     source.read_json("generation_config.json")
     # With peft installed, transformers would apply an adapter, whose weights may be pickled.
-    if source.file(ADAPTER) is not None:
+    if source.file(ADAPTER_CONFIG) is not None:
         raise _adapter_error(source.name)
     entry = _entry(source)
     shards = _shards(source, entry) if entry.endswith(".index.json") else [entry]
@@ -83,7 +82,9 @@ def check_files(source: CheckpointSource) -> list[list[int]]:
     folder = source.folder
     if folder is None:
         return []
-    return [shape for shard in shards for shape in _shapes(folder / shard, source.name)]
+    return [
+        shape for shard in shards for shape in weight_shapes(folder / shard, source.name).values()
+    ]
 
 
 def check_sizes(config: PreTrainedConfig, shapes: Sequence[Sequence[int]], model: str) -> None:
@@ -186,14 +187,19 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value
 
 
-def _shapes(path: Path, model: str) -> list[list[int]]:
-    """Read the shapes of the weights from the header of a file."""
+def weight_shapes(path: Path, model: str) -> dict[str, list[int]]:
+    """Read the shapes of the weights, by name, from the header of a file.
+
+    Raises:
+        ModelError: If there is no such file, or it is damaged.
+    """
     if not os.path.isfile(path):
         raise ModelError(f"model folder {shown(str(path.parent))} has no file {path.name}")
     check_is_no_pointer(path, model)
     try:
         with safe_open(path, framework="pt") as file:
-            return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            names = file.keys()
+            return {name: file.get_slice(name).get_shape() for name in names}
     except SafetensorError as error:
         raise ModelError(
             one_line(

@@ -1,24 +1,29 @@
-"""Identifies a model: by digests of its files on disk, or its commit on the hub."""
+"""Identifies a model and its adapter: by digests of files on disk, or a commit on the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+
+from flexmask.checkpoint.model_name import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
 """Names of files of weights, and of their index."""
 
 OTHERS = (
-    *("config.json", "generation_config.json", "adapter_config.json", "*.py"),
+    *("config.json", "generation_config.json", "*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template.json", "chat_template.jinja", "*/*.jinja"),
 )
 """Names of other files that affect tokens: configuration, code, tokenizer, templates."""
+
+OF_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+"""Names of the files of an adapter."""
 
 HASHED_BYTES = 64 << 20
 """Up to this size all of a file is hashed, in less than a tenth of a second."""
@@ -28,29 +33,38 @@ HEAD_BYTES = 1 << 20
 
 
 @cache
-def model_files(model: str) -> Mapping[str, str]:
+def model_files(model: str, adapter: str | None = None) -> Mapping[str, str]:
     """Return what identifies each file of a model, by file name; computed once per process.
 
     Args:
         model: Hub id, folder, or file.
+        adapter: Folder of the adapter that is merged into it; its files are named
+            ``adapter/…``.
 
     Returns:
         For each file its size and SHA-256; for a large file its size, the time of its last change
         and the SHA-256 of its beginning. For a model of the hub its commit. An empty mapping for a
         model that cannot be found, since loading it raises the error.
     """
+    if adapter is not None:
+        found = _files(Path(adapter), OF_ADAPTER)
+        return {**model_files(model), **{f"adapter/{name}": one for name, one in found.items()}}
     path = Path(model)
     if os.path.isfile(path):
         return {path.name: _identity(path)}
     if os.path.isdir(path):
-        found = {file for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)}
-        return {
-            file.relative_to(path).as_posix(): _identity(file)
-            for file in sorted(found)
-            if file.is_file()
-        }
+        return _files(path, (*WEIGHTS, *OTHERS))
     commit = _commit(model)
     return {} if commit is None else {"commit": commit}
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    found = {file for pattern in patterns for file in folder.glob(pattern)}
+    return {
+        file.relative_to(folder).as_posix(): _identity(file)
+        for file in sorted(found)
+        if file.is_file()
+    }
 
 
 def _identity(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Names of models: hub ids, folders and GGUF files, checked without importing a library."""
+"""Names of models and adapters, checked without importing a library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flexmask.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _LONGEST_SHOWN = 100
 
@@ -31,6 +34,28 @@ def check_model_name(name: str) -> None:
         )
     elif name.startswith((".", "/", "~")):
         raise ModelError(f"model folder {shown(name)} does not exist")
+
+
+def check_adapter_name(name: str) -> None:
+    """Check that a name is a folder with an adapter in safetensors, and that peft can load it.
+
+    Raises:
+        ModelError: If it is not, or peft is not installed.
+    """
+    folder = Path(name)
+    if not os.path.isdir(folder):
+        raise ModelError(f"adapter folder {shown(name)} does not exist")
+    if not os.path.isfile(folder / ADAPTER_CONFIG):
+        raise ModelError(f"adapter folder {shown(name)} has no {ADAPTER_CONFIG}")
+    if not os.path.isfile(folder / ADAPTER_WEIGHTS):
+        raise ModelError(
+            f"adapter folder {shown(name)} has no {ADAPTER_WEIGHTS}; flexmask loads safetensors "
+            "only (pickled weights can run code)"
+        )
+    if find_spec("peft") is None:
+        raise ModelError(
+            "peft must be installed to load an adapter; run: pip install 'flexmask[adapters]'"
+        )
 
 
 def shown(name: str) -> str:

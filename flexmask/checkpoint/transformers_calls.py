@@ -19,7 +19,7 @@ _SPEAKING = (OSError, ValueError, ImportError, NotImplementedError)
 
 
 @contextmanager
-def errors_in_one_line(what: str) -> Iterator[None]:
+def errors_in_one_line(what: str, library: str = "transformers") -> Iterator[None]:
     """Silence transformers for the duration, and turn its exceptions into a `ModelError`.
 
     transformers prints errors before it raises them, and much besides. Files of a model, and code
@@ -27,6 +27,7 @@ def errors_in_one_line(what: str) -> Iterator[None]:
 
     Args:
         what: The beginning of the message, such as ``cannot load model 'x'``.
+        library: The library that is called.
 
     Raises:
         ModelError: For every exception except those of flexmask.
@@ -37,11 +38,11 @@ def errors_in_one_line(what: str) -> Iterator[None]:
         except FlexMaskError:
             raise
         except Exception as error:
-            raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
+            raise ModelError(one_line(f"{what}: {_reason(error, library)}")) from error
         except BaseException as error:
             if not is_panic(error):
                 raise
-            raise ModelError(one_line(f"{what}: {_reason(error)}")) from error
+            raise ModelError(one_line(f"{what}: {_reason(error, library)}")) from error
 
 
 def one_line(message: str) -> str:
@@ -55,12 +56,12 @@ def one_line(message: str) -> str:
     return message[: fitting[-1]] if fitting else message[: LONGEST_MESSAGE - 1] + "…"
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, library: str) -> str:
     """Return the text of an error, after its type unless the text alone is clear."""
     name, text = type(error).__name__, str(error).strip()
     if text and (isinstance(error, _SPEAKING) or name.startswith("StrictDataclass")):
         return text
-    return f"transformers raises {name}: {text}" if text else f"transformers raises {name}"
+    return f"{library} raises {name}: {text}" if text else f"{library} raises {name}"
 
 
 @contextmanager

@@ -9,12 +9,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flexmask.checkpoint.model_name import shown
 from flexmask.checkpoint.transformers_calls import LONGEST_MESSAGE, one_line
 from flexmask.errors import ModelError
 
 MOST_NAMED = 5
-_ADVICE = "; config.json and weights must be whole and of one model"
+WHOLE_MODEL = "; config.json and weights must be whole and of one model"
 
 _NOT_OF_NEXT_TOKENS = re.compile(
     # Towers of other modalities in the checkpoint of a multimodal model.
@@ -26,7 +25,9 @@ _NOT_OF_NEXT_TOKENS = re.compile(
 )
 
 
-def check_loaded_weights(architecture: str, report: Mapping[str, Any], model: str) -> None:
+def check_loaded_weights(
+    architecture: str, report: Mapping[str, Any], what: str, advice: str = WHOLE_MODEL
+) -> None:
     """Check that no weights are missing, unknown, or of another shape.
 
     The report of transformers omits weights that the architecture ignores and those that are tied
@@ -35,7 +36,8 @@ def check_loaded_weights(architecture: str, report: Mapping[str, Any], model: st
     Args:
         architecture: Name of the model's class.
         report: The report of ``from_pretrained(output_loading_info=True)``.
-        model: The model's name.
+        what: The beginning of the message, such as ``cannot load model 'x'``.
+        advice: The end of the message.
 
     Raises:
         ModelError: If some are.
@@ -55,12 +57,12 @@ def check_loaded_weights(architecture: str, report: Mapping[str, Any], model: st
         if names
     ]
     if faults:
-        raise ModelError(_message(f"cannot load model {shown(model)}: ", faults))
+        raise ModelError(_message(f"{what}: ", faults, advice))
     if errors := report.get("error_msgs"):
-        raise ModelError(f"cannot load model {shown(model)}: {errors[0]}")
+        raise ModelError(f"{what}: {errors[0]}")
 
 
-def _message(beginning: str, faults: Sequence[tuple[Sequence[str], str]]) -> str:
+def _message(beginning: str, faults: Sequence[tuple[Sequence[str], str]], advice: str) -> str:
     """Return each kind of fault with its count and as many names as fit, at most five."""
     for most in range(MOST_NAMED, 0, -1):
         parts = [
@@ -69,8 +71,8 @@ def _message(beginning: str, faults: Sequence[tuple[Sequence[str], str]]) -> str
             for names, what in faults
         ]
         text = beginning + ", ".join(parts)
-        if len(text + _ADVICE) <= LONGEST_MESSAGE:
-            return text + _ADVICE
+        if len(text + advice) <= LONGEST_MESSAGE:
+            return text + advice
     return one_line(text)
 
 

@@ -45,12 +45,13 @@ def _compared(device: torch.device) -> str:
                 x.to(device),
                 [w.to(device) for w in weights],
                 [],
+                [],
                 norm.to(device),
                 1e-5,
                 "silu",
                 None,
             ),
-            project(x, weights, [], norm, 1e-5, "silu", None),
+            project(x, weights, [], [], norm, 1e-5, "silu", None),
         ),
     ]
     if not max(errors) < TOLERANCE:

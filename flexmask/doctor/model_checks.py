@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmask.attention import BACKEND, DENSE_BACKEND
 from flexmask.attention.backend import register_attention
 from flexmask.attention.strategy_context import use_strategy
-from flexmask.device import resolve_device, resolve_dtype
+from flexmask.device import resolve_device
 from flexmask.doctor.check_result import Check, WrongResult
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.engine import Engine
@@ -72,7 +72,9 @@ def check_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> C
     return _checked(DENSE_NAME, comparison.under_use_strategy)
 
 
-def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bool) -> list[Check]:
+def load_and_check(
+    model: str, device: str, dtype: str, *, trust_remote_code: bool, adapter: str | None = None
+) -> list[Check]:
     """Load a model and check it.
 
     Args:
@@ -80,6 +82,7 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: Run code that comes with the model.
+        adapter: Folder of a LoRA adapter to merge into it.
 
     Raises:
         ModelError: If it cannot be loaded.
@@ -91,9 +94,10 @@ def load_and_check(model: str, device: str, dtype: str, *, trust_remote_code: bo
         return load_model(
             model,
             device=target,
-            dtype=resolve_dtype(dtype, target),
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             needs_backend=needs_backend,
+            adapter=adapter,
         )
 
     try:
@@ -145,13 +149,14 @@ class _Comparison:
         """Compare ``model.generate`` under `flexmask.use_strategy` with the reference."""
         with use_strategy(self._strategy, self._layouts, self._model.device) as inputs:
             found = _generated(self._model, inputs)
-        return _compared(self._reference, found, self._eos)
+        return _compared(self._reference, found, self._eos, self._model.dtype)
 
     def by_engine(self) -> str:
         """Compare the engine with the reference."""
         engine = Engine(self._model, self._tokenizer)
         run = engine.generate(PROMPTS, self._strategy, max_new_tokens=NEW_TOKENS)
-        return _compared(self._reference, [(g.token_ids, None) for g in run], self._eos)
+        found = [(generation.token_ids, None) for generation in run]
+        return _compared(self._reference, found, self._eos, self._model.dtype)
 
 
 def _attend_by(model: PreTrainedModel, implementation: str) -> None:
@@ -189,13 +194,16 @@ def _generated(
 
 
 def _compared(
-    reference: Sequence[_Outcome], found: Sequence[_Outcome], eos: Collection[int]
+    reference: Sequence[_Outcome],
+    found: Sequence[_Outcome],
+    eos: Collection[int],
+    dtype: torch.dtype,
 ) -> str:
     """Compare generations up to the first token where the two best logits are about equal."""
     worst = 0.0
     for (wanted, logits), (tokens, own) in zip(reference, found, strict=True):
         assert logits is not None
-        allowed = _tolerance(logits)
+        allowed = max(1e-3, 4 * torch.finfo(dtype).eps) * float(logits.abs().max())
         for number, (token, expected) in enumerate(zip(tokens, wanted, strict=False)):
             at = logits[number]
             if own is not None:
@@ -212,7 +220,3 @@ def _compared(
                 break
     known = "" if worst == 0.0 else f", logits within {worst:.0e}"
     return f"the greedy tokens of {REFERENCE} attention{known}"
-
-
-def _tolerance(logits: Tensor) -> float:
-    return max(1e-3, 4 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
+from flexmask.engine.shared_tensors import tensors_by_id
+from flexmask.kernels.dense_weights import is_plain_linear
 from flexmask.kernels.few_rows import linear_of_few_rows
 from flexmask.torch_internals import compile_graph
 
@@ -62,8 +64,7 @@ def compiled_view(
         dynamic: Compile one graph for any length, and not one for each shape.
         backend: The backend of torch.compile.
     """
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    view = copy.deepcopy(model, tensors_by_id(model))
     for name in layer_names(attention_names):
         layer: nn.Module = view.get_submodule(name)
         layer.compile(fullgraph=True, dynamic=dynamic, backend=backend)
@@ -94,13 +95,13 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def multiply_few_rows(view: PreTrainedModel) -> None:
-    """Replace the forward of linear modules by a product that is fast for few rows on a CPU."""
+    """Replace the forward of plain linear modules by a product for few rows on a CPU."""
     for module in view.modules():
-        if type(module) is nn.Linear:
+        if is_plain_linear(module):
             cast(Any, module).forward = _few_rows_forward(module)
 
 
-def _few_rows_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _few_rows_forward(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return linear_of_few_rows(x, module.weight, module.bias)
 

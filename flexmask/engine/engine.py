@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.checkpoint.identity import model_files
-from flexmask.device import resolve_device, resolve_dtype
+from flexmask.device import resolve_device
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
@@ -139,6 +139,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        adapter: str | None = None,
         prefill_kernel: PrefillKernel | None = None,
         kv_cache: KVCacheOptions | None = None,
     ) -> Self:
@@ -150,6 +151,8 @@ class Engine:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
             trust_remote_code: Run code that comes with the model.
+            adapter: Folder of a LoRA adapter, which peft merges into the weights
+                (``flexmask[adapters]``).
             prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
             kv_cache: Where keys and values are kept, as in `Engine`.
 
@@ -157,7 +160,8 @@ class Engine:
             AttentionError: If the kernel is not available, or the architecture does not support
                 attention backends.
             OptionError: If the device is not available, or does not support the dtype.
-            ModelError: If the model cannot be loaded, or some of its weights are missing.
+            ModelError: If the model cannot be loaded, or some of its weights are missing; if the
+                adapter is missing, or was made for another model.
             CompilerError: If torch.compile finds no compiler.
             KVStoreError: If the folder of the cache is another model's, or cannot be written.
         """
@@ -166,10 +170,11 @@ class Engine:
             loaded = load_model(
                 model,
                 device=target,
-                dtype=resolve_dtype(dtype, target),
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                adapter=adapter,
             )
-        files = model_files(model) if kv_cache and kv_cache.folder else None
+        files = model_files(model, adapter) if kv_cache and kv_cache.folder else None
         return cls(*loaded, prefill_kernel=prefill_kernel, kv_cache=kv_cache, model_files=files)
 
     def generate(

@@ -1,8 +1,9 @@
 """Fuses the projections of a traced decoder layer into few launches.
 
 The graph that torch.compile traces holds every projection of a layer, whatever its name is in the
-model's code. Projections of the same input become one `flexmask::project`. It also takes in a
-root-mean-square norm that only they use, the gate of a pair, and a residual sum after one.
+model's code. Projections of the same input become one `flexmask::project` if their weights are
+dense, or of 8 bits with a scale for each row. It also takes in a root-mean-square norm that only
+they use, the gate of a pair, and a residual sum after one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
+from flexmask.kernels.dense_weights import has_scaled_rows, is_dense
 from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
 
 _MOST_WEIGHTS = 3
@@ -57,8 +59,10 @@ def fuse_projections(graph: fx.Graph) -> int:
             _replace(graph, pair.product, [pair.gate, pair.up], norm, activation=pair.activation)
             projections = [p for p in projections if p not in (pair.gate, pair.up)]
             launches += 1
-        for has_bias in (False, True):
-            alike = [p for p in projections if (_bias(p) is not None) == has_bias]
+        by_kind: dict[object, list[fx.Node]] = {}
+        for projection in projections:
+            by_kind.setdefault(_kind(projection), []).append(projection)
+        for alike in by_kind.values():
             for first in range(0, len(alike), _MOST_WEIGHTS):
                 _replace_side_by_side(graph, alike[first : first + _MOST_WEIGHTS], norm)
                 launches += 1
@@ -70,7 +74,20 @@ def _is_projection(node: fx.Node) -> bool:
     if node.target is not nn.functional.linear:
         return False
     x, weight = (_value(argument) for argument in node.args[:2])
-    return x.dtype == weight.dtype and weight.is_contiguous() and _num_rows(x) <= MAX_ROWS
+    if x.dtype != weight.dtype or not (is_dense(weight) or has_scaled_rows(weight)):
+        return False
+    return _digits(weight).is_contiguous() and _num_rows(x) <= MAX_ROWS
+
+
+def _digits(weight: Any) -> Tensor:
+    """Return the numbers of a weight without its scale."""
+    digits: Tensor = weight.qdata if has_scaled_rows(weight) else weight
+    return digits
+
+
+def _kind(projection: fx.Node) -> object:
+    """Return what projections of one launch have in common."""
+    return _bias(projection) is not None, _digits(_value(projection.args[1])).dtype
 
 
 def _num_rows(x: Tensor) -> int:
@@ -123,10 +140,15 @@ def _project(
     residual: fx.Node | None,
 ) -> fx.Node:
     biases = [bias for p in projections if (bias := _bias(p)) is not None]
+    weights, scales = [p.args[1] for p in projections], []
+    if has_scaled_rows(_value(weights[0])):
+        scales = [graph.call_function(getattr, (weight, "scale")) for weight in weights]
+        weights = [graph.call_function(getattr, (weight, "qdata")) for weight in weights]
     arguments = (
         projections[0].args[0] if norm is None else norm.x,
-        [p.args[1] for p in projections],
+        weights,
         biases,
+        scales,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
         activation,
@@ -181,7 +203,7 @@ def _gated_pair(projections: Sequence[fx.Node]) -> _GatedPair | None:
             continue
         for up in projections:
             is_other = up is not gate and up in product.args and _only_user(up) is product
-            if is_other and (_bias(up) is None) == (_bias(gate) is None):
+            if is_other and _kind(up) == _kind(gate):
                 return _GatedPair(gate, up, activation, product)
     return None
 

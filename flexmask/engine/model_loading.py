@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CompressedTensorsConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,6 +19,7 @@ from transformers import (
 
 from flexmask.attention import BACKEND
 from flexmask.attention.backend import register_attention
+from flexmask.checkpoint.adapter import merge_adapter
 from flexmask.checkpoint.config import (
     check_backend,
     check_config_file,
@@ -25,13 +27,14 @@ from flexmask.checkpoint.config import (
     quantization_of,
 )
 from flexmask.checkpoint.folder import check_files, check_folder, check_sizes
-from flexmask.checkpoint.model_name import shown
+from flexmask.checkpoint.model_name import check_adapter_name, shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.checkpoint.weights import check_loaded_weights
+from flexmask.device import resolve_dtype
 from flexmask.encoding.tokenization import load_tokenizer
-from flexmask.errors import AttentionError
-from flexmask.torch_internals import prepare_compiler
+from flexmask.errors import AttentionError, ModelError
+from flexmask.torch_internals import is_wrapper_subclass, prepare_compiler
 from flexmask.transformers_internals import set_attention_implementation
 
 
@@ -39,28 +42,33 @@ def load_model(
     model: str,
     *,
     device: torch.device,
-    dtype: torch.dtype | str,
+    dtype: str,
     trust_remote_code: bool = False,
     needs_backend: bool = True,
+    adapter: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, from safetensors or GGUF only, and its tokenizer.
 
     Args:
         model: Hub id, folder or GGUF file.
         device: Device to load it to.
-        dtype: A torch dtype, or ``"auto"`` for the one it was saved in.
+        dtype: Name of a dtype. ``auto`` is the one that it was saved in, and on a CPU float32
+            unless it is quantised.
         trust_remote_code: Run code that comes with the model.
         needs_backend: Refuse architectures that do not support attention backends.
+        adapter: Folder of a LoRA adapter to merge into the weights.
 
     Raises:
-        ModelError: If it cannot be found or loaded; if weights are missing, or belong to another
-            model.
+        ModelError: If it or the adapter cannot be found or loaded; if weights are missing, or
+            belong to another model.
         AttentionError: If its architecture does not support attention backends and
             ``needs_backend`` is set.
         CompilerError: If the device needs a C++ compiler and there is none.
     """
     register_attention()
     source = CheckpointSource.find(model)
+    if adapter is not None:
+        check_adapter_name(adapter)
     with errors_in_one_line(f"cannot load model {shown(source.name)}"):
         check_folder(source)
         check_config_file(source, trust_remote_code=trust_remote_code)
@@ -69,12 +77,22 @@ def load_model(
             source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
         )
         check_sizes(config.get_text_config(decoder=True), shapes, source.name)
+    if adapter is not None and (method := quantization_of(config)):
+        raise ModelError(
+            f"adapter {shown(adapter)} cannot be merged into model {shown(source.name)}, which is "
+            f"quantised by {method}; load one that is not quantised"
+        )
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    loaded = _load_weights(source, config, dtype, trust_remote_code)
+    number_type = resolve_dtype(dtype, device)
+    if dtype == "auto" and source.gguf is None and quantization_of(config):
+        number_type = "auto"
+    loaded = _load_weights(source, config, number_type, trust_remote_code)
     if needs_backend:
         check_backend(type(loaded))
     module: nn.Module = loaded  # its to() has the simpler signature
     _move(module.eval().requires_grad_(False), device)
+    if adapter is not None:
+        merge_adapter(loaded, adapter, source.name)
     return loaded, tokenizer
 
 
@@ -97,7 +115,11 @@ def _load_weights(
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed for a model alone
     what = f"cannot load model {shown(source.name)}"
     what = f"{what}, which is quantised by {method}" if method else what
-    with errors_in_one_line(what), _no_bar_of_gguf(source):
+    has_bars = method is not None or source.gguf is not None
+    with errors_in_one_line(what), _no_bars() if has_bars else nullcontext():
+        if method == "compressed-tensors":
+            # Otherwise the first forward unpacks the weights, and draws a bar.
+            options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
         try:
             loaded, report = from_pretrained(
                 source.location,
@@ -118,14 +140,28 @@ def _load_weights(
                 f"model {shown(source.name)} has attention of its own kinds only, and does not "
                 "support attention backends, which flexmask needs"
             ) from None
-    check_loaded_weights(type(loaded).__name__, report, source.name)
+    check_loaded_weights(type(loaded).__name__, report, what)
     assert isinstance(loaded, PreTrainedModel)
+    if method is not None:
+        _check_dtype(loaded, dtype, what)
     return loaded
 
 
-def _no_bar_of_gguf(source: CheckpointSource) -> AbstractContextManager[object]:
-    """Hide the progress bar of GGUF files, which transformers draws whatever its settings."""
-    return nullcontext() if source.gguf is None else redirect_stderr(StringIO())
+def _check_dtype(loaded: PreTrainedModel, wanted: torch.dtype | str, what: str) -> None:
+    """Refuse a dtype that quantised weights were not made for.
+
+    Raises:
+        ModelError: If the model has weights that compute in another.
+    """
+    own = next((p.dtype for p in loaded.parameters() if is_wrapper_subclass(p)), loaded.dtype)
+    if own != (loaded.dtype if wanted == "auto" else wanted):
+        name = str(own).removeprefix("torch.")
+        raise ModelError(f"{what}: its weights compute in {name} only; pass `dtype={name}`")
+
+
+def _no_bars() -> AbstractContextManager[object]:
+    """Hide progress bars of GGUF files and quantised weights, which no setting hides."""
+    return redirect_stderr(StringIO())
 
 
 def _dequantized() -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flexmask.engine.shared_tensors import tensors_by_id
+
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """Most bytes of logits in float32 that exist at once, by type of device."""
 
@@ -37,7 +39,7 @@ class OutputHead:
     def __init__(self, model: PreTrainedModel) -> None:
         """Copy the module tree of ``model`` without its base model."""
         self._states = _GivenStates()
-        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        shared = tensors_by_id(model)
         self._head = copy.deepcopy(model, {**shared, id(model.base_model): self._states})
         self._device_type = model.device.type
 

@@ -33,6 +33,7 @@ def project(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    scales: Sequence[Tensor],
     norm_weight: Tensor | None,
     eps: float,
     activation: str,
@@ -42,8 +43,9 @@ def project(
 
     Args:
         x: ``(..., K)``.
-        weights: ``(N_i, K)`` each.
+        weights: ``(N_i, K)`` each, of the dtype of ``x``, or int8 or float8 with ``scales``.
         biases: ``(N_i,)`` each, or an empty list.
+        scales: ``(N_i, 1)`` each, by which outputs are multiplied; an empty list for none.
         norm_weight: ``(K,)``; if given, ``x`` is first divided by its root mean square and
             multiplied by this.
         eps: Added to the mean square.
@@ -59,7 +61,7 @@ def project(
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         x = norm_weight * wide.to(x.dtype)
     products = [
-        nn.functional.linear(x, weight, biases[i] if biases else None)
+        _product(x, weight, biases[i] if biases else None, scales[i] if scales else None)
         for i, weight in enumerate(weights)
     ]
     if activation == "silu":
@@ -71,11 +73,19 @@ def project(
     return result if residual is None else residual + result
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return nn.functional.linear(x, weight, bias)
+    result = nn.functional.linear(x.float(), weight.float()) * scale[:, 0].float()
+    return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
 @project.register_fake
 def _(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    scales: Sequence[Tensor],
     norm_weight: Tensor | None,
     eps: float,
     activation: str,
@@ -90,6 +100,7 @@ def _fast_project(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    scales: Sequence[Tensor],
     norm_weight: Tensor | None,
     eps: float,
     activation: str,
@@ -117,6 +128,7 @@ def _fast_project(
         x if norm_weight is None else norm_weight,
         *_three(weights),
         *_three(biases or weights),
+        *_three(scales or weights),
         x if residual is None else residual.contiguous(),
         out,
         partial,
@@ -127,6 +139,7 @@ def _fast_project(
         K=width,
         HAS_NORM=has_norm,
         HAS_BIAS=bool(biases),
+        HAS_SCALE=bool(scales),
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
         PDL=has_pdl,

@@ -16,6 +16,9 @@ def projection_kernel(
     b0_ptr,
     b1_ptr,
     b2_ptr,
+    s0_ptr,
+    s1_ptr,
+    s2_ptr,
     residual_ptr,
     out_ptr,
     partial_ptr,
@@ -28,6 +31,7 @@ def projection_kernel(
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,12 +49,14 @@ def projection_kernel(
     cores. Where there are several shares (``SPLITS``; none may be empty), the last program to
     arrive joins them, always in the same order. With ``PDL`` a program may start while the kernel
     before it still runs: it reads its first tile of weights, which no kernel writes, before it
-    waits for that kernel; if unrolled, ``AHEAD`` more tiles.
+    waits for that kernel; if unrolled, ``AHEAD`` more tiles. With ``HAS_SCALE`` weights are of 8
+    bits: they are read as such, converted in registers, and each output is scaled once.
     """
     GATED: tl.constexpr = ACTIVATION != ""
     block = tl.program_id(0)
     w_ptr = w0_ptr
     b_ptr = b0_ptr
+    s_ptr = s0_ptr
     N = N0
     out_offset = 0
     if not GATED:
@@ -59,12 +65,14 @@ def projection_kernel(
         if block >= blocks0 + blocks1:
             w_ptr = w2_ptr
             b_ptr = b2_ptr
+            s_ptr = s2_ptr
             N = N2
             out_offset = N0 + N1
             block -= blocks0 + blocks1
         elif block >= blocks0:
             w_ptr = w1_ptr
             b_ptr = b1_ptr
+            s_ptr = s1_ptr
             N = N1
             out_offset = N0
             block -= blocks0
@@ -151,6 +159,10 @@ def projection_kernel(
             acc *= rms
             if GATED:
                 acc_up *= rms
+        if HAS_SCALE:
+            acc *= tl.load(s_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
+            if GATED:
+                acc_up *= tl.load(s1_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
         if HAS_BIAS:
             acc += tl.load(b_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
             if GATED:
@@ -195,7 +207,7 @@ def _multiplied(acc, w, x, BLOCK_M: tl.constexpr):
     if BLOCK_M == 1:
         acc += w.to(tl.float32) * x.to(tl.float32)
     else:
-        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
     return acc
 
 

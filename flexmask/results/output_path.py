@@ -20,6 +20,7 @@ def default_output_path(
     num_segments: int | None,
     fusion: str = "attention",
     shard: Shard | None = None,
+    adapter: str | None = None,
 ) -> Path:
     """Return the default path of a result file, relative to the working folder.
 
@@ -30,6 +31,7 @@ def default_output_path(
         num_segments: Segments kept of each request; None for all.
         fusion: Name of the fusion; part of the file name unless it is ``attention``.
         shard: The shard that is run; None for the whole input.
+        adapter: Folder of the adapter that is merged into the model.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
@@ -38,12 +40,17 @@ def default_output_path(
     count = "all" if num_segments is None else num_segments
     how = "" if fusion == "attention" else f"-{fusion}"
     part = "" if shard is None else f".{shard.number}-of-{shard.count}"
-    return default_folder(stem, model) / f"{path_safe(strategy)}{how}-{count}{part}.feather"
+    return (
+        default_folder(stem, model, adapter) / f"{path_safe(strategy)}{how}-{count}{part}.feather"
+    )
 
 
-def default_folder(stem: str, model: str) -> Path:
+def default_folder(stem: str, model: str, adapter: str | None = None) -> Path:
     """Return the folder of `default_output_path`; of a GGUF file the extension is dropped."""
-    return Path("outputs", path_safe(stem), path_safe(Path(model).name.removesuffix(".gguf")))
+    name = Path(model).name.removesuffix(".gguf")
+    if adapter is not None:
+        name += f"+{Path(adapter).absolute().name}"
+    return Path("outputs", path_safe(stem), path_safe(name))
 
 
 def path_safe(text: str) -> str:

@@ -126,7 +126,8 @@ def compare(
     with warnings_as_lines():
         cells = sameness.cells(ways)
     folder = ReportFolder(
-        output.output or default_folder(opened.stem, planned.model_name) / "compare"
+        output.output
+        or default_folder(opened.stem, planned.model_name, planned.adapter) / "compare"
     )
     runner = CellRunner(
         load_engine=cache(planned.load_engine),

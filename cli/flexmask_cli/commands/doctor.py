@@ -11,7 +11,7 @@ import typer
 from flexmask.errors import OptionError
 from flexmask_cli.engine_loading import quiet_transformers
 from flexmask_cli.option_groups import takes_options
-from flexmask_cli.options import DeviceOptions, ListingOptions, ModelOptions
+from flexmask_cli.options import DeviceOptions, ListingOptions, RunModelOptions
 from flexmask_cli.render.lines import print_json, print_line
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ NAME_COLUMNS = 26
 @takes_options
 def doctor(
     *,
-    model: ModelOptions,
+    model: RunModelOptions,
     device: DeviceOptions = DEFAULT_DEVICE,
     listing: ListingOptions,
 ) -> None:
@@ -37,8 +37,10 @@ def doctor(
     flexmask, from model.generate and from the engine, with those under transformers' own
     attention.
     """
-    if model.model is None and (model.trust_remote_code or device != DEFAULT_DEVICE):
-        raise OptionError("--device, --dtype and --trust-remote-code need a --model to check")
+    if model.model is None and (model != RunModelOptions() or device != DEFAULT_DEVICE):
+        raise OptionError(
+            "--device, --dtype, --adapter and --trust-remote-code need a --model to check"
+        )
     checks = []
     for check in _checks(model, device):
         checks.append(check)
@@ -57,7 +59,7 @@ def _print_check(check: Check) -> None:
     print_line(f"{state:6}  {check.name:<{NAME_COLUMNS}}  {check.detail}{advice}")
 
 
-def _checks(model: ModelOptions, device: DeviceOptions) -> Iterable[Check]:
+def _checks(model: RunModelOptions, device: DeviceOptions) -> Iterable[Check]:
     from flexmask.doctor import run_checks
 
     if model.model is None:
@@ -70,4 +72,5 @@ def _checks(model: ModelOptions, device: DeviceOptions) -> Iterable[Check]:
         device.device,
         device.dtype,
         trust_remote_code=model.trust_remote_code,
+        adapter=model.adapter_folder,
     )

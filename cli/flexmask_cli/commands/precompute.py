@@ -18,9 +18,9 @@ from flexmask_cli.options import (
     BatchSizeOptions,
     CachedEngineOptions,
     ChatOptions,
-    ModelOptions,
     Quiet,
     RowOptions,
+    RunModelOptions,
     StrategyOptions,
     Verbose,
 )
@@ -58,7 +58,7 @@ class PrecomputeOptions:
     """The rows, model and device, and what is printed."""
 
     rows: RowOptions
-    model: ModelOptions
+    model: RunModelOptions
     chat: ChatOptions
     batch: BatchSizeOptions
     engine: CachedEngineOptions

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from flexmask_cli.engine_loading import load_engine
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.option_kinds import size
-from flexmask_cli.options import BatchOptions, EngineOptions, ModelOptions, StrategyOptions
+from flexmask_cli.options import BatchOptions, EngineOptions, RunModelOptions, StrategyOptions
 from flexmask_cli.render.lines import print_line
 from flexmask_cli.strategy_choice import choose_strategy
 
@@ -31,7 +31,7 @@ def warmup(
     *,
     strategy: StrategyOptions,
     prompts: PromptOptions,
-    model: ModelOptions,
+    model: RunModelOptions,
     batch: BatchOptions,
     options: EngineOptions,
 ) -> None:

@@ -40,6 +40,7 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: str | None = None) -
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
         *_notes_on_spans(engine),
+        f"projections: {_projections(engine)}",
     ):
         write_note(line)
 
@@ -53,6 +54,22 @@ def _notes_on_spans(engine: Engine) -> Iterator[str]:
     if runner.fixed_position_reason is not None:
         where = f"the position of their first use only: {runner.fixed_position_reason}"
     yield f"keys and values of spans: reused at {where}"
+
+
+def _projections(engine: Engine) -> str:
+    """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
+    from flexmask.kernels.dense_weights import DENSE, kinds_of_projections
+
+    is_on_gpu = engine.model.device.type == "cuda"
+    parts = []
+    for (kind, is_readable), count in kinds_of_projections(engine.model).items():
+        if kind == DENSE:
+            parts.append(f"{count} fused" if is_on_gpu else f"{count} with dense weights")
+        elif is_on_gpu and is_readable:
+            parts.append(f"{count} fused, with weights in 8 bits ({kind})")
+        else:
+            parts.append(f"{count} not fused, since their weights are {kind}")
+    return ", ".join(parts)
 
 
 def print_rules(rules: GenerationRules, stats: RunStats) -> None:
