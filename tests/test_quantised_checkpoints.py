@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -35,14 +34,11 @@ from flexmask.plugins.registry import make_strategy
 from flexmask.torch_internals import compile_graph
 from flexmask_cli.render.generation import print_notes
 from oracles import make_model
-from torchao.quantization import (
-    Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
-from torchao.quantization.granularity import PerGroup
+
+QUANTIZED = "needs flexmask[quantized]"
+torchao: Any = pytest.importorskip("torchao.quantization", reason=QUANTIZED)
+bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason=QUANTIZED)
+pytest.importorskip("compressed_tensors", reason=QUANTIZED)
 
 TOKENS = torch.arange(10, 90, 3)[None]
 CPU = torch.device("cpu")
@@ -129,16 +125,18 @@ def float8_blocks(weight: Tensor) -> dict[str, Tensor]:
 MAKERS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "torchao int8": (
         "Int8Tensor of torchao",
-        lambda plain, to: quantised(plain, to, TorchAoConfig(Int8WeightOnlyConfig(version=2))),
+        lambda plain, to: quantised(
+            plain, to, TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+        ),
     ),
     "torchao float8": (
         "Float8Tensor of torchao",
-        lambda plain, to: quantised(plain, to, TorchAoConfig(Float8WeightOnlyConfig())),
+        lambda plain, to: quantised(plain, to, TorchAoConfig(torchao.Float8WeightOnlyConfig())),
     ),
     "torchao int4": (
         "IntxUnpackedToInt8Tensor of torchao",
         lambda plain, to: quantised(
-            plain, to, TorchAoConfig(IntxWeightOnlyConfig(INT4, PerGroup(32)))
+            plain, to, TorchAoConfig(torchao.IntxWeightOnlyConfig(INT4, torchao.PerGroup(32)))
         ),
     ),
     "bitsandbytes nf4": (
@@ -202,24 +200,26 @@ def test_a_layer_that_torchao_quantised_keeps_its_own_product(plain) -> None:
         return nn.Linear(64, 48, **options).requires_grad_(False)
 
     packed, replaced = dense(bias=False), dense()
-    quantize_(packed, Int8WeightOnlyConfig(version=2))
+    torchao.quantize_(packed, torchao.Int8WeightOnlyConfig(version=2))
     vars(replaced)["forward"] = nn.Identity()
     float8 = dense()
     float8.weight = nn.Parameter(float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    layers = [dense(), packed, replaced, float8, Linear4bit(64, 48)]
+    layers = [dense(), packed, replaced, float8, bitsandbytes.nn.Linear4bit(64, 48)]
     assert [is_plain_linear(layer) for layer in layers] == [True, False, False, False, False]
     view: Any = nn.ModuleList(layers)
     multiply_few_rows(view)
     assert ["forward" in vars(layer) for layer in layers] == [True, False, True, False, False]
 
 
-@pytest.mark.parametrize("config", [Int8WeightOnlyConfig(version=2), Float8WeightOnlyConfig()])
+@pytest.mark.parametrize(
+    "config", [torchao.Int8WeightOnlyConfig(version=2), torchao.Float8WeightOnlyConfig()]
+)
 def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones(config) -> None:
     torch.manual_seed(0)
     model = make_model("llama", "eager")
     layer = model.model.layers[0]
-    quantize_(layer.mlp, config)
-    quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
+    torchao.quantize_(layer.mlp, config)
+    torchao.quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
     angles = torch.randn(2, 1, 16)
     arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     hidden = torch.randn(2, 1, 48)
@@ -240,7 +240,7 @@ def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones
 
 def test_layers_that_round_their_inputs_keep_their_own_product() -> None:
     layer = nn.Linear(64, 48).requires_grad_(False)
-    quantize_(layer, Int8DynamicActivationInt8WeightConfig(version=2))
+    torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig(version=2))
     launches = []
 
     def fuse(module: Any, _: Any) -> Any:
@@ -264,7 +264,10 @@ def test_views_of_a_model_share_what_bitsandbytes_keeps_beside_its_weights(plain
 
 def test_without_a_dtype_quantised_weights_compute_in_their_own(plain, tmp_path) -> None:
     folder = quantised(
-        plain, tmp_path / "model", TorchAoConfig(Int8WeightOnlyConfig(version=2)), torch.bfloat16
+        plain,
+        tmp_path / "model",
+        TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2)),
+        torch.bfloat16,
     )
     model, _ = load_model(str(folder), device=CPU, dtype="auto")
     assert model.dtype == torch.bfloat16
