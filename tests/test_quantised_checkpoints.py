@@ -35,14 +35,11 @@ from flexmask.torch_internals import compile_graph
 from flexmask_cli.render.generation import print_notes
 from oracles import make_model
 
-NEEDS = "needs flexmask[quantized]"
-bitsandbytes = pytest.importorskip("bitsandbytes", reason=NEEDS)
-quantization = pytest.importorskip("torchao.quantization", reason=NEEDS)
-pytest.importorskip("compressed_tensors", reason=NEEDS)
+QUANTIZED = "needs flexmask[quantized]"
+torchao: Any = pytest.importorskip("torchao.quantization", reason=QUANTIZED)
+bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason=QUANTIZED)
+pytest.importorskip("compressed_tensors", reason=QUANTIZED)
 
-Linear4bit = bitsandbytes.nn.modules.Linear4bit
-PerGroup = quantization.granularity.PerGroup
-quantize_ = quantization.quantize_
 TOKENS = torch.arange(10, 90, 3)[None]
 CPU = torch.device("cpu")
 NUM_PROJECTIONS = 14
@@ -129,19 +126,17 @@ MAKERS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "torchao int8": (
         "Int8Tensor of torchao",
         lambda plain, to: quantised(
-            plain, to, TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+            plain, to, TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
         ),
     ),
     "torchao float8": (
         "Float8Tensor of torchao",
-        lambda plain, to: quantised(
-            plain, to, TorchAoConfig(quantization.Float8WeightOnlyConfig())
-        ),
+        lambda plain, to: quantised(plain, to, TorchAoConfig(torchao.Float8WeightOnlyConfig())),
     ),
     "torchao int4": (
         "IntxUnpackedToInt8Tensor of torchao",
         lambda plain, to: quantised(
-            plain, to, TorchAoConfig(quantization.IntxWeightOnlyConfig(INT4, PerGroup(32)))
+            plain, to, TorchAoConfig(torchao.IntxWeightOnlyConfig(INT4, torchao.PerGroup(32)))
         ),
     ),
     "bitsandbytes nf4": (
@@ -205,11 +200,11 @@ def test_a_layer_that_torchao_quantised_keeps_its_own_product(plain) -> None:
         return nn.Linear(64, 48, **options).requires_grad_(False)
 
     packed, replaced = dense(bias=False), dense()
-    quantize_(packed, quantization.Int8WeightOnlyConfig(version=2))
+    torchao.quantize_(packed, torchao.Int8WeightOnlyConfig(version=2))
     vars(replaced)["forward"] = nn.Identity()
     float8 = dense()
     float8.weight = nn.Parameter(float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    layers = [dense(), packed, replaced, float8, Linear4bit(64, 48)]
+    layers = [dense(), packed, replaced, float8, bitsandbytes.nn.Linear4bit(64, 48)]
     assert [is_plain_linear(layer) for layer in layers] == [True, False, False, False, False]
     view: Any = nn.ModuleList(layers)
     multiply_few_rows(view)
@@ -217,14 +212,14 @@ def test_a_layer_that_torchao_quantised_keeps_its_own_product(plain) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [quantization.Int8WeightOnlyConfig(version=2), quantization.Float8WeightOnlyConfig()]
+    "config", [torchao.Int8WeightOnlyConfig(version=2), torchao.Float8WeightOnlyConfig()]
 )
 def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones(config) -> None:
     torch.manual_seed(0)
     model = make_model("llama", "eager")
     layer = model.model.layers[0]
-    quantize_(layer.mlp, config)
-    quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
+    torchao.quantize_(layer.mlp, config)
+    torchao.quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
     angles = torch.randn(2, 1, 16)
     arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
     hidden = torch.randn(2, 1, 48)
@@ -245,7 +240,7 @@ def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones
 
 def test_layers_that_round_their_inputs_keep_their_own_product() -> None:
     layer = nn.Linear(64, 48).requires_grad_(False)
-    quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig(version=2))
+    torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig(version=2))
     launches = []
 
     def fuse(module: Any, _: Any) -> Any:
@@ -271,7 +266,7 @@ def test_without_a_dtype_quantised_weights_compute_in_their_own(plain, tmp_path)
     folder = quantised(
         plain,
         tmp_path / "model",
-        TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2)),
+        TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2)),
         torch.bfloat16,
     )
     model, _ = load_model(str(folder), device=CPU, dtype="auto")
