@@ -142,27 +142,38 @@ def test_every_sample_has_a_row_and_is_resumed_by_itself(small, error_of):
     assert dry.out.count("== ") == 1
 
 
-def test_segment_attention_is_a_column_that_is_resumed_and_shown(small, error_of):
-    options = [*small, "--segment-attention"]
+def test_what_is_asked_for_of_tokens_is_in_columns_that_are_resumed_and_shown(small, error_of):
+    asked = ["--segment-attention", "--top-logprobs", 2]
     assert "but fusion 'mean' fuses the logits of several" in error_of(
-        *options, "--fusion", "mean"
+        *small, *asked, "--fusion", "mean"
     )
-    assert run(*options, "--limit", 1).status == 0
+    assert run(*small, *asked, "--limit", 1).status == 0
     more = error_of(*small, "--resume")
-    assert "made by a different run (segment_attention: True → not set)" in more
-    assert run(*options, "--resume").status == 0
+    assert "made by a different run (" in more
+    assert "segment_attention: True → not set" in more
+    assert "top_logprobs: 2 → not set" in more
+    assert run(*small, *asked, "--resume").status == 0
     rows = pyarrow.feather.read_table(small[-1]).to_pylist()
     for row in rows:
-        assert len(row["segment_attention"]) == row["generated_tokens"]
+        count = row["generated_tokens"]
+        assert len(row["segment_attention"]) == len(row["token_ids"]) == count
         for shares in row["segment_attention"]:
             assert len(shares) == len(row["paraphrases"]) + 2
             assert sum(shares) == pytest.approx(1)
+        # Greedy decoding takes the most likely token.
+        best = [(top[0]["token_id"], top[0]["logprob"]) for top in row["top_logprobs"]]
+        assert best == list(zip(row["token_ids"], row["logprobs"], strict=True))
+        assert "".join(top[0]["text"] for top in row["top_logprobs"]).startswith(row["generation"])
+        assert all(len(top) == 2 for top in row["top_logprobs"])
     shown = run_command("show", small[-1], "--row", 1).out
     assert re.search(r"\nattention   P 0\.0%  S1 \d+\.\d%  .*  T \d+\.\d%\n", shown), shown
-    lines = run(*options[:-3], "--output", "-", "--limit", 1, "--segment-attention").out
-    found = json.loads(lines)["segment_attention"]
-    want = rows[0]["segment_attention"]
-    assert [pytest.approx(shares, abs=1e-5) for shares in want] == found
+    assert re.search(r"\nlogprob     \S+ in \d+ tokens, \S+ the least likely\n", shown), shown
+    lines = run(*small[:-2], "--output", "-", "--limit", 1, *asked).out
+    found, want = json.loads(lines), rows[0]
+    assert [pytest.approx(shares, abs=1e-5) for shares in want["segment_attention"]] == found[
+        "segment_attention"
+    ]
+    assert found["logprobs"] == pytest.approx(want["logprobs"], abs=1e-5)
 
 
 def test_each_prompt_alone_gives_a_row_where_the_fusion_says_so(

@@ -234,7 +234,7 @@ class DatasetCommand(ABC, Generic[Made]):
             requests=requests,
             fusion=self.fusion,
             judge=judge,
-            segment_attention=job.has_segment_attention,
+            asked_for=job.asked_for,
         )
         self.run_rest(job, stream)
 

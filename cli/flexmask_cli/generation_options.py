@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from flexmask_cli.option_kinds import flag, size
 from flexmask_cli.options import (
     BatchOptions,
     CachedEngineOptions,
@@ -37,14 +38,55 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    """What is kept of generated tokens, beside their text."""
+
+    heading: ClassVar[str] = "Generation"
+
+    logprobs: Annotated[
+        bool,
+        flag(
+            "--logprobs",
+            help="Also write the tokens and their log-probabilities (docs/scores.md).",
+        ),
+    ] = False
+    top_logprobs: Annotated[
+        int,
+        size(
+            "--top-logprobs",
+            least=0,
+            help="Also write the N most likely tokens in the place of each, and --logprobs.",
+        ),
+    ] = 0
+    segment_attention: Annotated[
+        bool,
+        flag(
+            "--segment-attention",
+            help="Also write which parts of the prompt each generated token attends to. Prompts "
+            "are computed twice for it.",
+        ),
+    ] = False
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The arguments of `Engine.generate` that ask for something."""
+        asked_for = {
+            "logprobs": self.logprobs or self.top_logprobs > 0,
+            "top_logprobs": self.top_logprobs,
+            "segment_attention": self.segment_attention,
+        }
+        return {name: value for name, value in asked_for.items() if value}
+
+
+@dataclass(frozen=True)
 class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
     """The options of a run that generates, and its task.
 
     Attributes:
-        segment_attention: Whether it measures what generated tokens attend to.
+        asked_for: What is kept of generated tokens beside their text; None for nothing.
     """
 
-    segment_attention: bool = False
+    asked_for: TokenOptions | None = None
 
     @property
     def judge(self) -> Judge:
@@ -77,4 +119,4 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
         }
 
     def _measured(self) -> dict[str, Any]:
-        return {"segment_attention": True} if self.segment_attention else {}
+        return {} if self.asked_for is None else self.asked_for.chosen

@@ -93,7 +93,7 @@ class DecodeLoop:
             self._reported = self._reported._replace(logprobs=logprobs, most_likely=most_likely)
         self._has_ended = torch.ones(rows, 1, dtype=torch.bool, device=device)
         self._step_numbers = torch.zeros_like(self._token_ids)
-        self._graphs: dict[tuple[bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
+        self._graphs: dict[tuple[bool, bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
         self.no_graph_reason = ""
 
     def load(
@@ -138,7 +138,9 @@ class DecodeLoop:
         """Replay the graph of ``step``, captured at its first call; without CUDA, run ``step``."""
         if not self._token_ids.is_cuda or self.no_graph_reason:
             return step()
-        key = (self.processors is None, tuple(self._runner.decode_kernels.values()))
+        runner = self._runner
+        kernels = tuple(runner.decode_kernels.values())
+        key = (self.processors is None, runner.reads_key_table, kernels)
         if key not in self._graphs:
             state = (
                 self._runner.bound.slots,

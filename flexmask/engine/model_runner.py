@@ -303,6 +303,11 @@ class ModelRunner:
         self._graphs.clear()
         self.cache.bind(0, 0)
 
+    @property
+    def reads_key_table(self) -> bool:
+        """True if decoding reads keys through a table, which pays for a cached prefix only."""
+        return self.bound.key_table is not None and self.cached_prefix is not None
+
     @torch.no_grad()
     def cache_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
@@ -521,7 +526,7 @@ class ModelRunner:
                 cache_slots=bound.slots,
                 score_mod=bound.decode_score_mod,
                 scaled_part=bound.decode_part,
-                key_table=bound.key_table,
+                key_table=bound.key_table if self.reads_key_table else None,
             )
         # A row that has ended goes on until it gets another prompt.
         bound.slots.add_(1).clamp_(max=bound.capacity - 1)

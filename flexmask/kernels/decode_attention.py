@@ -204,7 +204,10 @@ def _fast_decode_attention(
     group = heads // kv_heads
     splits = num_splits(batch_size * kv_heads, capacity)
     block_k, block_v = (max(16, power_of_two(dim)) for dim in (key_dim, value_dim))
-    block_n, stages, ahead = key_tiles(batch_size * kv_heads * splits, capacity // splits)
+    has_table = key_slots is not None
+    block_n, stages, ahead = key_tiles(
+        batch_size * kv_heads * splits, capacity // splits, has_table=has_table
+    )
     bytes_per_key = stages * (block_k + block_v) * query.element_size()
     while block_n > 16 and block_n * bytes_per_key > tile_bytes(query.device):
         block_n //= 2
@@ -285,7 +288,7 @@ def _fast_decode_attention(
         V_DIM=value_dim,
         ROTATED=cos is not None,
         HAS_SOFTCAP=softcap != 0.0,
-        HAS_TABLE=key_slots is not None,
+        HAS_TABLE=has_table,
         SPLITS=splits,
         BLOCK_G=max(16, power_of_two(group)),
         JOIN_G=power_of_two(group),
@@ -293,7 +296,7 @@ def _fast_decode_attention(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         STAGES=stages,
-        AHEAD=ahead if key_slots is None else 0,
+        AHEAD=ahead,
         PDL=has_pdl,
         num_warps=4,
         launch_pdl=has_pdl,
@@ -332,7 +335,7 @@ def block_of_queries(batch_size: int, kv_heads: int, group: int) -> int:
     return block
 
 
-def key_tiles(programs: int, share: int) -> tuple[int, int, int]:
+def key_tiles(programs: int, share: int, *, has_table: bool) -> tuple[int, int, int]:
     """Choose how programs read their keys, as measured on an H200 for 1k to 16k keys.
 
     A program that has a multiprocessor to itself gains by reading far ahead. Programs that share
@@ -341,11 +344,15 @@ def key_tiles(programs: int, share: int) -> tuple[int, int, int]:
     Args:
         programs: Programs of the launch.
         share: Keys of each program.
+        has_table: True if the slots of keys are read from a table, which takes another load
+            before each tile.
 
     Returns:
         Keys per tile, tiles in flight, and keys that a program prefetches while the kernel before
         it still runs.
     """
+    if has_table:
+        return 32, 3, 0
     if programs > NUM_PROGRAMS:
         return 64, 2, 0
     return (64, 2, 128) if share < 256 else (128, 3, 128)

@@ -19,7 +19,7 @@ from flexmask.request import Request
 from flexmask.results.result_writer import ResultWriter
 from flexmask.results.resume import OutputMode
 from flexmask.results.run_config import RunConfig
-from flexmask.results.schema import Result
+from flexmask.results.schema import ASKED_FOR, Result
 from flexmask.strategy import Strategy
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.tasks.request_source import BadRow, OnError, RequestSource
@@ -117,13 +117,13 @@ class DatasetJob(ABC, Generic[Made]):
             fusion=self.fusion,
             mode=mode,
             judge=self.judge,
-            segment_attention=self.has_segment_attention,
+            asked_for=self.asked_for,
         )
 
     @property
-    def has_segment_attention(self) -> bool:
-        """True if generations are measured."""
-        return bool(self.options.get("segment_attention"))
+    def asked_for(self) -> list[str]:
+        """The options that ask for more columns."""
+        return [name for name in ASKED_FOR if self.options.get(name)]
 
     @abstractmethod
     def run(self, engine: Engine, strategy: Strategy, writer: RowWriter) -> DatasetRun[Made]:

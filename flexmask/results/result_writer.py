@@ -187,7 +187,7 @@ class ResultWriter:
         fusion: Fusion = Fusion(),
         mode: OutputMode = "new",
         judge: Judge | ChoiceJudge = Judge(),
-        segment_attention: bool = False,
+        asked_for: Collection[str] = (),
     ) -> Self:
         """Lock the output, find the remaining requests, and write the bad rows.
 
@@ -202,7 +202,7 @@ class ResultWriter:
             mode: What to do if there is a result or a journal already.
             judge: Extracts answers from generations and scores them; or a `ChoiceJudge`, for
                 scores of choices, whose files have more columns (`SCORE_SCHEMA`).
-            segment_attention: Whether generations have it, which takes a column.
+            asked_for: Options of the engine that ask for more columns (`ASKED_FOR`).
 
         Raises:
             OutputError: If the output cannot be written, is being written by another process, or
@@ -217,7 +217,7 @@ class ResultWriter:
                 earlier.check_same_run(config)
                 config = config.resuming(earlier.config)
             expanded = ExpandedRequests(requests, fusion)
-            columns = schema_of(judge, fusion, segment_attention=segment_attention)
+            columns = schema_of(judge, fusion, asked_for)
             plan = make_plan(expanded, earlier, output, judge, columns)
             if config.shard is not None:
                 config = replace(config, num_rows=len(plan.has_row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from flexmask.fusion import Fusion
@@ -35,7 +35,7 @@ class RowStream:
         requests: Iterable[Request | BadRow],
         fusion: Fusion = Fusion(),
         judge: Judge | ChoiceJudge = Judge(),
-        segment_attention: bool = False,
+        asked_for: Collection[str] = (),
     ) -> None:
         """Read the requests once, and write the bad rows that come first.
 
@@ -45,13 +45,13 @@ class RowStream:
                 than once.
             fusion: The fusion of the run, as for `ResultWriter.open`.
             judge: Extracts answers from generations and scores them.
-            segment_attention: As for `ResultWriter.open`.
+            asked_for: As for `ResultWriter.open`.
 
         Raises:
             RequestError: If two requests have the same uuid, or the input cannot be read.
         """
         expanded = ExpandedRequests(requests, fusion)
-        columns = schema_of(judge, fusion, segment_attention=segment_attention)
+        columns = schema_of(judge, fusion, asked_for)
         plan = make_plan(expanded, None, Path("-"), judge, columns)
         self.remaining = Remaining(expanded, plan)
         self.fusion = fusion.after_expansion

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain, product
 from typing import Any
 
 import pyarrow as pa
@@ -73,31 +74,43 @@ those of its tokens, numbers of tokens and bytes, and whether greedy decoding wo
 it (null where prompts are fused). ``prediction`` is the chosen choice, and ``correct`` compares
 its index with the answer's. Rows that failed have nulls from ``chosen`` on."""
 
-SAMPLE = pa.field("sample", pa.int32())
-"""The column of a run with several samples of each prompt: the number of the generation, from 0.
-"""
+ASKED_FOR: dict[str, dict[str, pa.DataType]] = {
+    "sample": {"sample": pa.int32()},
+    "segment_attention": {"segment_attention": pa.list_(pa.list_(pa.float32()))},
+    "logprobs": {"token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float64())},
+    "top_logprobs": {
+        "top_logprobs": pa.list_(
+            pa.list_(
+                pa.struct(
+                    [("token_id", pa.int32()), ("text", pa.string()), ("logprob", pa.float64())]
+                )
+            )
+        )
+    },
+}
+"""Columns that a run's generations have where they are asked for. ``sample`` is the number of the
+generation, from 0, where prompts have several; the others go by the options of
+`flexmask.Engine.generate` that ask for them, and are null where a row failed."""
 
-SEGMENT_ATTENTION = pa.field("segment_attention", pa.list_(pa.list_(pa.float32())))
-"""The column of a run that measures it; null where a row failed."""
 
-
-def generation_schema(*, has_samples: bool, has_attention: bool) -> pa.Schema:
+def generation_schema(asked_for: Collection[str]) -> pa.Schema:
     """Return the columns of generations: `SCHEMA`, and those that were asked for.
 
     Other files are as they were before there were such columns.
-    """
-    asked_for = [(SAMPLE, has_samples), (SEGMENT_ATTENTION, has_attention)]
-    return pa.schema([*SCHEMA, *(column for column, is_there in asked_for if is_there)])
 
+    Args:
+        asked_for: Keys of `ASKED_FOR`.
+    """
+    more = [columns.items() for name, columns in ASKED_FOR.items() if name in asked_for]
+    return pa.schema([*SCHEMA, *chain.from_iterable(more)])
+
+
+_ALL_ASKED_FOR = product(*([(), (name,)] for name in ASKED_FOR))
 
 SCHEMAS = {
     tuple(schema.names): schema
     for schema in (
-        *(
-            generation_schema(has_samples=samples, has_attention=attention)
-            for samples in (False, True)
-            for attention in (False, True)
-        ),
+        *(generation_schema([*chain.from_iterable(names)]) for names in _ALL_ASKED_FOR),
         SCORE_SCHEMA,
     )
 }
@@ -118,18 +131,18 @@ Result = Generation | Score | BadRow
 
 
 def schema_of(
-    judge: Judge | ChoiceJudge, fusion: Fusion, *, segment_attention: bool = False
+    judge: Judge | ChoiceJudge, fusion: Fusion, asked_for: Collection[str] = ()
 ) -> pa.Schema:
     """Return the columns of the rows of a run.
 
     Args:
         judge: The judge of its rows.
         fusion: Its fusion.
-        segment_attention: Whether it measures that.
+        asked_for: Options of the engine that ask for columns, keys of `ASKED_FOR`.
     """
     if isinstance(judge, ChoiceJudge):
         return SCORE_SCHEMA
-    return generation_schema(has_samples=fusion.has_sample_rows, has_attention=segment_attention)
+    return generation_schema([*asked_for, *(["sample"] if fusion.has_sample_rows else [])])
 
 
 def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
@@ -137,10 +150,9 @@ def recorded_schema(run: Mapping[str, Any]) -> pa.Schema:
     if "scores" in run:
         return SCORE_SCHEMA
     fusion = run.get("fusion", {})  # early versions had no fusions
-    return generation_schema(
-        has_samples="samples" in fusion and fusion.get("name") not in VOTES,
-        has_attention="segment_attention" in run,
-    )
+    has_samples = "samples" in fusion and fusion.get("name") not in VOTES
+    asked_for = [name for name in ASKED_FOR if name in run]
+    return generation_schema([*asked_for, *(["sample"] if has_samples else [])])
 
 
 def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
@@ -165,7 +177,7 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
         "prompts": None,
         "segment": request.segment if request else None,
         "sample": request.sample if request else 0,
-        "segment_attention": None,
+        **dict.fromkeys(("segment_attention", "token_ids", "logprobs", "top_logprobs")),
         "weights": (request.weights or None) if request else None,
     }
     if isinstance(judge, ChoiceJudge):
@@ -193,6 +205,10 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
             "finish_reason": result.finish_reason,
             "error": None,
             "segment_attention": result.segment_attention,
+            "token_ids": result.token_ids,
+            "logprobs": result.logprobs,
+            "top_logprobs": result.top_logprobs
+            and [[one._asdict() for one in of_token] for of_token in result.top_logprobs],
         }
     try:
         return row | verdict(row, judge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +16,7 @@ VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 
 
 def answer_text(answer: Answer) -> Text:
-    """Format generation, prediction, accepted answers and attention; accepted ones are marked.
+    """Format generation, prediction, accepted answers and measures; accepted ones are marked.
 
     Marks are underlined and in brackets, which remain in plain text.
     """
@@ -38,7 +39,17 @@ def answer_text(answer: Answer) -> Text:
         text.append("\n")
     if answer.attention is not None:
         text.append("attention   ", "bold").append(f"{shares_text(answer.attention)}\n")
+    if answer.logprobs is not None:
+        text.append("logprob     ", "bold").append(f"{logprobs_text(answer.logprobs)}\n")
     return text
+
+
+def logprobs_text(logprobs: Sequence[float]) -> str:
+    """Write the log-probability of a generation, and that of its least likely token."""
+    count = len(logprobs)
+    if count == 1:
+        return f"{logprobs[0]:.3f}"
+    return f"{math.fsum(logprobs):.3f} in {count} tokens, {min(logprobs):.3f} the least likely"
 
 
 def shares_text(shares: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmask.show import palette
-from flexmask.show.answer_text import VERDICTS, marked_pieces, shares_text
+from flexmask.show.answer_text import VERDICTS, logprobs_text, marked_pieces, shares_text
 from flexmask.show.mask_picture import MaskDifference, Picture
 from flexmask.show.picture_source import Subject
 from flexmask.show.tile_mask import TileMask
@@ -45,6 +45,7 @@ def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
         answer=answer,
         pieces=list(marked_pieces(answer.generation, answer.accepted)) if answer else [],
         attention=shares_text(answer.attention) if answer and answer.attention else "",
+        logprob=logprobs_text(answer.logprobs) if answer and answer.logprobs else "",
         verdict=VERDICTS[answer.is_correct] if answer else "",
     )
 

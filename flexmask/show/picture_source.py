@@ -57,6 +57,7 @@ class Answer:
             that file is executed. Raises `StrategyError` if it cannot be found any more.
         attention: Mean over the generated tokens of the attention that the prefix, each segment
             and the tail got; None where it was not measured.
+        logprobs: The log-probability of each generated token; None where they were not kept.
     """
 
     prediction: str
@@ -67,6 +68,7 @@ class Answer:
     model: str
     strategy: Callable[[], Strategy]
     attention: tuple[float, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def subject_of_result(
         model=run["model"],
         strategy=partial(_strategy_of_run, config),
         attention=_mean_attention(values.get("segment_attention")),
+        logprobs=tuple(values["logprobs"]) if values.get("logprobs") else None,
     )
     # Imported here, because a request of given lengths need not wait for transformers.
     from flexmask.encoding.tokenization import RequestTokenizer

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import FUSIONS
 from flexmask_cli.cluster_run import check_input, first_generations, generate_on_cluster
 from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, Written
 from flexmask_cli.dataset_options import OpenInput, RequestOptions
-from flexmask_cli.generation_options import PlannedGeneration, RunOptions
+from flexmask_cli.generation_options import PlannedGeneration, RunOptions, TokenOptions
 from flexmask_cli.option_groups import takes_options
-from flexmask_cli.option_kinds import flag
 from flexmask_cli.options import FusionOptions, StrategyOptions
 from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.render.generation import (
@@ -40,22 +39,6 @@ if TYPE_CHECKING:
     from flexmask.tasks.request_source import RequestSource
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What is measured of generated tokens."""
-
-    heading: ClassVar[str] = "Generation"
-
-    segment_attention: Annotated[
-        bool,
-        flag(
-            "--segment-attention",
-            help="Also write which parts of the prompt each generated token attends to. Prompts "
-            "are computed twice for it.",
-        ),
-    ] = False
-
-
 @takes_options
 def generate(
     *,
@@ -64,13 +47,13 @@ def generate(
     data: RequestOptions,
     output: OutputOptions,
     run: RunOptions,
-    attention: AttentionOptions,
+    tokens: TokenOptions,
     scaling: ScalingOptions,
 ) -> None:
     """Generate an answer for each row of a data set, under a mask strategy."""
     choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
     fusion.chosen.check_samples(is_greedy=run.sampling.sampling.is_greedy)
-    if attention.segment_attention:
+    if tokens.segment_attention:
         fusion.chosen.check_one_prompt()
     chosen = choose()
     open_input = partial(
@@ -82,7 +65,7 @@ def generate(
     )
     opened = open_input()
     Generate(
-        planned=PlannedGeneration(run, opened.task, attention.segment_attention),
+        planned=PlannedGeneration(run, opened.task, tokens),
         chosen=chosen,
         fusion=fusion.chosen,
         opened=opened,
