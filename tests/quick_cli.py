@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from flexmask.generation import Generation
 from flexmask.request import Request
 
@@ -44,7 +46,7 @@ class QuickRun:
 
 
 class QuickEngine:
-    model = SimpleNamespace(dtype="float32", device="cpu")
+    model = SimpleNamespace(dtype="float32", device=torch.device("cpu"), modules=list)
     runner = SimpleNamespace(
         layer_windows={},
         prefill_kernel=None,

@@ -179,7 +179,7 @@ def test_a_request_refused_in_the_turn_of_another_run_is_told_to_its_own(engine,
     read_step = runner._read_step
 
     def read_spoilt_step():
-        runner._queued[0].tokens.fill_(-1)
+        runner._queued[0].tokens.token_ids.fill_(-1)
         read_step()
 
     runner._read_step = read_spoilt_step

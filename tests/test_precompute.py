@@ -346,7 +346,8 @@ def test_verbose_notes_say_why_keys_cannot_be_turned(capsys):
     runner = SimpleNamespace(
         layer_windows={"full": None}, store=object(), fixed_position_reason="X masks by itself"
     )
-    model = SimpleNamespace(dtype="float32", device="cpu")
+    model: Any = torch.nn.Module()
+    model.dtype, model.device = torch.float32, torch.device("cpu")
     fake: Any = SimpleNamespace(model=model, runner=runner)
     print_notes(fake, make_strategy("causal", {}), "attention")
     assert capsys.readouterr().err.splitlines()[-1] == (

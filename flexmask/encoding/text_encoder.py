@@ -23,8 +23,8 @@ from flexmask.encoding.tokenizer_edits import (
 from flexmask.encoding.tokenizer_errors import tokenizer_errors
 from flexmask.errors import RequestError
 
-FEW_TEXTS = 8
-"""Texts that are faster one after the other than by a thread for each."""
+FEW_CHARACTERS = 16_384
+"""Length of texts that are encoded faster one after the other than by a thread for each."""
 
 
 class Encoded(NamedTuple):
@@ -183,7 +183,7 @@ class TextEncoder:
             return [tuple(encoding.ids) for encoding in batch]
 
     def _ids_of_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        if 1 < len(texts) <= FEW_TEXTS:
+        if len(texts) > 1 and sum(map(len, texts)) <= FEW_CHARACTERS:
             return [ids for text in texts for ids in self._ids_of_all([text])]
         encoded = self._tokenizer(list(texts), add_special_tokens=False)
         if _is_cut_or_padded(encoded):

@@ -39,8 +39,8 @@ def print_notes(engine: Engine, strategy: Strategy, fusion: str | None = None) -
         *([] if fusion is None else [f"fusion: {fusion}"]),
         f"model: {type(model).__name__}, {model.dtype}, on {model.device}",
         f"attention: compiled FlexAttention; layers: {layers}",
-        *_notes_on_spans(engine),
         f"projections: {_projections(engine)}",
+        *_notes_on_spans(engine),
     ):
         write_note(line)
 
