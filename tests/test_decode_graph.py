@@ -38,7 +38,7 @@ def decode(runner, loop, groups=()):
 def steps_of(loop, count):
     steps = [loop.step() for _ in range(count)]
     torch.cuda.synchronize()
-    return [tokens[:, 0].tolist() for tokens in steps]
+    return [step.token_ids[:, 0].tolist() for step in steps]
 
 
 def new_loop(runner, sampling=Sampling(), eos=()):
