@@ -62,7 +62,7 @@ def test_projections_equal_plain_products(rows, width, dtype):
         weights = random_tensors([(size, width) for size in sizes], dtype)
         biases = random_tensors([(size,) for size in sizes], dtype) if has_bias else []
         norm, residual = norm if has_norm else None, residual if has_residual else None
-        arguments = (x, weights, biases, [], norm, 1e-5, activation, residual)
+        arguments: Any = (x, weights, biases, [], norm, 1e-5, activation, residual)
         got = project(*moved(arguments, "cuda")).cpu()
         assert relative_error(got, project(*moved(arguments, torch.float32))) < TOLERANCE[dtype]
 
@@ -74,7 +74,7 @@ def test_projections_of_8_bits_equal_plain_products(rows, packed):
     x, *wide = random_tensors([(rows, 1536), (96, 1536), (32, 1536)], torch.bfloat16)
     scales = [weight.abs().amax(1, keepdim=True) / 100 for weight in wide]
     weights = [(weight / scale).to(packed) for weight, scale in zip(wide, scales, strict=True)]
-    arguments = (x, weights, [], scales, None, 1e-5, "", None)
+    arguments: Any = (x, weights, [], scales, None, 1e-5, "", None)
     got = project(*moved(arguments, "cuda")).cpu()
     assert relative_error(got, project(*arguments)) < TOLERANCE[torch.bfloat16]
 

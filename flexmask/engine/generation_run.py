@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import RLock
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.engine.batch_row import BatchRow
 from flexmask.engine.batch_runner import PlacedGroup
 from flexmask.engine.executor import Executor
+from flexmask.engine.ordered_run import OrderedRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import OnRefused, PlannedRequest
 from flexmask.engine.run_options import RunOptions
@@ -40,7 +40,7 @@ class _Refused:
     error: RequestError
 
 
-class GenerationRun(Iterator[Generation]):
+class GenerationRun(OrderedRun[Generation]):
     """The generations of one `Engine.generate` call, in the order of the requests.
 
     They finish in another order, in which `batches` yields them. Several threads may share one
@@ -85,10 +85,7 @@ class GenerationRun(Iterator[Generation]):
         self._num_generations = self._prompt_tokens = self._generated_tokens = 0
         groups = self._groups(lookaheads)
         self._scheduler = Scheduler(executor, strategy, tokenizer, options, groups, batch_size)
-        self._finished = self._run()
-        self._waiting: dict[int, Generation | None] = {}
-        self._next_number = 0
-        self._lock = RLock()
+        super().__init__(self._run())
 
     @property
     def stats(self) -> RunStats:
@@ -99,35 +96,6 @@ class GenerationRun(Iterator[Generation]):
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
         )
-
-    def __next__(self) -> Generation:
-        """Return the next generation in the order of the requests.
-
-        Raises:
-            RequestError: If no token can be chosen for a request, because logits are NaN or
-                infinite, and there is no ``on_refused``.
-        """
-        with self._lock:
-            while True:
-                while self._next_number not in self._waiting:
-                    self._waiting.update(next(self._finished))
-                self._next_number += 1
-                generation = self._waiting.pop(self._next_number - 1)
-                if generation is not None:
-                    return generation
-
-    def batches(self) -> Iterator[list[Generation]]:
-        """Yield generations as they finish, some at a time.
-
-        Raises:
-            RequestError: As iterating does.
-        """
-        while True:
-            with self._lock:
-                finished = next(self._finished, None)
-            if finished is None:
-                return
-            yield [generation for generation in finished.values() if generation is not None]
 
     def steps(self) -> Iterator[list[Generation]]:
         """Yield after each decode step, with the generations that it has finished.

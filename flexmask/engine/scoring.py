@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from threading import RLock
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +12,7 @@ from flexmask.engine.choice_prompt import ChoicePrompt
 from flexmask.engine.choice_strategy import ChoiceStrategy
 from flexmask.engine.executor import Executor
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.ordered_run import OrderedRun
 from flexmask.engine.output_head import TokenScores
 from flexmask.engine.prefill_batches import PrefillBatches
 from flexmask.engine.prefill_plan import PrefillPlan
@@ -22,7 +22,6 @@ from flexmask.engine.run_stats import RunStats
 from flexmask.errors import RequestError
 from flexmask.fusion import Fusion
 from flexmask.layout import Layout
-from flexmask.request import Request
 from flexmask.strategy import Strategy
 
 
@@ -73,19 +72,8 @@ class ChoiceScorer(PrefillBatches[ChoicePrompt, "list[TokenScores]"]):
         return runner.cache_prefix(upcoming[0], length) if pays else None
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """A request whose choices cannot be scored, and why."""
-
-    request: Request
-    error: RequestError
-
-
-class ScoringRun(Iterator[Score]):
-    """The scores of one `Engine.score` call, in the order of the requests.
-
-    They finish in another order, in which `batches` yields them.
-    """
+class ScoringRun(OrderedRun[Score]):
+    """The scores of one `Engine.score` call, in the order of the requests."""
 
     def __init__(
         self,
@@ -108,10 +96,7 @@ class ScoringRun(Iterator[Score]):
         self._on_refused = on_refused
         self._is_stopped = False
         self._num_scores = self._prompt_tokens = 0
-        self._finished = self._run()
-        self._waiting: dict[int, Score | None] = {}
-        self._next_number = 0
-        self._lock = RLock()
+        super().__init__(self._run())
 
     @property
     def stats(self) -> RunStats:
@@ -119,34 +104,6 @@ class ScoringRun(Iterator[Score]):
         return replace(
             self._scorer.stats, generations=self._num_scores, prompt_tokens=self._prompt_tokens
         )
-
-    def __next__(self) -> Score:
-        """Return the next score in the order of the requests.
-
-        Raises:
-            RequestError: If the logits of a request are NaN, and there is no ``on_refused``.
-        """
-        with self._lock:
-            while True:
-                while self._next_number not in self._waiting:
-                    self._waiting.update(next(self._finished))
-                self._next_number += 1
-                score = self._waiting.pop(self._next_number - 1)
-                if score is not None:
-                    return score
-
-    def batches(self) -> Iterator[list[Score]]:
-        """Yield scores as they finish, some at a time.
-
-        Raises:
-            RequestError: As iterating does.
-        """
-        while True:
-            with self._lock:
-                finished = next(self._finished, None)
-            if finished is None:
-                return
-            yield [score for score in finished.values() if score is not None]
 
     def stop(self) -> None:
         """Start no more prompts."""
