@@ -49,7 +49,7 @@ def test_the_files_and_commands_of_each_recipe_fit_together(
         assert outcome.status == 0, outcome.err
         if command[0] == "generate":  # every answer is the accepted one
             assert "accuracy: 100.0%" in outcome.out
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 @pytest.mark.real
