@@ -47,7 +47,6 @@ from flexmask.plugins.registry import make_strategy
 from flexmask.request import Request, checked_requests
 from flexmask.sampling import Sampling
 from flexmask.strategy import Strategy
-from flexmask.transformers_internals import misplaced_generation_values
 
 LOOKAHEAD_BATCHES = 8
 """Prompts, in batches, that are planned ahead and sorted by length together."""
@@ -612,7 +611,7 @@ class Engine:
         config = self.model.generation_config
         key = (
             None if config is None else config.to_dict(),
-            misplaced_generation_values(self.model.config),
+            dict(vars(self.model.config)),
             self.tokenizer.eos_token_id,
         )
         if self._rules_of_runs is None or self._rules_of_runs[0] != key:
