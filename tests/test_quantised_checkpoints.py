@@ -29,7 +29,7 @@ from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.model_loading import load_model
 from flexmask.engine.shared_tensors import tensors_by_id
 from flexmask.errors import ModelError
-from flexmask.kernels.dense_weights import DENSE, is_plain_linear, kinds_of_projections
+from flexmask.kernels.linear_weights import DENSE, is_plain_linear, kinds_of_projections
 from flexmask.plugins.registry import make_strategy
 from flexmask.torch_internals import compile_graph
 from flexmask_cli.render.generation import print_notes

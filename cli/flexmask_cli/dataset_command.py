@@ -86,7 +86,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Written(Generic[Made]):
-    """What a run wrote into a result file.
+    """The outcome of a run that wrote a result file.
 
     Attributes:
         summary: Counts over the rows of the file.

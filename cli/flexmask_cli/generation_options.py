@@ -39,7 +39,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """What is kept of generated tokens, beside their text."""
+    """Measures of generated tokens that are kept beside their text."""
 
     heading: ClassVar[str] = "Generation"
 

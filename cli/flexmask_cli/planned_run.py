@@ -84,7 +84,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
     @property
     @abstractmethod
     def job_type(self) -> type[DatasetJob[Any]]:
-        """What a run does with its requests."""
+        """The class of jobs that carry the run out."""
 
     @abstractmethod
     def that_change_rows(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ MAX_WEIGHTS = 2**25
 
 @dataclass
 class Measurement:
-    """What a pass over ``Q`` tokens of each of ``B`` rows measures.
+    """The measurement of a pass over ``Q`` tokens of each of ``B`` rows.
 
     Attributes:
         slots: ``(B, Q)`` slot of each token; those of a row follow each other.

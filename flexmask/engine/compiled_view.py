@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.engine.shared_tensors import tensors_by_id
-from flexmask.kernels.dense_weights import is_plain_linear
 from flexmask.kernels.few_rows import linear_of_few_rows
+from flexmask.kernels.linear_weights import is_plain_linear
 from flexmask.torch_internals import compile_graph
 
 # A decode step reads every weight once, so what counts is how fast each kernel reads, and the

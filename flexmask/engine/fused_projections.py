@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
-from flexmask.kernels.dense_weights import has_scaled_rows, is_dense
+from flexmask.kernels.linear_weights import has_scaled_rows, is_dense
 from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
 
 _MOST_WEIGHTS = 3

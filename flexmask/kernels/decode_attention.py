@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +216,20 @@ def _fast_decode_attention(
     partial = torch.empty(*parts, value_dim, dtype=torch.float32, device=query.device)
     biggest, total = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     has_pdl = starts_early(query.device)
+    cosines, sines = (query if angles is None else angles.contiguous() for angles in (cos, sin))
+    constants: dict[str, Any] = {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "K_DIM": key_dim,
+        "V_DIM": value_dim,
+        "ROTATED": cos is not None,
+        "HAS_SOFTCAP": softcap != 0.0,
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "PDL": has_pdl,
+        "num_warps": 4,
+        "launch_pdl": has_pdl,
+    }
     shared = shared_max = shared_sum = out
     if key_slots is not None:
         pairs = batch_size * heads
@@ -225,8 +239,8 @@ def _fast_decode_attention(
         rows = block_g // group
         shared_keys_kernel[(-(-batch_size // rows), kv_heads)](
             query,
-            query if cos is None else cos.contiguous(),
-            query if sin is None else sin.contiguous(),
+            cosines,
+            sines,
             key_cache,
             value_cache,
             key_slots,
@@ -240,28 +254,18 @@ def _fast_decode_attention(
             cache_rows,
             capacity,
             *query.stride()[:2],
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            K_DIM=key_dim,
-            V_DIM=value_dim,
-            ROTATED=cos is not None,
-            HAS_SOFTCAP=softcap != 0.0,
             ROWS=rows,
             BLOCK_G=block_g,
             BLOCK_N=min(64, block_n),
-            BLOCK_K=block_k,
-            BLOCK_V=block_v,
             STAGES=2,
-            PDL=has_pdl,
-            num_warps=4,
-            launch_pdl=has_pdl,
+            **constants,
         )
     decode_attention_kernel[(batch_size * kv_heads, splits)](
         query,
         key,
         value,
-        query if cos is None else cos.contiguous(),
-        query if sin is None else sin.contiguous(),
+        cosines,
+        sines,
         key_cache,
         value_cache,
         slots,
@@ -282,24 +286,14 @@ def _fast_decode_attention(
         *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        K_DIM=key_dim,
-        V_DIM=value_dim,
-        ROTATED=cos is not None,
-        HAS_SOFTCAP=softcap != 0.0,
         HAS_TABLE=has_table,
         SPLITS=splits,
         BLOCK_G=max(16, power_of_two(group)),
         JOIN_G=power_of_two(group),
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
         STAGES=stages,
         AHEAD=ahead,
-        PDL=has_pdl,
-        num_warps=4,
-        launch_pdl=has_pdl,
+        **constants,
     )
     return out
 

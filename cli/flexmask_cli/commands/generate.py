@@ -79,7 +79,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Again:
-    """What other processes do again: choose the strategy, and open the input.
+    """The steps that other processes repeat: choosing the strategy, and opening the input.
 
     Attributes:
         choose: Makes the strategy.

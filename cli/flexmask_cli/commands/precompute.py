@@ -44,7 +44,7 @@ SHOWN_ROWS = 5
 
 @dataclass(frozen=True)
 class SummaryOptions:
-    """What is printed."""
+    """The choice of what is printed: notes, a summary, JSON."""
 
     heading: ClassVar[str] = "Output"
 

@@ -58,7 +58,7 @@ def _notes_on_spans(engine: Engine) -> Iterator[str]:
 
 def _projections(engine: Engine) -> str:
     """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
-    from flexmask.kernels.dense_weights import DENSE, kinds_of_projections
+    from flexmask.kernels.linear_weights import DENSE, kinds_of_projections
 
     is_on_gpu = engine.model.device.type == "cuda"
     parts = []
