@@ -2,9 +2,9 @@
 
 One model of random weights at the Llama-3.2-3B shape; prompts of equal length. The floor of a
 step is the time to read all weights and the keys and values so far once, or to compute its
-products, at the rates that this program measures (``floors.py``). Peers are ``model.generate``
-with SDPA and FlexAttention, with dynamic and static cache; their time per step is the difference
-between a long and a short generation.
+products, at the rates that this program measures (``flexmask.bench.floors``). Peers are
+``model.generate`` with SDPA and FlexAttention, with dynamic and static cache; their time per step
+is the difference between a long and a short generation.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flexmask.bench.floors import ModelCost, Rates
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.plugins.registry import make_strategy
 from flexmask.sampling import Sampling
-from floors import ModelCost, Rates
 from random_model import DTYPES, SHAPES, random_engine
 from random_prompts import RandomPrompts
 from stamp import environment_stamp

@@ -136,8 +136,8 @@ class DatasetCommand(ABC, Generic[Made]):
         """Print strategy, model, attention and batches of a run to stderr."""
 
     @abstractmethod
-    def print_kernels(self, engine: Engine) -> None:
-        """Print the attention kernels that ran to stderr."""
+    def print_kernels(self, engine: Engine, stats: RunStats) -> None:
+        """Print the attention kernels that ran, and the shares of the floor, to stderr."""
 
     @abstractmethod
     def print_made(self, shown: Sequence[Made], stats: RunStats) -> None:
@@ -210,7 +210,7 @@ class DatasetCommand(ABC, Generic[Made]):
             print_warnings([f"interrupted; {rows} rows {done}"])
             raise
         if self.output.verbose:
-            self.print_kernels(engine)
+            self.print_kernels(engine, run.engine_run.stats)
         return shown, run.engine_run.stats
 
     def _requests(self) -> RequestSource:

@@ -41,7 +41,7 @@ AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print errors and warnings only.")]
 Verbose = Annotated[
     bool,
-    flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
+    flag("--verbose", "-v", help="Also print the model, its layers, kernels and floor."),
 ]
 
 

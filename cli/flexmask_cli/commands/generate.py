@@ -164,9 +164,9 @@ class Generate(DatasetCommand["Generation"]):
         """Print strategy, model, attention, batches and rules of generation."""
         self._print_notes(engine, run.engine_run.stats)
 
-    def print_kernels(self, engine: Engine) -> None:
-        """Print the kernels of prefill and decode."""
-        print_kernels(engine)
+    def print_kernels(self, engine: Engine, stats: RunStats) -> None:
+        """Print the kernels of prefill and decode, and the shares of the floor."""
+        print_kernels(engine, stats)
 
     def print_made(self, shown: Sequence[Generation], stats: RunStats) -> None:
         """Print answers, counts and times."""
@@ -210,7 +210,7 @@ class Generate(DatasetCommand["Generation"]):
         write_text("")
         writer.write([stream.generation])
         if self.output.verbose:
-            print_kernels(engine)
+            print_kernels(engine, stream.run.stats)
         return stream.run.stats
 
 

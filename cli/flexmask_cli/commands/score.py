@@ -11,7 +11,7 @@ from flexmask_cli.dataset_command import DatasetCommand, OutputOptions
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import StrategyOptions
-from flexmask_cli.render.generation import print_notes
+from flexmask_cli.render.generation import print_floor, print_notes
 from flexmask_cli.render.scores import print_prefill_kernel, print_score_stats, print_scores
 from flexmask_cli.scaling_options import ShardOptions
 from flexmask_cli.score_options import PlannedScoring, ScoreOptions, ScoreRunOptions
@@ -60,9 +60,10 @@ class ScoreChoices(DatasetCommand["Score"]):
         fusion = f"{self.fusion}, {SCORE_FUSIONS[self.fusion.name]}"
         print_notes(engine, self.chosen.strategy, fusion)
 
-    def print_kernels(self, engine: Engine) -> None:
-        """Print the kernel of prefill."""
+    def print_kernels(self, engine: Engine, stats: RunStats) -> None:
+        """Print the kernel of prefill, and its share of the floor."""
         print_prefill_kernel(engine)
+        print_floor(engine, stats)
 
     def print_made(self, shown: Sequence[Score], stats: RunStats) -> None:
         """Print choices, counts and times."""

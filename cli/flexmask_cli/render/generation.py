@@ -93,8 +93,8 @@ def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
         )
 
 
-def print_kernels(engine: Engine) -> None:
-    """Print the attention kernels that ran to stderr."""
+def print_kernels(engine: Engine, stats: RunStats) -> None:
+    """Print the attention kernels that ran, and the shares of the floor, to stderr."""
     runner = engine.runner
     prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
@@ -102,6 +102,24 @@ def print_kernels(engine: Engine) -> None:
         decode += "; the shared prefix is read once"
     write_note(f"prefill: {prefill}")
     write_note(f"decode: {decode}")
+    print_floor(engine, stats)
+
+
+def print_floor(engine: Engine, stats: RunStats) -> None:
+    """Measure the rates of this machine, and print the floor of a run at them to stderr."""
+    from flexmask.bench.floors import ModelCost, Rates
+
+    if not ModelCost.is_known(engine.model):
+        write_note("floor: not known, as weights are packed, or a token uses some of them only")
+        return
+    cost = ModelCost.of(engine.model)
+    engine.release()
+    rates = Rates.measure(engine.model.device, engine.model.dtype)
+    shares = cost.shares_of(stats, rates)
+    times = {"prefill": stats.prefill_s, "decode": stats.decode_s}
+    parts = [f"{share:.0%} of {times[name]:.2f} s of {name}" for name, share in shares.items()]
+    compiling = " (graphs were compiled in it)" if stats.compilations else ""
+    write_note(f"floor: {', '.join(parts)}{compiling}; at {rates}, attention's products left out")
 
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
