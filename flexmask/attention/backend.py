@@ -125,11 +125,14 @@ def flexmask_attention(
         # Tells the compiler that the number of tiles is the mask's, and no symbol of its own.
         assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.numel())
         key, value = _write_to_cache(module, key, value, stream)
-        # (1, H, T, D) becomes (N, H, Q, D), or (1, H, N * Q, D) where the mask is flat.
+        # (1, H, T, D) becomes (N, H, Q, D), or (1, H, N * Q, D) where the mask is flat: without a
+        # new axis, whose stride of 0 FLASH refuses in the output, which gets the query's strides.
         is_flat = attention_mask.kv_num_blocks.shape[0] == 1
-        query, own_key = (x[0][:, stream.queries].transpose(0, 1) for x in (query, own_key))
+        query, own_key = (x[:, :, stream.queries] for x in (query, own_key))
         if is_flat:
-            query, own_key = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, own_key))
+            query, own_key = query.flatten(2, 3), own_key.flatten(2, 3)
+        else:
+            query, own_key = query[0].transpose(0, 1), own_key[0].transpose(0, 1)
     elif not key.is_cuda:
         # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
         # kernel reads such views wrongly (torch 2.13).
