@@ -300,7 +300,7 @@ class BatchRunner:
         size, runner = self.size, self._executor.runner
         before = self._clock.mark()
         loop = self._executor.prepare(self._strategy, size, self._options)
-        runner.cached_prefix = None
+        runner.forget_prefix()
         layouts = [layout for group in self._lookahead for layout in group.layouts]
         length = common_prefix_length(layouts)
         pays = length > 0 and pays_off(layouts, length, size.rows)
@@ -344,7 +344,7 @@ class BatchRunner:
             group = self._foreseen.popleft()
             self._known.add(group.number)
             layouts += group.layouts
-        self._executor.runner.planner.foresee(layouts, self._options.max_new_tokens)
+        self._executor.runner.foresee(layouts, self._options.max_new_tokens)
 
     def _new_row(self) -> BatchRow:
         options = self._options
@@ -370,10 +370,11 @@ class BatchRunner:
     def _read_step(self) -> None:
         """Wait for the tokens of the step that was queued first, and give them to its rows."""
         step = self._queued.popleft()
-        decode_s = self._clock.seconds(*step.marks)
+        with self._executor.ranks.waiting():
+            decode_s = self._clock.seconds(*step.marks)
+            token_ids, *scores = (None if one is None else one.tolist() for one in step.tokens)
         unfinished = 0
         has_ended = False
-        token_ids, *scores = (None if one is None else one.tolist() for one in step.tokens)
         assert token_ids is not None
         logprobs, most_likely = scores
         for index, (row, _) in step.occupants.items():
