@@ -302,7 +302,9 @@ def run_processes(way: Way, folder: Path, limit_s: float) -> tuple[list[dict[str
             continue  # it has ended
         finally:
             process.wait()
-    if not failure and any(process.returncode not in (0, -signal.SIGKILL) for process in processes):
+    if not failure and any(
+        process.returncode not in (0, -signal.SIGKILL) for process in processes
+    ):
         failure = "a process failed"
     if failure:
         text = log.read_text(errors="replace")
@@ -351,7 +353,9 @@ def main() -> None:
         return
 
     ways = [Way("flexmask", ranks) for ranks in arguments.ranks]
-    ways += [Way(peer, ranks) for ranks in arguments.ranks if ranks > 1 for peer in arguments.peers]
+    ways += [
+        Way(peer, ranks) for ranks in arguments.ranks if ranks > 1 for peer in arguments.peers
+    ]
     results: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -235,9 +235,7 @@ def _take(
     step_numbers += 1
 
 
-def _take_most_likely(
-    logits: Tensor, has_others: bool, eos: Tensor, *state: Tensor
-) -> None:
+def _take_most_likely(logits: Tensor, has_others: bool, eos: Tensor, *state: Tensor) -> None:
     _take(most_likely(logits), has_others, eos, *state)
 
 

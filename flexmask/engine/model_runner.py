@@ -361,7 +361,7 @@ class ModelRunner:
         return self.planner.plan(prompts, self.cached_prefix, self.store, max_new_tokens)
 
     @on_all_ranks("runner", is_answered=False)
-    def foresee(self, layouts: Sequence[Layout], max_new_tokens: int | None = None) -> None:
+    def foresee(self, layouts: Sequence[Layout], max_new_tokens: int) -> None:
         """Look at prompts that will be planned soon (`PrefillPlanner.foresee`)."""
         self.planner.foresee(layouts, max_new_tokens)
 

@@ -16,12 +16,20 @@ from threading import Thread
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from flexmask.engine.executor import Executor
 from flexmask.engine.memory import free_bytes
 from flexmask.engine.prefill_plan import PrefillPlan
-from flexmask.engine.ranks import END, Call, RankSpec, Ranks, Unpickler, join_group, outcome_of
+from flexmask.engine.ranks import (
+    END,
+    Call,
+    Ranks,
+    RankSpec,
+    Unpickler,
+    join_group,
+    make_store,
+    outcome_of,
+)
 from flexmask.errors import FlexMaskError, FlexMaskWarning
 
 
@@ -60,8 +68,7 @@ class RankProcess:
     def _start(self, spec: RankSpec) -> Executor:
         torch.set_float32_matmul_precision(spec.precision)
         self._send("answer", "started")
-        store = dist.TCPStore("127.0.0.1", spec.port, spec.place.size, is_master=False)
-        join_group(spec, store)
+        join_group(spec, make_store(spec.port, spec.place.size, is_first=False))
         model = self._own["model"] = spec.load_shard(spec.place, spec.device)
         self._send("answer", "loaded")
         return Executor(model, spec.prefill_kernel, Ranks(spec.place.size))
@@ -70,12 +77,9 @@ class RankProcess:
         """Make a call of rank 0; an error that rank 0 must have too is left to it."""
         made: Exception | None = None
         try:
-            part: Any = {
-                "executor": lambda: executor,
-                "runner": lambda: executor.runner,
-                "loop": lambda: executor.loop,
-            }[call.role]()
-            result = getattr(part, call.method)(*call.args, **call.options)
+            part = executor if call.role == "executor" else getattr(executor, call.role)
+            method: Any = getattr(part, call.method)
+            result = method(*call.args, **call.options)
             if isinstance(result, PrefillPlan):
                 self._own["plan"] = result
         except Exception as error:

@@ -1,9 +1,9 @@
 """The processes that hold a model together under tensor parallelism, a rank each.
 
-Rank 0 is the process that the user started. It alone plans, tokenizes, samples and returns results.
+Rank 0 is the process that the user started. It alone tokenizes, schedules and returns results.
 Each other rank is a process with an executor of its own, that repeats what rank 0 does with its
-executor: rank 0 sends a call before it makes the call itself (`on_all_ranks`). So all ranks run the
-same kernels in the same order, and their collectives meet.
+executor: rank 0 sends a call before it makes the call itself (`on_all_ranks`). So all ranks run
+the same kernels in the same order, and their collectives meet.
 """
 
 from __future__ import annotations
@@ -212,7 +212,19 @@ def rank_device(device_type: str, rank: int) -> torch.device:
     return torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
 
 
-def join_group(spec: RankSpec, store: dist.Store) -> None:
+def make_store(port: int, size: int, *, is_first: bool) -> Any:
+    """Make the store by which ranks find each other.
+
+    Args:
+        port: Its port; 0 for one that is free.
+        size: Number of ranks.
+        is_first: True in rank 0, which others reach.
+    """
+    store: Any = dist  # whose stubs leave it out
+    return store.TCPStore("127.0.0.1", port, size, is_master=is_first, wait_for_workers=False)
+
+
+def join_group(spec: RankSpec, store: Any) -> None:
     """Join the group of all ranks, by NCCL on GPUs and gloo on CPUs."""
     on_gpu = spec.device_type == "cuda"
     if on_gpu:
@@ -286,7 +298,7 @@ class LeadingRanks(Ranks):
         self._failure: str | None = None
         self._is_closed = False
         self._device_type = device_type
-        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        store = make_store(0, size, is_first=True)
         threads = max(1, torch.get_num_threads() // size)
         self._spec = RankSpec(
             RankOf(0, size), store.port, device_type, load_shard, prefill_kernel, threads,
@@ -393,7 +405,7 @@ class LeadingRanks(Ranks):
             if device.type == "cpu":
                 return None if own is None else own // self.size
             self._send(self._workers, "free bytes")
-            found = [own, *(self._answer(worker) for worker in self._workers)]
+            found: list[int | None] = [own, *map(self._answer, self._workers)]
             return min(value for value in found if value is not None)
 
     def close(self) -> None:
@@ -495,7 +507,7 @@ def outcome_of(error: Exception | None) -> Outcome:
 def _start(rank: int) -> _Worker:
     """Start a process that becomes a rank once it gets its `RankSpec`."""
     own, other = Pipe()
-    path = os.pathsep.join(os.getcwd() if not entry else entry for entry in sys.path)
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     process = subprocess.Popen(
         [sys.executable, "-m", "flexmask.engine.rank_process", str(other.fileno())],
         pass_fds=[other.fileno()],
@@ -543,7 +555,6 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, type) and obj.__module__ == "__main__":
             raise pickle.PicklingError(f"{obj.__name__} is defined in __main__")
         return None
-
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is not Layout:

@@ -47,7 +47,7 @@ def _gather_over_ranks(x: Tensor) -> Tensor:
     size = dist.get_world_size()
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
     _all_gather(parts, x.contiguous())
-    return parts.unflatten(0, (size, x.shape[0])).movedim(0, -2).flatten(-2)
+    return parts.view(size, *x.shape).movedim(0, -2).flatten(-2)
 
 
 def _copy_from_first_rank(x: Tensor) -> None:

@@ -116,8 +116,8 @@ class GatheredLinear(nn.Module):
 class ModelShard:
     """The shard of a model that one rank holds.
 
-    The layers of the model's plan get the sizes of the rank's parts at once, and undefined weights;
-    `complete` makes them combine the outputs of all ranks, once the weights are there.
+    The layers of the model's plan get the sizes of the rank's parts at once, and undefined
+    weights; `complete` makes them combine the outputs of all ranks, once the weights are there.
 
     Attributes:
         cuts: What the rank holds of each weight, by name.
@@ -175,7 +175,7 @@ class ModelShard:
                 self._replace(one.name, GatheredLinear(module, out_features))
             elif not one.cuts_columns:
                 if self._place.rank:
-                    module.bias = None
+                    module.register_parameter("bias", None)
                 own_inputs = self._place.part_of(in_features) if one.splits_input else None
                 self._replace(one.name, SummedLinear(module, own_inputs))
 
