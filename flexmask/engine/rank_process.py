@@ -31,6 +31,7 @@ from flexmask.engine.ranks import (
     outcome_of,
 )
 from flexmask.errors import FlexMaskError, FlexMaskWarning
+from flexmask.tensor_parallel.collectives import issued
 
 
 class RankProcess:
@@ -75,7 +76,8 @@ class RankProcess:
 
     def _repeat(self, call: Call, executor: Executor) -> None:
         """Make a call of rank 0; an error that rank 0 must have too is left to it."""
-        made: Exception | None = None
+        raised: Exception | None = None
+        before = issued()
         try:
             part = executor if call.role == "executor" else getattr(executor, call.role)
             method: Any = getattr(part, call.method)
@@ -85,9 +87,9 @@ class RankProcess:
         except Exception as error:
             if not call.is_answered:
                 raise
-            made = error
+            raised = error
         if call.is_answered:
-            self._send("answer", outcome_of(made))
+            self._send("answer", outcome_of(raised, before))
 
     def _listen(self) -> None:
         """Put what rank 0 sends into a queue."""

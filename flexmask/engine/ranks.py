@@ -55,7 +55,7 @@ Role = Literal["executor", "runner", "loop"]
 """Which part of an executor makes a call."""
 
 Outcome = tuple[Literal["done", "memory", "error"], int]
-"""How a call ended, and the collectives so far."""
+"""How a call ended, and how many collectives it began."""
 
 LoadShard = Callable[[RankOf, torch.device], PreTrainedModel]
 """Loads the shard of a rank to its device; every process imports it by its name."""
@@ -355,6 +355,7 @@ class LeadingRanks(Ranks):
     def _made(self, call: Call, run: Callable[[], R]) -> R:
         """Make a call in this process, and compare how it ends on all ranks."""
         own: Exception | None = None
+        before = issued()
         try:
             result = run()
         except Exception as error:
@@ -363,16 +364,18 @@ class LeadingRanks(Ranks):
                     self._fail(f"rank 0 ran out of memory ({_line(error)}); use smaller batches")
                 raise
             own = error
-        outcomes = [outcome_of(own)]
+        outcomes = [outcome_of(own, before)]
         if call.is_answered:
-            outcomes += [self._answer(worker) for worker in self._workers]
-        kinds, places = {kind for kind, _ in outcomes}, {place for _, place in outcomes}
-        if len(places) > 1 or ("error" in kinds and len(kinds) > 1):
-            what = "out of memory" if "memory" in kinds else str(own or "an error")
-            self._fail(f"{call.method} ended differently on the ranks ({what})")
-        if own is not None:
+            outcomes += map(self._answer, self._workers)
+        kinds = {kind for kind, _ in outcomes}
+        if "error" in kinds and len(kinds) > 1:
+            self._fail(f"the ranks differ in {call.method} ({own or 'an error on another rank'})")
+        elif "memory" in kinds and len({begun for _, begun in outcomes}) > 1:
+            # Some wait for collectives that others never begin.
+            self._fail("a rank ran out of memory while others computed; use smaller batches")
+        elif own is not None:
             raise own
-        if "memory" in kinds:
+        elif "memory" in kinds:
             raise torch.OutOfMemoryError("another rank has too little memory")
         return result
 
@@ -493,14 +496,23 @@ class LeadingRanks(Ranks):
             raise RankError(self._failure) from cause
 
 
-def outcome_of(error: Exception | None) -> Outcome:
-    """Return how a call ended, to be compared with the other ranks."""
+def outcome_of(error: Exception | None, before: int) -> Outcome:
+    """Return how a call ended, to be compared with the other ranks.
+
+    Args:
+        error: The error that it raised; None for none.
+        before: Collectives that the process had begun before the call.
+
+    Raises:
+        Exception: The error itself, if no other rank can be expected to have it too.
+    """
+    begun = issued() - before
     if error is None:
-        return "done", issued()
+        return "done", begun
     if is_out_of_memory(error):
-        return "memory", issued()
+        return "memory", begun
     if isinstance(error, FlexMaskError):
-        return "error", issued()
+        return "error", begun
     raise error
 
 
