@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from flexmask.bench.floors import ModelCost, Rates
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
+from flexmask.engine.executor import BatchSize
 from flexmask.engine.model_runner import bucketed_capacity
+from flexmask.engine.run_options import RunOptions
 from flexmask.plugins.registry import make_strategy
-from flexmask.sampling import Sampling
 from random_model import DTYPES, SHAPES, random_engine
 from random_prompts import RandomPrompts
 from stamp import environment_stamp
@@ -130,8 +131,8 @@ def decode_flexmask(
             loop.step()
 
     def start() -> DecodeLoop:
-        runner.prepare(strategy, batch_size, bucketed_capacity(context + steps))
-        loop = DecodeLoop(runner, Sampling(), steps, ())
+        size = BatchSize(batch_size, bucketed_capacity(context + steps), group=1)
+        loop = engine.executor.prepare(strategy, size, endless(engine, steps))
         prefill(loop)
         loop.step()
         return loop
@@ -147,6 +148,11 @@ def decode_flexmask(
     first_s = time.perf_counter() - started
     step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
     return measured(f"flexmask {strategy_name}", batch_size, context, first_s, step_s, floor)
+
+
+def endless(engine: Engine, steps: int) -> RunOptions:
+    """Return options under which no token ends a row."""
+    return RunOptions(steps, replace(engine.generation_rules(), eos_token_ids=frozenset()))
 
 
 def decode_peer(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flexmask.attention.backend import register_attention
 from flexmask.demo import model_path
 from flexmask.engine import Engine
+from flexmask.tensor_parallel.plan import RankOf
+from flexmask.tensor_parallel.sharding import ModelShard
 from flexmask.transformers_internals import set_attention_implementation
 
 LLAMA_3_2_3B: dict[str, Any] = {
@@ -32,6 +38,10 @@ LLAMA_3_2_3B: dict[str, Any] = {
         "original_max_position_embeddings": 8192,
     },
 }
+LLAMA_3_1_8B = LLAMA_3_2_3B | {"hidden_size": 4096, "intermediate_size": 14336}
+LLAMA_3_1_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
+SHAPE_32B = LLAMA_3_1_8B | {"vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648}
+SHAPE_32B |= {"num_hidden_layers": 64, "num_attention_heads": 40}
 TINY = LLAMA_3_2_3B | {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
 SMALL = LLAMA_3_2_3B | {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048}
@@ -47,8 +57,15 @@ DEMO: dict[str, Any] = {
 }
 DEMO |= {"num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2}
 DEMO |= {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-SHAPES = {"llama-3.2-3b": LLAMA_3_2_3B, "100m": SMALL, "tiny": TINY, "demo": DEMO}
-"""``demo`` is the shape of the bundled model."""
+SHAPES = {
+    "llama-3.2-3b": LLAMA_3_2_3B,
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "32b": SHAPE_32B,
+    "100m": SMALL,
+    "tiny": TINY,
+    "demo": DEMO,
+}
+"""``demo`` is the shape of the bundled model, ``32b`` that of Qwen2.5-32B, as a Llama."""
 
 
 def random_config(shape: str) -> LlamaConfig:
@@ -76,7 +93,40 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> LlamaForCausalL
     return model
 
 
-def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
-    """Return an engine with a model of random weights and the bundled tokenizer."""
+def random_shard(
+    place: RankOf, device: torch.device, *, shape: str, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """Return a rank's shard of a model of random weights, which are made on the device.
+
+    Weights that every rank holds whole are the same on all.
+    """
+    model = random_model(shape, "meta", dtype)
+    shard = ModelShard(model, place)
+    for name, weight in [*model.named_parameters(remove_duplicate=True)]:
+        torch.manual_seed(crc32(name.encode()) + (place.rank if name in shard.cuts else 0))
+        values = torch.ones(weight.shape, dtype=dtype, device=device)
+        if weight.dim() > 1:
+            values.normal_(std=0.02)
+        parent, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(values, requires_grad=False)
+        setattr(model.get_submodule(parent), attribute, parameter)
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
+    shard.complete()
+    return model
+
+
+def random_engine(shape: str, device: str, dtype: torch.dtype, ranks: int = 1) -> Engine:
+    """Return an engine with a model of random weights and the bundled tokenizer.
+
+    Args:
+        shape: One of `SHAPES`.
+        device: The device.
+        dtype: The dtype.
+        ranks: GPUs that hold the model together, or processes on a CPU.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_path())
+    if ranks > 1:
+        load = partial(random_shard, shape=shape, dtype=dtype)
+        return Engine.of_ranks(load, tokenizer, ranks, device)
     return Engine(random_model(shape, device, dtype), tokenizer)

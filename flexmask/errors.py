@@ -60,6 +60,10 @@ class ModelError(FlexMaskError):
     """A model or tokenizer cannot be loaded, or cannot hold the prompt."""
 
 
+class RankError(FlexMaskError):
+    """A process of a tensor-parallel model has failed, and the others cannot go on."""
+
+
 class CompilerError(FlexMaskError):
     """torch.compile finds no compiler for the device."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,13 @@ except ModuleNotFoundError:
 
     raise OptionError("Ray is not installed; run pip install 'flexmask[ray]'") from None
 
-from flexmask.errors import FlexMaskError, OptionError, OutputError, RequestError
+from flexmask.errors import (
+    FlexMaskError,
+    OptionError,
+    OutputError,
+    RankError,
+    RequestError,
+)
 from flexmask.plugins.registry import LOAD_PLUGINS
 from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.journal import Journal
@@ -69,11 +75,13 @@ class Cluster:
             cluster of this machine alone that ends with the run.
         workers: Number of workers; None for as many as the cluster has GPUs or CPUs.
         device: Device of the workers: ``auto`` takes GPUs if the cluster has some.
+        ranks: GPUs of each worker, which hold the model together (``tensor_parallel``).
     """
 
     address: str | None = None
     workers: int | None = None
     device: str = "auto"
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -207,12 +215,14 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def chosen_workers(cluster: Cluster, resources: Mapping[str, float]) -> tuple[int, bool]:
-    """Return the number of workers, and whether each has a GPU.
+def chosen_workers(
+    cluster: Cluster, machines: Sequence[Mapping[str, float]]
+) -> tuple[int, bool]:
+    """Return the number of workers, and whether they have GPUs.
 
     Args:
         cluster: The workers that are asked for.
-        resources: The resources of the whole cluster by Ray's names.
+        machines: The resources of each machine by Ray's names.
 
     Raises:
         OptionError: If the cluster has no room for them, or the device names one GPU.
@@ -221,15 +231,22 @@ def chosen_workers(cluster: Cluster, resources: Mapping[str, float]) -> tuple[in
         raise OptionError(
             f"each worker has a GPU of its own; pass `device=cuda`, got {cluster.device!r}"
         )
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    has_gpu = cluster.device == "cuda" or (cluster.device == "auto" and gpus > 0)
-    room = min(gpus, cpus) if has_gpu else cpus
-    what = "GPUs with a CPU each" if has_gpu else "CPUs"
+    counts = [(int(one.get("GPU", 0)), int(one.get("CPU", 0))) for one in machines]
+    is_any = cluster.device == "auto" and any(gpus for gpus, _ in counts)
+    has_gpu = cluster.device == "cuda" or is_any
+    room, ranks = 0, cluster.ranks
+    for gpus, cpus in counts:  # the GPUs of a worker are of one machine
+        room += min(gpus // ranks, cpus) if has_gpu else cpus // ranks
+    kind = "GPU" if has_gpu else "CPU"
+    each = f"a {kind}" if ranks == 1 else f"{ranks} {kind}s of one machine"
     if not room:
-        raise OptionError(f"the cluster has no {what}; start its machines first")
+        raise OptionError(
+            f"the cluster has no room for a worker with {each}; start its machines first"
+        )
     if (cluster.workers or 1) > room:
         raise OptionError(
-            f"the cluster has {room} {what}, too few for `workers={cluster.workers}`"
+            f"the cluster has room for {room} workers with {each}, too few for "
+            f"`workers={cluster.workers}`"
         )
     return cluster.workers or room, has_gpu
 
@@ -333,7 +350,10 @@ class _Run:
         found: Any,
     ) -> None:
         self._job, self._output, self._hooks = job, output, hooks
-        workers, self._has_gpu = chosen_workers(cluster, ray.cluster_resources())
+        workers, self._has_gpu = chosen_workers(
+            cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        )
+        self._ranks = cluster.ranks
         self._folder = ShardFolder.open(
             output, mode, found, lambda rows: number_of_shards(rows, workers)
         )
@@ -387,8 +407,8 @@ class _Run:
             name = f"worker {self._num_started}"
             # max_restarts=0: a death has to be counted before its rows run again.
             actor = ray.remote(
-                num_cpus=1,
-                num_gpus=1 if self._has_gpu else 0,
+                num_cpus=1 if self._has_gpu else self._ranks,
+                num_gpus=self._ranks if self._has_gpu else 0,
                 max_restarts=0,
                 scheduling_strategy="SPREAD",
             )(RayWorker)
@@ -418,9 +438,10 @@ class _Run:
             stats = ray.get(ref)
         except RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, FlexMaskError):
+            if isinstance(cause, FlexMaskError) and not isinstance(cause, RankError):
                 raise cause from None
-            ray.kill(worker)  # after an error of CUDA nothing works in its process any more
+            # After an error of CUDA, or without its other ranks, its process is of no more use.
+            ray.kill(worker)
             self._lose(name, f"{type(cause).__name__}: {cause}")
         except RayActorError as error:
             ray.kill(worker)

@@ -28,6 +28,7 @@ from flexmask.errors import CompilerError
 __all__ = [
     "DisableTorchFunction",
     "TorchDispatchMode",
+    "abort_collectives",
     "assume",
     "compile_cache_folder",
     "compile_graph",
@@ -98,6 +99,14 @@ def index_by_tensors(table: Tensor, index: Any) -> Tensor:
     getitem: Any = Tensor.__getitem__
     selected = TransformGetItemToIndex().__torch_function__(getitem, (), (table, index))
     return cast(Tensor, selected)
+
+
+def abort_collectives() -> None:
+    """Abort what NCCL runs or waits for, also in CUDA graphs, and leave the process group."""
+    import torch.distributed.distributed_c10d as c10d
+
+    abort: Any = c10d._abort_process_group
+    abort()
 
 
 # While a graph is traced.

@@ -6,12 +6,14 @@ lists the versions of the tests).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.utils.hub import cached_file
 
@@ -43,6 +45,50 @@ def find_model_file(location: str, name: str, *, must_exist: bool) -> Path | Non
     # Only the keyword is private.
     found = cached_file(location, name, _raise_exceptions_for_missing_entries=must_exist)
     return None if found is None else Path(found)
+
+
+@contextmanager
+def loading_parts(
+    change_model: Callable[[PreTrainedModel], None], part_of: Callable[[str, Any], Any]
+) -> Iterator[None]:
+    """Make ``from_pretrained`` load parts of weights into a model that is changed before.
+
+    Args:
+        change_model: Called with the model when its modules are there, on the meta device, and no
+            weight is.
+        part_of: Called with the name of a weight and the slice of safetensors that reads it;
+            returns what reads it instead.
+    """
+    plan_of_dtypes = cast(Any, PreTrainedModel)._get_dtype_plan  # called between the two
+
+    def after_making(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+        change_model(model)
+        return plan_of_dtypes(model, dtype)
+
+    class Parts:
+        """A file in safetensors, of which parts are read."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._file = safe_open(*args, **options)
+
+        def __enter__(self) -> Any:
+            return self._file.__enter__()
+
+        def __exit__(self, *args: object) -> None:
+            self._file.__exit__(*args)
+
+        def keys(self) -> Sequence[str]:
+            return cast("Sequence[str]", self._file.keys())
+
+        def get_slice(self, name: str) -> Any:
+            return part_of(name, self._file.get_slice(name))
+
+    safe_open = cast(Any, modeling_utils).safe_open
+    with (
+        patch.object(PreTrainedModel, "_get_dtype_plan", after_making),
+        patch.object(modeling_utils, "safe_open", Parts),
+    ):
+        yield
 
 
 def misplaced_generation_values(config: PreTrainedConfig) -> Mapping[str, Any]:

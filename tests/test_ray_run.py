@@ -182,16 +182,19 @@ def test_there_are_more_shards_than_workers(rows: int, workers: int, shards: int
 
 
 def test_workers_are_as_many_as_the_cluster_has_gpus_or_cpus() -> None:
-    mixed = {"CPU": 32.0, "GPU": 4.0}
+    mixed = [{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 1.0}]
     assert chosen_workers(Cluster(), mixed) == (4, True)
     assert chosen_workers(Cluster(device="cpu"), mixed) == (32, False)
     assert chosen_workers(Cluster(workers=3), mixed) == (3, True)
-    assert chosen_workers(Cluster(), {"CPU": 2.0}) == (2, False)
+    assert chosen_workers(Cluster(ranks=2), mixed) == (1, True)
+    assert chosen_workers(Cluster(), [{"CPU": 2.0}]) == (2, False)
+    assert chosen_workers(Cluster(ranks=2), [{"CPU": 3.0}] * 2) == (2, False)
     for cluster, message in (
-        (Cluster(workers=5), "has 4 GPUs with a CPU each, too few for `workers=5`"),
+        (Cluster(workers=5), "has room for 4 workers with a GPU, too few for `workers=5`"),
+        (Cluster(ranks=4), "no room for a worker with 4 GPUs of one machine"),
         (Cluster(device="cuda:1"), "each worker has a GPU of its own"),
     ):
         with pytest.raises(OptionError, match=message):
             chosen_workers(cluster, mixed)
-    with pytest.raises(OptionError, match="the cluster has no GPUs"):
-        chosen_workers(Cluster(device="cuda"), {"CPU": 2.0})
+    with pytest.raises(OptionError, match="no room for a worker with a GPU"):
+        chosen_workers(Cluster(device="cuda"), [{"CPU": 2.0}])

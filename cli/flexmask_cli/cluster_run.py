@@ -71,6 +71,7 @@ def generate_on_cluster(
     scaling: ScalingOptions,
     device: str,
     *,
+    ranks: int,
     is_quiet: bool,
     is_verbose: bool,
 ) -> Outcome:
@@ -89,7 +90,7 @@ def generate_on_cluster(
             warn=lambda message: print_warnings([message]),
             note=print_note if is_verbose else lambda _: None,
         )
-        cluster = Cluster(scaling.address, scaling.workers, device)
+        cluster = Cluster(scaling.address, scaling.workers, device, ranks)
         with interrupt:
             outcome = run_on_ray(job, output, mode, cluster, hooks)
     if not outcome.is_complete:

@@ -31,6 +31,7 @@ def load_engine(model: RunModelOptions, options: EngineOptions) -> Engine:
             adapter=model.adapter_folder,
             prefill_kernel=options.chosen_kernel,
             kv_cache=options.chosen_cache,
+            tensor_parallel=options.num_ranks,
         )
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from flexmask_cli.option_kinds import flag, size
 from flexmask_cli.options import (
     BatchOptions,
-    CachedEngineOptions,
     ChatOptions,
     JudgeOptions,
     ResultOptions,
     RowOptions,
+    RunEngineOptions,
     RunModelOptions,
     SamplingOptions,
 )
@@ -33,7 +33,7 @@ class RunOptions:
     batch: BatchOptions
     sampling: SamplingOptions
     judging: JudgeOptions
-    engine: CachedEngineOptions
+    engine: RunEngineOptions
     results: ResultOptions
 
 

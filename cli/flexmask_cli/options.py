@@ -410,6 +410,11 @@ class EngineOptions(DeviceOptions):
         """The cache of keys and values; None for none."""
         return None
 
+    @property
+    def num_ranks(self) -> int:
+        """GPUs that hold the model together."""
+        return 1
+
 
 @dataclass(frozen=True)
 class CachedEngineOptions(EngineOptions):
@@ -444,6 +449,35 @@ class CachedEngineOptions(EngineOptions):
         return KVCacheOptions(
             self.kv_cache_gpu, self.kv_cache_host, self.kv_cache, self.kv_cache_folder_size
         )
+
+
+@dataclass(frozen=True)
+class RunEngineOptions(CachedEngineOptions):
+    """Device, dtype and caches of an engine, and the GPUs that hold its model together."""
+
+    tensor_parallel: Annotated[
+        int,
+        size(
+            "--tensor-parallel",
+            help="GPUs of this machine that hold the model together, each a part of every layer "
+            "(docs/scaling.md); on a CPU, processes.",
+        ),
+    ] = 1
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: If an option has a value that it cannot have, or excludes another.
+        """
+        super().__post_init__()
+        if self.tensor_parallel > 1 and self.chosen_cache is not None:
+            raise OptionError("--kv-cache keeps whole heads, and --tensor-parallel divides them")
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs that hold the model together."""
+        return self.tensor_parallel
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
             input: Name of the input.
         """
         model, adapter = self.options.model, self.adapter
+        ranks = self.options.engine.num_ranks
         return RunConfig(
             run={
                 "strategy": recorded_name(reference),
@@ -194,6 +195,7 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
             environment={
                 **self.machine(),
                 "batch_size": self.options.batch.batch_size,
+                **({} if ranks == 1 else {"tensor_parallel": ranks}),
                 "input": input,
                 "strategy_file": recorded_location(reference),
             },

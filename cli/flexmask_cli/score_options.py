@@ -11,10 +11,10 @@ from flexmask_cli import completion
 from flexmask_cli.option_kinds import text
 from flexmask_cli.options import (
     BatchSizeOptions,
-    CachedEngineOptions,
     ChatOptions,
     ResultOptions,
     RowOptions,
+    RunEngineOptions,
     RunModelOptions,
 )
 from flexmask_cli.planned_run import PlannedRun
@@ -81,7 +81,7 @@ class ScoreRunOptions:
     model: RunModelOptions
     chat: ChatOptions
     batch: BatchSizeOptions
-    engine: CachedEngineOptions
+    engine: RunEngineOptions
     results: ResultOptions
 
 

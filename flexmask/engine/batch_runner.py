@@ -303,7 +303,7 @@ class BatchRunner:
         size, runner = self.size, self._executor.runner
         before = self._clock.mark()
         loop = self._executor.prepare(self._strategy, size, self._options)
-        runner.cached_prefix = None
+        runner.forget_prefix()
         layouts = [layout for group in self._lookahead for layout in group.layouts]
         length = common_prefix_length(layouts)
         pays = length > 0 and pays_off(layouts, length, size.rows)
@@ -352,7 +352,7 @@ class BatchRunner:
             group = self._foreseen.popleft()
             self._known.add(group.number)
             layouts += group.layouts
-        self._executor.runner.planner.foresee(layouts, self._options.max_new_tokens)
+        self._executor.runner.foresee(layouts, self._options.max_new_tokens)
 
     def _new_row(self) -> BatchRow:
         options = self._options
@@ -378,10 +378,11 @@ class BatchRunner:
     def _read_step(self) -> None:
         """Wait for the tokens of the step that was queued first, and give them to its rows."""
         step = self._queued.popleft()
-        decode_s = self._clock.seconds(*step.marks)
+        with self._executor.ranks.waiting():
+            decode_s = self._clock.seconds(*step.marks)
+            token_ids, *scores = (None if one is None else one.tolist() for one in step.tokens)
         unfinished = 0
         has_ended = False
-        token_ids, *scores = (None if one is None else one.tolist() for one in step.tokens)
         assert token_ids is not None
         logprobs, most_likely = scores
         keys = 0

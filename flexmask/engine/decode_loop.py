@@ -14,10 +14,12 @@ from flexmask.engine.decode_graph import DecodeGraph
 from flexmask.engine.graph_capture import GraphCapture
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.ranks import Ranks, on_all_ranks
 from flexmask.engine.row_loading import load_rows, to_device
 from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.sampler import Sampler, most_likely
 from flexmask.sampling import Sampling
+from flexmask.tensor_parallel.collectives import copy_from_first_rank
 from flexmask.torch_internals import compile_settings
 
 
@@ -95,6 +97,12 @@ class DecodeLoop:
         self._graphs: dict[tuple[bool, bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
         self.capture = GraphCapture("decoding runs")
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold the model."""
+        return self._runner.ranks
+
+    @on_all_ranks("loop", is_answered=False)
     def load(
         self,
         rows: Sequence[int],
@@ -120,6 +128,7 @@ class DecodeLoop:
         self._has_ended.index_fill_(0, index, False)
         self._step_numbers.index_fill_(0, index, 0)
 
+    @on_all_ranks("loop", is_answered=False)
     @torch.no_grad()
     def step(self) -> ChosenTokens:
         """Queue a step, and the copy of its tokens to the host."""
@@ -164,11 +173,12 @@ class DecodeLoop:
         if self._fusion is not None:
             logits = self._fusion(logits)
         state = (self._reported.token_ids, self._token_ids, self._has_ended, self._step_numbers)
+        has_others = self.ranks.size > 1
         if self._sampler.is_greedy and logits.is_cuda:
             with compile_settings(logits.device):
-                _compiled_end_of_step()(logits, self._eos, *state)
+                _compiled_end_of_step()(logits, has_others, self._eos, *state)
         else:
-            _take(self._sampler(logits, self._step_numbers), self._eos, *state)
+            _take(self._sampler(logits, self._step_numbers), has_others, self._eos, *state)
         self._report_logprobs(logits)
 
     def _report_logprobs(self, logits: Tensor) -> None:
@@ -192,6 +202,7 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _take(
     chosen: Tensor,
+    has_others: bool,
     eos: Tensor,
     reported: Tensor,
     token_ids: Tensor,
@@ -201,8 +212,11 @@ def _take(
     """Write the chosen tokens to ``reported`` and to ``token_ids``, which the next step reads.
 
     A row that has ended repeats its last token. A row for which no token can be chosen ends too;
-    the next step then reads token 0 for it, which has no meaning.
+    the next step then reads token 0 for it, which has no meaning. Where other ranks hold parts of
+    the model, all take the tokens of rank 0.
     """
+    if has_others:
+        copy_from_first_rank(chosen)
     chosen = torch.where(has_ended, token_ids, chosen)
     has_ended |= chosen < 0
     if len(eos):
@@ -212,8 +226,8 @@ def _take(
     step_numbers += 1
 
 
-def _take_most_likely(logits: Tensor, eos: Tensor, *state: Tensor) -> None:
-    _take(most_likely(logits), eos, *state)
+def _take_most_likely(logits: Tensor, has_others: bool, eos: Tensor, *state: Tensor) -> None:
+    _take(most_likely(logits), has_others, eos, *state)
 
 
 @cache

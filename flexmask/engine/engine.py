@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Self
 
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.checkpoint.identity import model_files
 from flexmask.device import resolve_device
-from flexmask.encoding.tokenization import RequestTokenizer
+from flexmask.encoding.tokenization import RequestTokenizer, load_tokenizer
 from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
-from flexmask.engine.model_loading import load_model
+from flexmask.engine.model_loading import check_shards, load_model, load_shard
 from flexmask.engine.model_runner import (
     MIN_CAPACITY,
     ModelRunner,
@@ -29,6 +30,7 @@ from flexmask.engine.output_head import TokenScores
 from flexmask.engine.precomputing import PrecomputingRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
+from flexmask.engine.ranks import LeadingRanks, LoadShard, Ranks, device_of_ranks
 from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
@@ -59,6 +61,7 @@ class Engine:
     the model, and each gives the results that it gives alone.
 
     Attributes:
+        ranks: The processes that hold the model.
         executor: Executes the batches of all runs.
         tokenizer: The model's tokenizer.
     """
@@ -71,6 +74,7 @@ class Engine:
         prefill_kernel: PrefillKernel | None = None,
         kv_cache: KVCacheOptions | None = None,
         model_files: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Wrap a model loaded with ``attn_implementation="flexmask"``.
 
@@ -83,15 +87,20 @@ class Engine:
                 they occur again; None to keep none.
             model_files: What identifies the model's files, for ``kv_cache.folder``;
                 `from_pretrained` finds it.
+            ranks: The processes that hold the model, of which ``model`` is then this one's shard;
+                `from_pretrained` starts them. None for this process alone.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
             KVStoreError: If the folder of the cache is another model's, or cannot be written.
             OptionError: If a folder is asked for and the files of the model are not known, or GPU
-                memory and the model is on a CPU.
+                memory and the model is on a CPU; if the cache is to be of several ranks.
         """
-        self.executor = Executor(model, prefill_kernel)
+        self.ranks = ranks or Ranks()
+        if kv_cache is not None and self.ranks.size > 1:
+            raise OptionError("`kv_cache` keeps whole heads, and `tensor_parallel` divides them")
+        self.executor = Executor(model, prefill_kernel, self.ranks)
         self.tokenizer = tokenizer
         self._tokenizer_of_runs: tuple[object, RequestTokenizer] | None = None
         self._rules_of_runs: tuple[object, GenerationRules] | None = None
@@ -105,14 +114,17 @@ class Engine:
             self.runner.use_store(kv_cache, name, model_files or {})
 
     def close(self) -> None:
-        """Write keys and values that wait for the cache's folder, and end its threads.
+        """Write keys and values that wait for the cache's folder; end threads and other ranks.
 
         Raises:
             KVStoreError: If the folder could not be written.
         """
         store, self.runner.store = self.runner.store, None
-        if store is not None:
-            store.close()
+        try:
+            if store is not None:
+                store.close()
+        finally:
+            self.ranks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +153,7 @@ class Engine:
         adapter: str | None = None,
         prefill_kernel: PrefillKernel | None = None,
         kv_cache: KVCacheOptions | None = None,
+        tensor_parallel: int = 1,
     ) -> Self:
         """Load a model by hub id, folder or GGUF file.
 
@@ -154,16 +167,32 @@ class Engine:
                 (``flexmask[adapters]``).
             prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
             kv_cache: Where keys and values are kept, as in `Engine`.
+            tensor_parallel: GPUs that hold the model together, or on a CPU processes. This process
+                is the first; `close` ends the others.
 
         Raises:
             AttentionError: If the kernel is not available, or the architecture does not support
                 attention backends.
-            OptionError: If the device is not available, or does not support the dtype.
+            OptionError: If the device is not available, or does not support the dtype; if there
+                are fewer GPUs than ``tensor_parallel``.
+            RankError: If a process of ``tensor_parallel`` fails.
             ModelError: If the model cannot be loaded, or some of its weights are missing; if the
                 adapter is missing, or was made for another model.
             CompilerError: If torch.compile finds no compiler.
             KVStoreError: If the folder of the cache is another model's, or cannot be written.
         """
+        check_size("tensor_parallel", tensor_parallel, 1)
+        if tensor_parallel > 1:
+            if kv_cache is not None:
+                raise OptionError(
+                    "`kv_cache` keeps whole heads, and `tensor_parallel` divides them"
+                )
+            check_shards(model, trust_remote_code, adapter, tensor_parallel)
+            tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            load = partial(
+                load_shard, model=model, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            return cls.of_ranks(load, tokenizer, tensor_parallel, device, prefill_kernel)
         target = resolve_device(device)
         with TURN:
             loaded = load_model(
@@ -175,6 +204,38 @@ class Engine:
             )
         files = model_files(model, adapter) if kv_cache and kv_cache.folder else None
         return cls(*loaded, prefill_kernel=prefill_kernel, kv_cache=kv_cache, model_files=files)
+
+    @classmethod
+    def of_ranks(
+        cls,
+        load_shard: LoadShard,
+        tokenizer: PreTrainedTokenizerBase,
+        size: int,
+        device: str = "auto",
+        prefill_kernel: PrefillKernel | None = None,
+    ) -> Self:
+        """Start the ranks of a model, of which this process is the first.
+
+        Args:
+            load_shard: Loads the shard of a rank.
+            tokenizer: The model's tokenizer.
+            size: Number of ranks, at least two.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
+
+        Raises:
+            OptionError: If there are fewer GPUs.
+            RankError: If a rank fails.
+        """
+        device_type = device_of_ranks(device, size)
+        with TURN:
+            ranks = LeadingRanks(size, device_type, load_shard, prefill_kernel)
+            try:
+                model = ranks.load()
+                return cls(model, tokenizer, prefill_kernel=prefill_kernel, ranks=ranks)
+            except BaseException:
+                ranks.close()
+                raise
 
     def generate(
         self,
@@ -271,6 +332,10 @@ class Engine:
         fusion.check_samples(is_greedy=sampling.is_greedy)
         if segment_attention:
             fusion.check_one_prompt()
+            if self.ranks.size > 1:
+                raise OptionError(
+                    "`segment_attention` looks at all heads, and `tensor_parallel` divides them"
+                )
         tokenizer = self._request_tokenizer(chat_template, allow_special_tokens)
         planner = PromptPlanner(
             strategy, tokenizer, max_new_tokens, self.runner.context, fusion, batch_size,

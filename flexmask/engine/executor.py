@@ -10,8 +10,8 @@ from flexmask.attention.flex_call import PrefillKernel
 from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.logit_fusion import LogitFusion
-from flexmask.engine.memory import free_bytes
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.ranks import Ranks, on_all_ranks
 from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.turns import TURN, Occupancy
@@ -45,29 +45,35 @@ class Executor:
 
     Attributes:
         model: The model.
+        ranks: The processes that hold the model.
         mask_cache: BlockMasks of earlier batches.
         runner: Prefill and decode of the model.
         occupancy: The run that prepared the executor last.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prefill_kernel: PrefillKernel | None = None
+        self,
+        model: PreTrainedModel,
+        prefill_kernel: PrefillKernel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Probe ``model`` and wrap it; nothing is compiled yet.
 
         Args:
-            model: A model loaded with ``attn_implementation="flexmask"``.
+            model: A model loaded with ``attn_implementation="flexmask"``, or this rank's shard.
             prefill_kernel: The kernel that computes prompts on a GPU; None to choose.
+            ranks: The processes that hold the model; None for this one alone.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
         """
         self.model = model
+        self.ranks = ranks or Ranks()
         self.mask_cache = BlockMaskCache()
         self.occupancy = Occupancy()
-        with TURN:
-            self.runner = ModelRunner(model, self.mask_cache, prefill_kernel)
+        with TURN, self.ranks.waiting():
+            self.runner = ModelRunner(model, self.mask_cache, prefill_kernel, self.ranks)
         self._loop_key: object = None
         self._loop: DecodeLoop | None = None
 
@@ -95,7 +101,8 @@ class Executor:
             cache = self.runner.cache
             # The cache of earlier batches is freed for the next ones. Were it not counted as free,
             # a second run of the same requests would choose fewer rows, and compile for them.
-            free = (free_bytes(device) or 0) + cache.num_bytes - self.runner.reserved_bytes
+            free = self.ranks.least_free_bytes(device) or 0
+            free += cache.num_bytes - self.runner.reserved_bytes
             largest = min(largest, free // 2 // cache.bytes_per_row(capacity))
             if largest == 0:
                 raise ModelError(
@@ -120,6 +127,12 @@ class Executor:
             return capacity
         return prepared[2] if capacity <= prepared[2] <= 2 * capacity else capacity
 
+    @property
+    def loop(self) -> DecodeLoop:
+        """The loop that `prepare` has made."""
+        assert self._loop is not None, "prepare comes first"
+        return self._loop
+
     def prepare(self, strategy: Strategy, size: BatchSize, options: RunOptions) -> DecodeLoop:
         """Prepare for batches of one size, keeping what an earlier call allocated for the same.
 
@@ -129,6 +142,11 @@ class Executor:
         Raises:
             AttentionError: If the model cannot run under the strategy.
         """
+        self._prepare(strategy, size, options.of_steps)
+        return self.loop
+
+    @on_all_ranks("executor")
+    def _prepare(self, strategy: Strategy, size: BatchSize, options: RunOptions) -> None:
         is_new = self.runner.prepare(strategy, size.rows, size.capacity)
         device = self.runner.device
         rules, max_new_tokens = options.rules, options.max_new_tokens
@@ -141,8 +159,8 @@ class Executor:
             self._loop = DecodeLoop(self.runner, *chosen_by, fusion, reported)
         processors = BatchProcessors(rules, max_new_tokens, device) if rules.applied else None
         self._loop.processors = processors
-        return self._loop
 
+    @on_all_ranks("executor")
     def release(self) -> None:
         """Free the key-value cache and all buffers that belong to one size of batches."""
         self._loop_key = self._loop = None

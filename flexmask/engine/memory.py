@@ -38,7 +38,7 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(values)) if values else None
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error reports that there is too little memory.
 
     torch has an exception type for GPUs only; its CPU allocator raises a plain `RuntimeError`

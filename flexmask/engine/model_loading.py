@@ -34,8 +34,10 @@ from flexmask.checkpoint.weights import check_loaded_weights
 from flexmask.device import resolve_dtype
 from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.errors import AttentionError, ModelError
+from flexmask.tensor_parallel.plan import RankOf, check_plan
+from flexmask.tensor_parallel.sharding import ModelShard, PartOfWeight
 from flexmask.torch_internals import is_wrapper_subclass, prepare_compiler
-from flexmask.transformers_internals import set_attention_implementation
+from flexmask.transformers_internals import loading_parts, set_attention_implementation
 
 
 def load_model(
@@ -46,6 +48,7 @@ def load_model(
     trust_remote_code: bool = False,
     needs_backend: bool = True,
     adapter: str | None = None,
+    place: RankOf | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, from safetensors or GGUF only, and its tokenizer.
 
@@ -57,10 +60,11 @@ def load_model(
         trust_remote_code: Run code that comes with the model.
         needs_backend: Refuse architectures that do not support attention backends.
         adapter: Folder of a LoRA adapter to merge into the weights.
+        place: The rank whose shard of the model is loaded; None for the whole model.
 
     Raises:
         ModelError: If it or the adapter cannot be found or loaded; if weights are missing, or
-            belong to another model.
+            belong to another model; if it cannot be cut into shards.
         AttentionError: If its architecture does not support attention backends and
             ``needs_backend`` is set.
         CompilerError: If the device needs a C++ compiler and there is none.
@@ -69,14 +73,7 @@ def load_model(
     source = CheckpointSource.find(model)
     if adapter is not None:
         check_adapter_name(adapter)
-    with errors_in_one_line(f"cannot load model {shown(source.name)}"):
-        check_folder(source)
-        check_config_file(source, trust_remote_code=trust_remote_code)
-        shapes = check_files(source)
-        config = load_config(
-            source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
-        )
-        check_sizes(config.get_text_config(decoder=True), shapes, source.name)
+    config = _checked_config(source, trust_remote_code, needs_backend)
     if adapter is not None and (method := quantization_of(config)):
         raise ModelError(
             f"adapter {shown(adapter)} cannot be merged into model {shown(source.name)}, which is "
@@ -86,7 +83,10 @@ def load_model(
     number_type = resolve_dtype(dtype, device)
     if dtype == "auto" and source.gguf is None and quantization_of(config):
         number_type = "auto"
-    loaded = _load_weights(source, config, number_type, trust_remote_code)
+    if place is None:
+        loaded = _load_weights(source, config, number_type, trust_remote_code)
+    else:
+        loaded = _load_shard(source, config, number_type, trust_remote_code, place)
     if needs_backend:
         check_backend(type(loaded))
     module: nn.Module = loaded  # its to() has the simpler signature
@@ -94,6 +94,95 @@ def load_model(
     if adapter is not None:
         merge_adapter(loaded, adapter, source.name)
     return loaded, tokenizer
+
+
+def _checked_config(
+    source: CheckpointSource, trust_remote_code: bool, needs_backend: bool
+) -> PreTrainedConfig:
+    """Load the config of a model, once its files are checked."""
+    with errors_in_one_line(f"cannot load model {shown(source.name)}"):
+        check_folder(source)
+        check_config_file(source, trust_remote_code=trust_remote_code)
+        shapes = check_files(source)
+        config = load_config(
+            source, trust_remote_code=trust_remote_code, needs_backend=needs_backend
+        )
+        check_sizes(config.get_text_config(decoder=True), shapes, source.name)
+    return config
+
+
+def check_shards(model: str, trust_remote_code: bool, adapter: str | None, size: int) -> None:
+    """Refuse a model that cannot be loaded in parts, before anything is loaded.
+
+    Args:
+        model: Hub id, folder or GGUF file.
+        trust_remote_code: Run code that comes with the model.
+        adapter: Folder of a LoRA adapter.
+        size: Number of parts.
+
+    Raises:
+        ModelError: If it is quantised, in GGUF or adapted, or has no plan for so many parts.
+        AttentionError: If its architecture does not support attention backends.
+    """
+    register_attention()
+    source = CheckpointSource.find(model)
+    config = _checked_config(source, trust_remote_code, needs_backend=True)
+    method = quantization_of(config)
+    reason = ""
+    if source.gguf is not None:
+        reason = "is a GGUF file"
+    elif method:
+        reason = f"is quantised by {method}"
+    elif adapter is not None:
+        reason = "gets an adapter; merge that, and save the result"
+    if reason:
+        raise ModelError(
+            "`tensor_parallel` loads parts of plain weights in safetensors, and model "
+            f"{shown(source.name)} {reason}"
+        )
+    check_plan(config.get_text_config(decoder=True), size, shown(source.name))
+
+
+def load_shard(
+    place: RankOf, device: torch.device, *, model: str, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load the shard of a rank, as `load_model` loads a model.
+
+    Args:
+        place: The rank.
+        device: Its device.
+        model: Hub id or folder.
+        dtype: Name of a dtype, or ``auto``.
+        trust_remote_code: Run code that comes with the model.
+    """
+    loaded, _ = load_model(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, place=place
+    )
+    return loaded
+
+
+def _load_shard(
+    source: CheckpointSource,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    place: RankOf,
+) -> PreTrainedModel:
+    """Make the shard of one rank; of each weight only the rank's part is read.
+
+    Raises:
+        ModelError: As `_load_weights`; if sizes do not divide.
+    """
+    shards: list[ModelShard] = []
+
+    def part_of(name: str, weight: Any) -> Any:
+        cut = shards[0].cut_of(name) if shards else None
+        return weight if cut is None else PartOfWeight(weight, cut)
+
+    with loading_parts(lambda model: shards.append(ModelShard(model, place)), part_of):
+        loaded = _load_weights(source, config, dtype, trust_remote_code)
+    shards[0].complete()
+    return loaded
 
 
 def _load_weights(

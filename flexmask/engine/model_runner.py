@@ -30,13 +30,13 @@ from flexmask.engine.compiled_view import (
     multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
-from flexmask.engine.memory import free_bytes
 from flexmask.engine.output_head import OutputHead, TokenScores
 from flexmask.engine.prefill_graphs import PrefillGraphs
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
 from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
+from flexmask.engine.ranks import Ranks, on_all_ranks
 from flexmask.engine.row_loading import to_device
 from flexmask.engine.span_sharing import PromptSpans
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
@@ -74,6 +74,7 @@ class ModelRunner:
     """Prefills and decodes batches with one model; the executor makes it and prepares it.
 
     Attributes:
+        ranks: The processes that hold the model.
         device: Device of the model.
         layer_windows: Sliding window of each kind of layer, in tokens; None for no window.
         context: Positions that the model knows; None for no limit.
@@ -91,18 +92,21 @@ class ModelRunner:
         model: PreTrainedModel,
         mask_cache: BlockMaskCache,
         prefill_kernel: PrefillKernel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare two compiled views of ``model``; nothing compiles before the first batch.
 
         Args:
-            model: A model loaded with ``attn_implementation="flexmask"``.
+            model: A model loaded with ``attn_implementation="flexmask"``, or this rank's shard.
             mask_cache: Keeps BlockMasks.
             prefill_kernel: The kernel that computes prompts on a GPU; None to choose.
+            ranks: The processes that hold the model; None for this one alone.
 
         Raises:
             AttentionError: If the model does not attend through flexmask, or the kernel is not
                 available.
         """
+        self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
         self._is_on_cpu = self.device.type == "cpu"
         self._dtype = next(model.parameters()).dtype
@@ -189,6 +193,7 @@ class ModelRunner:
         """Bytes of the device's memory that the store may still take."""
         return self._store_bytes - self.store.held_bytes[0] if self.store else 0
 
+    @on_all_ranks("runner")
     def prepare(self, strategy: Strategy, batch_size: int, capacity: int) -> bool:
         """Allocate cache and buffers for ``batch_size`` rows of ``capacity`` slots.
 
@@ -262,7 +267,7 @@ class ModelRunner:
         Returns:
             The number of rows that fit; 0 if not even one fits.
         """
-        free = free_bytes(self.device)
+        free = self.ranks.least_free_bytes(self.device)
         if free is None:
             return rows
         free += self.cache.num_bytes - self.reserved_bytes  # freed before other rows are bound
@@ -297,6 +302,7 @@ class ModelRunner:
         assert self._planner is not None, "prepare comes first"
         return self._planner
 
+    @on_all_ranks("runner")
     def release(self) -> None:
         """Free what `prepare` allocated."""
         self._bound = self._planner = self.cached_prefix = None
@@ -308,6 +314,12 @@ class ModelRunner:
         """True if decoding reads keys through a table, which pays for a cached prefix only."""
         return self.bound.key_table is not None and self.cached_prefix is not None
 
+    @on_all_ranks("runner")
+    def forget_prefix(self) -> None:
+        """Copy no prefix from now on."""
+        self.cached_prefix = None
+
+    @on_all_ranks("runner")
     @torch.no_grad()
     def cache_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
@@ -333,6 +345,7 @@ class ModelRunner:
         self.cached_prefix = CachedPrefix(layout.token_ids[:length], values)
         return plan
 
+    @on_all_ranks("runner")
     def plan(
         self, prompts: Mapping[int, Layout], max_new_tokens: int | None = None
     ) -> PrefillPlan:
@@ -347,6 +360,12 @@ class ModelRunner:
         """
         return self.planner.plan(prompts, self.cached_prefix, self.store, max_new_tokens)
 
+    @on_all_ranks("runner", is_answered=False)
+    def foresee(self, layouts: Sequence[Layout], max_new_tokens: int) -> None:
+        """Look at prompts that will be planned soon (`PrefillPlanner.foresee`)."""
+        self.planner.foresee(layouts, max_new_tokens)
+
+    @on_all_ranks("runner")
     @torch.no_grad()
     def prefill(self, plan: PrefillPlan) -> None:
         """Compute the keys and values of prompts, but for the last token of each.
@@ -390,6 +409,7 @@ class ModelRunner:
         if not self._is_on_cpu:
             torch.cuda.synchronize(self.device)
 
+    @on_all_ranks("runner")
     def plan_choices(self, prompts: Mapping[int, ChoicePrompt]) -> PrefillPlan:
         """Plan to compute all tokens of prompts and of the choices stored behind them.
 
@@ -399,6 +419,7 @@ class ModelRunner:
         layouts = {row: prompt.layout for row, prompt in prompts.items()}
         return self.planner.plan_whole(layouts, self.cached_prefix, self.store)
 
+    @on_all_ranks("runner")
     @torch.no_grad()
     def score(self, plan: PrefillPlan, slots: Tensor, token_ids: Tensor) -> TokenScores:
         """Compute prompts, and score a token after each of some slots.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from flexmask.engine.generation_rules import GenerationRules
@@ -34,3 +34,8 @@ class RunOptions:
     fusion: Fusion = Fusion()
     answer_of: Callable[[Generation], str] = attrgetter("prediction")
     top_logprobs: int | None = None
+
+    @property
+    def of_steps(self) -> RunOptions:
+        """The options that steps depend on: all but the caller's function."""
+        return replace(self, answer_of=attrgetter("prediction"))

@@ -53,7 +53,8 @@ class ChoiceScorer(PrefillBatches[ChoicePrompt, "list[TokenScores]"]):
         slots = [row * capacity + slot for row, own in enumerate(predictions) for slot, _ in own]
         tokens = [token for own in predictions for _, token in own]
         scored = runner.score(plan, torch.tensor(slots), torch.tensor(tokens))
-        on_host = TokenScores(*(tensor.cpu() for tensor in scored))
+        with runner.ranks.waiting():
+            on_host = TokenScores(*(tensor.cpu() for tensor in scored))
         lengths = [len(choice) for prompt in prompts for choice in prompt.choices]
         of_choices = iter(
             TokenScores(*pair)

@@ -13,6 +13,9 @@ from flexmask.strategy import Strategy, check_strategy_class
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
 _RECORDED = re.compile(r"(?P<reference>.+) \(sha256 (?P<digest>[0-9a-f]{12})\)")
 
+FILE_MODULES = "flexmask_file_"
+"""What the names of modules begin with that are strategy files."""
+
 
 def is_strategy_file(reference: str) -> bool:
     """Return True for ``path/to/file.py`` and ``path/to/file.py:name``."""
@@ -57,7 +60,7 @@ def strategies_of_file(path: Path) -> tuple[type[Strategy], ...]:
 
 @cache
 def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy], ...]:
-    name = f"flexmask_file_{path.stem}_{digest}"  # two folders may each have a masks.py
+    name = f"{FILE_MODULES}{path.stem}_{digest}"  # two folders may each have a masks.py
     module = run_file(location, path, name, StrategyError)
     values = vars(module).values()
     own = [cls for cls in values if isinstance(cls, type) and cls.__module__ == name]
@@ -68,6 +71,23 @@ def _strategies(location: Path, path: Path, digest: str) -> tuple[type[Strategy]
             "@flexmask.mask_strategy"
         )
     return found
+
+
+def strategy_in_module(path: Path, module: str, name: str) -> type[Strategy]:
+    """Return a strategy of a file that another process has run.
+
+    Args:
+        path: The file.
+        module: Name of the module that it was there.
+        name: Name of the class.
+
+    Raises:
+        StrategyError: If the file has changed since, or fails.
+    """
+    for cls in strategies_of_file(path):
+        if (cls.__module__, cls.__qualname__) == (module, name):
+            return cls
+    raise StrategyError(f"{path} has changed since it was loaded; start again")
 
 
 def recorded_name(reference: str) -> str:

@@ -146,6 +146,7 @@ class Generate(DatasetCommand["Generation"]):
             options.results.mode,
             self.scaling,
             options.engine.device,
+            ranks=options.engine.num_ranks,
             is_quiet=options.results.quiet,
             is_verbose=self.output.verbose,
         )

@@ -1,0 +1,392 @@
+"""Measures a model that several GPUs hold together, beside one GPU and transformers' own way.
+
+Models of random weights at real shapes; each rank makes its shard on its device, so there is no
+checkpoint. The floor is that of all GPUs: the time to read the weights, and the keys and values so
+far, once at their bandwidth together, or to compute the products at their matrix rate together.
+The peer is transformers' tensor parallelism (``tp_plan="auto"``) with its ``generate``, with a
+static cache, which it compiles, and with a dynamic one.
+
+Each way runs in processes of its own, within a time limit; results so far are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from flexmask.engine import Engine
+from flexmask.engine.executor import BatchSize
+from flexmask.engine.model_runner import bucketed_capacity
+from flexmask.engine.turns import TURN
+from flexmask.plugins.registry import make_strategy
+from flexmask.bench.floors import ModelCost, PromptWork, Rates
+from generation import REPEATS, decode_flexmask, endless, seconds
+from random_model import DTYPES, SHAPES, random_config, random_engine, random_model
+from random_prompts import RandomPrompts
+from stamp import environment_stamp
+from start_peer import generate
+
+STRATEGY = "causal"
+PEERS = {"transformers static": "static", "transformers dynamic": "dynamic"}
+"""Cache of each peer."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the model.
+
+    Attributes:
+        name: ``flexmask``, or one of `PEERS`.
+        ranks: GPUs, or processes on a CPU.
+    """
+
+    name: str
+    ranks: int
+
+    def __str__(self) -> str:
+        """Return it as the table shows it."""
+        return f"{self.name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        phase: ``decode``, or ``prefill``: the first token of all prompts.
+        rows: Number of prompts.
+        tokens: Tokens of each.
+    """
+
+    phase: str
+    rows: int
+    tokens: int
+
+    @classmethod
+    def all_of(cls, decode: Sequence[str], prefill: Sequence[str]) -> list[Case]:
+        """Read cases such as ``8x1024``."""
+        return [
+            cls(phase, *map(int, text.split("x")))
+            for phase, texts in (("decode", decode), ("prefill", prefill))
+            for text in texts
+        ]
+
+    def floor_s(self, cost: ModelCost, rates: Rates) -> float:
+        """Return the least time of a step, or of the first tokens."""
+        keys = self.rows * self.tokens
+        if self.phase == "decode":
+            return cost.decode_step_s(self.rows, keys, keys, rates)
+        pairs = self.rows * self.tokens * (self.tokens + 1) // 2
+        return PromptWork(self.rows, keys, pairs, keys).prefill_s(cost, rates)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement.
+
+    Attributes:
+        way: The way that ran.
+        case: What was measured.
+        first_s: Seconds of the first time, with compilation.
+        ms: Median milliseconds of a decode step, or of the first tokens.
+        peak_gb: Peak memory of the first GPU in 10⁹ bytes; 0 on a CPU.
+    """
+
+    way: Way
+    case: Case
+    first_s: float
+    ms: float
+    peak_gb: float
+
+
+def measure_flexmask(engine: Engine, way: Way, case: Case, steps: int) -> Result:
+    """Measure a case with the engine."""
+    if case.phase == "decode":
+        found = decode_flexmask(engine, STRATEGY, case.rows, case.tokens, steps, 0.0)
+        return Result(way, case, found.first_s, found.ms_per_step, found.peak_gb)
+    first_s, *times = prefill_times(engine, case)
+    return Result(way, case, first_s, 1e3 * statistics.median(times), peak_gb())
+
+
+def prefill_times(engine: Engine, case: Case) -> list[float]:
+    """Time the first token of all prompts, without the plan that the host makes before."""
+    strategy, runner = make_strategy(STRATEGY, {}), engine.runner
+    drawn = RandomPrompts(engine.tokenizer)
+    layouts = [
+        strategy.layout(drawn.tokenizer(drawn.request(strategy, case.tokens)))
+        for _ in range(case.rows)
+    ]
+    rows, names = range(case.rows), [str(row) for row in range(case.rows)]
+    with TURN:
+        size = BatchSize(case.rows, bucketed_capacity(case.tokens + 1), group=1)
+        loop = engine.executor.prepare(strategy, size, endless(engine, 1))
+        plan = runner.plan(dict(enumerate(layouts)), 1)
+
+        def first_tokens() -> None:
+            loop.load(rows, [layout.token_ids for layout in layouts], names)
+            runner.prefill(plan)
+            loop.step()
+
+        # The second compiles what differs from the first, or captures graphs.
+        first_s = seconds(first_tokens) + seconds(first_tokens)
+        return [first_s, *(seconds(first_tokens) for _ in range(REPEATS))]
+
+
+def measure_peer(model: PreTrainedModel, way: Way, case: Case, steps: int) -> Result:
+    """Measure a case with transformers' generate, which all ranks call alike."""
+    cache = {"cache_implementation": PEERS[way.name]}
+    torch.manual_seed(0)
+    prompt = torch.randint(5, model.config.vocab_size, (case.rows, case.tokens))
+    prompt = prompt.to(model.device)
+    added = steps if case.phase == "decode" else 0
+
+    def timed(count: int) -> float:
+        return seconds(lambda: generate(model, prompt, count, **cache))
+
+    first_s = timed(added + 2) + timed(added + 2)
+    short_s = statistics.median(timed(1 if not added else 2) for _ in range(REPEATS))
+    if not added:
+        return Result(way, case, first_s, 1e3 * short_s, peak_gb())
+    long_s = statistics.median(timed(added + 2) for _ in range(REPEATS))
+    return Result(way, case, first_s, 1e3 * (long_s - short_s) / steps, peak_gb())
+
+
+def peak_gb() -> float:
+    """Return the peak memory of this process's GPU in 10⁹ bytes."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+@dataclass(frozen=True)
+class RandomWeight:
+    """A weight of random numbers, of which only the parts that are read are made.
+
+    It stands in for a slice of safetensors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def get_shape(self) -> list[int]:
+        """Return the sizes of the whole."""
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Make a part: a random block, repeated, since random numbers take long on a CPU."""
+        sizes = torch.empty(self.shape, device="meta")[index].shape
+        if len(sizes) == 1:
+            return torch.ones(sizes, dtype=self.dtype)
+        block = torch.randn(1 << 20).mul(0.02).to(self.dtype)
+        values = torch.empty(sizes, dtype=self.dtype)
+        flat = values.view(-1)
+        for some in flat.split(len(block)):
+            some.copy_(block[: len(some)])
+        return values
+
+
+def parallel_transformers(shape: str, dtype: torch.dtype, ranks: int) -> PreTrainedModel:
+    """Load a model of random weights as transformers loads one by its tensor parallel plan."""
+    weights = random_model(shape, "meta", dtype).state_dict()
+    if random_config(shape).tie_word_embeddings:
+        del weights["lm_head.weight"]
+    lazy = {name: RandomWeight(name, tuple(w.shape), dtype) for name, w in weights.items()}
+    from_pretrained: Any = LlamaForCausalLM.from_pretrained
+    model: PreTrainedModel = from_pretrained(
+        None,
+        config=random_config(shape),
+        state_dict=lazy,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        **({"tp_plan": "auto", "tp_size": ranks} if ranks > 1 else {}),
+    )
+    return model
+
+
+def run_way(arguments: argparse.Namespace) -> None:
+    """Run the cases of one way in this process, and write each result as it is there."""
+    way, dtype = Way(arguments.way, arguments.ranks), DTYPES[arguments.device]
+    cases = Case.all_of(arguments.decode, arguments.prefill)
+    rank = int(os.environ.get("RANK", "0"))
+    measure: Any
+    if way.name == "rates":
+        rates = Rates.measure(torch.device(arguments.device), dtype)
+        write_line(arguments.outcomes, asdict(rates) | {"environment": environment_stamp()})
+        return
+    if way.name == "flexmask":
+        subject: Any = random_engine(arguments.shape, arguments.device, dtype, way.ranks)
+        measure = measure_flexmask
+    else:
+        if arguments.device == "cuda":
+            torch.cuda.set_device(rank)
+        subject = parallel_transformers(arguments.shape, dtype, way.ranks)
+        if way.ranks == 1:
+            subject = subject.to(arguments.device)
+        measure = measure_peer
+    for case in cases:
+        result = measure(subject, way, case, arguments.steps)
+        if rank == 0:
+            write_line(arguments.outcomes, asdict(result))
+    if way.name == "flexmask":
+        subject.close()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def start(way: Way, outcomes: Path, log: Path) -> list[subprocess.Popen[bytes]]:
+    """Start the processes of a way: one, or for a peer one per rank."""
+    count = way.ranks if way.name in PEERS else 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        places = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        environment = os.environ | ({n: str(v) for n, v in places.items()} if count > 1 else {})
+        command = [sys.executable, *sys.argv, "--way", way.name, "--ranks", str(way.ranks)]
+        with log.open("ab") as file:
+            processes.append(
+                subprocess.Popen(
+                    [*command, "--outcomes", str(outcomes)],
+                    env=environment, stdout=file, stderr=file, start_new_session=True,
+                )
+            )  # fmt: skip
+    return processes
+
+
+def run_processes(way: Way, folder: Path, limit_s: float) -> tuple[list[dict[str, Any]], str]:
+    """Run a way within a time limit; return its results, and why it ended early."""
+    outcomes, log = folder / "outcomes", folder / "log"
+    outcomes.touch()
+    processes = start(way, outcomes, log)
+    deadline, failure = time.monotonic() + limit_s, ""
+    while any(process.poll() is None for process in processes):
+        statuses = [process.poll() for process in processes]
+        if failed := next((status for status in statuses if status), None):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            failure = f"exit status {failed}: {lines[-1] if lines else 'no output'}"
+            break
+        if time.monotonic() > deadline:
+            failure = f"ended at its limit of {limit_s:.0f} s"
+            break
+        time.sleep(0.2)
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it has ended
+        finally:
+            process.wait()
+    if not failure and any(
+        process.returncode not in (0, -signal.SIGKILL) for process in processes
+    ):
+        failure = "a process failed"
+    if failure:
+        text = log.read_text(errors="replace")
+        print(f"{way}: {failure}\n{text[-6000:]}", file=sys.stderr, flush=True)
+    return [json.loads(line) for line in outcomes.read_text().splitlines()], failure
+
+
+def table(results: Sequence[Mapping[str, Any]], shape: str, dtype: str, rates: Rates) -> list[str]:
+    """Return the lines of the table: each result with its share of the floor."""
+    cost = ModelCost.of(random_model(shape, "meta", DTYPES[dtype]))
+    lines = [
+        f"{'way':32} {'phase':8} {'prompts':>10} {'first s':>8} {'ms':>9} {'tok/s':>9} "
+        f"{'floor ms':>9} {'share':>6} {'GB':>6}"
+    ]
+    for result in results:
+        way, case = Way(**result["way"]), Case(**result["case"])
+        together = Rates(rates.bytes_per_s * way.ranks, rates.flops_per_s * way.ranks)
+        floor_ms = 1e3 * case.floor_s(cost, together)
+        tokens = case.rows * (1 if case.phase == "decode" else case.tokens)
+        lines.append(
+            f"{way!s:32} {case.phase:8} {f'{case.rows}x{case.tokens}':>10} "
+            f"{result['first_s']:8.1f} {result['ms']:9.3f} {1e3 * tokens / result['ms']:9,.0f} "
+            f"{floor_ms:9.3f} {floor_ms / result['ms']:6.1%} {result['peak_gb']:6.1f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run every way in processes of its own; print a table, then a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="32b")
+    parser.add_argument("--device", choices=tuple(DTYPES), default="cuda")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="1 is one GPU")
+    parser.add_argument("--decode", nargs="*", default=["1x1024", "8x1024"])
+    parser.add_argument("--prefill", nargs="*", default=["8x1024"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--limit-s", type=float, default=300, help="of each way")
+    parser.add_argument("--record", type=Path, help="file that receives the results so far")
+    parser.add_argument("--way", help="run this way in this process")
+    parser.add_argument("--outcomes", type=Path, help="the file that it writes")
+    arguments = parser.parse_args()
+    if arguments.way is not None:
+        arguments.ranks = arguments.ranks[-1]
+        run_way(arguments)
+        return
+
+    ways = [Way("flexmask", ranks) for ranks in arguments.ranks]
+    ways += [
+        Way(peer, ranks) for ranks in arguments.ranks if ranks > 1 for peer in arguments.peers
+    ]
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(way: Way) -> list[dict[str, Any]]:
+            own = Path(folder, str(len(os.listdir(folder))))
+            own.mkdir()
+            found, failure = run_processes(way, own, arguments.limit_s)
+            if failure:
+                failures[str(way)] = failure
+            return found
+
+        (measured,) = run(Way("rates", 1))
+        rates = Rates(measured["bytes_per_s"], measured["flops_per_s"])
+        print(f"{rates} each")
+        for way in ways:
+            results += run(way)
+            record = {
+                "shape": arguments.shape,
+                "rates_of_one": asdict(rates),
+                "results": results,
+                "failures": failures,
+                "environment": measured["environment"],
+            }
+            if arguments.record is not None:
+                arguments.record.write_text(json.dumps(record) + "\n")
+            lines = table(results, arguments.shape, arguments.device, rates)
+            print(lines[-1] if results else f"{way}: no result", flush=True)
+    print("\n".join(["", *lines, *(f"{way}: {why}" for way, why in failures.items())]))
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Operators that combine tensors of all ranks, of the default group of `torch.distributed`.
+
+They are operators of torch, so torch.compile keeps them in its graphs as they are, and NCCL's
+kernels are captured in CUDA graphs like any other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("flexmask", "FRAGMENT")
+_LIBRARY.define("sum_over_ranks(Tensor(a!) x) -> ()")
+_LIBRARY.define("gather_over_ranks(Tensor x) -> Tensor")
+_LIBRARY.define("copy_from_first_rank(Tensor(a!) x) -> ()")
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Named `all_gather_single` since torch 2.13."""
+
+_issued = 0
+
+
+def issued() -> int:
+    """Return the collectives that this process has begun, those in replayed graphs left out."""
+    return _issued
+
+
+def _count() -> None:
+    global _issued
+    _issued += 1
+
+
+def _sum_over_ranks(x: Tensor) -> None:
+    """Replace a tensor by the sum of those of all ranks, which is bitwise the same on each."""
+    _count()
+    dense = x.contiguous()
+    dist.all_reduce(dense)
+    if dense is not x:
+        x.copy_(dense)
+
+
+def _gather_over_ranks(x: Tensor) -> Tensor:
+    """Join the tensors ``(..., N)`` of all ranks along the last dimension, in order of ranks."""
+    _count()
+    size = dist.get_world_size()
+    parts = x.new_empty(size * x.shape[0], *x.shape[1:])
+    _all_gather(parts, x.contiguous())
+    return parts.view(size, *x.shape).movedim(0, -2).flatten(-2)
+
+
+def _copy_from_first_rank(x: Tensor) -> None:
+    """Replace a tensor by that of rank 0."""
+    _count()
+    dense = x.contiguous()
+    dist.broadcast(dense, src=0)
+    if dense is not x:
+        x.copy_(dense)
+
+
+def _fake_gather(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] * dist.get_world_size())
+
+
+def _fake_in_place(x: Tensor) -> None:
+    """Change nothing of a tensor that has no values."""
+
+
+for _name, _function, _fake in (
+    ("sum_over_ranks", _sum_over_ranks, _fake_in_place),
+    ("gather_over_ranks", _gather_over_ranks, _fake_gather),
+    ("copy_from_first_rank", _copy_from_first_rank, _fake_in_place),
+):
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _device)
+    torch.library.register_fake(f"flexmask::{_name}", _fake, lib=_LIBRARY)
+
+sum_over_ranks = torch.ops.flexmask.sum_over_ranks
+"""The operator; `_sum_over_ranks` documents it."""
+
+gather_over_ranks = torch.ops.flexmask.gather_over_ranks
+"""The operator; `_gather_over_ranks` documents it."""
+
+copy_from_first_rank = torch.ops.flexmask.copy_from_first_rank
+"""The operator; `_copy_from_first_rank` documents it."""
