@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flexmask.attention.backend import register_attention
 from flexmask.demo import model_path
+from flexmask.device import resolve_quantize
 from flexmask.engine import Engine
+from flexmask.kernels.rounded_linear import round_linear_layers
 from flexmask.transformers_internals import set_attention_implementation
 
 LLAMA_3_2_3B: dict[str, Any] = {
@@ -76,7 +78,20 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> LlamaForCausalL
     return model
 
 
-def random_engine(shape: str, device: str, dtype: torch.dtype) -> Engine:
-    """Return an engine with a model of random weights and the bundled tokenizer."""
+def random_engine(
+    shape: str, device: str, dtype: torch.dtype, quantize: str | None = None
+) -> Engine:
+    """Return an engine with a model of random weights and the bundled tokenizer.
+
+    Args:
+        shape: Name of the model's shape.
+        device: Device.
+        dtype: Dtype of the weights.
+        quantize: What they are rounded to, as in `Engine.from_pretrained`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    return Engine(random_model(shape, device, dtype), tokenizer)
+    model = random_model(shape, device, dtype)
+    if quantize is not None:
+        target = model.device
+        round_linear_layers(model, model.lm_head, resolve_quantize(quantize, target), target)
+    return Engine(model, tokenizer)
