@@ -144,7 +144,9 @@ def test_two_ranks_score_choices_like_one_process(
 
     def scored(engine: Engine) -> list[float]:
         run = engine.score(asked, "causal")
-        return [token for score in run for choice in score.choices for token in choice.token_logprobs]
+        return [
+            token for score in run for choice in score.choices for token in choice.token_logprobs
+        ]
 
     alone, parallel = map(scored, alone_and_parallel("llama"))
     assert parallel == pytest.approx(alone, abs=1e-4)

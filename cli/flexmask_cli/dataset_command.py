@@ -164,7 +164,7 @@ class DatasetCommand(ABC, Generic[Made]):
             self.num_segments,
             str(self.fusion),
             self.part.chosen_shard,
-            planned.adapter,
+            **planned.options.model.changes,
         )
         check_output_name(path)
         planned.check(is_elsewhere=self.is_elsewhere)

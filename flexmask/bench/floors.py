@@ -80,14 +80,15 @@ class ModelCost:
         config, itemsize = model.config, model.dtype.itemsize
         embedding: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()  # to mypy a module may be a tensor
-        read = sum(weight.numel() for weight in model.parameters())
+        weights = list(model.parameters())
         if head.weight is not embedding.weight:
-            read -= embedding.weight.numel()
+            weights = [weight for weight in weights if weight is not embedding.weight]
+        read = sum(weight.numel() for weight in weights)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
-            weight_bytes=read * itemsize,
+            weight_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
             slot_bytes=2 * layers * key_heads * dim * itemsize,
             token_flops=2 * (read - head.weight.numel()),
             logits_flops=2 * head.weight.numel(),

@@ -127,7 +127,7 @@ def compare(
         cells = sameness.cells(ways)
     folder = ReportFolder(
         output.output
-        or default_folder(opened.stem, planned.model_name, planned.adapter) / "compare"
+        or default_folder(opened.stem, planned.model_name, **run.model.changes) / "compare"
     )
     runner = CellRunner(
         load_engine=cache(planned.load_engine),

@@ -58,7 +58,7 @@ def _notes_on_spans(engine: Engine) -> Iterator[str]:
 
 def _projections(engine: Engine) -> str:
     """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
-    from flexmask.kernels.linear_weights import DENSE, kinds_of_projections
+    from flexmask.kernels.linear_weights import DENSE, ROUNDED, kinds_of_projections
 
     is_on_gpu = engine.model.device.type == "cuda"
     parts = []
@@ -66,7 +66,9 @@ def _projections(engine: Engine) -> str:
         if kind == DENSE:
             parts.append(f"{count} fused" if is_on_gpu else f"{count} with dense weights")
         elif is_on_gpu and is_readable:
-            parts.append(f"{count} fused, with weights in 8 bits ({kind})")
+            parts.append(f"{count} fused, with weights in 8 bits ({kind}; prompts unpack them)")
+        elif kind.startswith(ROUNDED):
+            parts.append(f"{count} with weights in 8 bits ({kind}), unpacked for every product")
         else:
             parts.append(f"{count} not fused, since their weights are {kind}")
     return ", ".join(parts)
