@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.fusion import SCORE_FUSIONS
-from flexmask_cli.dataset_command import DatasetCommand, OutputOptions
+from flexmask.request import Request
+from flexmask_cli.dataset_command import Again, DatasetCommand, OutputOptions
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import StrategyOptions
 from flexmask_cli.render.generation import print_notes
 from flexmask_cli.render.scores import print_prefill_kernel, print_score_stats, print_scores
-from flexmask_cli.scaling_options import ShardOptions
+from flexmask_cli.scaling_options import ScalingOptions
 from flexmask_cli.score_options import PlannedScoring, ScoreOptions, ScoreRunOptions
 from flexmask_cli.strategy_choice import choose_strategy
 
 if TYPE_CHECKING:
-    from flexmask.choice_scores import Score
     from flexmask.engine import Engine, RunStats
     from flexmask.results.dataset_run import DatasetRun
 
@@ -31,23 +33,34 @@ def score(
     data: RequestOptions,
     output: OutputOptions,
     run: ScoreRunOptions,
-    scaling: ShardOptions,
+    scaling: ScalingOptions,
 ) -> None:
     """Score the choices of each row of a data set, and choose the most likely."""
-    chosen, fusion = choose_strategy(strategy.strategy, strategy.parameters), score.chosen_fusion
-    opened = data.open(
+    choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
+    chosen, fusion = choose(), score.chosen_fusion
+    open_input = partial(
+        data.open,
         fusion=fusion,
         num_segments=data.num_segments,
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
         reads_choices=True,
     )
-    planned = PlannedScoring(run, opened.task, score.chosen_normalization)
-    ScoreChoices(planned, chosen, fusion, opened, data.num_segments, output, scaling).run()
+    opened = open_input()
+    ScoreChoices(
+        planned=PlannedScoring(run, opened.task, score.chosen_normalization),
+        chosen=chosen,
+        fusion=fusion,
+        opened=opened,
+        num_segments=data.num_segments,
+        output=output,
+        scaling=scaling,
+        again=Again(choose, open_input, data.input),
+    ).run()
 
 
 @dataclass(frozen=True)
-class ScoreChoices(DatasetCommand["Score"]):
+class ScoreChoices(DatasetCommand[Score]):
     """A run that scores choices."""
 
     @property
@@ -68,3 +81,12 @@ class ScoreChoices(DatasetCommand["Score"]):
         """Print choices, counts and times."""
         print_scores(shown, self.planned.judge)
         print_score_stats(stats, self.fusion)
+
+    def made_of(self, request: Request, row: Mapping[str, Any]) -> Score:
+        """Return the scores of a row, without the tokens of the choices."""
+        columns = (row[name] for name in ("choices", "token_logprobs", "is_greedy"))
+        choices = (
+            ChoiceScore(text, (), tuple(logprobs), is_greedy)
+            for text, logprobs, is_greedy in zip(*columns, strict=True)
+        )
+        return Score(request, tuple(choices), row["prompt_tokens"])
