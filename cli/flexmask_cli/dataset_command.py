@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
@@ -103,18 +103,32 @@ class Written(Generic[Made]):
 
 
 @dataclass(frozen=True)
-class Again:
-    """The steps that other processes repeat: choosing the strategy, and opening the input.
+class RunSource:
+    """The strategy and the input of a run; other processes choose and open them again.
 
     Attributes:
         choose: Makes the strategy.
         open_input: Opens the input.
         input: The input, as the user named it.
+        chosen: The strategy.
+        opened: The input, open.
     """
 
     choose: Callable[[], ChosenStrategy]
     open_input: Callable[[], OpenInput]
     input: str | None
+    chosen: ChosenStrategy
+    opened: OpenInput
+
+    @classmethod
+    def open(
+        cls,
+        choose: Callable[[], ChosenStrategy],
+        open_input: Callable[[], OpenInput],
+        input: str | None,
+    ) -> Self:
+        """Choose the strategy and open the input."""
+        return cls(choose, open_input, input, choose(), open_input())
 
 
 @dataclass(frozen=True)
@@ -123,23 +137,19 @@ class DatasetCommand(ABC, Generic[Made]):
 
     Attributes:
         planned: The options of the run, and its task.
-        chosen: The mask strategy.
+        source: The mask strategy and the input.
         fusion: The fusion.
-        opened: The input.
         num_segments: Segments kept of each request; None for all.
         output: Where the rows go, and what is printed.
         scaling: The part of the input that is run, and the processes that run it.
-        again: What other processes do again.
     """
 
     planned: PlannedRun[Any, Any]
-    chosen: ChosenStrategy
+    source: RunSource
     fusion: Fusion
-    opened: OpenInput
     num_segments: int | None
     output: OutputOptions
     scaling: ScalingOptions
-    again: Again
 
     @property
     @abstractmethod
@@ -183,7 +193,7 @@ class DatasetCommand(ABC, Generic[Made]):
         from flexmask.results.output_path import check_output_name, default_output_path
 
         path = output.output or default_output_path(
-            self.opened.stem,
+            self.source.opened.stem,
             planned.model_name,
             self.result_name,
             self.num_segments,
@@ -215,13 +225,13 @@ class DatasetCommand(ABC, Generic[Made]):
         return Written(writer.summary, shown, stats)
 
     def _write_on_cluster(self, path: Path) -> Written[Made]:
-        check_input(self.again.input)
+        check_input(self.source.input)
         options = self.planned.options
         job = self.planned.job(
-            self.again.choose,
-            partial(_requests_of, self.again.open_input, self.planned),
+            self.source.choose,
+            partial(_requests_of, self.source.open_input, self.planned),
             self.fusion,
-            self.opened.name,
+            self.source.opened.name,
         )
         outcome = run_on_cluster(
             job,
@@ -263,11 +273,12 @@ class DatasetCommand(ABC, Generic[Made]):
         return shown, run.engine_run.stats
 
     def _requests(self) -> RequestSource:
-        return self.scaling.rows_of(self.planned.checked(self.opened.requests))
+        return self.scaling.rows_of(self.planned.checked(self.source.opened.requests))
 
     def _job(self, requests: RequestSource) -> DatasetJob[Made]:
+        source = self.source
         return self.planned.job(
-            lambda: self.chosen, lambda: requests, self.fusion, self.opened.name
+            lambda: source.chosen, lambda: requests, self.fusion, source.opened.name
         )
 
     def _write_stream(self) -> None:

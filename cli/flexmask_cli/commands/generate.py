@@ -12,7 +12,7 @@ from flexmask.errors import RequestError
 from flexmask.fusion import FUSIONS
 from flexmask.generation import Generation
 from flexmask.request import Request
-from flexmask_cli.dataset_command import STDOUT, Again, DatasetCommand, OutputOptions
+from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, RunSource
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.generation_options import PlannedGeneration, RunOptions, TokenOptions
 from flexmask_cli.option_groups import takes_options
@@ -51,7 +51,6 @@ def generate(
     fusion.chosen.check_samples(is_greedy=run.sampling.sampling.is_greedy)
     if tokens.segment_attention:
         fusion.chosen.check_one_prompt()
-    chosen = choose()
     open_input = partial(
         data.open,
         fusion=fusion.chosen,
@@ -59,17 +58,9 @@ def generate(
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
     )
-    opened = open_input()
-    Generate(
-        planned=PlannedGeneration(run, opened.task, tokens),
-        chosen=chosen,
-        fusion=fusion.chosen,
-        opened=opened,
-        num_segments=data.num_segments,
-        output=output,
-        scaling=scaling,
-        again=Again(choose, open_input, data.input),
-    ).run()
+    source = RunSource.open(choose, open_input, data.input)
+    planned = PlannedGeneration(run, source.opened.task, tokens)
+    Generate(planned, source, fusion.chosen, data.num_segments, output, scaling).run()
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Generate(DatasetCommand[Generation]):
     @property
     def result_name(self) -> str:
         """The name of the strategy."""
-        return self.chosen.strategy.name
+        return self.source.chosen.strategy.name
 
     def run_rest(
         self, job: DatasetJob[Generation], writer: ResultWriter | RowStream
@@ -114,7 +105,9 @@ class Generate(DatasetCommand[Generation]):
         )
 
     def _print_notes(self, engine: Engine, stats: RunStats) -> None:
-        print_notes(engine, self.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}")
+        print_notes(
+            engine, self.source.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}"
+        )
         print_rules(engine.generation_rules(), stats)
 
     def _is_streamed(self, writer: ResultWriter | RowStream) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.fusion import SCORE_FUSIONS
 from flexmask.request import Request
-from flexmask_cli.dataset_command import Again, DatasetCommand, OutputOptions
+from flexmask_cli.dataset_command import DatasetCommand, OutputOptions, RunSource
 from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import StrategyOptions
@@ -37,26 +37,18 @@ def score(
 ) -> None:
     """Score the choices of each row of a data set, and choose the most likely."""
     choose = partial(choose_strategy, strategy.strategy, strategy.parameters)
-    chosen, fusion = choose(), score.chosen_fusion
     open_input = partial(
         data.open,
-        fusion=fusion,
+        fusion=score.chosen_fusion,
         num_segments=data.num_segments,
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
         reads_choices=True,
     )
-    opened = open_input()
-    ScoreChoices(
-        planned=PlannedScoring(run, opened.task, score.chosen_normalization),
-        chosen=chosen,
-        fusion=fusion,
-        opened=opened,
-        num_segments=data.num_segments,
-        output=output,
-        scaling=scaling,
-        again=Again(choose, open_input, data.input),
-    ).run()
+    source = RunSource.open(choose, open_input, data.input)
+    planned = PlannedScoring(run, source.opened.task, score.chosen_normalization)
+    fusion, segments = score.chosen_fusion, data.num_segments
+    ScoreChoices(planned, source, fusion, segments, output, scaling).run()
 
 
 @dataclass(frozen=True)
@@ -66,12 +58,12 @@ class ScoreChoices(DatasetCommand[Score]):
     @property
     def result_name(self) -> str:
         """The name of the strategy, told from a file of generations."""
-        return f"{self.chosen.strategy.name}-scores"
+        return f"{self.source.chosen.strategy.name}-scores"
 
     def print_notes(self, engine: Engine, run: DatasetRun[Score]) -> None:
         """Print strategy, model and attention."""
         fusion = f"{self.fusion}, {SCORE_FUSIONS[self.fusion.name]}"
-        print_notes(engine, self.chosen.strategy, fusion)
+        print_notes(engine, self.source.chosen.strategy, fusion)
 
     def print_kernels(self, engine: Engine) -> None:
         """Print the kernel of prefill."""
