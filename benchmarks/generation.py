@@ -125,11 +125,11 @@ def measured(
 def decode_flexmask(
     engine: Engine,
     strategy_name: str,
-    weights: str,
     batch_size: int,
     context: int,
     steps: int,
     floor: float,
+    weights: str = AS_THEY_ARE,
 ) -> Decode:
     """Decode with the engine's runner."""
     strategy = make_strategy(strategy_name, {})
@@ -255,7 +255,11 @@ def main() -> None:
         quantize = None if weights == AS_THEY_ARE else weights
         engine = random_engine(arguments.shape, arguments.device, dtype, quantize)
         for case in arguments.cases:
-            note(decode_flexmask(engine, arguments.strategy, weights, *sizes(case, engine.model)))
+            note(
+                decode_flexmask(
+                    engine, arguments.strategy, *sizes(case, engine.model), weights=weights
+                )
+            )
         del engine
         torch.compiler.reset()
         gc.collect()
