@@ -188,7 +188,7 @@ def test_rows_that_see_all_before_take_the_kernel_made_for_them(runner, models):
 @pytest.mark.gpu
 def test_a_graph_that_the_garbage_collector_finds_during_a_capture_does_not_invalidate_it():
     state = torch.zeros(4, device="cuda")
-    unreachable = [DecodeGraph(lambda: state.add_(1), [state])]
+    unreachable: list[object] | None = [DecodeGraph(lambda: state.add_(1), [state])]
     unreachable.append(unreachable)
     calls = 0
 

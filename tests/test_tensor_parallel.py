@@ -169,8 +169,8 @@ def test_memory_that_runs_out_on_any_rank_halves_the_batch_on_all(
 
     parallel.release()
     monkeypatch.setattr(LeadingRanks, "_answer", first_has_too_little)
+    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 rows at a time become 2"):
-        run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
         found = [one.token_ids for one in run]
     assert found == wanted
     assert run.stats.batch_size == 2
