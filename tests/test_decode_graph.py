@@ -188,15 +188,16 @@ def test_rows_that_see_all_before_take_the_kernel_made_for_them(runner, models):
 @pytest.mark.gpu
 def test_a_graph_that_the_garbage_collector_finds_during_a_capture_does_not_invalidate_it():
     state = torch.zeros(4, device="cuda")
-    unreachable: list[object] | None = [DecodeGraph(lambda: state.add_(1), [state])]
-    unreachable.append(unreachable)
-    calls = 0
+    garbage: list[object] = [DecodeGraph(lambda: state.add_(1), [state])]
+    garbage.append(garbage)
+    held, calls = [garbage], 0
+    del garbage
 
     def step():
-        nonlocal calls, unreachable
+        nonlocal calls
         calls += 1
         if calls > WARM_UP_STEPS:
-            unreachable = None
+            held.clear()
         assert [[] for _ in range(5000)]  # each may start the garbage collector
         return state.add_(1)
 
