@@ -215,9 +215,7 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def chosen_workers(
-    cluster: Cluster, machines: Sequence[Mapping[str, float]]
-) -> tuple[int, bool]:
+def chosen_workers(cluster: Cluster, machines: Sequence[Mapping[str, float]]) -> tuple[int, bool]:
     """Return the number of workers, and whether they have GPUs.
 
     Args:

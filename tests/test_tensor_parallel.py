@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from flexmask.engine import Engine
@@ -144,7 +145,9 @@ def test_two_ranks_score_choices_like_one_process(
 
     def scored(engine: Engine) -> list[float]:
         run = engine.score(asked, "causal")
-        return [token for score in run for choice in score.choices for token in choice.token_logprobs]
+        return [
+            token for score in run for choice in score.choices for token in choice.token_logprobs
+        ]
 
     alone, parallel = map(scored, alone_and_parallel("llama"))
     assert parallel == pytest.approx(alone, abs=1e-4)
@@ -167,11 +170,33 @@ def test_memory_that_runs_out_on_any_rank_halves_the_batch_on_all(
 
     parallel.release()
     monkeypatch.setattr(LeadingRanks, "_answer", first_has_too_little)
+    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 rows at a time become 2"):
-        run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
-        found = [one.token_ids for one in run]
-    assert found == wanted
+        found = list(run)
+    assert [one.token_ids for one in found] == wanted
     assert run.stats.batch_size == 2
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_memory_that_runs_out_in_the_middle_of_a_prefill_halves_the_batch_too(
+    alone_and_parallel: Callable[[str], tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, parallel = alone_and_parallel("llama")
+    wanted = [one.token_ids for one in alone.generate(requests(), "causal", max_new_tokens=4)]
+    all_reduce, calls = dist.all_reduce, list[int]()
+
+    def third_has_too_little(tensor: torch.Tensor) -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        all_reduce(tensor)
+
+    parallel.release()
+    monkeypatch.setattr(dist, "all_reduce", third_has_too_little)
+    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
+    with pytest.warns(UserWarning, match="4 rows at a time become 2"):
+        found = list(run)
+    assert [one.token_ids for one in found] == wanted
 
 
 @pytest.mark.usefixtures("without_inductor")

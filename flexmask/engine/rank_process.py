@@ -31,7 +31,7 @@ from flexmask.engine.ranks import (
     outcome_of,
 )
 from flexmask.errors import FlexMaskError, FlexMaskWarning
-from flexmask.tensor_parallel.collectives import issued
+from flexmask.tensor_parallel.collectives import begun
 
 
 class RankProcess:
@@ -77,7 +77,7 @@ class RankProcess:
     def _repeat(self, call: Call, executor: Executor) -> None:
         """Make a call of rank 0; an error that rank 0 must have too is left to it."""
         raised: Exception | None = None
-        before = issued()
+        before = begun()
         try:
             part = executor if call.role == "executor" else getattr(executor, call.role)
             method: Any = getattr(part, call.method)
@@ -89,7 +89,7 @@ class RankProcess:
                 raise
             raised = error
         if call.is_answered:
-            self._send("answer", outcome_of(raised, before))
+            self._send("answer", outcome_of(call, raised, before))
 
     def _listen(self) -> None:
         """Put what rank 0 sends into a queue."""

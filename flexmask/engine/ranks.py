@@ -38,7 +38,7 @@ from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.errors import FlexMaskError, OptionError, RankError
 from flexmask.layout import Layout
 from flexmask.plugins.strategy_file import FILE_MODULES, strategy_in_module
-from flexmask.tensor_parallel.collectives import issued
+from flexmask.tensor_parallel.collectives import begun
 from flexmask.tensor_parallel.plan import RankOf
 from flexmask.torch_internals import abort_collectives
 
@@ -54,14 +54,22 @@ END = b"end"
 Role = Literal["executor", "runner", "loop"]
 """Which part of an executor makes a call."""
 
-Outcome = tuple[Literal["done", "memory", "error"], int]
-"""How a call ended, and how many collectives it began."""
+Outcome = tuple[Literal["done", "memory", "lost", "error"], int]
+"""How a call ended, and how many collectives it began.
+
+With ``memory`` there was too little of it, and the rank's collectives are those of a rank that had
+enough; with ``lost`` they may not be.
+"""
 
 LoadShard = Callable[[RankOf, torch.device], PreTrainedModel]
 """Loads the shard of a rank to its device; every process imports it by its name."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class SharedOutOfMemory(torch.OutOfMemoryError):
+    """A rank ran out of memory, and has taken part in all sums that others compute."""
 
 
 class HasRanks(Protocol):
@@ -85,6 +93,7 @@ class Call:
         args: Its arguments.
         options: Its keyword arguments.
         is_answered: Whether each rank answers how the call ended.
+        computes: Whether it begins collectives.
     """
 
     role: Role
@@ -92,10 +101,11 @@ class Call:
     args: tuple[Any, ...]
     options: dict[str, Any]
     is_answered: bool
+    computes: bool
 
 
 def on_all_ranks(
-    role: Role, *, is_answered: bool = True
+    role: Role, *, is_answered: bool = True, computes: bool = False
 ) -> Callable[[Callable[Concatenate[SelfT, P], R]], Callable[Concatenate[SelfT, P], R]]:
     """Make a method run on all ranks, whoever calls it on rank 0.
 
@@ -103,6 +113,7 @@ def on_all_ranks(
         role: The part of an executor whose method it is.
         is_answered: Whether rank 0 waits until the others have made the call, to compare how it
             ended. Without that, an error on another rank ends the run.
+        computes: Whether the method begins collectives.
     """
 
     def decorate(
@@ -110,7 +121,7 @@ def on_all_ranks(
     ) -> Callable[Concatenate[SelfT, P], R]:
         @functools.wraps(method)
         def on_all(self: SelfT, /, *args: P.args, **options: P.kwargs) -> R:
-            call = Call(role, method.__name__, args, options, is_answered)
+            call = Call(role, method.__name__, args, options, is_answered, computes)
             return self.ranks.call(call, lambda: method(self, *args, **options))
 
         return on_all
@@ -355,7 +366,7 @@ class LeadingRanks(Ranks):
     def _made(self, call: Call, run: Callable[[], R]) -> R:
         """Make a call in this process, and compare how it ends on all ranks."""
         own: Exception | None = None
-        before = issued()
+        before = begun()
         try:
             result = run()
         except Exception as error:
@@ -364,18 +375,18 @@ class LeadingRanks(Ranks):
                     self._fail(f"rank 0 ran out of memory ({_line(error)}); use smaller batches")
                 raise
             own = error
-        outcomes = [outcome_of(own, before)]
+        outcomes = [outcome_of(call, own, before)]
         if call.is_answered:
             outcomes += map(self._answer, self._workers)
         kinds = {kind for kind, _ in outcomes}
         if "error" in kinds and len(kinds) > 1:
             self._fail(f"the ranks differ in {call.method} ({own or 'an error on another rank'})")
-        elif "memory" in kinds and len({begun for _, begun in outcomes}) > 1:
+        elif "lost" in kinds and len(set(outcomes)) > 1:
             # Some wait for collectives that others never begin.
             self._fail("a rank ran out of memory while others computed; use smaller batches")
         elif own is not None:
             raise own
-        elif "memory" in kinds:
+        elif kinds != {"done"}:
             raise torch.OutOfMemoryError("another rank has too little memory")
         return result
 
@@ -496,23 +507,25 @@ class LeadingRanks(Ranks):
             raise RankError(self._failure) from cause
 
 
-def outcome_of(error: Exception | None, before: int) -> Outcome:
+def outcome_of(call: Call, error: Exception | None, before: int) -> Outcome:
     """Return how a call ended, to be compared with the other ranks.
 
     Args:
+        call: The call.
         error: The error that it raised; None for none.
         before: Collectives that the process had begun before the call.
 
     Raises:
         Exception: The error itself, if no other rank can be expected to have it too.
     """
-    begun = issued() - before
+    count = begun() - before
     if error is None:
-        return "done", begun
+        return "done", count
     if is_out_of_memory(error):
-        return "memory", begun
+        is_together = isinstance(error, SharedOutOfMemory) or not call.computes
+        return ("memory" if is_together else "lost"), count
     if isinstance(error, FlexMaskError):
-        return "error", begun
+        return "error", count
     raise error
 
 
@@ -609,8 +622,6 @@ def _pickled(message: object) -> bytes:
         OptionError: If that process cannot import something in it, such as a strategy that is
             defined in a notebook.
     """
-    if isinstance(message, Call) and not message.args and not message.options:
-        return _pickled_call(message.role, message.method, message.is_answered)
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(message)
@@ -620,9 +631,3 @@ def _pickled(message: object) -> bytes:
             "; define strategies in a module or a file"
         ) from error
     return buffer.getvalue()
-
-
-@functools.cache
-def _pickled_call(role: Role, method: str, is_answered: bool) -> bytes:
-    """Pickle a call without arguments, once: a decode step is one."""
-    return pickle.dumps(Call(role, method, (), {}, is_answered))
