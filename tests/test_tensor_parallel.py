@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from flexmask.engine import Engine
-from flexmask.engine.ranks import LeadingRanks
+from flexmask.engine.leading_ranks import LeadingRanks
 from flexmask.errors import ModelError, OptionError, RankError
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions

@@ -19,6 +19,7 @@ from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
+from flexmask.engine.leading_ranks import LeadingRanks
 from flexmask.engine.model_loading import check_shards, load_model, load_shard
 from flexmask.engine.model_runner import (
     MIN_CAPACITY,
@@ -30,7 +31,8 @@ from flexmask.engine.output_head import TokenScores
 from flexmask.engine.precomputing import PrecomputingRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
-from flexmask.engine.ranks import LeadingRanks, LoadShard, Ranks, device_of_ranks
+from flexmask.engine.rank_group import LoadShard, device_of_ranks
+from flexmask.engine.ranks import Ranks
 from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
