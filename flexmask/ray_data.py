@@ -73,6 +73,7 @@ class Predictor:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         adapter: str | None = None,
+        tensor_parallel: int = 1,
         sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
@@ -91,6 +92,7 @@ class Predictor:
             dtype: As for `flexmask.Engine.from_pretrained`.
             trust_remote_code: As for `flexmask.Engine.from_pretrained`.
             adapter: As for `flexmask.Engine.from_pretrained`.
+            tensor_parallel: As for `flexmask.Engine.from_pretrained`; pass as many ``num_gpus``.
             sampling: The way tokens are chosen; None takes the most likely. Random numbers of a
                 row depend on its uuid, so sampled rows need one.
             **options: Other options of `flexmask.Engine.generate`, such as ``max_new_tokens``.
@@ -130,6 +132,7 @@ class Predictor:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             adapter=adapter,
+            tensor_parallel=tensor_parallel,
         )
 
     def load_engine(self, model: str, **options: Any) -> Engine:

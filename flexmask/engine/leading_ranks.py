@@ -35,8 +35,8 @@ from flexmask.errors import FlexMaskError, OptionError, RankError
 from flexmask.tensor_parallel.collectives import begun
 from flexmask.tensor_parallel.plan import RankOf
 
-GRACE_S = 20.0
-"""Seconds that rank 0 has to stop waiting for another rank that has failed."""
+GRACE_S = 10.0
+"""Seconds that rank 0 has to stop waiting for a rank that has failed, or that a rank has to end."""
 
 R = TypeVar("R")
 
