@@ -36,7 +36,7 @@ from flexmask.tensor_parallel.collectives import begun
 from flexmask.tensor_parallel.plan import RankOf
 
 GRACE_S = 10.0
-"""Seconds that rank 0 has to stop waiting for a rank that has failed, or that a rank has to end."""
+"""Seconds that rank 0 has to stop waiting for a failed rank, and that a rank has to end."""
 
 R = TypeVar("R")
 
