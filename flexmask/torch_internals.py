@@ -125,9 +125,12 @@ class SmallSums:
 
         Raises:
             RuntimeError: If they do not reach it.
+            AttributeError: If this version of torch does not have the kernel.
         """
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._sum = torch.ops.symm_mem.one_shot_all_reduce_copy_out
 
         group: Any = dist.group.WORLD
         self._group_name = group.group_name
@@ -144,7 +147,7 @@ class SmallSums:
     def __call__(self, x: Tensor) -> None:
         """Replace a tensor by the sum over the ranks."""
         own = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(own, x, "sum", self._group_name, x)
+        self._sum(own, x, "sum", self._group_name, x)
 
 
 # While a graph is traced.

@@ -54,7 +54,7 @@ def use_small_sums(device: torch.device) -> str:
     if not has_reason.item():
         try:
             sums = SmallSums(device, MOST_SMALL_BYTES)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())
         has_reason.fill_(bool(reason))
         dist.all_reduce(has_reason)
