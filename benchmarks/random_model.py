@@ -14,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from flexmask.attention.backend import register_attention
 from flexmask.demo import model_path
 from flexmask.engine import Engine
-from flexmask.tensor_parallel.collectives import leave_small_sums
 from flexmask.tensor_parallel.plan import RankOf
 from flexmask.tensor_parallel.sharding import ModelShard
 from flexmask.transformers_internals import set_attention_implementation
@@ -95,21 +94,12 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> LlamaForCausalL
 
 
 def random_shard(
-    place: RankOf, device: torch.device, *, shape: str, dtype: torch.dtype, by_nccl: bool = False
+    place: RankOf, device: torch.device, *, shape: str, dtype: torch.dtype
 ) -> LlamaForCausalLM:
     """Return a rank's shard of a model of random weights, which are made on the device.
 
     Weights that every rank holds whole are the same on all.
-
-    Args:
-        place: The rank.
-        device: Its device.
-        shape: One of `SHAPES`.
-        dtype: The dtype.
-        by_nccl: Sum all tensors over the ranks by NCCL, small ones too.
     """
-    if by_nccl:
-        leave_small_sums()
     model = random_model(shape, "meta", dtype)
     shard = ModelShard(model, place)
     for name, weight in [*model.named_parameters(remove_duplicate=True)]:
@@ -126,9 +116,7 @@ def random_shard(
     return model
 
 
-def random_engine(
-    shape: str, device: str, dtype: torch.dtype, ranks: int = 1, *, by_nccl: bool = False
-) -> Engine:
+def random_engine(shape: str, device: str, dtype: torch.dtype, ranks: int = 1) -> Engine:
     """Return an engine with a model of random weights and the bundled tokenizer.
 
     Args:
@@ -136,10 +124,9 @@ def random_engine(
         device: The device.
         dtype: The dtype.
         ranks: GPUs that hold the model together, or processes on a CPU.
-        by_nccl: Sum all tensors over the ranks by NCCL, small ones too.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     if ranks > 1:
-        load = partial(random_shard, shape=shape, dtype=dtype, by_nccl=by_nccl)
+        load = partial(random_shard, shape=shape, dtype=dtype)
         return Engine.of_ranks(load, tokenizer, ranks, device)
     return Engine(random_model(shape, device, dtype), tokenizer)

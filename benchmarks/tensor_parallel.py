@@ -44,8 +44,6 @@ from stamp import environment_stamp
 from start_peer import generate
 
 STRATEGY = "causal"
-BY_NCCL = "flexmask by NCCL"
-"""The engine with NCCL for small sums too."""
 PEERS = {"transformers static": "static", "transformers dynamic": "dynamic"}
 """Cache of each peer."""
 
@@ -55,7 +53,7 @@ class Way:
     """A way to run the model.
 
     Attributes:
-        name: ``flexmask``, `BY_NCCL`, or one of `PEERS`.
+        name: ``flexmask``, or one of `PEERS`.
         ranks: GPUs, or processes on a CPU.
     """
 
@@ -231,10 +229,8 @@ def run_way(arguments: argparse.Namespace) -> None:
         rates = Rates.measure(torch.device(arguments.device), dtype)
         write_line(arguments.outcomes, asdict(rates) | {"environment": environment_stamp()})
         return
-    if way.name in ("flexmask", BY_NCCL):
-        subject: Any = random_engine(
-            arguments.shape, arguments.device, dtype, way.ranks, by_nccl=way.name == BY_NCCL
-        )
+    if way.name == "flexmask":
+        subject: Any = random_engine(arguments.shape, arguments.device, dtype, way.ranks)
         measure = measure_flexmask
     else:
         if arguments.device == "cuda":
@@ -247,7 +243,7 @@ def run_way(arguments: argparse.Namespace) -> None:
         result = measure(subject, way, case, arguments.steps)
         if rank == 0:
             write_line(arguments.outcomes, asdict(result))
-    if isinstance(subject, Engine):
+    if way.name == "flexmask":
         subject.close()
     elif dist.is_initialized():
         dist.destroy_process_group()
@@ -344,7 +340,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="1 is one GPU")
     parser.add_argument("--decode", nargs="*", default=["1x1024", "8x1024"])
     parser.add_argument("--prefill", nargs="*", default=["8x1024"])
-    parser.add_argument("--peers", nargs="*", choices=[BY_NCCL, *PEERS], default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--limit-s", type=float, default=300, help="of each way")
     parser.add_argument("--record", type=Path, help="file that receives the results so far")
