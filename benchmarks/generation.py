@@ -1,10 +1,11 @@
 """Measures decode speed against the memory-bandwidth floor, beside ``transformers.generate``.
 
-One model of random weights at the Llama-3.2-3B shape; prompts of equal length. The floor of a
+One model of random weights at the Llama-3.2-3B shape, its weights as they are or rounded to 8 bits
+(``--quantize none int8 fp8``); prompts of equal length. The floor of a
 step is the time to read all weights and the keys and values so far once, or to compute its
-products, at the rates that this program measures (``floors.py``). Peers are ``model.generate``
-with SDPA and FlexAttention, with dynamic and static cache; their time per step is the difference
-between a long and a short generation.
+products, at the rates that this program measures (``flexmask.bench.floors``). Peers are
+``model.generate`` with SDPA and FlexAttention, with dynamic and static cache; their time per step
+is the difference between a long and a short generation.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flexmask.bench.floors import ModelCost, Rates
+from flexmask.device import DTYPES_OF_8_BITS
 from flexmask.engine import Engine
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.executor import BatchSize
 from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.engine.run_options import RunOptions
 from flexmask.plugins.registry import make_strategy
-from floors import ModelCost, Rates
-from random_model import DTYPES, SHAPES, random_engine
+from random_model import DTYPES, SHAPES, random_engine, random_model
 from random_prompts import RandomPrompts
 from stamp import environment_stamp
 from start_peer import generate
 
 REPEATS = 3
+AS_THEY_ARE = "none"
+"""The name of weights that are not rounded."""
+
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa dynamic": ("sdpa", {"cache_implementation": "dynamic"}),
     "sdpa static": ("sdpa", {"cache_implementation": "static"}),
@@ -55,6 +60,7 @@ class Decode:
         batch_size: Number of rows.
         context: Slots before the first generated token.
         first_s: Seconds to the first token of a cold start, including compilation.
+        prefill_ms: Median milliseconds of the prefill; None for transformers.
         ms_per_step: Median milliseconds per decode step.
         tokens_per_s: Tokens of all rows per second of decoding.
         floor_share: The floor as a share of `ms_per_step`.
@@ -65,6 +71,7 @@ class Decode:
     batch_size: int
     context: int
     first_s: float
+    prefill_ms: float | None
     ms_per_step: float
     tokens_per_s: float
     floor_share: float
@@ -93,7 +100,13 @@ def reset_peak_memory() -> None:
 
 
 def measured(
-    way: str, batch_size: int, context: int, first_s: float, step_s: float, floor: float
+    way: str,
+    batch_size: int,
+    context: int,
+    first_s: float,
+    step_s: float,
+    floor: float,
+    prefill_s: float | None = None,
 ) -> Decode:
     """Make a record of the measurements and the peak memory since its last reset."""
     return Decode(
@@ -101,6 +114,7 @@ def measured(
         batch_size=batch_size,
         context=context,
         first_s=first_s,
+        prefill_ms=None if prefill_s is None else prefill_s * 1e3,
         ms_per_step=step_s * 1e3,
         tokens_per_s=batch_size / step_s,
         floor_share=floor / step_s,
@@ -109,7 +123,13 @@ def measured(
 
 
 def decode_flexmask(
-    engine: Engine, strategy_name: str, batch_size: int, context: int, steps: int, floor: float
+    engine: Engine,
+    strategy_name: str,
+    batch_size: int,
+    context: int,
+    steps: int,
+    floor: float,
+    weights: str = AS_THEY_ARE,
 ) -> Decode:
     """Decode with the engine's runner."""
     strategy = make_strategy(strategy_name, {})
@@ -137,17 +157,19 @@ def decode_flexmask(
         loop.step()
         return loop
 
-    def timed() -> float:
-        prefill(loop)
-        return seconds(lambda: decode(loop))
+    def timed() -> tuple[float, float]:
+        return seconds(lambda: prefill(loop)), seconds(lambda: decode(loop))
 
     synchronize()
     started = time.perf_counter()
     loop = start()
     synchronize()
     first_s = time.perf_counter() - started
-    step_s = statistics.median(timed() for _ in range(REPEATS)) / steps
-    return measured(f"flexmask {strategy_name}", batch_size, context, first_s, step_s, floor)
+    prefill_s, decode_s = map(
+        statistics.median, zip(*(timed() for _ in range(REPEATS)), strict=True)
+    )
+    way = f"flexmask {strategy_name}" + ("" if weights == AS_THEY_ARE else f", {weights}")
+    return measured(way, batch_size, context, first_s, decode_s / steps, floor, prefill_s)
 
 
 def endless(engine: Engine, steps: int) -> RunOptions:
@@ -180,10 +202,11 @@ def decode_peer(
 
 def print_row(result: Decode) -> None:
     """Print one result as a line of the table."""
+    prefill = "" if result.prefill_ms is None else f"{result.prefill_ms:.1f}"
     print(
         f"{result.way:43} {result.batch_size:5} {result.context:7} {result.first_s:8.1f} "
-        f"{result.ms_per_step:9.3f} {result.tokens_per_s:9.0f} {result.floor_share:6.1%} "
-        f"{result.peak_gb:7.1f}",
+        f"{prefill:>10} {result.ms_per_step:9.3f} {result.tokens_per_s:9.0f} "
+        f"{result.floor_share:6.1%} {result.peak_gb:7.1f}",
         flush=True,
     )
 
@@ -198,16 +221,17 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa static"])
     parser.add_argument("--peer-cases", nargs="*", default=["1x1024"])
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument(
+        "--quantize", nargs="+", choices=(AS_THEY_ARE, *DTYPES_OF_8_BITS), default=[AS_THEY_ARE]
+    )
     parser.add_argument("--record", type=Path, help="file that receives the results so far")
     arguments = parser.parse_args()
 
     dtype = DTYPES[arguments.device]
     rates = Rates.measure(torch.device(arguments.device), dtype)
     print(rates)
-    print(f"{'way':43} {'batch':>5} {'context':>7} {'first s':>8} {'ms/step':>9} "
-          f"{'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
-    engine = random_engine(arguments.shape, arguments.device, dtype)
-    cost = ModelCost.of(engine.model)
+    print(f"{'way':43} {'batch':>5} {'context':>7} {'first s':>8} {'prefill ms':>10} "
+          f"{'ms/step':>9} {'tok/s':>9} {'floor':>6} {'GB':>7}")  # fmt: skip
     record = {"shape": arguments.shape, "rates": asdict(rates)}
     results: list[Decode] = []
 
@@ -221,21 +245,30 @@ def main() -> None:
         if arguments.record is not None:
             arguments.record.write_text(line() + "\n")
 
-    def sizes(case: str) -> tuple[int, int, int, float]:
+    def sizes(case: str, model: PreTrainedModel) -> tuple[int, int, int, float]:
         """Return rows, context, steps and the floor of a step."""
         rows, context = map(int, case.split("x"))
-        keys = rows * context
-        return rows, context, arguments.steps, cost.decode_step_s(rows, keys, keys, rates)
+        floor = ModelCost.of(model).decode_step_s(rows, rows * context, rows * context, rates)
+        return rows, context, arguments.steps, floor
 
-    for case in arguments.cases:
-        note(decode_flexmask(engine, arguments.strategy, *sizes(case)))
-    model = engine.model
-    del engine
-    gc.collect()
-    torch.cuda.empty_cache()
-    for way in arguments.peers:
-        for case in arguments.peer_cases:
-            note(decode_peer(model, way, *sizes(case)))
+    for weights in arguments.quantize:
+        quantize = None if weights == AS_THEY_ARE else weights
+        engine = random_engine(arguments.shape, arguments.device, dtype, quantize)
+        for case in arguments.cases:
+            note(
+                decode_flexmask(
+                    engine, arguments.strategy, *sizes(case, engine.model), weights=weights
+                )
+            )
+        del engine
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    if arguments.peers:
+        model = random_model(arguments.shape, arguments.device, dtype)
+        for way in arguments.peers:
+            for case in arguments.peer_cases:
+                note(decode_peer(model, way, *sizes(case, model)))
     print(line())
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from floors import ModelCost, Rates
+from flexmask.bench.floors import ModelCost, Rates
 from peer_jobs import Outcome
 from peer_process import Report
 from peer_tasks import PARTS, VLLM_WAYS, Task

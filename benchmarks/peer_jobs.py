@@ -23,6 +23,7 @@ class Job:
         new_tokens: Tokens to generate for every prompt.
         prompts: The prompts of each run: fields of a request for flexmask, token ids for vLLM.
         times: Times that these runs are made one after another; the very first run warms up.
+        scores_prompts: Also compute the log-probability of every prompt token.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Job:
     new_tokens: int
     prompts: tuple[tuple[Any, ...], ...]
     times: int = 1
+    scores_prompts: bool = False
 
     @property
     def runs(self) -> Iterator[tuple[Any, ...]]:

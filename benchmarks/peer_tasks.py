@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from flexmask import Request, RequestTokenizer, TokenizedRequest
 from flexmask.demo import model_path
-from floors import PromptWork
 from peer_jobs import Job
+from prompt_work import PromptWork
 from random_prompts import RandomPrompts
 from timed_run import Way
 

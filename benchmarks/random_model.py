@@ -13,7 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flexmask.attention.backend import register_attention
 from flexmask.demo import model_path
+from flexmask.device import resolve_quantize
 from flexmask.engine import Engine
+from flexmask.kernels.rounded_linear import round_linear_layers
 from flexmask.tensor_parallel.plan import RankOf
 from flexmask.tensor_parallel.sharding import ModelShard
 from flexmask.transformers_internals import set_attention_implementation
@@ -116,17 +118,24 @@ def random_shard(
     return model
 
 
-def random_engine(shape: str, device: str, dtype: torch.dtype, ranks: int = 1) -> Engine:
+def random_engine(
+    shape: str, device: str, dtype: torch.dtype, quantize: str | None = None, ranks: int = 1
+) -> Engine:
     """Return an engine with a model of random weights and the bundled tokenizer.
 
     Args:
         shape: One of `SHAPES`.
         device: The device.
-        dtype: The dtype.
+        dtype: The dtype of the weights.
+        quantize: What they are rounded to, as in `Engine.from_pretrained`.
         ranks: GPUs that hold the model together, or processes on a CPU.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     if ranks > 1:
         load = partial(random_shard, shape=shape, dtype=dtype)
         return Engine.of_ranks(load, tokenizer, ranks, device)
-    return Engine(random_model(shape, device, dtype), tokenizer)
+    model = random_model(shape, device, dtype)
+    if quantize is not None:
+        target = model.device
+        round_linear_layers(model, model.lm_head, resolve_quantize(quantize, target), target)
+    return Engine(model, tokenizer)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flexmask import Engine, Request
-from floors import Rates
+from flexmask.bench.floors import Rates
 from peer_jobs import Job, Outcome, OutcomeFile, read_jobs
 from random_model import DTYPES, random_engine
 from stamp import environment_stamp

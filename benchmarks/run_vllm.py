@@ -25,7 +25,11 @@ compile cache."""
 def run(llm: LLM, job: Job) -> Outcome:
     """Time every run of a job."""
     sampling = SamplingParams(
-        max_tokens=job.new_tokens, temperature=0, ignore_eos=True, detokenize=False
+        max_tokens=job.new_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0 if job.scores_prompts else None,
     )
     seconds = []
     for prompts in job.runs:

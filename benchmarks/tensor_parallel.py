@@ -31,13 +31,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from flexmask.bench.floors import ModelCost, Rates
 from flexmask.engine import Engine
 from flexmask.engine.executor import BatchSize
 from flexmask.engine.model_runner import bucketed_capacity
 from flexmask.engine.turns import TURN
 from flexmask.plugins.registry import make_strategy
-from floors import ModelCost, PromptWork, Rates
 from generation import REPEATS, decode_flexmask, endless, seconds
+from prompt_work import PromptWork
 from random_model import DTYPES, SHAPES, random_config, random_engine, random_model
 from random_prompts import RandomPrompts
 from stamp import environment_stamp
@@ -230,7 +231,7 @@ def run_way(arguments: argparse.Namespace) -> None:
         write_line(arguments.outcomes, asdict(rates) | {"environment": environment_stamp()})
         return
     if way.name == "flexmask":
-        subject: Any = random_engine(arguments.shape, arguments.device, dtype, way.ranks)
+        subject: Any = random_engine(arguments.shape, arguments.device, dtype, ranks=way.ranks)
         measure = measure_flexmask
     else:
         if arguments.device == "cuda":

@@ -7,8 +7,9 @@ process of its own with a time limit. vLLM may live in another environment (``--
 flexmask is given texts, which it tokenizes within the measured time; vLLM is given the token ids
 of the same prompts. Prompts of a case are new in every run. The time of a decode step is the
 difference between generating many tokens and one. A data set runs twice and the second run counts;
-vLLM's prefix cache is emptied before it, and flexmask keeps nothing between runs. ``floors.py``
-says what a floor is. The data set's rows are all in one batch there.
+vLLM's prefix cache is emptied before it, and flexmask keeps nothing between runs.
+``flexmask.bench.floors`` and ``prompt_work.py`` say what a floor is. The data set's rows are all
+in one batch there.
 
 Examples:
     python benchmarks/vllm_peer.py --vllm-site /opt/vllm --requests questions.jsonl
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import vllm_process
 from flexmask import read_requests
-from floors import ModelCost
+from flexmask.bench.floors import ModelCost
 from peer_figures import Comparison, Figure, compare
 from peer_process import Report, run_jobs
 from peer_tasks import PARTS, STRATEGIES, WAYS, Settings, Task, Tasks

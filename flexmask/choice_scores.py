@@ -43,7 +43,7 @@ class ChoiceScore:
     @property
     def num_tokens(self) -> int:
         """Number of tokens."""
-        return len(self.token_ids)
+        return len(self.token_logprobs)
 
     @property
     def num_bytes(self) -> int:

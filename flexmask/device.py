@@ -1,4 +1,4 @@
-"""Devices and dtypes by name, and starting a GPU before it is needed.
+"""Devices, dtypes and 8-bit weights by name, and starting a GPU before it is needed.
 
 Names can be checked without torch, so that errors appear before torch is imported.
 """
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of dtypes, as in torch."""
+
+DTYPES_OF_8_BITS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+"""Names of what weights are rounded to, and of their dtypes in torch."""
+
+_FLOAT8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs that convert float8."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
 
@@ -72,6 +78,38 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def check_quantize_name(name: str) -> None:
+    """Check that a name is one of `DTYPES_OF_8_BITS`.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if name not in DTYPES_OF_8_BITS:
+        close = did_you_mean(name, list(DTYPES_OF_8_BITS))
+        raise OptionError(f"quantize must be int8 or fp8, got {name!r}{close}")
+
+
+def resolve_quantize(name: str, device: torch.device) -> torch.dtype:
+    """Turn ``int8`` or ``fp8`` into a dtype.
+
+    Raises:
+        OptionError: If the name is not known, or the device does not convert the dtype.
+    """
+    check_quantize_name(name)
+    import torch
+
+    if name == "fp8" and device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found < _FLOAT8_CAPABILITY:
+            raise OptionError(
+                "quantize fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), "
+                f"got {found[0]}.{found[1]}; use `quantize=int8`"
+            )
+    dtype = getattr(torch, DTYPES_OF_8_BITS[name])
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -183,9 +183,9 @@ class Fusion:
         a request of its own. All other fusions leave the request as it is. With several samples
         that are not counted by a vote, there is a request for each sample.
         """
-        chosen = request.alone() if self.name in ("none", "each") else [request]
-        if self.name == "none":
-            del chosen[1:]
+        chosen = [request]
+        if self.name in ("none", "each"):
+            chosen = request.alone(1 if self.name == "none" else None)
         if not self.has_sample_rows:
             return chosen
         return [replace(one, sample=number) for one in chosen for number in range(self.samples)]
@@ -205,14 +205,12 @@ class Fusion:
         """
         return [(each, self._prompts(each)) for each in self.expand(request)]
 
-    def weights_of(self, request: Request) -> tuple[float, ...]:
-        """Return a weight for each prompt of an expanded request.
+    def weights_of(self, request: Request, num_prompts: int) -> tuple[float, ...]:
+        """Return a weight for each of the ``num_prompts`` prompts of an expanded request.
 
         Where the model's confidence weights the prompts, they are 1 until it is known.
         """
-        if self.weights == "column":
-            return request.weights
-        return (1.0,) * len(self._prompts(request))
+        return request.weights if self.weights == "column" else (1.0,) * num_prompts
 
     def _prompts(self, request: Request) -> list[Request]:
         return request.alone() if self.is_of_logits or self.name == "vote" else [request]

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING, Literal
 
 from flexmask import display
@@ -169,10 +170,10 @@ class Layout:
             raise LayoutError("a layout ends with at least one fusion-tail token")
         if TAIL in self.segment_ids[: self.tail_start]:
             raise LayoutError("fusion-tail tokens must stand together at the end")
-        if min(self.segment_ids) < TAIL:
-            raise LayoutError(f"segment ids must be at least {TAIL}, got {min(self.segment_ids)}")
-        if min(self.position_ids) < 0:
-            raise LayoutError(f"positions must not be negative, got {min(self.position_ids)}")
+        if (least := min(self.segment_ids)) < TAIL:
+            raise LayoutError(f"segment ids must be at least {TAIL}, got {least}")
+        if (least := min(self.position_ids)) < 0:
+            raise LayoutError(f"positions must not be negative, got {least}")
         if list(self.choice_lengths) != sorted(self.choice_lengths, reverse=True):
             raise LayoutError(f"choices are stored longest first, got {self.choice_lengths}")
         if self.choice_lengths and self.prompt_length <= self.tail_start:
@@ -194,7 +195,7 @@ class Layout:
         """Tokens of the prompt, without those of choices."""
         return len(self.token_ids) - sum(self.choice_lengths)
 
-    @property
+    @cached_property
     def num_segments(self) -> int:
         """Number of segments."""
         return max(max(self.segment_ids), 0)
@@ -374,7 +375,8 @@ def placed_layout(
         token_ids += segment
         segment_ids += [number] * len(segment)
         position_ids += range(start, start + len(segment))
-    first = max(position_ids) + 1 if tail_start is None else tail_start
+    ends = map(add, starts, map(len, request.segments))
+    first = max(len(request.prefix), *ends) if tail_start is None else tail_start
     token_ids += request.tail
     segment_ids += [TAIL] * len(request.tail)
     position_ids += range(first, first + len(request.tail))

@@ -74,6 +74,7 @@ class Predictor:
         trust_remote_code: bool = False,
         adapter: str | None = None,
         tensor_parallel: int = 1,
+        quantize: str | None = None,
         sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
@@ -93,6 +94,7 @@ class Predictor:
             trust_remote_code: As for `flexmask.Engine.from_pretrained`.
             adapter: As for `flexmask.Engine.from_pretrained`.
             tensor_parallel: As for `flexmask.Engine.from_pretrained`; pass as many ``num_gpus``.
+            quantize: As for `flexmask.Engine.from_pretrained`.
             sampling: The way tokens are chosen; None takes the most likely. Random numbers of a
                 row depend on its uuid, so sampled rows need one.
             **options: Other options of `flexmask.Engine.generate`, such as ``max_new_tokens``.
@@ -133,6 +135,7 @@ class Predictor:
             trust_remote_code=trust_remote_code,
             adapter=adapter,
             tensor_parallel=tensor_parallel,
+            quantize=quantize,
         )
 
     def load_engine(self, model: str, **options: Any) -> Engine:

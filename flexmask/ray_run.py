@@ -38,7 +38,7 @@ from flexmask.errors import (
     RequestError,
 )
 from flexmask.plugins.registry import LOAD_PLUGINS
-from flexmask.results.dataset_run import GenerationJob
+from flexmask.results.dataset_run import DatasetJob
 from flexmask.results.journal import Journal
 from flexmask.results.merge import Part, matching_parts, write_merged
 from flexmask.results.output_path import writable_path
@@ -91,7 +91,7 @@ class Outcome:
     Attributes:
         summary: Counts over the rows of the result file; of those finished so far if it was
             stopped.
-        stats: Counts and times of the workers together; None if nothing was generated. Those of
+        stats: Counts and times of the workers together; None if no row was left. Those of
             workers that died are missing.
         is_complete: Whether the result file was written.
     """
@@ -118,7 +118,7 @@ class Hooks:
 
 
 def run_on_ray(
-    job: GenerationJob, output: Path, mode: OutputMode, cluster: Cluster, hooks: Hooks
+    job: DatasetJob[Any], output: Path, mode: OutputMode, cluster: Cluster, hooks: Hooks
 ) -> Outcome:
     """Run a data set with the workers of a Ray cluster, and write its result file.
 
@@ -167,13 +167,13 @@ def run_on_ray(
             journal.close(keep=not is_written)
 
 
-def _finished_outcome(job: GenerationJob, output: Path) -> Outcome:
+def _finished_outcome(job: DatasetJob[Any], output: Path) -> Outcome:
     """Return the outcome of a run that resumes a complete file, which it leaves as it is."""
     with job.open_writer(output, job.open_requests(), "resume") as writer:
         if not writer.is_complete:
             raise OutputError(
                 f"{output}: complete, but {len(writer.remaining):,} of its rows are new or have "
-                "failed; generate them without `engine=ray`"
+                "failed; run them without `engine=ray`"
             )
     return Outcome(writer.summary, None, is_complete=True)
 
@@ -323,7 +323,7 @@ class RayWorker:
     """The actor around a `ShardWorker`; its engine is kept from one call to the next."""
 
     def __init__(
-        self, job: GenerationJob, folder: ShardFolder, queue: Any, name: str, place: Place
+        self, job: DatasetJob[Any], folder: ShardFolder, queue: Any, name: str, place: Place
     ) -> None:
         """Keep the arguments; an error here would hide its cause from the driver."""
         self._worker = ShardWorker(job, folder, RemoteAssignments(queue, name))
@@ -340,7 +340,7 @@ class _Run:
 
     def __init__(
         self,
-        job: GenerationJob,
+        job: DatasetJob[Any],
         output: Path,
         mode: OutputMode,
         cluster: Cluster,

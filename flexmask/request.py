@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -219,17 +220,25 @@ class Request:
             raise RequestError(f"{count} segments asked for, got {len(self.segments)}")
         return replace(self, segments=self.segments[:count], weights=self.weights[:count])
 
-    def alone(self) -> list[Request]:
+    def alone(self, most: int | None = None) -> list[Request]:
         """Return each segment as a request of its own, with prefix and suffix.
 
         A request that is one segment of a larger request is alone already.
+
+        Args:
+            most: Number of segments to return, the first ones; None for all.
         """
         if self.segment is not None:
             return [self]
-        return [
-            replace(self, segments=(text,), weights=(), segment=number)
-            for number, text in enumerate(self.segments, start=1)
-        ]
+        texts = self.segments[:most]
+        return [self._with_segment(number, text) for number, text in enumerate(texts, start=1)]
+
+    def _with_segment(self, number: int, text: str) -> Request:
+        """Return a copy with one segment; unlike `replace`, it does not check all texts again."""
+        alone = copy.copy(self)
+        for name, value in (("segments", (text,)), ("weights", ()), ("segment", number)):
+            object.__setattr__(alone, name, value)
+        return alone
 
 
 def check_choices(choices: Sequence[str]) -> None:

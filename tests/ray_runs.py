@@ -13,18 +13,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from flexmask.choice_scores import ChoiceScore, Score
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.inputs.input_files import open_input
 from flexmask.ray_data import Predictor
 from flexmask.ray_run import Cluster, Hooks, Outcome, run_on_ray
 from flexmask.request import Request
-from flexmask.results.dataset_run import GenerationJob
+from flexmask.results.dataset_run import DatasetJob, GenerationJob, ScoringJob
 from flexmask.results.resume import OutputMode
 from flexmask.results.run_config import RunConfig
 from flexmask.results.shard_queue import Progress
-from flexmask.tasks.judge import Judge
-from flexmask.tasks.request_source import OnError, RequestSource
+from flexmask.tasks.judge import ChoiceJudge, Judge
+from flexmask.tasks.request_source import OnError, PlainRequests, RequestSource
 
 AT_ONCE = 3
 """Rows that these engines start together."""
@@ -41,7 +42,10 @@ class RowEngine:
     act: Callable[[Request], object]
 
     def generate(self, requests: Iterable[Request], strategy: Any, **options: Any) -> RowRun:
-        return RowRun(requests, self.act)
+        return RowRun(requests, self.act, _generated)
+
+    def score(self, requests: Iterable[Request], strategy: Any, **options: Any) -> RowRun:
+        return RowRun(requests, self.act, _scored)
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,39 @@ class RowStats:
 
 
 class RowRun:
-    def __init__(self, requests: Iterable[Request], act: Callable[[Request], object]) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        act: Callable[[Request], object],
+        make: Callable[[Request], Any],
+    ) -> None:
         self._requests = iter(requests)
         self._act = act
+        self._make = make
         self._is_stopped = False
         self.stats = RowStats()
 
     def stop(self) -> None:
         self._is_stopped = True
 
-    def batches(self) -> Iterator[list[Generation]]:
+    def batches(self) -> Iterator[list[Any]]:
         while not self._is_stopped and (started := list(islice(self._requests, AT_ONCE))):
             for request in started:
                 self._act(request)
                 self.stats = self.stats.plus(RowStats(1))
-                yield [Generation(request, f" {request.uuid}?", (1, 2), "length", 3)]
+                yield [self._make(request)]
+
+
+def _generated(request: Request) -> Generation:
+    return Generation(request, f" {request.uuid}?", (1, 2), "length", 3)
+
+
+def _scored(request: Request) -> Score:
+    """Scores by which the last choice is the most likely."""
+    scores = (
+        ChoiceScore(text, (1,), (float(n),), False) for n, text in enumerate(request.choices)
+    )
+    return Score(request, tuple(scores), 3)
 
 
 def wait(seconds: float, _: Request) -> None:
@@ -101,8 +123,9 @@ def load(act: Callable[[Request], object]) -> Any:
     return RowEngine(act)
 
 
-def open_rows_of(path: str) -> RequestSource:
-    return RequestSource(open_input(path), on_error="skip")
+def open_rows_of(path: str, reads_choices: bool) -> RequestSource:
+    make = PlainRequests(reads_choices=reads_choices)
+    return RequestSource(open_input(path), make, on_error="skip")
 
 
 def record() -> RunConfig:
@@ -118,14 +141,16 @@ def job(
     act: Callable[[Request], object] = answer,
     on_error: OnError = "skip",
     fusion: Fusion = Fusion(),
-) -> GenerationJob:
-    return GenerationJob(
-        open_requests=partial(open_rows_of, str(rows)),
+    judge: Judge | ChoiceJudge = Judge(),
+) -> DatasetJob[Any]:
+    scores = isinstance(judge, ChoiceJudge)
+    return (ScoringJob if scores else GenerationJob)(
+        open_requests=partial(open_rows_of, str(rows), scores),
         make_strategy=partial(getattr, RowEngine, "__name__"),
         load_engine=partial(load, act),
         record=record,
         fusion=fusion,
-        judge=Judge(),
+        judge=judge,
         on_error=on_error,
         options={},
     )
@@ -149,7 +174,7 @@ class Heard:
 
 
 def run_job(
-    job: GenerationJob,
+    job: DatasetJob[Any],
     output: Path,
     mode: OutputMode = "new",
     heard: Heard | None = None,

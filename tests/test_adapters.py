@@ -23,6 +23,7 @@ from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.engine.model_loading import load_model
 from flexmask.errors import KVStoreError, ModelError
+from flexmask.kernels.rounded_linear import rounded_rows
 from flexmask.kv_store.options import KVCacheOptions
 from flexmask.request import Request
 
@@ -216,6 +217,17 @@ def test_an_adapter_cannot_be_merged_into_quantised_weights(adapter, refusal, mo
     monkeypatch.setattr("flexmask.engine.model_loading.quantization_of", lambda config: "gptq")
     assert "cannot be merged into model" in (message := refusal(adapter))
     assert message.endswith("which is quantised by gptq; load one that is not quantised")
+
+
+def test_an_adapter_is_merged_before_weights_are_rounded(adapter: Path) -> None:
+    options: Any = {"device": torch.device("cpu"), "dtype": "float32", "adapter": str(adapter)}
+    rounded, _ = load_model(BASE, **options, quantize="int8")
+    name = "model.layers.0.self_attn.q_proj"
+    found: Any = rounded.get_submodule(name)
+    merged: Any = loaded(adapter).get_submodule(name)
+    digits, scale = rounded_rows(merged.weight, torch.int8)
+    assert torch.equal(found.weight, digits)
+    assert torch.equal(found.scale, scale)
 
 
 def test_another_adapter_is_another_model(tmp_path: Path, adapter: Path) -> None:

@@ -220,6 +220,7 @@ def test_verbose_tells_what_the_generation_config_of_the_model_does(small, other
     assert result.status == 0, result.err
     assert "generation config ends rows with: 1, 201\n" in result.err
     assert "generation config applies: RepetitionPenaltyLogitsProcessor\n" in result.err
+    assert re.search(r"floor: \d+% of .* s of prefill, \d+% of .* s of decode", result.err)
     would = "generation config would sample (temperature=0.6, top_p=0.9); this run does as --temp"
     assert would in result.err
     (folder / "generation_config.json").write_text(json.dumps({"num_beams": 3}))

@@ -146,6 +146,78 @@ def test_fusions_and_normalizations_are_compared_by_eval(score, tmp_path):
     assert pairs == {tuple(map(str, pair)) for pair in combinations(paths, 2)}
 
 
+def test_compare_scores_its_cells_as_score_does(score, tmp_path):
+    rows, folder = ROWS[:2], tmp_path / "report"
+    fusions = ["attention", "none", "mean", "mean_prob"]
+    for fusion in fusions:
+        options = ["--fusion", fusion, "--normalize", "tokens"]
+        assert score(*options, rows=rows, output=f"{fusion}.feather").status == 0
+    command = ["compare", "--score", "--normalize", "tokens", "-i", tmp_path / "rows.jsonl"]
+    command += ["-s", "causal", "--fusions", "none,mean,mean_prob", "--batch-size", 2]
+    outcome = run_command(*command, "-o", folder)
+    assert outcome.status == 0, outcome.err
+    cells = json.loads((folder / "report.json").read_text())["cells"]
+    assert [cell["fusion"]["name"] for cell in cells] == fusions
+    for cell, fusion in zip(cells, fusions, strict=True):
+        scored = tmp_path / f"{fusion}.feather"
+        table = read_finished_rows(folder / cell["file"])
+        assert table.equals(read_finished_rows(scored))
+        (file,) = json.loads(run_command("eval", scored, "--json").out)["files"]
+        assert cell["score"] == file["metrics"]["exact"]
+        found = table.to_pylist()
+        chosen = [row["logprobs"][row["chosen"]] for row in found]
+        assert cell["mean_logprob"] == pytest.approx(sum(chosen) / 2)
+        assert cell["ms_per_question"] > 0
+        assert cell["tokens_per_s"] is cell["first_token_ms"] is None
+        before = (folder / cell["file"]).read_bytes()
+        again = [*options[:1], fusion, *options[2:], "--resume"]
+        assert score(*again, rows=rows, output=folder / cell["file"]).status == 0
+        assert (folder / cell["file"]).read_bytes() == before
+    assert "logprob" in outcome.out
+    assert "tokens/s" not in outcome.out
+    page = (folder / "report.html").read_text()
+    assert "the choice with the highest log-probability per token" in page
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["cells"][-1]["logprobs"] == [round(logprob, 3) for logprob in chosen]
+    resumed = run_command(*command, "-o", folder, "--resume", "--json")
+    assert json.loads(resumed.out) == cells
+
+
+def test_ways_with_equal_prompts_are_scored_once(score, tmp_path):
+    assert score(rows=ROWS[:2]).status == 0
+    command = ["compare", "--score", "-i", tmp_path / "rows.jsonl", "-s", "causal,tree"]
+    command += ["--num-segments", "1", "--batch-size", 2, "-o", tmp_path / "report"]
+    outcome = run_command(*command)
+    assert outcome.status == 0, outcome.err
+    assert "any strategy (1) is also none (1), mean (1)\n" in outcome.out
+    assert len([*(tmp_path / "report").glob("*.feather")]) == 1
+
+
+def test_show_says_how_likely_the_chosen_choice_was(score, tmp_path):
+    assert score(rows=ROWS[:1]).status == 0
+    (row,) = read_finished_rows(tmp_path / "out.feather").to_pylist()
+    outcome = run_command("show", tmp_path / "out.feather", "--ascii")
+    assert f"prediction  {row['prediction']}  (" in outcome.out
+    assert f"logprob     {row['logprobs'][row['chosen']]:.3f}" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--normalize", "bytes"], "--normalize needs --score"),
+        (["--score", "--fusions", "vote"], "under the fusions attention, none, each, mean, mean"),
+        (["--score", "--logprobs"], "--score generates nothing; leave out --logprobs"),
+        (
+            ["--score", "--temperature", "1", "--judge", "f1"],
+            "--score generates nothing; leave out --temperature, --judge",
+        ),
+        (["--score"], "the row has no 'choices', a list of strings; its columns: 'uuid', "),
+    ],
+)
+def test_mistakes_about_a_comparison_of_scores_are_one_line(score, tmp_path, options, message):
+    assert message in run_command("compare", *options, "-o", tmp_path / "report").error
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -40,7 +40,8 @@ def contender(name, **parameters):
 def names_of_cells(contenders, fusions, counts, requests=REQUESTS, **options):
     ways = plan_ways(contenders, fusions, counts)
     tokenizer = RequestTokenizer(load_tokenizer(str(model_path())))
-    sameness = Sameness(cut_to_counts(requests, counts), tokenizer, 4, **options)
+    new_tokens = 0 if requests[0].choices else 4
+    sameness = Sameness(cut_to_counts(requests, counts), tokenizer, new_tokens, **options)
     return [(cell.title, cell.same) for cell in sameness.cells(ways)]
 
 
@@ -121,6 +122,20 @@ def test_a_mask_that_differs_in_one_pair_is_a_cell_of_its_own():
         ("mean of causal (2)", ()),
         ("mean of nearly_causal (2)", ()),
     ]
+
+
+def test_masks_that_differ_for_the_tokens_of_a_choice_are_told_apart():
+    @mask_strategy
+    def forgets_late(batch):
+        """Causal, but tokens from slot 25 on do not see the first."""
+        return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & ((q_idx < 25) | (kv_idx > 0))
+
+    contenders = [contender("causal"), Contender("forgets_late", forgets_late())]
+    short = [replace(request, choices=(" yes", " no")) for request in REQUESTS]
+    long = [replace(request, choices=(" yes", " no" * 20)) for request in REQUESTS]
+    (_, (same,)), *others = names_of_cells(contenders, [Fusion("mean")], [1], short)
+    assert (same, others) == ("mean (1)", [])
+    assert len(names_of_cells(contenders, [], [1], long)) == 2
 
 
 def test_strategies_that_tell_parts_of_a_lone_prompt_apart_are_found_by_what_they_do():
@@ -222,6 +237,13 @@ def test_rows_that_were_in_flight_at_a_compilation_are_not_timed_either():
     assert (found.rows, found.timed_rows, found.timed_s, found.compiling_s) == (6, 2, 3.0, 6.0)
     again = measured([stats(1, 0, cold_groups=1), stats(2, 0)], is_warm=True)
     assert (again.timed_rows, again.timed_s) == (4, 6.0)
+
+
+def test_scored_rows_have_no_times_of_generated_tokens():
+    states = [replace(stats(n, 2), generated_tokens=0, first_token_s=0.0) for n in (1, 2, 3)]
+    found = measured(states)
+    assert (found.timed_rows, found.ms_per_row) == (4, 1500.0)
+    assert found.tokens_per_s is found.first_token_ms is None
 
 
 def test_a_single_batch_is_timed_by_a_second_run():

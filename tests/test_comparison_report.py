@@ -9,6 +9,7 @@ from comparison_folder import CONFIG, made_up_cell, write_cell, write_comparison
 from flexmask.compare.comparison_run import CellRunner, ReportFolder
 from flexmask.errors import OptionError, OutputError
 from flexmask.request import Request
+from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.evaluation import compare, evaluate
 from flexmask.tasks.judge import Judge
 
@@ -86,11 +87,18 @@ def runner(tmp_path):
             load_engine=pytest.fail,
             folder=ReportFolder(tmp_path),
             requests_of={1: [request.with_segments(1) for request in REQUESTS]},
-            config_of=lambda way: config,
-            judge=Judge(),
+            job_of=lambda way: GenerationJob(
+                open_requests=pytest.fail,
+                make_strategy=pytest.fail,
+                load_engine=pytest.fail,
+                record=lambda: config,
+                fusion=way.fusion,
+                judge=Judge(),
+                on_error="stop",
+                options={},
+            ),
             mode=mode,
             machine={},
-            options={},
         )
 
     return get

@@ -1,11 +1,14 @@
 """The captured decode step, on a GPU."""
 
+import gc
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from flexmask.attention.flex_call import _padded_groups, _without_padding
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.decode_graph import WARM_UP_STEPS, DecodeGraph
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.logit_fusion import LogitFusion
@@ -47,7 +50,7 @@ def new_loop(runner, sampling=Sampling(), eos=()):
 
 
 def without_graph(loop):
-    loop.no_graph_reason = "asked for by this test"
+    loop.capture.no_graph_reason = "asked for by this test"
     return loop
 
 
@@ -58,7 +61,7 @@ def test_the_graph_gives_what_steps_without_it_give(runner, sampling):
     loop = new_loop(runner, sampling)
     assert decode(runner, loop) == expected
     assert decode(runner, loop) == expected  # replayed from the start
-    assert loop.no_graph_reason == ""
+    assert loop.capture.no_graph_reason == ""
     assert len(expected) == STEPS
 
 
@@ -74,7 +77,7 @@ def test_the_graph_fuses_the_groups_that_are_loaded_into_it(runner, fusion):
     loop = fusing_loop()
     for groups in (together, apart, together):
         assert decode(runner, loop, groups) == decode(runner, without_graph(fusing_loop()), groups)
-    assert loop.no_graph_reason == ""
+    assert loop.capture.no_graph_reason == ""
     assert all(first == second for first, second in decode(runner, loop, together))
     assert decode(runner, loop, apart) == decode(runner, new_loop(runner))
 
@@ -106,7 +109,7 @@ def test_the_graph_up_to_the_logits_gives_what_steps_without_it_give(runner, pro
     assert decode_processed(loop) == expected != plain
     assert decode_processed(loop) == expected
     assert decode(runner, loop) == plain  # a graph of the whole step beside it
-    assert loop.no_graph_reason == ""
+    assert loop.capture.no_graph_reason == ""
 
 
 @pytest.mark.gpu
@@ -129,7 +132,7 @@ def test_the_graph_tells_a_row_without_a_finite_maximum(runner, monkeypatch, sam
     assert decode(runner, loop)[0] == [NOT_FINITE, NO_TOKEN]
     spoil.zero_()
     assert decode(runner, loop) == expected
-    assert loop.no_graph_reason == ""
+    assert loop.capture.no_graph_reason == ""
 
 
 @pytest.mark.gpu
@@ -170,7 +173,7 @@ def test_a_prompt_that_is_loaded_beside_a_running_row_gets_the_tokens_it_gets_al
             begun = [tokens[0] for tokens in found]
     assert [*begun, *(tokens[0] for tokens in found)][:STEPS] == list(first)
     assert [tokens[1] for tokens in found] == list(second)
-    assert loop.no_graph_reason == ""
+    assert loop.capture.no_graph_reason == ""
 
 
 @pytest.mark.gpu
@@ -180,6 +183,32 @@ def test_rows_that_see_all_before_take_the_kernel_made_for_them(runner, models):
     windowed = ModelRunner(models("mistral", "flexmask", "cuda"), BlockMaskCache())
     decode(windowed, new_loop(windowed))
     assert set(windowed.decode_kernels.values()) == {"flex_attention"}
+
+
+@pytest.mark.gpu
+def test_a_graph_that_the_garbage_collector_finds_during_a_capture_does_not_invalidate_it():
+    state = torch.zeros(4, device="cuda")
+    garbage: list[object] = [DecodeGraph(lambda: state.add_(1), [state])]
+    garbage.append(garbage)
+    held, calls = [garbage], 0
+    del garbage
+
+    def step():
+        nonlocal calls
+        calls += 1
+        if calls > WARM_UP_STEPS:
+            held.clear()
+        assert [[] for _ in range(5000)]  # each may start the garbage collector
+        return state.add_(1)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        graph = DecodeGraph(step, [state])
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
+    assert graph.replay().tolist() == [1.0] * 4
 
 
 def test_padding_of_head_groups_is_taken_off_again():

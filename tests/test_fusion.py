@@ -73,10 +73,10 @@ def test_samples_change_the_name_and_the_record_of_a_fusion():
 
 
 def test_weights_are_those_of_the_column_or_equal():
-    assert fusion("weighted_max").weights_of(REQUEST) == (0.5, 0.0, 2.0)
-    assert fusion("weighted_mean", "confidence").weights_of(REQUEST) == (1.0, 1.0, 1.0)
-    assert fusion("mean").weights_of(REQUEST) == (1.0, 1.0, 1.0)
-    assert Fusion().weights_of(REQUEST) == (1.0,)
+    assert fusion("weighted_max").weights_of(REQUEST, 3) == (0.5, 0.0, 2.0)
+    assert fusion("weighted_mean", "confidence").weights_of(REQUEST, 3) == (1.0, 1.0, 1.0)
+    assert fusion("mean").weights_of(REQUEST, 3) == (1.0, 1.0, 1.0)
+    assert Fusion().weights_of(REQUEST, 1) == (1.0,)
 
 
 def test_missing_weights_are_refused():

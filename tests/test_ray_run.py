@@ -105,6 +105,26 @@ def test_the_command_writes_the_file_of_one_process_though_a_worker_is_killed(
     assert again.out.endswith(f"{ROWS} rows in {output}\n")
 
 
+def test_the_command_scores_the_choices_that_one_process_scores(
+    cluster: str, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"segments": ["Q: Who?"], "suffix": "\nA:", "choices": [" Ada", " Bob B."], "answer": 0}
+    rows.write_text("".join(json.dumps({**row, "uuid": f"q{n}"}) + "\n" for n in range(4)))
+    command = ["score", "--device", "cpu", "--batch-size", 1, "-s", "causal", "-i", rows]
+    whole, output = tmp_path / "whole.feather", tmp_path / "out.feather"
+    alone = run_command(*command, "--output", whole)
+    assert alone.status == 0, alone.err
+    cluster_options = ["--engine", "ray", "--workers", 1]
+    done = run_command(*command, "--output", output, *cluster_options)
+    assert done.status == 0, done.err
+    check_whole(output, whole.read_bytes())
+    shown, *_ = done.out.partition("fusion: ")
+    assert alone.out.startswith(shown)
+    again = run_command(*command, "--output", output, *cluster_options, "--resume")
+    assert again.out.endswith(f"4 rows in {output}\n")
+
+
 def test_a_row_that_ends_three_workers_ends_a_run_that_does_not_skip_and_resumes(
     cluster: str, rows: Path, whole: bytes, tmp_path: Path
 ) -> None:

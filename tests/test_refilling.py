@@ -139,6 +139,8 @@ def test_the_longest_waiting_prompt_starts_in_each_row_that_is_left(engine, alon
     assert run.stats.row_steps == run.stats.decode_steps * batch_size
     assert run.stats.used_row_steps == sum(len(one.token_ids) for one in alone)
     assert run.stats.row_utilization == run.stats.used_row_steps / run.stats.row_steps
+    seen = ((one.prompt_tokens + step) for one in alone for step in range(len(one.token_ids)))
+    assert run.stats.keys_read == sum(seen)
     assert run.stats.computed_tokens == run.stats.prompt_tokens - len(REQUESTS)
 
 

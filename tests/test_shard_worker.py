@@ -20,6 +20,7 @@ from flexmask.results.shard_files import ShardFolder, rows_in_flight, shard_fold
 from flexmask.results.shard_queue import Assignment, ShardQueue
 from flexmask.results.shard_worker import ForwardRows, ShardWorker
 from flexmask.tasks.input_survey import survey
+from flexmask.tasks.judge import ChoiceJudge
 
 pytest.importorskip("ray", reason="needs pip install 'flexmask[ray]'")
 
@@ -49,10 +50,13 @@ class LocalAssignments:
 class Run:
     """A run whose workers come one after another."""
 
-    def __init__(self, folder: Path, count: int = 4, fusion: Fusion = Fusion()) -> None:
-        self.fusion = fusion
+    def __init__(self, folder: Path, count: int = 4, **options: Any) -> None:
+        self.options = options
         self.rows = folder / "rows.jsonl"
-        content = [{"uuid": f"q{n}", "segments": [f"Q{n}"]} for n in range(ROWS)]
+        content = [
+            {"uuid": f"q{n}", "segments": [f"Q{n}"], "choices": [" a", " b"], "answer": n % 2}
+            for n in range(ROWS)
+        ]
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in content))
         found = survey(job(self.rows).open_requests())
         self.output = folder / "out.feather"
@@ -62,7 +66,7 @@ class Run:
 
     def work(self, name: str, act: Callable[[Request], object] = answer) -> tuple[Any, bool]:
         """Let a worker run; return what `ShardQueue.lose` says if it dies."""
-        run = job(self.rows, act, fusion=self.fusion)
+        run = job(self.rows, act, **self.options)
         worker = ShardWorker(run, self.folder, LocalAssignments(self.queue, name))
         try:
             worker.run()
@@ -115,6 +119,25 @@ def test_a_sample_that_workers_die_of_is_given_up_and_the_others_are_kept(tmp_pa
     keys = [(row["uuid"], row["sample"]) for row in rows]
     assert keys == [(f"q{n}", sample) for n in range(ROWS) for sample in (0, 1)]
     assert [(row["uuid"], row["sample"]) for row in rows if row["error"]] == [("q10", 1)]
+
+
+def test_scores_of_shards_are_those_of_one_process_though_workers_die(tmp_path: Path) -> None:
+    run = Run(tmp_path, judge=ChoiceJudge())
+    for name in ("w0", "w1", "w2", "w3"):
+        run.work(name, partial(die_at, {"q10"}))
+    rows = run.merged()
+    assert [uuid for uuid, row in rows.items() if row["error"]] == ["q10"]
+    assert rows["q10"]["chosen"] is None
+    alone = job(run.rows, judge=ChoiceJudge())
+    with alone.open_writer(tmp_path / "whole.feather", alone.open_requests(), "new") as writer:
+        for _ in alone.run(alone.load_engine(), alone.make_strategy(), writer).batches(bool):
+            pass
+    whole = {
+        row["uuid"]: row for row in read_finished_rows(tmp_path / "whole.feather").to_pylist()
+    }
+    assert rows == {**whole, "q10": rows["q10"]}
+    assert [whole[f"q{n}"]["correct"] for n in range(3)] == [False, True, False]
+    assert run.queue.progress().tokens == 2 * (ROWS - 1)
 
 
 def test_two_deaths_mark_no_row(tmp_path: Path) -> None:

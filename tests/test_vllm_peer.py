@@ -10,10 +10,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 import vllm_peer
+from flexmask.bench.floors import ModelCost, Rates
 from flexmask.layout import TokenizedRequest
 from flexmask.plugins.registry import make_strategy
-from floors import ModelCost, PromptWork, Rates
 from peer_tasks import Settings, Tasks
+from prompt_work import PromptWork
 from random_model import DEMO, random_config, random_model
 from test_docs import program
 from vllm_stand_in import make_site

@@ -1,15 +1,15 @@
-"""``generate --engine ray``: a run on a Ray cluster, as the terminal shows it."""
+"""``--engine ray``: a run on a Ray cluster, as the terminal shows it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexmask.errors import OptionError
-from flexmask.generation import Generation
 from flexmask.request import Request
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.progress import SECONDS_PER_LINE
@@ -20,7 +20,7 @@ from flexmask_cli.streams import write_note
 
 if TYPE_CHECKING:
     from flexmask.ray_run import Outcome
-    from flexmask.results.dataset_run import GenerationJob
+    from flexmask.results.dataset_run import DatasetJob
     from flexmask.results.resume import OutputMode
     from flexmask.results.shard_queue import Progress
 
@@ -64,8 +64,8 @@ class ClusterProgress:
         )
 
 
-def generate_on_cluster(
-    job: GenerationJob,
+def run_on_cluster(
+    job: DatasetJob[Any],
     output: Path,
     mode: OutputMode,
     scaling: ScalingOptions,
@@ -116,28 +116,23 @@ def check_input(input: str | None) -> None:
         )
 
 
-def first_generations(output: Path, count: int) -> list[Generation]:
-    """Read the first generations of a result file, without their tokens."""
+def first_rows(output: Path, count: int) -> list[dict[str, Any]]:
+    """Read the first rows of a result file that did not fail."""
     from flexmask.results.formats import open_rows
 
     rows = (row for batch in open_rows(output) for row in batch.slice(0, count).to_pylist())
-    return [
-        Generation(
-            request=replace(
-                Request(
-                    segments=tuple(row["paraphrases"]),
-                    prefix=row["prefix"],
-                    suffix=row["suffix"],
-                    answers=tuple(row["answers"]),
-                    uuid=row["uuid"],
-                ),
-                segment=row["segment"],
-                sample=row.get("sample", 0),
-            ),
-            text=row["generation"],
-            token_ids=(),
-            finish_reason=row["finish_reason"],
-            prompt_tokens=row["prompt_tokens"],
-        )
-        for row in islice((row for row in rows if row["error"] is None), count)
-    ]
+    return list(islice((row for row in rows if row["error"] is None), count))
+
+
+def request_of(row: Mapping[str, Any]) -> Request:
+    """Return the request of a row of a result file, as far as it is printed."""
+    request = Request(
+        segments=tuple(row["paraphrases"]),
+        prefix=row["prefix"],
+        suffix=row["suffix"],
+        answers=tuple(row["answers"]),
+        uuid=row["uuid"],
+        choices=tuple(row.get("choices", ())),
+        answer=row.get("answer"),
+    )
+    return replace(request, segment=row["segment"], sample=row.get("sample", 0))

@@ -1,9 +1,9 @@
-"""Shell completion of values: names of strategies, tasks, fusions, devices and dtypes."""
+"""Shell completion of values: names of strategies, tasks, fusions, devices, dtypes."""
 
 from __future__ import annotations
 
 from flexmask.choice_scores import NORMALIZATIONS
-from flexmask.device import DTYPES
+from flexmask.device import DTYPES, DTYPES_OF_8_BITS
 from flexmask.fusion import FUSIONS, SCORE_FUSIONS
 
 
@@ -44,6 +44,11 @@ def devices(incomplete: str) -> list[str]:
 def dtypes(incomplete: str) -> list[str]:
     """Return names of dtypes."""
     return _beginning(incomplete, ["auto", *DTYPES])
+
+
+def quantizations(incomplete: str) -> list[str]:
+    """Return names of what weights can be rounded to."""
+    return _beginning(incomplete, list(DTYPES_OF_8_BITS))
 
 
 def prefill_kernels(incomplete: str) -> list[str]:

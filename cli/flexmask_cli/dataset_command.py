@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from flexmask.errors import OptionError, RequestError
 from flexmask.fusion import Fusion
+from flexmask.request import Request
+from flexmask_cli.cluster_run import check_input, first_rows, request_of, run_on_cluster
 from flexmask_cli.dataset_options import OpenInput
 from flexmask_cli.interrupt import Interrupt
 from flexmask_cli.option_kinds import flag, path
@@ -29,7 +32,7 @@ from flexmask_cli.render.lines import (
     print_warnings,
     warnings_as_lines,
 )
-from flexmask_cli.scaling_options import ShardOptions
+from flexmask_cli.scaling_options import ScalingOptions
 from flexmask_cli.strategy_choice import ChosenStrategy
 from flexmask_cli.streams import run_goes_on
 
@@ -100,56 +103,88 @@ class Written(Generic[Made]):
 
 
 @dataclass(frozen=True)
+class RunSource:
+    """The strategy and the input of a run; other processes choose and open them again.
+
+    Attributes:
+        choose: Makes the strategy.
+        open_input: Opens the input.
+        input: The input, as the user named it.
+        chosen: The strategy.
+        opened: The input, open.
+    """
+
+    choose: Callable[[], ChosenStrategy]
+    open_input: Callable[[], OpenInput]
+    input: str | None
+    chosen: ChosenStrategy
+    opened: OpenInput
+
+    @classmethod
+    def open(
+        cls,
+        choose: Callable[[], ChosenStrategy],
+        open_input: Callable[[], OpenInput],
+        input: str | None,
+    ) -> Self:
+        """Choose the strategy and open the input."""
+        return cls(choose, open_input, input, choose(), open_input())
+
+
+@dataclass(frozen=True)
 class DatasetCommand(ABC, Generic[Made]):
     """A run over a data set, from the options of its command to what it prints.
 
     Attributes:
         planned: The options of the run, and its task.
-        chosen: The mask strategy.
+        source: The mask strategy and the input.
         fusion: The fusion.
-        opened: The input.
         num_segments: Segments kept of each request; None for all.
         output: Where the rows go, and what is printed.
-        part: The part of the input that is run.
+        scaling: The part of the input that is run, and the processes that run it.
     """
 
     planned: PlannedRun[Any, Any]
-    chosen: ChosenStrategy
+    source: RunSource
     fusion: Fusion
-    opened: OpenInput
     num_segments: int | None
     output: OutputOptions
-    part: ShardOptions
+    scaling: ScalingOptions
 
     @property
     @abstractmethod
     def result_name(self) -> str:
         """The beginning of the result file's name, if the user names none."""
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """True if the model runs on other machines."""
-        return False
-
     @abstractmethod
     def print_notes(self, engine: Engine, run: DatasetRun[Made]) -> None:
         """Print strategy, model, attention and batches of a run to stderr."""
 
     @abstractmethod
-    def print_kernels(self, engine: Engine) -> None:
-        """Print the attention kernels that ran to stderr."""
+    def print_kernels(self, engine: Engine, stats: RunStats) -> None:
+        """Print the attention kernels that ran, and the shares of the floor, to stderr."""
 
     @abstractmethod
     def print_made(self, shown: Sequence[Made], stats: RunStats) -> None:
         """Print the first results and the figures of a run."""
 
+    @abstractmethod
+    def made_of(self, request: Request, row: Mapping[str, Any]) -> Made:
+        """Return the result that a row of a result file holds, as far as it is printed."""
+
     def run(self) -> None:
-        """Run the data set, or print its prompts."""
+        """Run the data set, or print its prompts.
+
+        Raises:
+            OptionError: If a cluster shall write to standard output.
+        """
         planned, output = self.planned, self.output
         if output.dry_run:
             self._print_prompts()
             return
         if output.output == STDOUT:
+            if self.scaling.is_on_ray:
+                raise OptionError("--engine ray writes a file; leave out --output -")
             planned.check()
             with warnings_as_lines():
                 self._write_stream()
@@ -158,16 +193,16 @@ class DatasetCommand(ABC, Generic[Made]):
         from flexmask.results.output_path import check_output_name, default_output_path
 
         path = output.output or default_output_path(
-            self.opened.stem,
+            self.source.opened.stem,
             planned.model_name,
             self.result_name,
             self.num_segments,
             str(self.fusion),
-            self.part.chosen_shard,
-            planned.adapter,
+            self.scaling.chosen_shard,
+            **planned.options.model.changes,
         )
         check_output_name(path)
-        planned.check(is_elsewhere=self.is_elsewhere)
+        planned.check(is_elsewhere=self.scaling.is_on_ray)
         with run_goes_on(), warnings_as_lines():
             written = self.write_file(path)
         # Printed when the file is in place, since stdout may be a pipe whose reader has exited.
@@ -179,13 +214,38 @@ class DatasetCommand(ABC, Generic[Made]):
             print_outcome(path, written.summary, planned.judge)
 
     def write_file(self, path: Path) -> Written[Made]:
-        """Run the remaining requests, and write their rows into a result file."""
+        """Run the remaining requests here or on a cluster, and write their rows into a file."""
+        if self.scaling.is_on_ray:
+            return self._write_on_cluster(path)
         requests = self._requests()
         job = self._job(requests)
         mode = self.planned.options.results.mode
         with job.open_writer(path, requests, mode, requests.shard) as writer:
             shown, stats = self.run_rest(job, writer)
         return Written(writer.summary, shown, stats)
+
+    def _write_on_cluster(self, path: Path) -> Written[Made]:
+        check_input(self.source.input)
+        options = self.planned.options
+        job = self.planned.job(
+            self.source.choose,
+            partial(_requests_of, self.source.open_input, self.planned),
+            self.fusion,
+            self.source.opened.name,
+        )
+        outcome = run_on_cluster(
+            job,
+            path,
+            options.results.mode,
+            self.scaling,
+            options.engine.device,
+            ranks=options.engine.num_ranks,
+            is_quiet=options.results.quiet,
+            is_verbose=self.output.verbose,
+        )
+        rows = [] if outcome.stats is None else first_rows(path, SHOWN_ANSWERS)
+        shown = [self.made_of(request_of(row), row) for row in rows]
+        return Written(outcome.summary, shown, outcome.stats)
 
     def run_rest(
         self, job: DatasetJob[Made], writer: ResultWriter | RowStream
@@ -210,15 +270,16 @@ class DatasetCommand(ABC, Generic[Made]):
             print_warnings([f"interrupted; {rows} rows {done}"])
             raise
         if self.output.verbose:
-            self.print_kernels(engine)
+            self.print_kernels(engine, run.engine_run.stats)
         return shown, run.engine_run.stats
 
     def _requests(self) -> RequestSource:
-        return self.part.rows_of(self.planned.checked(self.opened.requests))
+        return self.scaling.rows_of(self.planned.checked(self.source.opened.requests))
 
     def _job(self, requests: RequestSource) -> DatasetJob[Made]:
+        source = self.source
         return self.planned.job(
-            lambda: self.chosen, lambda: requests, self.fusion, self.opened.name
+            lambda: source.chosen, lambda: requests, self.fusion, source.opened.name
         )
 
     def _write_stream(self) -> None:
@@ -272,3 +333,9 @@ class DatasetCommand(ABC, Generic[Made]):
                     print_prompt(BadRow(prompt.uuid, reason, prompt))
                 else:
                     print_prompt(written, weight)
+
+
+def _requests_of(
+    open_input: Callable[[], OpenInput], planned: PlannedRun[Any, Any]
+) -> RequestSource:
+    return planned.checked(open_input().requests)

@@ -209,7 +209,7 @@ class InputOptions:
             raise OptionError("--column weights=… is read with --fusion-weights column only")
         for name in ("choices", "answer"):
             if name in columns and not reads_choices and self.task is None:
-                raise OptionError(f"--column {name}=… is read by score only")
+                raise OptionError(f"--column {name}=… is read only where choices are scored")
         return columns
 
     def _change_examples(self, examples: Examples) -> Examples:

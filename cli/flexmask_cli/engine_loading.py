@@ -28,10 +28,10 @@ def load_engine(model: RunModelOptions, options: EngineOptions) -> Engine:
             device=options.device,
             dtype=options.dtype,
             trust_remote_code=model.trust_remote_code,
-            adapter=model.adapter_folder,
             prefill_kernel=options.chosen_kernel,
             kv_cache=options.chosen_cache,
             tensor_parallel=options.num_ranks,
+            **model.changes,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from flexmask_cli.option_groups import changed_options
 from flexmask_cli.option_kinds import flag, size
 from flexmask_cli.options import (
     BatchOptions,
@@ -36,10 +37,17 @@ class RunOptions:
     engine: RunEngineOptions
     results: ResultOptions
 
+    @property
+    def changed_for_generation(self) -> list[str]:
+        """The names of the given options that change what is generated, and nothing else."""
+        groups = (self.batch, self.sampling, self.judging)
+        changed = [name for group in groups for name in changed_options(group)]
+        return [name for name in changed if name != "--batch-size"]
+
 
 @dataclass(frozen=True)
-class TokenOptions:
-    """Measures of generated tokens that are kept beside their text."""
+class LogprobOptions:
+    """Log-probabilities of generated tokens that are kept beside their text."""
 
     heading: ClassVar[str] = "Generation"
 
@@ -58,6 +66,21 @@ class TokenOptions:
             help="Also write the N most likely tokens in the place of each, and --logprobs.",
         ),
     ] = 0
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The arguments of `Engine.generate` that ask for something."""
+        asked_for = {
+            "logprobs": self.logprobs or self.top_logprobs > 0,
+            "top_logprobs": self.top_logprobs,
+        }
+        return {name: value for name, value in asked_for.items() if value}
+
+
+@dataclass(frozen=True)
+class TokenOptions(LogprobOptions):
+    """Measures of generated tokens that are kept beside their text."""
+
     segment_attention: Annotated[
         bool,
         flag(
@@ -70,12 +93,7 @@ class TokenOptions:
     @property
     def chosen(self) -> dict[str, Any]:
         """The arguments of `Engine.generate` that ask for something."""
-        asked_for = {
-            "logprobs": self.logprobs or self.top_logprobs > 0,
-            "top_logprobs": self.top_logprobs,
-            "segment_attention": self.segment_attention,
-        }
-        return {name: value for name, value in asked_for.items() if value}
+        return super().chosen | ({"segment_attention": True} if self.segment_attention else {})
 
 
 @dataclass(frozen=True)
@@ -83,10 +101,10 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
     """The options of a run that generates, and its task.
 
     Attributes:
-        asked_for: What is kept of generated tokens beside their text; None for nothing.
+        asked_for: The measures of generated tokens that are kept beside their text.
     """
 
-    asked_for: TokenOptions | None = None
+    asked_for: LogprobOptions = LogprobOptions()
 
     @property
     def judge(self) -> Judge:
@@ -102,7 +120,7 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
 
     def that_change_rows(self) -> dict[str, Any]:
         """Return arguments of `Engine.generate` that change what is in the rows."""
-        return self._measured() | {
+        return self.asked_for.chosen | {
             "max_new_tokens": self.options.batch.max_new_tokens,
             "sampling": self.options.sampling.sampling,
             "stop": self.options.sampling.stop_strings,
@@ -112,11 +130,8 @@ class PlannedGeneration(PlannedRun[RunOptions, "Judge"]):
 
     def recorded(self) -> dict[str, Any]:
         """Return the record of length, sampling and stop strings."""
-        return self._measured() | {
+        return self.asked_for.chosen | {
             "max_new_tokens": self.options.batch.max_new_tokens,
             "sampling": asdict(self.options.sampling.sampling),
             "stop": self.options.sampling.stop_strings,
         }
-
-    def _measured(self) -> dict[str, Any]:
-        return {} if self.asked_for is None else self.asked_for.chosen

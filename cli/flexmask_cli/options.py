@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 import typer
 
 from flexmask.checkpoint.model_name import check_adapter_name, check_model_name
-from flexmask.device import check_device_name, check_dtype_name
+from flexmask.device import check_device_name, check_dtype_name, check_quantize_name
 from flexmask.errors import OptionError
 from flexmask.fusion import Fusion
 from flexmask.kv_store.options import DEFAULT_FOLDER_BYTES, KVCacheOptions
@@ -41,7 +41,7 @@ AsJson = Annotated[bool, flag("--json", help="Print JSON.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print errors and warnings only.")]
 Verbose = Annotated[
     bool,
-    flag("--verbose", "-v", help="Also print the model, its attention layers and kernels."),
+    flag("--verbose", "-v", help="Also print the model, its layers, kernels and floor."),
 ]
 
 
@@ -194,7 +194,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class RunModelOptions(ModelOptions):
-    """A model to run, and the adapter that is merged into it."""
+    """A model to run, and changes of its weights at loading."""
 
     adapter: Annotated[
         Path | None,
@@ -204,22 +204,35 @@ class RunModelOptions(ModelOptions):
             "flexmask[adapters].",
         ),
     ] = None
+    quantize: Annotated[
+        str | None,
+        text(
+            "--quantize",
+            metavar="int8|fp8",
+            completion=completion.quantizations,
+            help="Round the weights of linear layers to 8 bits at loading, with a scale for each "
+            "row (docs/models.md).",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Check the names, as far as possible without importing a library.
 
         Raises:
-            OptionError: If the model's name is not UTF-8.
+            OptionError: If the model's name is not UTF-8, or weights cannot be rounded so.
             ModelError: If there is no such model or adapter, or a package is missing.
         """
         super().__post_init__()
-        if self.adapter_folder is not None:
-            check_adapter_name(self.adapter_folder)
+        if self.adapter is not None:
+            check_adapter_name(str(self.adapter))
+        if self.quantize is not None:
+            check_quantize_name(self.quantize)
 
     @property
-    def adapter_folder(self) -> str | None:
-        """The folder of the adapter; None for none."""
-        return None if self.adapter is None else str(self.adapter)
+    def changes(self) -> dict[str, str]:
+        """The changes that were asked for, as arguments of `Engine.from_pretrained`."""
+        changes = {"adapter": self.adapter, "quantize": self.quantize}
+        return {name: str(value) for name, value in changes.items() if value is not None}
 
 
 @dataclass(frozen=True)

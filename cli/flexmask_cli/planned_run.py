@@ -104,11 +104,6 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
         """The model's name as results record it."""
         return self.options.model.model or DEMO
 
-    @property
-    def adapter(self) -> str | None:
-        """The folder of the model's adapter; None for none."""
-        return self.options.model.adapter_folder
-
     def checked(self, requests: RequestSource) -> RequestSource:
         """Return requests that are checked for the judge and the chat template."""
         return replace(requests, judge=self.judge, is_chat=self.uses_chat_template)
@@ -174,16 +169,15 @@ class PlannedRun(ABC, Generic[OptionsT, JudgeT]):
             fusion: The fusion.
             input: Name of the input.
         """
-        model, adapter = self.options.model, self.adapter
-        ranks = self.options.engine.num_ranks
+        model, ranks = self.options.model, self.options.engine.num_ranks
         return RunConfig(
             run={
                 "strategy": recorded_name(reference),
                 "parameters": strategy.parameter_values(),
                 "plugin": recorded_plugin(reference),
                 "model": self.model_name,
-                "model_files": model_files(model.model or str(model_path()), adapter),
-                **({} if adapter is None else {"adapter": adapter}),
+                "model_files": model_files(model.model or str(model_path()), **model.changes),
+                **model.changes,
                 "dtype": self.options.engine.dtype,
                 "task": self.task and self.task.record(),
                 "judge": self.judge.record(),

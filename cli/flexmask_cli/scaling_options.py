@@ -24,8 +24,8 @@ class RunEngine(StrEnum):
 
 
 @dataclass(frozen=True)
-class ShardOptions:
-    """The part of the input that is run."""
+class ScalingOptions:
+    """The part of the input that is run, and the processes that run it."""
 
     heading: ClassVar[str] = "Scaling"
 
@@ -38,39 +38,6 @@ class ShardOptions:
             "the parts.",
         ),
     ] = None
-
-    def __post_init__(self) -> None:
-        """Check the shard.
-
-        Raises:
-            OptionError: If it is none.
-        """
-        _ = self.chosen_shard
-
-    @property
-    def chosen_shard(self) -> Shard | None:
-        """The shard to run; None for the whole input."""
-        from flexmask.tasks.shards import Shard
-
-        return None if self.shard is None else Shard.parse(self.shard)
-
-    def rows_of(self, requests: RequestSource) -> RequestSource:
-        """Return the requests of the rows to run; for a shard the input is read once.
-
-        Raises:
-            RequestError: If the input of a shard cannot be read, or lacks rows or columns.
-        """
-        from flexmask.tasks.input_survey import survey
-
-        if self.chosen_shard is None:
-            return requests
-        return replace(requests, part=survey(requests).part(self.chosen_shard))
-
-
-@dataclass(frozen=True)
-class ScalingOptions(ShardOptions):
-    """The part of the input that is run, and the processes that run it."""
-
     engine: Annotated[
         RunEngine,
         typer.Option(
@@ -113,3 +80,22 @@ class ScalingOptions(ShardOptions):
     def is_on_ray(self) -> bool:
         """True if the run is carried out by Ray."""
         return self.engine is RunEngine.RAY
+
+    @property
+    def chosen_shard(self) -> Shard | None:
+        """The shard to run; None for the whole input."""
+        from flexmask.tasks.shards import Shard
+
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    def rows_of(self, requests: RequestSource) -> RequestSource:
+        """Return the requests of the rows to run; for a shard the input is read once.
+
+        Raises:
+            RequestError: If the input of a shard cannot be read, or lacks rows or columns.
+        """
+        from flexmask.tasks.input_survey import survey
+
+        if self.chosen_shard is None:
+            return requests
+        return replace(requests, part=survey(requests).part(self.chosen_shard))

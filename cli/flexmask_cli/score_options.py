@@ -17,7 +17,7 @@ from flexmask_cli.options import (
     RunEngineOptions,
     RunModelOptions,
 )
-from flexmask_cli.planned_run import PlannedRun
+from flexmask_cli.planned_run import DatasetOptions, PlannedRun
 
 if TYPE_CHECKING:
     from flexmask.results.dataset_run import ScoringJob
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
-    """The way choices are compared, and the fusion of the scores of a request's segments."""
+class NormalizeOptions:
+    """The way choices are compared."""
 
     heading: ClassVar[str] = "Strategy"
 
@@ -40,6 +40,25 @@ class ScoreOptions:
             "compared: nothing, its number of tokens, or its number of bytes.",
         ),
     ] = "none"
+
+    def __post_init__(self) -> None:
+        """Check the name.
+
+        Raises:
+            OptionError: If it is unknown.
+        """
+        _ = self.chosen_normalization
+
+    @property
+    def chosen_normalization(self) -> Normalize:
+        """The normalization."""
+        return check_normalization(self.normalize)
+
+
+@dataclass(frozen=True)
+class ScoreOptions(NormalizeOptions):
+    """The way choices are compared, and the fusion of the scores of a request's segments."""
+
     fusion: Annotated[
         str,
         text(
@@ -58,7 +77,8 @@ class ScoreOptions:
         Raises:
             OptionError: If a name is unknown.
         """
-        _ = self.chosen_fusion, self.chosen_normalization
+        super().__post_init__()
+        _ = self.chosen_fusion
 
     @property
     def chosen_fusion(self) -> Fusion:
@@ -66,11 +86,6 @@ class ScoreOptions:
         fusion = Fusion(self.fusion)
         check_score_fusion(fusion)
         return fusion
-
-    @property
-    def chosen_normalization(self) -> Normalize:
-        """The normalization."""
-        return check_normalization(self.normalize)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class ScoreRunOptions:
 
 
 @dataclass(frozen=True)
-class PlannedScoring(PlannedRun[ScoreRunOptions, "ChoiceJudge"]):
+class PlannedScoring(PlannedRun[DatasetOptions, "ChoiceJudge"]):
     """The options of a run that scores choices, and its task.
 
     Attributes:

@@ -125,11 +125,8 @@ def flexmask_attention(
         # Tells the compiler that the number of tiles is the mask's, and no symbol of its own.
         assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.numel())
         key, value = _write_to_cache(module, key, value, stream)
-        # (1, H, T, D) becomes (N, H, Q, D), or (1, H, N * Q, D) where the mask is flat.
         is_flat = attention_mask.kv_num_blocks.shape[0] == 1
-        query, own_key = (x[0][:, stream.queries].transpose(0, 1) for x in (query, own_key))
-        if is_flat:
-            query, own_key = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, own_key))
+        query, own_key = (_in_tiles(x, stream.queries, is_flat=is_flat) for x in (query, own_key))
     elif not key.is_cuda:
         # Phi-3's keys and values are views of one product; with symbolic lengths, flex's CPU
         # kernel reads such views wrongly (torch 2.13).
@@ -144,6 +141,17 @@ def flexmask_attention(
     if cache_slots is not None and not output.is_cuda:
         return kept_apart(output), None
     return output.contiguous(), None
+
+
+def _in_tiles(x: Tensor, queries: Tensor, *, is_flat: bool) -> Tensor:
+    """Gather tiles of a stream ``(1, H, T, D)``: ``(N, H, Q, D)``, or flat ``(1, H, N * Q, D)``.
+
+    Flat ones get no new axis: FLASH's output has the query's strides, and it refuses those of a
+    new axis, which are 0.
+    """
+    if is_flat:
+        return x[:, :, queries].flatten(2, 3)
+    return x[0][:, queries].transpose(0, 1)
 
 
 def dense_attention(

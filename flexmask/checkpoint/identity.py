@@ -33,19 +33,24 @@ HEAD_BYTES = 1 << 20
 
 
 @cache
-def model_files(model: str, adapter: str | None = None) -> Mapping[str, str]:
+def model_files(
+    model: str, adapter: str | None = None, quantize: str | None = None
+) -> Mapping[str, str]:
     """Return what identifies each file of a model, by file name; computed once per process.
 
     Args:
         model: Hub id, folder, or file.
         adapter: Folder of the adapter that is merged into it; its files are named
             ``adapter/…``.
+        quantize: What its weights are rounded to at loading; stands beside the files.
 
     Returns:
         For each file its size and SHA-256; for a large file its size, the time of its last change
         and the SHA-256 of its beginning. For a model of the hub its commit. An empty mapping for a
         model that cannot be found, since loading it raises the error.
     """
+    if quantize is not None:
+        return {**model_files(model, adapter), "quantize": quantize}
     if adapter is not None:
         found = _files(Path(adapter), OF_ADAPTER)
         return {**model_files(model), **{f"adapter/{name}": one for name, one in found.items()}}

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmask.compare.cell import Cell, Way
 from flexmask.compare.measurement import Measurement, Stopwatch
 from flexmask.errors import OptionError, RequestError
-from flexmask.generation import Generation
 from flexmask.request import Request
-from flexmask.results.dataset_run import DatasetRun
+from flexmask.results.dataset_run import DatasetJob, DatasetRun
 from flexmask.results.result_writer import ResultWriter, check_output
 from flexmask.results.resume import OutputMode
-from flexmask.results.run_config import RunConfig
-from flexmask.tasks.judge import Judge
+from flexmask.results.schema import Result
 from flexmask.tasks.request_source import BadRow, OnError
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine
 
-Watch = Callable[[DatasetRun[Generation], int], Iterable[Sequence[Generation]]]
+Watch = Callable[[DatasetRun[Any], int], Iterable[Sequence[Any]]]
 """Yields the batches of a run and shows its progress; takes the number of rows."""
 
 
@@ -92,29 +91,37 @@ class ReportFolder:
         return self.path / f"{cell.stem}.times.json"
 
 
+class _Unwritten:
+    """Takes the rows of a writer's requests once more, and writes none."""
+
+    def __init__(self, writer: ResultWriter) -> None:
+        self.remaining = writer.remaining
+        self.fusion = writer.fusion
+        self.judge = writer.judge
+
+    def write(self, results: Iterable[Result]) -> None:
+        """Do nothing."""
+
+
 @dataclass(frozen=True)
 class CellRunner:
     """Runs cells.
 
     Attributes:
-        load_engine: Returns the engine; called only if there is something to generate.
+        load_engine: Returns the engine; called only if something is left to run.
         folder: Folder of the report.
         requests_of: The requests, by their number of segments.
-        config_of: Returns the configuration to record in a result file.
-        judge: Extracts answers from generations and scores them.
+        job_of: Returns the run of a way, which generates or scores choices.
         mode: What to do if there is a result already.
         machine: Device and versions, recorded with the times.
-        options: Options of `DatasetRun.generating`.
     """
 
     load_engine: Callable[[], Engine]
     folder: ReportFolder
     requests_of: Mapping[int | None, Sequence[Request | BadRow]]
-    config_of: Callable[[Way], RunConfig]
-    judge: Judge
+    job_of: Callable[[Way], DatasetJob[Any]]
     mode: OutputMode
     machine: Mapping[str, Any]
-    options: Mapping[str, Any]
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Check that all cells can be written, before anything costly.
@@ -131,37 +138,34 @@ class CellRunner:
                     f"{other.title} and {cell.title} would both be written to "
                     f"{self.folder.rows(cell)}; compare them in two reports"
                 )
-            check_output(self.folder.rows(cell), self.mode, self.config_of(cell.way))
+            check_output(self.folder.rows(cell), self.mode, self.job_of(cell.way).record())
 
     def has_result(self, cell: Cell) -> bool:
         """Return True if the cell has a result file that is not to be replaced."""
         return self.mode != "overwrite" and self.folder.rows(cell).exists()
 
     def run(self, cell: Cell, watch: Watch) -> None:
-        """Generate for the remaining requests of a cell, and measure it.
+        """Run the remaining requests of a cell, and measure it.
 
         Times of an earlier run that this one resumes are kept.
 
         Raises:
             FlexMaskError: If the cell cannot be run.
         """
-        fusion, requests = cell.way.fusion, self.requests_of[cell.way.num_segments]
-        with ResultWriter.open(
-            self.folder.rows(cell),
-            config=self.config_of(cell.way),
-            requests=requests if fusion.weights == "column" else without_weights(requests),
-            fusion=fusion,
-            mode=self.mode,
-            judge=self.judge,
-        ) as writer:
+        job, requests = self.job_of(cell.way), self.requests_of[cell.way.num_segments]
+        if job.fusion.weights != "column":
+            requests = without_weights(requests)
+        with job.open_writer(self.folder.rows(cell), requests, self.mode) as writer:
             if not writer.summary.resumed:
                 self.folder.times(cell).unlink(missing_ok=True)
             if writer.remaining:
-                self._generate(cell, writer, watch)
+                self._carry_out(cell, job, writer, watch)
 
-    def _generate(self, cell: Cell, writer: ResultWriter, watch: Watch) -> None:
-        strategy = cell.way.contender.strategy
-        run = DatasetRun.generating(self.load_engine(), strategy, writer, **self.options)
+    def _carry_out(
+        self, cell: Cell, job: DatasetJob[Any], writer: ResultWriter, watch: Watch
+    ) -> None:
+        start = partial(job.run, self.load_engine(), job.make_strategy())
+        run = start(writer)
         stopwatch = Stopwatch(self.machine)
         try:
             for _ in watch(run, len(writer.remaining)):
@@ -169,7 +173,8 @@ class CellRunner:
         finally:
             measured = self._keep(cell, stopwatch.measurement)
         if measured.rows and not measured.timed_rows:
-            self._keep(cell, self._time_again(cell, writer))
+            # Its only batch compiled something.
+            self._keep(cell, self._times_of(start(_Unwritten(writer))))
 
     def _keep(self, cell: Cell, measured: Measurement) -> Measurement:
         """Add a measurement to the earlier ones of the cell."""
@@ -181,18 +186,9 @@ class CellRunner:
             measured.write(path)
         return measured
 
-    def _time_again(self, cell: Cell, writer: ResultWriter) -> Measurement:
-        """Time a cell again whose only batch compiled something; no rows are written."""
-        options = {name: value for name, value in self.options.items() if name != "on_error"}
-        run = self.load_engine().generate(
-            writer.remaining,
-            cell.way.contender.strategy,
-            fusion=writer.fusion,
-            answer_of=self.judge.prediction,
-            on_refused=lambda *_: None,
-            **options,
-        )
+    def _times_of(self, run: DatasetRun[Any]) -> Measurement:
+        """Return the times of a run in which nothing compiles any more."""
         stopwatch = Stopwatch(self.machine, is_warm=True)
-        for _ in run.batches():
-            stopwatch.note(run.stats)
+        for _ in run.batches(lambda: False):
+            stopwatch.note(run.engine_run.stats)
         return stopwatch.measurement.without_counts()

@@ -32,13 +32,13 @@ class Measurement:
         prompt_tokens: Prompt tokens, including copies of the prefix.
         computed_tokens: Prompt tokens that prefill computed; the others were reused from the
             prefix cache.
-        generated_tokens: Tokens generated.
+        generated_tokens: Tokens generated; 0 where choices were scored.
         compiling_s: Seconds of prefill and decode that were left out.
         timed_rows: Rows that finished in the other seconds.
         timed_tokens: Tokens of these rows.
         timed_s: These other seconds.
         first_token_s: Seconds from the start of a prefill to the first tokens of its prompts,
-            several values if there are many prefills.
+            several values if there are many prefills; none where choices were scored.
         peak_bytes: Peak device memory, including weights; 0 on a CPU.
     """
 
@@ -57,8 +57,8 @@ class Measurement:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generated tokens per second; None if nothing was timed."""
-        return self.timed_tokens / self.timed_s if self.timed_s else None
+        """Generated tokens per second; None if none was timed."""
+        return self.timed_tokens / self.timed_s if self.timed_tokens else None
 
     @property
     def ms_per_row(self) -> float | None:
@@ -134,12 +134,12 @@ class Stopwatch:
         if is_cold or added("compilations") or added("halvings"):
             times: dict[str, Any] = {"compiling_s": seconds}
         else:
-            prefills = added("prefills")
+            prefills, first_token_s = added("prefills"), added("first_token_s")
             times = {
                 "timed_rows": added("generations"),
                 "timed_tokens": added("generated_tokens"),
                 "timed_s": seconds,
-                "first_token_s": (added("first_token_s") / prefills,) if prefills else (),
+                "first_token_s": (first_token_s / prefills,) if first_token_s else (),
             }
         rows = Measurement(
             self.measurement.machine,

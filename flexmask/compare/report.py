@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flexmask.compare.comparison_run import ReportFolder
 from flexmask.compare.report_page import report_html
 from flexmask.compare.table import CellResult
 from flexmask.results.result_writer import read_run_config
 from flexmask.results.whole_file import replacing
-from flexmask.tasks.judge import Judge
+from flexmask.tasks.judge import ChoiceJudge, Judge
 
 
-def save_report(results: Sequence[CellResult], folder: ReportFolder, judge: Judge) -> None:
+def save_report(
+    results: Sequence[CellResult], folder: ReportFolder, judge: Judge | ChoiceJudge
+) -> None:
     """Write ``report.html`` and ``report.json``.
 
     Args:
@@ -40,8 +43,6 @@ def _heading(results: Sequence[CellResult], folder: ReportFolder) -> tuple[str, 
         return "Comparison", {}
     config = read_run_config(folder.rows(finished[0]))
     run, where = config.run, config.environment
-    sampling = run["sampling"]
-    greedy = "the most likely token" if not sampling["temperature"] else f"sampled, {sampling}"
     libraries = ", ".join(
         f"{name} {where[name]}" for name in ("flexmask", "torch", "transformers")
     )
@@ -50,7 +51,17 @@ def _heading(results: Sequence[CellResult], folder: ReportFolder) -> tuple[str, 
         "Input": f"{where['input']}, task {run['task']['name']}"
         if run["task"]
         else where["input"],
-        "Generation": f"up to {run['max_new_tokens']} tokens, {greedy}",
+        **_answering(run),
         "Machine": f"{where['device']}, {libraries}",
     }
     return f"{run['model']} on {Path(where['input']).name}", facts
+
+
+def _answering(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return how answers were generated, or choices compared."""
+    if "scores" in run:
+        per = {"none": "", "tokens": " per token", "bytes": " per byte"}[run["judge"]["normalize"]]
+        return {"Answers": f"the choice with the highest log-probability{per}"}
+    sampling = run["sampling"]
+    greedy = "the most likely token" if not sampling["temperature"] else f"sampled, {sampling}"
+    return {"Generation": f"up to {run['max_new_tokens']} tokens, {greedy}"}

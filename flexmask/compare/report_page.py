@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import fsum
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexmask.compare.comparison_run import ReportFolder
 from flexmask.compare.table import COSTS, CellResult
 from flexmask.results.result_writer import read_finished_rows
+from flexmask.results.schema import answer_logprobs
 from flexmask.show import palette
-from flexmask.tasks.judge import Judge
+from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.web_page import render_page
 
 SCRIPTS = ("table.js", "plot.js", "answers.js", "page.js")
@@ -30,7 +32,7 @@ def report_html(
     facts: Mapping[str, str],
     results: Sequence[CellResult],
     folder: ReportFolder,
-    judge: Judge,
+    judge: Judge | ChoiceJudge,
 ) -> str:
     """Return the HTML of the page.
 
@@ -73,6 +75,14 @@ class _Numbers:
         return self.of.setdefault(text, len(self.of))
 
 
+class _Answer(NamedTuple):
+    """The answer to a question: its text, its score, and its log-probability if it was kept."""
+
+    text: str
+    score: float | None
+    logprob: float | None
+
+
 def _data(results: Sequence[CellResult], folder: ReportFolder) -> dict[str, Any]:
     texts, shared = _Numbers(), _Numbers()
     questions: dict[str, dict[str, Any]] = {}
@@ -80,11 +90,13 @@ def _data(results: Sequence[CellResult], folder: ReportFolder) -> dict[str, Any]
     cells = []
     for result, by_uuid in zip(results, answers, strict=True):
         given = [by_uuid[uuid] for uuid in questions] if by_uuid else []
+        logprobs = [answer.logprob for answer in given]
         cells.append(
             _figures(result)
             | {
-                "answers": [texts(text) for text, _ in given],
-                "scores": [score for _, score in given],
+                "answers": [texts(answer.text) for answer in given],
+                "scores": [answer.score for answer in given],
+                "logprobs": [] if set(logprobs) <= {None} else logprobs,
             }
         )
     return {
@@ -98,9 +110,9 @@ def _data(results: Sequence[CellResult], folder: ReportFolder) -> dict[str, Any]
 
 def _figures(result: CellResult) -> dict[str, Any]:
     figures = result.figures()
-    names = ("name", "num_segments", "same", "error", "score", "difference", *COSTS)
+    names = ("name", "num_segments", "same", "error", "score", "difference", "mean_logprob")
     cell = result.cell
-    return {name: figures[name] for name in names} | {
+    return {name: figures[name] for name in (*names, *COSTS)} | {
         "title": cell.title,
         "segments": cell.way.segments,
     }
@@ -111,8 +123,8 @@ def _answers(
     folder: ReportFolder,
     questions: dict[str, dict[str, Any]],
     shared: _Numbers,
-) -> dict[str, tuple[str, float | None]]:
-    """Return answer and score of each question; add new questions and segments to the dict."""
+) -> dict[str, _Answer]:
+    """Return the answer to each question; add new questions and segments to the dict."""
     if result.error:
         return {}
     rows_of: dict[str, list[dict[str, Any]]] = {}
@@ -123,7 +135,9 @@ def _answers(
         question = questions.setdefault(uuid, _question(rows[0], shared))
         if len(segments) > len(question["segments"]):
             question["segments"] = segments
-    return {uuid: (_text(rows), _score(rows)) for uuid, rows in rows_of.items()}
+    return {
+        uuid: _Answer(_text(rows), _score(rows), _logprob(rows)) for uuid, rows in rows_of.items()
+    }
 
 
 def _question(row: Mapping[str, Any], shared: _Numbers) -> dict[str, Any]:
@@ -144,3 +158,9 @@ def _text(rows: Iterable[Mapping[str, Any]]) -> str:
 def _score(rows: Iterable[Mapping[str, Any]]) -> float | None:
     scores = [row["score"] for row in rows]
     return None if None in scores else fmean(scores)
+
+
+def _logprob(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the log-probability of the answer; None if each prompt has its own."""
+    (logprobs, *others) = map(answer_logprobs, rows)
+    return None if logprobs is None or others else round(fsum(logprobs), 3)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
+from itertools import chain
 
 import torch
 
@@ -33,7 +34,7 @@ class _Prompts:
 
     Attributes:
         fusion: Name of the fusion; empty if each generation has a single prompt.
-        tokens: Digest of tokens and positions, and of the seeds of sampling.
+        tokens: Digest of tokens, positions and choices, and of the seeds of sampling.
         segments: Digest of the layouts, on which a mask may depend.
     """
 
@@ -58,13 +59,15 @@ class Sameness:
         Args:
             requests_of: The requests, by their number of segments.
             tokenizer: Tokenizes requests.
-            max_new_tokens: Maximum number of generated tokens per request.
+            max_new_tokens: Maximum number of generated tokens per request; 0 where choices are
+                scored.
             is_greedy: Whether decoding is greedy; with sampling, ways with other seeds differ.
         """
         self._is_greedy = is_greedy
         self._requests_of = requests_of
         self._max_new_tokens = max_new_tokens
         self._tokenized = cache(tokenizer)
+        self._choices = cache(tokenizer.choices)
         self._digests = cache(self._find_digests)
         self._prompts = cache(self._find_prompts)
         self._equal: dict[tuple[Contender, Contender, bytes, bytes], bool] = {}
@@ -111,7 +114,8 @@ class Sameness:
 
     def _find_digests(self, contender: Contender, prompt: Request) -> tuple[bytes, bytes]:
         layout = contender.strategy.layout(self._tokenized(prompt))
-        tokens = array("q", (*layout.token_ids, *layout.position_ids))
+        choices = chain.from_iterable((len(each), *each) for each in self._choices(prompt))
+        tokens = array("q", (*layout.token_ids, *layout.position_ids, *choices))
         return blake2b(tokens, digest_size=16).digest(), layout.digest
 
     def _requests(self, way: Way) -> Iterator[tuple[Request, list[Request]]]:
@@ -135,11 +139,12 @@ class Sameness:
         masks, rows, size = [], 0, 0
         for contender, prompts in sides:
             strategy = contender.strategy
-            layouts = [
-                strategy.layout(self._tokenized(_without_names(prompt))) for prompt in prompts
-            ]
+            nameless = list(map(_without_names, prompts))
+            layouts = [strategy.layout(self._tokenized(prompt)) for prompt in nameless]
             lengths = [len(layout) for layout in layouts]
-            rows, size = len(layouts), max(lengths) + self._max_new_tokens
+            choices = chain.from_iterable(map(self._choices, nameless))
+            longest = max(map(len, choices), default=self._max_new_tokens)
+            rows, size = len(layouts), max(lengths) + longest
             batch = LayoutBatch(rows, size, CPU)
             batch.load(layouts, lengths, [0] * rows)
             batch.open_tail(lengths)
@@ -151,7 +156,7 @@ class Sameness:
 
 def _without_names(prompt: Request) -> Request:
     """Return a prompt that equals every other one of the same texts."""
-    return replace(prompt, uuid="", answers=(), weights=(), segment=None)
+    return replace(prompt, uuid="", answers=(), answer=None, weights=(), segment=None)
 
 
 def _cell(group: Sequence[Way], ways: Sequence[Way]) -> Cell:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum
+from statistics import fmean
 from typing import Any
 
 from flexmask.compare.cell import Cell
 from flexmask.compare.comparison_run import ReportFolder
 from flexmask.compare.measurement import Measurement
-from flexmask.results.evaluation import Comparison, Estimate, Evaluation, compare, evaluate
+from flexmask.results.evaluation import (
+    Comparison,
+    Estimate,
+    Evaluation,
+    compare,
+    evaluate,
+    scores_by_question,
+)
 from flexmask.results.result_writer import read_finished_rows
-from flexmask.tasks.judge import Judge
+from flexmask.results.schema import answer_logprobs
+from flexmask.tasks.judge import ChoiceJudge, Judge
 
 COSTS = (
     *("tokens_per_s", "ms_per_question", "first_token_ms"),
@@ -31,6 +41,8 @@ class CellResult:
         questions: Number of questions; less than ``rows`` if each prompt has a row.
         evaluation: Scores of its answers; None if it failed or no request has accepted answers.
         against_first: Comparison of the first cell with this one; None for the first.
+        mean_logprob: Mean log-probability of its answers, generated or chosen; None if the cell
+            did not keep them.
         measurement: Its cost; None if nothing was generated.
     """
 
@@ -40,6 +52,7 @@ class CellResult:
     questions: int
     evaluation: Evaluation | None
     against_first: Comparison | None
+    mean_logprob: float | None
     measurement: Measurement | None
 
     def figures(self) -> dict[str, Any]:
@@ -61,6 +74,7 @@ class CellResult:
             "difference": against and asdict(against.difference),
             "first_better": against and against.first_better,
             "better_than_first": against and against.second_better,
+            "mean_logprob": self.mean_logprob,
             **self._costs(),
         }
 
@@ -90,7 +104,10 @@ class CellResult:
 
 
 def tabulate(
-    cells: Sequence[Cell], folder: ReportFolder, judge: Judge, errors: Mapping[Cell, str]
+    cells: Sequence[Cell],
+    folder: ReportFolder,
+    judge: Judge | ChoiceJudge,
+    errors: Mapping[Cell, str],
 ) -> list[CellResult]:
     """Score the result files of cells and compare each with the first.
 
@@ -107,22 +124,30 @@ def tabulate(
         evaluation, against = evaluations.get(cell), None
         if first is not None and evaluation is not None and evaluation is not first:
             (against,) = compare([first, evaluation])
-        uuids = [] if cell in errors else read_finished_rows(folder.rows(cell))["uuid"].to_pylist()
+        rows = [] if cell in errors else read_finished_rows(folder.rows(cell)).to_pylist()
         results.append(
             CellResult(
                 cell=cell,
                 error=errors.get(cell, ""),
-                rows=len(uuids),
-                questions=len(set(uuids)),
+                rows=len(rows),
+                questions=len({row["uuid"] for row in rows}),
                 evaluation=evaluation,
                 against_first=against,
+                mean_logprob=_mean_logprob(rows),
                 measurement=Measurement.read(folder.times(cell)),
             )
         )
     return results
 
 
-def _evaluate(cell: Cell, folder: ReportFolder, judge: Judge) -> Evaluation | None:
+def _mean_logprob(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean log-probability of the answers of rows, with equal weight of questions."""
+    logprobs = [(row["uuid"], answer_logprobs(row)) for row in rows]
+    kept = [(uuid, fsum(of_tokens)) for uuid, of_tokens in logprobs if of_tokens is not None]
+    return fmean(scores_by_question(*zip(*kept, strict=True)).values()) if kept else None
+
+
+def _evaluate(cell: Cell, folder: ReportFolder, judge: Judge | ChoiceJudge) -> Evaluation | None:
     """Score a cell's rows; return None if none has accepted answers."""
     path = folder.rows(cell)
     verdicts = read_finished_rows(path)["correct"]

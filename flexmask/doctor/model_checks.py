@@ -73,7 +73,13 @@ def check_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> C
 
 
 def load_and_check(
-    model: str, device: str, dtype: str, *, trust_remote_code: bool, adapter: str | None = None
+    model: str,
+    device: str,
+    dtype: str,
+    *,
+    trust_remote_code: bool,
+    adapter: str | None = None,
+    quantize: str | None = None,
 ) -> list[Check]:
     """Load a model and check it.
 
@@ -83,6 +89,7 @@ def load_and_check(
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         trust_remote_code: Run code that comes with the model.
         adapter: Folder of a LoRA adapter to merge into it.
+        quantize: What its weights are rounded to; None to keep them.
 
     Raises:
         ModelError: If it cannot be loaded.
@@ -98,6 +105,7 @@ def load_and_check(
             trust_remote_code=trust_remote_code,
             needs_backend=needs_backend,
             adapter=adapter,
+            quantize=quantize,
         )
 
     try:

@@ -59,10 +59,12 @@ class _Occupant(NamedTuple):
 
     Attributes:
         row: Takes its tokens.
+        prompt_tokens: Slots of the prompt.
         last_step: Number of the step that computes its last possible token.
     """
 
     row: BatchRow
+    prompt_tokens: int
     last_step: int
 
 
@@ -133,6 +135,7 @@ class BatchRunner:
         self._loop: DecodeLoop | None = None
         self._occupants: Mapping[int, _Occupant] = {}
         self._num_steps = 0
+        self._keys_read_once = 0
         self._queued: deque[_QueuedStep] = deque()
         self._in_flight: list[PlacedGroup] = []
         self._finished: list[PlacedGroup] = []
@@ -306,6 +309,7 @@ class BatchRunner:
         pays = length > 0 and pays_off(layouts, length, size.rows)
         if pays and (plan := runner.cache_prefix(layouts[0], length)) is not None:
             self._count(**plan.work)
+        self._keys_read_once = length if runner.reads_key_table else 0
         self._count(prefill_s=self._clock.seconds(before, self._clock.mark()))
         return loop
 
@@ -320,8 +324,12 @@ class BatchRunner:
         prompts = dict(zip(rows, layouts, strict=True))
         plan = runner.plan(prompts, self._options.max_new_tokens)
         last_step = self._num_steps + self._options.max_new_tokens
-        started_rows = [_Occupant(row, last_step) for placed in groups for row in placed.rows]
-        self._occupants = {**self._occupants, **dict(zip(rows, started_rows, strict=True))}
+        started_rows = [row for placed in groups for row in placed.rows]
+        occupants = {
+            index: _Occupant(row, len(layout), last_step)
+            for index, row, layout in zip(rows, started_rows, layouts, strict=True)
+        }
+        self._occupants = {**self._occupants, **occupants}
         rest = iter(rows)
         loop.load(
             rows,
@@ -377,15 +385,22 @@ class BatchRunner:
         has_ended = False
         assert token_ids is not None
         logprobs, most_likely = scores
-        for index, (row, _) in step.occupants.items():
+        keys = 0
+        for index, (row, prompt_tokens, _) in step.occupants.items():
             if not row.is_complete:
+                keys += prompt_tokens + len(row.token_ids)
                 row.append(token_ids[index][0])
                 if logprobs is not None and most_likely is not None:
                     row.add_logprobs(logprobs[index], most_likely[index])
                 unfinished += 1
                 has_ended |= row.is_complete
+        keys -= max(0, unfinished - 1) * self._keys_read_once
         self._count(
-            decode_steps=1, row_steps=len(token_ids), used_row_steps=unfinished, decode_s=decode_s
+            decode_steps=1,
+            row_steps=len(token_ids),
+            used_row_steps=unfinished,
+            keys_read=keys,
+            decode_s=decode_s,
         )
         if step.prefill is not None:
             prefill_s = self._clock.seconds(*step.prefill.marks)

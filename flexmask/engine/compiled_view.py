@@ -15,6 +15,8 @@ from flexmask.engine.fused_rotary import fuse_rotary
 from flexmask.engine.shared_tensors import tensors_by_id
 from flexmask.kernels.few_rows import linear_of_few_rows
 from flexmask.kernels.linear_weights import is_plain_linear
+from flexmask.kernels.projection import project
+from flexmask.kernels.rounded_linear import RoundedLinear
 from flexmask.torch_internals import compile_graph
 
 # A decode step reads every weight once, so what counts is how fast each kernel reads, and the
@@ -95,15 +97,28 @@ def _compiled_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def multiply_few_rows(view: PreTrainedModel) -> None:
-    """Replace the forward of plain linear modules by a product for few rows on a CPU."""
+    """Replace the forward of linear modules by a product for few rows on a CPU."""
     for module in view.modules():
         if is_plain_linear(module):
             cast(Any, module).forward = _few_rows_forward(module)
+        elif type(module) is RoundedLinear:
+            cast(Any, module).forward = _rounded_forward(module)
 
 
 def _few_rows_forward(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return linear_of_few_rows(x, module.weight, module.bias)
+
+    return forward
+
+
+def _rounded_forward(module: RoundedLinear) -> Callable[[Tensor], Tensor]:
+    """Return a product that inductor does not compile: its loop takes ten times as long."""
+    biases = [] if module.bias is None else [module.bias]
+
+    def forward(x: Tensor) -> Tensor:
+        result: Tensor = project(x, [module.weight], biases, [module.scale], None, 0.0, "", None)
+        return result
 
     return forward
 

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from flexmask.engine.graph_capture import capturing
+
 WARM_UP_STEPS = 2
 """Steps before the capture: the first compiles, the second allocates what stays."""
 
@@ -44,8 +46,7 @@ class DecodeGraph(Generic[Output]):
                     tensor.copy_(content)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do on the device is not captured, and no error.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with capturing(self._graph):
             self._output = step()
 
     def replay(self) -> Output:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from flexmask.engine.compiled_view import STEP_OPTIONS
 from flexmask.engine.decode_graph import DecodeGraph
+from flexmask.engine.graph_capture import GraphCapture
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.ranks import Ranks, on_all_ranks
 from flexmask.engine.row_loading import load_rows, to_device
 from flexmask.engine.row_processors import BatchProcessors
 from flexmask.engine.sampler import Sampler, most_likely
-from flexmask.errors import FlexMaskWarning
 from flexmask.sampling import Sampling
 from flexmask.tensor_parallel.collectives import copy_from_first_rank
 from flexmask.torch_internals import compile_settings
@@ -58,7 +57,7 @@ class DecodeLoop:
     Attributes:
         processors: The logits processors of the model's generation config, applied before logits
             are fused; None for none. The executor sets them for each run.
-        no_graph_reason: Why a graph could not be captured; empty if none failed.
+        capture: Captures the graphs, until one cannot be captured.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class DecodeLoop:
         self._has_ended = torch.ones(rows, 1, dtype=torch.bool, device=device)
         self._step_numbers = torch.zeros_like(self._token_ids)
         self._graphs: dict[tuple[bool, bool, tuple[str, ...]], DecodeGraph[Tensor | None]] = {}
-        self.no_graph_reason = ""
+        self.capture = GraphCapture("decoding runs")
 
     @property
     def ranks(self) -> Ranks:
@@ -145,7 +144,7 @@ class DecodeLoop:
 
     def _replay_or_run(self, step: Callable[[], Tensor | None]) -> Tensor | None:
         """Replay the graph of ``step``, captured at its first call; without CUDA, run ``step``."""
-        if not self._token_ids.is_cuda or self.no_graph_reason:
+        if not self._token_ids.is_cuda or self.capture.no_graph_reason:
             return step()
         runner = self._runner
         kernels = tuple(runner.decode_kernels.values())
@@ -157,18 +156,10 @@ class DecodeLoop:
                 self._has_ended,
                 self._step_numbers,
             )
-            try:
-                self._graphs[key] = DecodeGraph(step, state)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.no_graph_reason = " ".join(str(error).split())
-                warnings.warn(
-                    f"decoding runs without a CUDA graph: {self.no_graph_reason}",
-                    FlexMaskWarning,
-                    stacklevel=2,
-                )
+            graph = self.capture.attempt(lambda: DecodeGraph(step, state))
+            if graph is None:
                 return step()
+            self._graphs[key] = graph
         return self._graphs[key].replay()
 
     def _whole_step(self) -> None:

@@ -153,6 +153,7 @@ class Engine:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         adapter: str | None = None,
+        quantize: str | None = None,
         prefill_kernel: PrefillKernel | None = None,
         kv_cache: KVCacheOptions | None = None,
         tensor_parallel: int = 1,
@@ -167,6 +168,8 @@ class Engine:
             trust_remote_code: Run code that comes with the model.
             adapter: Folder of a LoRA adapter, which peft merges into the weights
                 (``flexmask[adapters]``).
+            quantize: ``int8`` or ``fp8``, to which the weights of linear layers are rounded at
+                loading, with a scale for each row; embeddings and output head stay as they are.
             prefill_kernel: The kernel that computes prompts on a GPU, as in `Engine`.
             kv_cache: Where keys and values are kept, as in `Engine`.
             tensor_parallel: GPUs that hold the model together, or on a CPU processes. This process
@@ -175,11 +178,12 @@ class Engine:
         Raises:
             AttentionError: If the kernel is not available, or the architecture does not support
                 attention backends.
-            OptionError: If the device is not available, or does not support the dtype; if there
-                are fewer GPUs than ``tensor_parallel``.
+            OptionError: If the device is not available, or does not support the dtype or what
+                weights are rounded to; if there are fewer GPUs than ``tensor_parallel``.
             RankError: If a process of ``tensor_parallel`` fails.
             ModelError: If the model cannot be loaded, or some of its weights are missing; if the
-                adapter is missing, or was made for another model.
+                adapter is missing, or was made for another model; if the model is quantised
+                already and is to be changed.
             CompilerError: If torch.compile finds no compiler.
             KVStoreError: If the folder of the cache is another model's, or cannot be written.
         """
@@ -189,7 +193,13 @@ class Engine:
                 raise OptionError(
                     "`kv_cache` keeps whole heads, and `tensor_parallel` divides them"
                 )
-            check_shards(model, trust_remote_code, adapter, tensor_parallel)
+            check_shards(
+                model,
+                tensor_parallel,
+                trust_remote_code=trust_remote_code,
+                adapter=adapter,
+                quantize=quantize,
+            )
             tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             load = partial(
                 load_shard, model=model, dtype=dtype, trust_remote_code=trust_remote_code
@@ -203,8 +213,9 @@ class Engine:
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 adapter=adapter,
+                quantize=quantize,
             )
-        files = model_files(model, adapter) if kv_cache and kv_cache.folder else None
+        files = model_files(model, adapter, quantize) if kv_cache and kv_cache.folder else None
         return cls(*loaded, prefill_kernel=prefill_kernel, kv_cache=kv_cache, model_files=files)
 
     @classmethod

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
 from flexmask.kernels.linear_weights import has_scaled_rows, is_dense
 from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
+from flexmask.kernels.rounded_linear import linear_of_8_bits
 from flexmask.tensor_parallel.collectives import sum_over_ranks
 
 _MOST_WEIGHTS = 3
@@ -73,23 +74,26 @@ def fuse_projections(graph: fx.Graph) -> int:
 
 
 def _is_projection(node: fx.Node) -> bool:
-    if node.target is not nn.functional.linear:
+    if node.target not in (nn.functional.linear, linear_of_8_bits):
         return False
     x, weight = (_value(argument) for argument in node.args[:2])
-    if x.dtype != weight.dtype or not (is_dense(weight) or has_scaled_rows(weight)):
-        return False
-    return _digits(weight).is_contiguous() and _num_rows(x) <= MAX_ROWS
+    if node.target is nn.functional.linear:
+        is_readable = is_dense(weight) or has_scaled_rows(weight)
+        if x.dtype != weight.dtype or not is_readable:
+            return False
+    return _digits(node).is_contiguous() and _num_rows(x) <= MAX_ROWS
 
 
-def _digits(weight: Any) -> Tensor:
+def _digits(projection: fx.Node) -> Tensor:
     """Return the numbers of a weight without its scale."""
+    weight: Any = _value(projection.args[1])
     digits: Tensor = weight.qdata if has_scaled_rows(weight) else weight
     return digits
 
 
 def _kind(projection: fx.Node) -> object:
     """Return what projections of one launch have in common."""
-    return _bias(projection) is not None, _digits(_value(projection.args[1])).dtype
+    return _bias(projection) is not None, _digits(projection).dtype
 
 
 def _num_rows(x: Tensor) -> int:
@@ -159,21 +163,29 @@ def _project(
     residual: fx.Node | None,
 ) -> fx.Node:
     biases = [bias for p in projections if (bias := _bias(p)) is not None]
-    weights, scales = [p.args[1] for p in projections], []
-    if has_scaled_rows(_value(weights[0])):
-        scales = [graph.call_function(getattr, (weight, "scale")) for weight in weights]
-        weights = [graph.call_function(getattr, (weight, "qdata")) for weight in weights]
+    weights, scales = zip(*(_weight_and_scale(graph, p) for p in projections), strict=True)
     arguments = (
         projections[0].args[0] if norm is None else norm.x,
-        weights,
+        list(weights),
         biases,
-        scales,
+        [scale for scale in scales if scale is not None],
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
         activation,
         residual,
     )
     return graph.call_function(torch.ops.flexmask.project.default, arguments)
+
+
+def _weight_and_scale(graph: fx.Graph, projection: fx.Node) -> tuple[Any, Any]:
+    """Return the nodes of a weight's numbers and of its scale, which is None for a dense one."""
+    weight = projection.args[1]
+    if projection.target is linear_of_8_bits:
+        return weight, projection.args[2]
+    if has_scaled_rows(_value(weight)):
+        qdata, scale = (graph.call_function(getattr, (weight, n)) for n in ("qdata", "scale"))
+        return qdata, scale
+    return weight, None
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
@@ -193,7 +205,10 @@ def _value(node: Any) -> Tensor:
 
 
 def _bias(projection: fx.Node) -> fx.Node | None:
-    bias = projection.args[2] if len(projection.args) > 2 else projection.kwargs.get("bias")
+    place = 3 if projection.target is linear_of_8_bits else 2
+    bias = (
+        projection.args[place] if len(projection.args) > place else projection.kwargs.get("bias")
+    )
     return bias if isinstance(bias, fx.Node) else None
 
 

@@ -31,9 +31,10 @@ from flexmask.checkpoint.model_name import check_adapter_name, shown
 from flexmask.checkpoint.source import CheckpointSource
 from flexmask.checkpoint.transformers_calls import errors_in_one_line
 from flexmask.checkpoint.weights import check_loaded_weights
-from flexmask.device import resolve_dtype
+from flexmask.device import resolve_dtype, resolve_quantize
 from flexmask.encoding.tokenization import load_tokenizer
 from flexmask.errors import AttentionError, ModelError
+from flexmask.kernels.rounded_linear import round_linear_layers
 from flexmask.tensor_parallel.plan import RankOf, check_plan
 from flexmask.tensor_parallel.sharding import ModelShard, PartOfWeight
 from flexmask.torch_internals import is_wrapper_subclass, prepare_compiler
@@ -49,6 +50,7 @@ def load_model(
     needs_backend: bool = True,
     adapter: str | None = None,
     place: RankOf | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, from safetensors or GGUF only, and its tokenizer.
 
@@ -61,10 +63,14 @@ def load_model(
         needs_backend: Refuse architectures that do not support attention backends.
         adapter: Folder of a LoRA adapter to merge into the weights.
         place: The rank whose shard of the model is loaded; None for the whole model.
+        quantize: ``int8`` or ``fp8``, to which the weights of linear layers are rounded, after an
+            adapter is merged; None to keep them.
 
     Raises:
         ModelError: If it or the adapter cannot be found or loaded; if weights are missing, or
-            belong to another model; if it cannot be cut into shards.
+            belong to another model; if it cannot be cut into shards; if it is quantised and is to
+            be rounded or adapted.
+        OptionError: If the device or ``quantize`` cannot be used.
         AttentionError: If its architecture does not support attention backends and
             ``needs_backend`` is set.
         CompilerError: If the device needs a C++ compiler and there is none.
@@ -73,12 +79,10 @@ def load_model(
     source = CheckpointSource.find(model)
     if adapter is not None:
         check_adapter_name(adapter)
+    rounded_to = None if quantize is None else resolve_quantize(quantize, device)
     config = _checked_config(source, trust_remote_code, needs_backend)
-    if adapter is not None and (method := quantization_of(config)):
-        raise ModelError(
-            f"adapter {shown(adapter)} cannot be merged into model {shown(source.name)}, which is "
-            f"quantised by {method}; load one that is not quantised"
-        )
+    if method := quantization_of(config):
+        _refuse_changes(source.name, method, adapter, quantize)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     number_type = resolve_dtype(dtype, device)
     if dtype == "auto" and source.gguf is None and quantization_of(config):
@@ -90,9 +94,13 @@ def load_model(
     if needs_backend:
         check_backend(type(loaded))
     module: nn.Module = loaded  # its to() has the simpler signature
-    _move(module.eval().requires_grad_(False), device)
+    module.eval().requires_grad_(False)
     if adapter is not None:
+        module.to(device)  # which computes the sums faster
         merge_adapter(loaded, adapter, source.name)
+    if rounded_to is not None:
+        _round_weights(loaded, rounded_to, device, source.name)
+    _move(module, device)
     return loaded, tokenizer
 
 
@@ -111,17 +119,26 @@ def _checked_config(
     return config
 
 
-def check_shards(model: str, trust_remote_code: bool, adapter: str | None, size: int) -> None:
+def check_shards(
+    model: str,
+    size: int,
+    *,
+    trust_remote_code: bool = False,
+    adapter: str | None = None,
+    quantize: str | None = None,
+) -> None:
     """Refuse a model that cannot be loaded in parts, before anything is loaded.
 
     Args:
         model: Hub id, folder or GGUF file.
+        size: Number of parts.
         trust_remote_code: Run code that comes with the model.
         adapter: Folder of a LoRA adapter.
-        size: Number of parts.
+        quantize: What weights are rounded to.
 
     Raises:
-        ModelError: If it is quantised, in GGUF or adapted, or has no plan for so many parts.
+        ModelError: If it is quantised, in GGUF, adapted or rounded, or has no plan for so many
+            parts.
         AttentionError: If its architecture does not support attention backends.
     """
     register_attention()
@@ -135,6 +152,8 @@ def check_shards(model: str, trust_remote_code: bool, adapter: str | None, size:
         reason = f"is quantised by {method}"
     elif adapter is not None:
         reason = "gets an adapter; merge that, and save the result"
+    elif quantize is not None:
+        reason = f"is rounded to {quantize}"
     if reason:
         raise ModelError(
             "`tensor_parallel` loads parts of plain weights in safetensors, and model "
@@ -183,6 +202,43 @@ def _load_shard(
         loaded = _load_weights(source, config, dtype, trust_remote_code)
     shards[0].complete()
     return loaded
+
+
+def _refuse_changes(name: str, method: str, adapter: str | None, quantize: str | None) -> None:
+    """Refuse to change the weights of a quantised model, which would have to be rounded again.
+
+    Raises:
+        ModelError: If an adapter is given, or weights are to be rounded.
+    """
+    if adapter is not None:
+        raise ModelError(
+            f"adapter {shown(adapter)} cannot be merged into model {shown(name)}, which is "
+            f"quantised by {method}; load one that is not quantised"
+        )
+    if quantize is not None:
+        raise ModelError(
+            f"model {shown(name)} is quantised by {method} and cannot be rounded to {quantize}; "
+            "leave out `quantize`, or load one that is not quantised"
+        )
+
+
+def _round_weights(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, name: str
+) -> None:
+    """Round the weights of all linear layers but the output head.
+
+    Raises:
+        ModelError: If there are none, or a weight is not finite.
+    """
+    try:
+        count = round_linear_layers(model, model.get_output_embeddings(), dtype, device)
+    except ValueError as error:
+        raise ModelError(f"cannot round the weights of model {shown(name)}: {error}") from None
+    if not count:
+        raise ModelError(
+            f"model {shown(name)} has no layers of torch.nn.Linear before its output head, and "
+            "`quantize` rounds no others"
+        )
 
 
 def _load_weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmask.engine.graph_capture import GraphCapture, capturing
 from flexmask.engine.stream_inputs import StreamInputs
-from flexmask.errors import FlexMaskWarning
 
 MOST_TOKENS = 6144
 """Most tokens of a stream that is captured. More keep the device busy for longer than the host
@@ -35,9 +34,6 @@ class PrefillGraphs:
     Queuing the kernels of a prefill takes the host longer than the device takes to compute a
     thousand tokens, and replaying a graph takes it no time. A stream of some size is captured
     when that size occurs for the second time; the first time compiles, and shows that it runs.
-
-    Attributes:
-        no_graph_reason: Why a graph could not be captured; empty if none failed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +41,7 @@ class PrefillGraphs:
         self._device = device
         self._graphs: OrderedDict[tuple[int, ...], _Graph | None] = OrderedDict()
         self._pool: Any = None
-        self.no_graph_reason = ""
+        self._capture = GraphCapture("prefill runs")
 
     def clear(self) -> None:
         """Forget all graphs; call it when a buffer that they use is replaced."""
@@ -75,14 +71,14 @@ class PrefillGraphs:
     ) -> _Graph | None:
         """Return the graph of inputs of this size, with these inputs; None to run without one."""
         is_short = len(inputs.token_ids) <= MOST_TOKENS
-        if self._device.type != "cuda" or not is_short or self.no_graph_reason:
+        if self._device.type != "cuda" or not is_short or self._capture.no_graph_reason:
             return None
         sizes = inputs.sizes
         graph = self._graphs.get(sizes)
         if graph is not None:
             graph.packed.copy_(packed, non_blocking=True)
         elif sizes in self._graphs:
-            graph = self._captured(compute, inputs, packed)
+            graph = self._capture.attempt(lambda: self._captured(compute, inputs, packed))
         self._keep(sizes, graph)
         return graph
 
@@ -94,25 +90,17 @@ class PrefillGraphs:
 
     def _captured(
         self, compute: Callable[[StreamInputs], None], inputs: StreamInputs, packed: Tensor
-    ) -> _Graph | None:
-        """Capture a prefill; None, with a warning, if it does something that cannot be."""
+    ) -> _Graph:
+        """Capture a prefill.
+
+        Raises:
+            RuntimeError: If it does something that cannot be captured.
+        """
         on_device = packed.to(self._device)
         graph = torch.cuda.CUDAGraph()
         given = inputs.over(on_device)
-        try:
-            # thread_local: what other threads do on the device is not captured, and no error.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute(given)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.no_graph_reason = " ".join(str(error).split())
-            warnings.warn(
-                f"prefill runs without a CUDA graph: {self.no_graph_reason}",
-                FlexMaskWarning,
-                stacklevel=2,
-            )
-            return None
+        with capturing(graph, self._pool):
+            compute(given)
         # Graphs run one after the other, so they can share the memory of intermediate tensors.
         self._pool = self._pool or graph.pool()
         return _Graph(graph, on_device, given)

@@ -160,7 +160,7 @@ class PromptPlanner:
             number=-1,
             layouts=layouts * self._samples_together,
             seeds=self._seeds(request, prompts),
-            weights=self.fusion.weights_of(request) * self._samples_together,
+            weights=self.fusion.weights_of(request, len(prompts)) * self._samples_together,
             choices=tuple(choices),
         )
         return _Attempt(number, request, group, next(iter(special_texts), None))

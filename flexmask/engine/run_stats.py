@@ -27,6 +27,8 @@ class RunStats:
         decode_steps: Decode steps.
         row_steps: Batch rows of these steps, summed.
         used_row_steps: Those of them that held an unfinished prompt.
+        keys_read: Tokens whose keys and values these steps read; those of a prefix that all
+            prompts share count once a step where the kernel reads them once.
         prefill_s: Seconds in prefill, compilation included.
         decode_s: Seconds in decode, compilation included.
         first_token_s: Seconds from the start of each prefill until the first tokens of its prompts
@@ -55,6 +57,7 @@ class RunStats:
     decode_steps: int = 0
     row_steps: int = 0
     used_row_steps: int = 0
+    keys_read: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     first_token_s: float = 0.0

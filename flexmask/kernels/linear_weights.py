@@ -1,7 +1,8 @@
 """Tells linear layers whose weights kernels can read from all others.
 
-Kernels read dense weights, and weights of 8 bits with a scale for each row. Other quantised layers
-(other weights, a class or a forward of their own) compute by their own code.
+Kernels read dense weights, and weights of 8 bits with a scale for each row: those that flexmask
+rounds, and those of torchao. Other quantised layers (other weights, a class or a forward of their
+own) compute by their own code.
 
 The attributes of torchao's tensors exist as described in torchao 0.18.
 """
@@ -14,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexmask.kernels.rounded_linear import RoundedLinear
 from flexmask.torch_internals import is_wrapper_subclass
 
 DENSE = "dense"
 """The kind of plain layers."""
+
+ROUNDED = "rounded to"
+"""Beginning of the kind of layers that flexmask rounded; the dtype follows."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,18 +55,23 @@ def is_plain_linear(module: nn.Module) -> bool:
 def kinds_of_projections(model: nn.Module) -> Counter[tuple[str, bool]]:
     """Count the linear layers of a model by kind, and by whether kernels can read their weights.
 
-    The kind is `DENSE`, or what makes a layer another.
+    The kind is `DENSE`, begins with `ROUNDED`, or is what makes a layer another.
     """
     return Counter(
-        (DENSE, True)
-        if is_plain_linear(module)
-        else (_kind(module), has_scaled_rows(getattr(module, "weight", None)))
+        (DENSE, True) if is_plain_linear(module) else (_kind(module), _is_readable(module))
         for module in model.modules()
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     )
 
 
+def _is_readable(module: nn.Module) -> bool:
+    """Return True if kernels can read the weight of a layer that is not plain."""
+    return type(module) is RoundedLinear or has_scaled_rows(getattr(module, "weight", None))
+
+
 def _kind(module: Any) -> str:
+    if type(module) is RoundedLinear:
+        return f"{ROUNDED} {str(module.weight.dtype).removeprefix('torch.')}"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} of {_package(type(module))}"
     if "forward" in vars(module):

@@ -21,6 +21,7 @@ def default_output_path(
     fusion: str = "attention",
     shard: Shard | None = None,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> Path:
     """Return the default path of a result file, relative to the working folder.
 
@@ -32,6 +33,7 @@ def default_output_path(
         fusion: Name of the fusion; part of the file name unless it is ``attention``.
         shard: The shard that is run; None for the whole input.
         adapter: Folder of the adapter that is merged into the model.
+        quantize: What the model's weights are rounded to; None to keep them.
 
     Example:
         >>> str(default_output_path("webqa", "org/Model-3B", "causal", 5))
@@ -40,16 +42,19 @@ def default_output_path(
     count = "all" if num_segments is None else num_segments
     how = "" if fusion == "attention" else f"-{fusion}"
     part = "" if shard is None else f".{shard.number}-of-{shard.count}"
-    return (
-        default_folder(stem, model, adapter) / f"{path_safe(strategy)}{how}-{count}{part}.feather"
-    )
+    folder = default_folder(stem, model, adapter, quantize)
+    return folder / f"{path_safe(strategy)}{how}-{count}{part}.feather"
 
 
-def default_folder(stem: str, model: str, adapter: str | None = None) -> Path:
+def default_folder(
+    stem: str, model: str, adapter: str | None = None, quantize: str | None = None
+) -> Path:
     """Return the folder of `default_output_path`; of a GGUF file the extension is dropped."""
     name = Path(model).name.removesuffix(".gguf")
     if adapter is not None:
         name += f"+{Path(adapter).absolute().name}"
+    if quantize is not None:
+        name += f"+{quantize}"
     return Path("outputs", path_safe(stem), path_safe(name))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -219,6 +219,17 @@ def row_of(result: Result, judge: Judge | ChoiceJudge) -> dict[str, Any]:
 def key_of(row: Mapping[str, Any]) -> RequestKey:
     """Return the key of a row; without samples it has no such column."""
     return RequestKey(row["uuid"], row["segment"], row.get("sample", 0))
+
+
+def answer_logprobs(row: Mapping[str, Any]) -> Sequence[float] | None:
+    """Return the log-probabilities of the tokens of a row's answer, generated or chosen.
+
+    None if they were not kept, or the row failed.
+    """
+    if "choices" not in row:
+        return row.get("logprobs") or None
+    of_choices: Sequence[Sequence[float]] | None = row["token_logprobs"]
+    return None if of_choices is None else of_choices[row["chosen"]]
 
 
 def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:

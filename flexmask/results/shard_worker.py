@@ -10,12 +10,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from flexmask.choice_scores import Score
 from flexmask.errors import FlexMaskError, FlexMaskWarning
 from flexmask.fusion import Fusion
 from flexmask.generation import Generation
 from flexmask.inputs.rows import Input, Row
 from flexmask.request import Request, RequestKey
-from flexmask.results.dataset_run import DatasetRun, GenerationJob
+from flexmask.results.dataset_run import DatasetJob, DatasetRun
 from flexmask.results.journal import OutputInUseError
 from flexmask.results.result_writer import ResultWriter
 from flexmask.results.schema import Result
@@ -62,7 +63,7 @@ class OpenShard:
     Attributes:
         number: Its number.
         writer: Writes its result file.
-        requests: The requests to generate for.
+        requests: The requests to run.
         started: The rows that were started.
     """
 
@@ -94,15 +95,15 @@ class ShardsWriter:
     manager it closes those that are not.
 
     Attributes:
-        fusion: The fusion under which to generate.
-        judge: Extracts answers from generations and scores them.
+        fusion: The fusion under which they run.
+        judge: Extracts answers from results and judges them.
     """
 
     def __init__(
         self,
         open_next: Callable[[], OpenShard | None],
         finished: Callable[[OpenShard], None],
-        job: GenerationJob,
+        job: DatasetJob[Any],
     ) -> None:
         """Open no shard yet.
 
@@ -187,7 +188,9 @@ class _OneRow:
 class ShardWorker:
     """Runs shards with one engine, which is loaded when the first request needs it."""
 
-    def __init__(self, job: GenerationJob, folder: ShardFolder, assignments: Assignments) -> None:
+    def __init__(
+        self, job: DatasetJob[Any], folder: ShardFolder, assignments: Assignments
+    ) -> None:
         """Prepare; nothing is opened or loaded yet."""
         self._job = job
         self._folder = folder
@@ -262,14 +265,14 @@ class ShardWorker:
             shard.suspend(is_orderly=is_orderly)
         self._assignments.give_back(assignment.number)
 
-    def _carry_out(self, run: DatasetRun[Generation]) -> None:
+    def _carry_out(self, run: DatasetRun[Any]) -> None:
         for batch in run.batches(lambda: self._is_stopped):
             self._report(batch)
         stats = run.engine_run.stats
         self._stats = stats if self._stats is None else self._stats.plus(stats)
 
-    def _report(self, batch: Sequence[Generation]) -> None:
-        tokens = sum(len(generation.token_ids) for generation in batch)
+    def _report(self, batch: Sequence[Generation | Score]) -> None:
+        tokens = sum(map(_num_tokens, batch))
         if self._assignments.report(len(batch), tokens):
             self._is_stopped = True
 
@@ -309,6 +312,13 @@ class ShardWorker:
     @cached_property
     def _strategy(self) -> Strategy:
         return self._job.make_strategy()
+
+
+def _num_tokens(made: Generation | Score) -> int:
+    """Return the number of tokens generated, or scored."""
+    if isinstance(made, Generation):
+        return len(made.token_ids)
+    return sum(choice.num_tokens for choice in made.choices)
 
 
 class ForwardRows:

@@ -17,6 +17,7 @@ from flexmask.plugins.strategy_file import reference_of_record
 from flexmask.request import Request
 from flexmask.results.result_writer import read_finished_rows, read_run_config
 from flexmask.results.run_config import RunConfig
+from flexmask.results.schema import answer_logprobs
 from flexmask.show.tokens import ShownRequest
 from flexmask.strategy import Strategy
 
@@ -57,7 +58,8 @@ class Answer:
             that file is executed. Raises `StrategyError` if it cannot be found any more.
         attention: Mean over the generated tokens of the attention that the prefix, each segment
             and the tail got; None where it was not measured.
-        logprobs: The log-probability of each generated token; None where they were not kept.
+        logprobs: The log-probability of each token of the answer, generated or chosen; None
+            where they were not kept.
     """
 
     prediction: str
@@ -68,7 +70,7 @@ class Answer:
     model: str
     strategy: Callable[[], Strategy]
     attention: tuple[float, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
+    logprobs: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def subject_of_result(
         model=run["model"],
         strategy=partial(_strategy_of_run, config),
         attention=_mean_attention(values.get("segment_attention")),
-        logprobs=tuple(values["logprobs"]) if values.get("logprobs") else None,
+        logprobs=answer_logprobs(values),
     )
     # Imported here, because a request of given lengths need not wait for transformers.
     from flexmask.encoding.tokenization import RequestTokenizer

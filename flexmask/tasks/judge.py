@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from flexmask.choice_scores import Normalize, Score, check_normalization
 from flexmask.errors import JudgeError, OptionError
@@ -96,10 +96,13 @@ class ChoiceJudge:
 
     Attributes:
         normalize: What log-probabilities are divided by before they are compared.
+        metric: The metric that compares indices (`flexmask.results.evaluation.evaluate`).
+        language: The language, which this metric does not use.
     """
 
     normalize: Normalize = "none"
-    metric = "exact"
+    metric: ClassVar[str] = "exact"
+    language: ClassVar[str] = "en"
 
     def __post_init__(self) -> None:
         check_normalization(self.normalize)

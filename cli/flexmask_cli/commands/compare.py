@@ -6,19 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from flexmask.errors import FlexMaskError
-from flexmask.fusion import Fusion
+from flexmask.errors import FlexMaskError, OptionError
+from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.limits import read_size
 from flexmask_cli.dataset_options import InputOptions
-from flexmask_cli.generation_options import PlannedGeneration, RunOptions
+from flexmask_cli.generation_options import LogprobOptions, PlannedGeneration, RunOptions
 from flexmask_cli.interrupt import Interrupt
-from flexmask_cli.option_groups import takes_options
-from flexmask_cli.option_kinds import path, text
+from flexmask_cli.option_groups import changed_options, takes_options
+from flexmask_cli.option_kinds import flag, path, text
 from flexmask_cli.options import AsJson
+from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.progress import track
 from flexmask_cli.render.comparison import print_comparison
 from flexmask_cli.render.lines import (
@@ -28,14 +29,15 @@ from flexmask_cli.render.lines import (
     print_warnings,
     warnings_as_lines,
 )
-from flexmask_cli.strategy_choice import choose_listed, load_plugins
+from flexmask_cli.score_options import NormalizeOptions, PlannedScoring
+from flexmask_cli.strategy_choice import ChosenStrategy, choose_listed, load_plugins
 from flexmask_cli.streams import run_goes_on
 
 if TYPE_CHECKING:
     from flexmask.compare.cell import Cell, Way
     from flexmask.compare.comparison_run import CellRunner
-    from flexmask.generation import Generation
-    from flexmask.results.dataset_run import DatasetRun
+    from flexmask.results.dataset_run import DatasetJob, DatasetRun
+    from flexmask.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,54 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class ChoiceOptions(NormalizeOptions):
+    """Scoring of choices in place of generating."""
+
+    heading: ClassVar[str] = "Comparison"
+
+    score: Annotated[
+        bool,
+        flag(
+            "--score",
+            help="Score the choices of each row, as 'flexmask score' does, and generate nothing; "
+            "accuracy is that of the most likely choice.",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: If the normalization is unknown, or nothing is scored.
+        """
+        super().__post_init__()
+        if not self.score and changed_options(self):
+            raise OptionError("--normalize needs --score")
+
+    def check(self, ways: Sequence[Way], run: RunOptions, tokens: LogprobOptions) -> None:
+        """Check that ways can score choices, or generate, and that no option is without effect.
+
+        Raises:
+            OptionError: If a fusion cannot, or an option changes generations and there are none.
+        """
+        for way in ways:
+            if self.score:
+                check_score_fusion(way.fusion)
+            else:
+                way.fusion.check_samples(is_greedy=run.sampling.sampling.is_greedy)
+        if self.score and (names := run.changed_for_generation + changed_options(tokens)):
+            raise OptionError(f"--score generates nothing; leave out {', '.join(names)}")
+
+    def plan(
+        self, run: RunOptions, task: Task | None, tokens: LogprobOptions
+    ) -> PlannedRun[Any, Any]:
+        """Return the run of each way."""
+        if self.score:
+            return PlannedScoring(run, task, self.chosen_normalization)
+        return PlannedGeneration(run, task, tokens)
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """The output of a comparison."""
 
@@ -93,16 +143,24 @@ class OutputOptions:
 
 @takes_options
 def compare(
-    *, plan: PlanOptions, data: InputOptions, output: OutputOptions, run: RunOptions
+    *,
+    plan: PlanOptions,
+    choices: ChoiceOptions,
+    data: InputOptions,
+    output: OutputOptions,
+    run: RunOptions,
+    tokens: LogprobOptions,
 ) -> None:
     """Compare strategies, fusions and numbers of segments on one data set."""
     ways = _plan(plan)
-    for way in ways:
-        way.fusion.check_samples(is_greedy=run.sampling.sampling.is_greedy)
+    choices.check(ways, run, tokens)
     opened = data.open(
-        fusion=_read_for(ways), limit=run.rows.limit, on_bad_row=run.rows.on_bad_row
+        fusion=_read_for(ways),
+        limit=run.rows.limit,
+        on_bad_row=run.rows.on_bad_row,
+        reads_choices=choices.score,
     )
-    planned = PlannedGeneration(run, opened.task)
+    planned = choices.plan(run, opened.task, tokens)
 
     # Imported only now, since these import torch: wrong options are reported before.
     from flexmask.compare.comparison_run import CellRunner, ReportFolder, cut_to_counts
@@ -120,26 +178,27 @@ def compare(
     sameness = Sameness(
         requests_of,
         planned.load_tokenizer(),
-        run.batch.max_new_tokens,
+        0 if choices.score else run.batch.max_new_tokens,
         is_greedy=run.sampling.sampling.is_greedy,
     )
     with warnings_as_lines():
         cells = sameness.cells(ways)
     folder = ReportFolder(
         output.output
-        or default_folder(opened.stem, planned.model_name, planned.adapter) / "compare"
+        or default_folder(opened.stem, planned.model_name, **run.model.changes) / "compare"
     )
+
+    def job_of(way: Way) -> DatasetJob[Any]:
+        chosen = ChosenStrategy(way.contender.reference, way.contender.strategy)
+        return planned.job(lambda: chosen, lambda: requests, way.fusion, opened.name)
+
     runner = CellRunner(
         load_engine=cache(planned.load_engine),
         folder=folder,
         requests_of=requests_of,
-        config_of=lambda way: planned.config(
-            way.contender.reference, way.contender.strategy, way.fusion, opened.name
-        ),
-        judge=planned.judge,
+        job_of=job_of,
         mode=run.results.mode,
         machine=planned.machine(),
-        options=planned.for_engine() | {"on_error": run.rows.on_bad_row},
     )
     runner.check(cells)
     with run_goes_on():
@@ -192,9 +251,7 @@ def _run(runner: CellRunner, cells: Sequence[Cell], *, is_quiet: bool) -> dict[C
     errors: dict[Cell, str] = {}
     interrupt = Interrupt()
 
-    def watch(
-        title: str, run: DatasetRun[Generation], total: int
-    ) -> Iterator[Sequence[Generation]]:
+    def watch(title: str, run: DatasetRun[Any], total: int) -> Iterator[Sequence[Any]]:
         with interrupt:
             yield from track(run, total, interrupt, is_quiet=is_quiet, title=title)
         if interrupt.is_requested:

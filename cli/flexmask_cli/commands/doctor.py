@@ -39,7 +39,8 @@ def doctor(
     """
     if model.model is None and (model != RunModelOptions() or device != DEFAULT_DEVICE):
         raise OptionError(
-            "--device, --dtype, --adapter and --trust-remote-code need a --model to check"
+            "--device, --dtype, --adapter, --quantize and --trust-remote-code need a --model to "
+            "check"
         )
     checks = []
     for check in _checks(model, device):
@@ -72,5 +73,5 @@ def _checks(model: RunModelOptions, device: DeviceOptions) -> Iterable[Check]:
         device.device,
         device.dtype,
         trust_remote_code=model.trust_remote_code,
-        adapter=model.adapter_folder,
+        **model.changes,
     )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexmask.errors import OptionError, RequestError
+from flexmask.errors import RequestError
 from flexmask.fusion import FUSIONS
-from flexmask_cli.cluster_run import check_input, first_generations, generate_on_cluster
-from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, Written
-from flexmask_cli.dataset_options import OpenInput, RequestOptions
+from flexmask.generation import Generation
+from flexmask.request import Request
+from flexmask_cli.dataset_command import STDOUT, DatasetCommand, OutputOptions, RunSource
+from flexmask_cli.dataset_options import RequestOptions
 from flexmask_cli.generation_options import PlannedGeneration, RunOptions, TokenOptions
 from flexmask_cli.option_groups import takes_options
 from flexmask_cli.options import FusionOptions, StrategyOptions
-from flexmask_cli.planned_run import PlannedRun
 from flexmask_cli.render.generation import (
-    SHOWN_ANSWERS,
     print_answers,
     print_kernels,
     print_notes,
@@ -27,16 +25,14 @@ from flexmask_cli.render.generation import (
     print_stats,
 )
 from flexmask_cli.scaling_options import ScalingOptions
-from flexmask_cli.strategy_choice import ChosenStrategy, choose_strategy
+from flexmask_cli.strategy_choice import choose_strategy
 from flexmask_cli.streams import write_text
 
 if TYPE_CHECKING:
     from flexmask.engine import Engine, RunStats
-    from flexmask.generation import Generation
     from flexmask.results.dataset_run import DatasetJob, DatasetRun
     from flexmask.results.result_writer import ResultWriter
     from flexmask.results.row_stream import RowStream
-    from flexmask.tasks.request_source import RequestSource
 
 
 @takes_options
@@ -55,7 +51,6 @@ def generate(
     fusion.chosen.check_samples(is_greedy=run.sampling.sampling.is_greedy)
     if tokens.segment_attention:
         fusion.chosen.check_one_prompt()
-    chosen = choose()
     open_input = partial(
         data.open,
         fusion=fusion.chosen,
@@ -63,95 +58,19 @@ def generate(
         limit=run.rows.limit,
         on_bad_row=run.rows.on_bad_row,
     )
-    opened = open_input()
-    Generate(
-        planned=PlannedGeneration(run, opened.task, tokens),
-        chosen=chosen,
-        fusion=fusion.chosen,
-        opened=opened,
-        num_segments=data.num_segments,
-        output=output,
-        part=scaling,
-        scaling=scaling,
-        again=Again(choose, open_input, data.input),
-    ).run()
+    source = RunSource.open(choose, open_input, data.input)
+    planned = PlannedGeneration(run, source.opened.task, tokens)
+    Generate(planned, source, fusion.chosen, data.num_segments, output, scaling).run()
 
 
 @dataclass(frozen=True)
-class Again:
-    """The steps that other processes repeat: choosing the strategy, and opening the input.
-
-    Attributes:
-        choose: Makes the strategy.
-        open_input: Opens the input.
-        input: The input, as the user named it.
-    """
-
-    choose: Callable[[], ChosenStrategy]
-    open_input: Callable[[], OpenInput]
-    input: str | None
-
-
-@dataclass(frozen=True)
-class Generate(DatasetCommand["Generation"]):
-    """A run that generates.
-
-    Attributes:
-        scaling: The processes that run it.
-        again: What other processes do again.
-    """
-
-    scaling: ScalingOptions
-    again: Again
+class Generate(DatasetCommand[Generation]):
+    """A run that generates."""
 
     @property
     def result_name(self) -> str:
         """The name of the strategy."""
-        return self.chosen.strategy.name
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """True if a cluster runs it."""
-        return self.scaling.is_on_ray
-
-    def run(self) -> None:
-        """Run the data set, or print its prompts.
-
-        Raises:
-            OptionError: If a cluster shall write to standard output.
-        """
-        output = self.output
-        if self.scaling.is_on_ray and output.output == STDOUT and not output.dry_run:
-            raise OptionError("--engine ray writes a file; leave out --output -")
-        super().run()
-
-    def write_file(self, path: Path) -> Written[Generation]:
-        """Generate in this process or on a cluster, and write a result file."""
-        if not self.scaling.is_on_ray:
-            return super().write_file(path)
-        from flexmask.results.dataset_run import GenerationJob
-
-        check_input(self.again.input)
-        job = self.planned.job(
-            self.again.choose,
-            partial(_requests_of, self.again.open_input, self.planned),
-            self.fusion,
-            self.opened.name,
-        )
-        assert isinstance(job, GenerationJob)
-        options = self.planned.options
-        outcome = generate_on_cluster(
-            job,
-            path,
-            options.results.mode,
-            self.scaling,
-            options.engine.device,
-            ranks=options.engine.num_ranks,
-            is_quiet=options.results.quiet,
-            is_verbose=self.output.verbose,
-        )
-        shown = [] if outcome.stats is None else first_generations(path, SHOWN_ANSWERS)
-        return Written(outcome.summary, shown, outcome.stats)
+        return self.source.chosen.strategy.name
 
     def run_rest(
         self, job: DatasetJob[Generation], writer: ResultWriter | RowStream
@@ -165,9 +84,9 @@ class Generate(DatasetCommand["Generation"]):
         """Print strategy, model, attention, batches and rules of generation."""
         self._print_notes(engine, run.engine_run.stats)
 
-    def print_kernels(self, engine: Engine) -> None:
-        """Print the kernels of prefill and decode."""
-        print_kernels(engine)
+    def print_kernels(self, engine: Engine, stats: RunStats) -> None:
+        """Print the kernels of prefill and decode, and the shares of the floor."""
+        print_kernels(engine, stats)
 
     def print_made(self, shown: Sequence[Generation], stats: RunStats) -> None:
         """Print answers, counts and times."""
@@ -175,8 +94,20 @@ class Generate(DatasetCommand["Generation"]):
             print_answers(shown, self.planned.judge)
         print_stats(stats, self.fusion)
 
+    def made_of(self, request: Request, row: Mapping[str, Any]) -> Generation:
+        """Return the generation of a row, without its tokens."""
+        return Generation(
+            request=request,
+            text=row["generation"],
+            token_ids=(),
+            finish_reason=row["finish_reason"],
+            prompt_tokens=row["prompt_tokens"],
+        )
+
     def _print_notes(self, engine: Engine, stats: RunStats) -> None:
-        print_notes(engine, self.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}")
+        print_notes(
+            engine, self.source.chosen.strategy, f"{self.fusion}, {FUSIONS[self.fusion.name]}"
+        )
         print_rules(engine.generation_rules(), stats)
 
     def _is_streamed(self, writer: ResultWriter | RowStream) -> bool:
@@ -211,14 +142,8 @@ class Generate(DatasetCommand["Generation"]):
         write_text("")
         writer.write([stream.generation])
         if self.output.verbose:
-            print_kernels(engine)
+            print_kernels(engine, stream.run.stats)
         return stream.run.stats
-
-
-def _requests_of(
-    open_input: Callable[[], OpenInput], planned: PlannedRun[Any, Any]
-) -> RequestSource:
-    return planned.checked(open_input().requests)
 
 
 def _is_terminal() -> bool:

@@ -38,6 +38,7 @@ def _comparison_row(result: CellResult) -> dict[str, str]:
         "segments": result.cell.way.segments,
         "accuracy": percent(result.score) if result.score else "failed" if result.error else "",
         "against the first": percent(against.difference, sign="+") if against else "",
+        "logprob": number("mean_logprob", ".2f"),
         "tokens/s": number("tokens_per_s", ",.0f"),
         "ms/question": number("ms_per_question", ",.1f"),
         "first token ms": number("first_token_ms", ",.1f"),

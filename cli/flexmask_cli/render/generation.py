@@ -58,7 +58,7 @@ def _notes_on_spans(engine: Engine) -> Iterator[str]:
 
 def _projections(engine: Engine) -> str:
     """Return how many linear layers are fused on a GPU, and which are not, by their weights."""
-    from flexmask.kernels.linear_weights import DENSE, kinds_of_projections
+    from flexmask.kernels.linear_weights import DENSE, ROUNDED, kinds_of_projections
 
     is_on_gpu = engine.model.device.type == "cuda"
     parts = []
@@ -66,7 +66,9 @@ def _projections(engine: Engine) -> str:
         if kind == DENSE:
             parts.append(f"{count} fused" if is_on_gpu else f"{count} with dense weights")
         elif is_on_gpu and is_readable:
-            parts.append(f"{count} fused, with weights in 8 bits ({kind})")
+            parts.append(f"{count} fused, with weights in 8 bits ({kind}; prompts unpack them)")
+        elif kind.startswith(ROUNDED):
+            parts.append(f"{count} with weights in 8 bits ({kind}), unpacked for every product")
         else:
             parts.append(f"{count} not fused, since their weights are {kind}")
     return ", ".join(parts)
@@ -93,8 +95,8 @@ def _rules_of_generation(rules: GenerationRules) -> Iterator[str]:
         )
 
 
-def print_kernels(engine: Engine) -> None:
-    """Print the attention kernels that ran to stderr."""
+def print_kernels(engine: Engine, stats: RunStats) -> None:
+    """Print the attention kernels that ran, and the shares of the floor, to stderr."""
     runner = engine.runner
     prefill = f"FlexAttention, {runner.prefill_kernel or 'C++'} kernel"
     decode = ", ".join(f"{kind}: {kernel}" for kind, kernel in runner.decode_kernels.items())
@@ -102,6 +104,24 @@ def print_kernels(engine: Engine) -> None:
         decode += "; the shared prefix is read once"
     write_note(f"prefill: {prefill}")
     write_note(f"decode: {decode}")
+    print_floor(engine, stats)
+
+
+def print_floor(engine: Engine, stats: RunStats) -> None:
+    """Measure the rates of this machine, and print the floor of a run at them to stderr."""
+    from flexmask.bench.floors import ModelCost, Rates
+
+    if not ModelCost.is_known(engine.model):
+        write_note("floor: not known, as weights are packed, or a token uses some of them only")
+        return
+    cost = ModelCost.of(engine.model)
+    engine.release()
+    rates = Rates.measure(engine.model.device, engine.model.dtype)
+    shares = cost.shares_of(stats, rates)
+    times = {"prefill": stats.prefill_s, "decode": stats.decode_s}
+    parts = [f"{share:.0%} of {times[name]:.2f} s of {name}" for name, share in shares.items()]
+    compiling = " (graphs were compiled in it)" if stats.compilations else ""
+    write_note(f"floor: {', '.join(parts)}{compiling}; at {rates}, attention's products left out")
 
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:

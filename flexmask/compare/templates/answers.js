@@ -41,7 +41,8 @@ class Answers {
   }
 
   #answer(cell, question) {
-    return { text: this.data.texts[cell.answers[question]], score: cell.scores[question] };
+    const [text, score] = [this.data.texts[cell.answers[question]], cell.scores[question]];
+    return { text, score, logprob: cell.logprobs[question] ?? null };
   }
 
   show() {
@@ -102,10 +103,11 @@ class Answers {
     return item;
   }
 
-  #lines(name, { text, score }) {
+  #lines(name, { text, score, logprob }) {
     const verdict = { null: "", 1: " ✓ right", 0: " ✗ wrong" }[score] ?? ` ${percent(score)}%`;
     const answer = element("dd", "", text || "(nothing)");
     answer.append(element("span", score === 1 ? "right" : "wrong", verdict));
+    if (logprob !== null) answer.append(element("span", "only", `log-probability ${logprob.toFixed(3)}`));
     return [element("dt", `mark-${name.toLowerCase()}`, name), answer];
   }
 }

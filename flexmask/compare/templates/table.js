@@ -51,6 +51,7 @@ function columnsOf(data) {
     { title: "segments", hint: "Segments used of each request", isText: true, value: (cell) => cell.segments, fill: (td, cell) => td.append(cell.segments) },
     mean("score", data.metric, "Mean over the questions, with its 95% interval", false),
     mean("difference", "against the first", "Difference from the first row in percentage points, paired by question", true),
+    number("mean_logprob", "log-probability", "Mean log-probability of the answers, generated or chosen", (value) => value.toFixed(2)),
     number("tokens_per_s", "tokens/s", "Generated tokens per second"),
     number("ms_per_question", "ms/question", "Milliseconds per question"),
     number("first_token_ms", "first token, ms", "Time from the start of a batch to its first tokens"),

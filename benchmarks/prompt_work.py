@@ -1,101 +1,15 @@
-"""Floors of generation: the least time that a model takes on a machine of measured rates.
-
-Prefill costs the matrix products of the tokens that must be computed and the attention of the
-pairs that the mask allows. A decode step reads all weights once and every key and value once, and
-computes the products of its rows. Of reading and computing the floor is the longer.
-"""
+"""The least work for the prompts of a run; its time is the floor that times are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
-
-import torch
-from transformers import PreTrainedModel
+from typing import Self
 
 from flexmask import Strategy, TokenizedRequest
-from flexmask.bench.machine import matrix_rate, read_bandwidth
+from flexmask.bench.floors import ModelCost, Rates
 from flexmask.errors import OptionError
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Peak rates of a machine.
-
-    Attributes:
-        bytes_per_s: Bytes read per second.
-        flops_per_s: Operations per second of a large matrix product.
-    """
-
-    bytes_per_s: float
-    flops_per_s: float
-
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> Self:
-        """Measure them; the memory this takes is free afterwards."""
-        rates = cls(read_bandwidth(device), matrix_rate(device, dtype))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return rates
-
-    def seconds(self, num_bytes: float, flops: float) -> float:
-        """Return the time to read bytes and to compute, at once."""
-        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
-
-    def __str__(self) -> str:
-        """Return them in words."""
-        return f"{self.bytes_per_s / 1e9:,.0f} GB/s, {self.flops_per_s / 1e9:,.0f} GFLOP/s"
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """Bytes and operations of a model.
-
-    Attributes:
-        weight_bytes: Weights that every step reads.
-        slot_bytes: Key and value of one token in all layers.
-        token_flops: Matrix products of one token, without its logits.
-        logits_flops: The product that makes the logits of one token.
-        pair_flops: Attention from one token to one key in all layers.
-    """
-
-    weight_bytes: int
-    slot_bytes: int
-    token_flops: int
-    logits_flops: int
-    pair_flops: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """Read the cost off a model, which may be on the meta device."""
-        config, itemsize = model.config, model.dtype.itemsize
-        embedding: Any = model.get_input_embeddings()
-        head: Any = model.get_output_embeddings()  # to mypy a module may be a tensor
-        read = sum(weight.numel() for weight in model.parameters())
-        if head.weight is not embedding.weight:
-            read -= embedding.weight.numel()
-        layers, dim = config.num_hidden_layers, config.head_dim
-        return cls(
-            weight_bytes=read * itemsize,
-            slot_bytes=2 * layers * config.num_key_value_heads * dim * itemsize,
-            token_flops=2 * (read - head.weight.numel()),
-            logits_flops=2 * head.weight.numel(),
-            pair_flops=4 * layers * config.num_attention_heads * dim,
-        )
-
-    def decode_step_s(self, rows: int, keys: int, pairs: int, rates: Rates) -> float:
-        """Return the floor of a step.
-
-        Args:
-            rows: Prompts that get a token.
-            keys: Keys to read; one that several prompts share counts once.
-            pairs: Keys that each prompt sees, summed over the prompts.
-            rates: Rates of the machine.
-        """
-        flops = rows * (self.token_flops + self.logits_flops) + pairs * self.pair_flops
-        return rates.seconds(self.weight_bytes + keys * self.slot_bytes, flops)
 
 
 @dataclass(frozen=True)
