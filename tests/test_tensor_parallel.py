@@ -222,14 +222,14 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(
     run = parallel.generate(requests(), "causal", max_new_tokens=50)
     steps = run.steps()
     next(steps)
-    worker.process.kill()
+    worker.handle.process.kill()
     with pytest.raises(RankError, match=r"^rank 1 of 2 was killed by SIGKILL$"):
         for _ in steps:
             pass
     with pytest.raises(RankError, match="was killed"):
         next(iter(parallel.generate(requests(), "causal")))
     parallel.close()
-    assert worker.process.returncode == -signal.SIGKILL
+    assert worker.handle.process.returncode == -signal.SIGKILL
 
 
 def test_no_rank_outlives_the_command_that_started_it(

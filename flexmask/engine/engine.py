@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -41,7 +42,7 @@ from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
-from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
+from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RankError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
@@ -126,7 +127,10 @@ class Engine:
             if store is not None:
                 store.close()
         finally:
-            self.ranks.close()
+            if self.ranks.size > 1:
+                with suppress(RankError):  # a rank has failed, which the run has told
+                    self.executor.end()
+                self.ranks.close()
 
     def __enter__(self) -> Self:
         return self

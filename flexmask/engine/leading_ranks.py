@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from queue import Queue
 from threading import RLock, Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,11 +30,22 @@ from flexmask.engine.ranks import Call, Ranks, outcome_of
 from flexmask.errors import FlexMaskError, OptionError, RankError
 from flexmask.tensor_parallel.collectives import begun
 from flexmask.tensor_parallel.plan import RankOf
+from flexmask.tensor_parallel.processes import RankHandle, take_processes
 
 GRACE_S = 10.0
 """Seconds that rank 0 has to stop waiting for a failed rank, and that a rank has to end."""
 
+LIMIT_S = 900.0
+"""Seconds that the ranks have for one call, in which they may compile."""
+
 R = TypeVar("R")
+
+
+class _Wait(NamedTuple):
+    """What rank 0 waits for, and since when by the monotonic clock."""
+
+    what: str
+    since: float
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class _Worker:
     """Another rank, as rank 0 sees it."""
 
     rank: int
-    process: subprocess.Popen[bytes]
-    connection: Connection
+    handle: RankHandle
     answers: Queue[Any] = field(default_factory=Queue)
 
 
@@ -87,6 +93,7 @@ class LeadingRanks(Ranks):
         self._lock = RLock()
         self._is_calling = False
         self._depth = 0
+        self._wait: _Wait | None = None
         self._failure: str | None = None
         self._is_closed = False
         self._device_type = device_type
@@ -96,15 +103,18 @@ class LeadingRanks(Ranks):
             RankOf(0, size), store.port, device_type, load_shard, prefill_kernel, threads,
             torch.get_float32_matmul_precision(),
         )  # fmt: skip
-        self._workers = [_start(rank) for rank in range(1, size)]
+        self._workers = [
+            _Worker(rank, handle) for rank, handle in enumerate(take_processes(size), start=1)
+        ]
         for worker in self._workers:
             Thread(target=self._listen, args=(worker,), daemon=True).start()
+        Thread(target=self._watch, daemon=True).start()
         try:
             for worker in self._workers:
                 place = RankOf(worker.rank, size)
                 self._send([worker], replace(self._spec, place=place))
             self._await("started")
-            with self.waiting():
+            with self.waiting("a group of all ranks"):
                 join_group(self._spec, store)
         except BaseException:
             self.close()
@@ -118,7 +128,7 @@ class LeadingRanks(Ranks):
             FlexMaskError: As loading does.
         """
         model = self._spec.load_shard(self._spec.place, self._spec.device)
-        self._await("loaded")
+        self._await("loaded", is_limited=False)  # files may be far away
         return model
 
     def call(self, call: Call, run: Callable[[], R]) -> R:
@@ -133,7 +143,7 @@ class LeadingRanks(Ranks):
                 return run()
             self._is_calling = True
             try:
-                with self.waiting():
+                with self.waiting(call.method):
                     self._send(self._workers, call)
                     return self._made(call, run)
             except BaseException as error:
@@ -172,13 +182,19 @@ class LeadingRanks(Ranks):
         return result
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, what: str = "the device", *, is_limited: bool = True) -> Iterator[None]:
         """Wait for the device or another rank in this context.
+
+        Args:
+            what: What is waited for, or computed, for a message.
+            is_limited: Whether more than `LIMIT_S` seconds are a failure.
 
         Raises:
             RankError: If another rank has failed.
         """
         self._depth += 1
+        before = self._wait
+        self._wait = _Wait(what, time.monotonic()) if is_limited else None
         try:
             self._check()
             yield
@@ -191,11 +207,12 @@ class LeadingRanks(Ranks):
             raise
         finally:
             self._depth -= 1
+            self._wait = before
         self._check()
 
     def least_free_bytes(self, device: torch.device) -> int | None:
         """Return the memory that every rank can allocate; on a CPU, its share of what is free."""
-        with self._lock, self.waiting():
+        with self._lock, self.waiting("free memory"):
             own = free_bytes(device)
             if device.type == "cpu":
                 return None if own is None else own // self.size
@@ -210,29 +227,27 @@ class LeadingRanks(Ranks):
         self._is_closed = True
         for worker in self._workers:
             with suppress(OSError):  # it has ended
-                worker.connection.send_bytes(END)
+                worker.handle.connection.send_bytes(END)
         for worker in self._workers:
-            try:
-                worker.process.wait(timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-            worker.connection.close()
-        leave_group(self._device_type)
+            worker.handle.end(GRACE_S)
+        # NCCL waits while a CUDA graph with its kernels exists, which a caller may still hold.
+        leaving = Thread(target=leave_group, args=(self._device_type,), daemon=True)
+        leaving.start()
+        leaving.join(GRACE_S)
 
     def _send(self, workers: Sequence[_Worker], message: object) -> None:
         content = to_bytes(message)
         for worker in workers:
             try:
-                worker.connection.send_bytes(content)
+                worker.handle.connection.send_bytes(content)
             except OSError:
                 self._look_for_failure()
                 self._check()
                 raise
 
-    def _await(self, message: str) -> None:
+    def _await(self, message: str, *, is_limited: bool = True) -> None:
         """Wait until all ranks have sent a message."""
-        with self.waiting():
+        with self.waiting(message, is_limited=is_limited):
             for worker in self._workers:
                 found = self._answer(worker)
                 assert found == message, found
@@ -246,14 +261,14 @@ class LeadingRanks(Ranks):
         """Receive what a rank sends, in a thread, until it ends."""
         try:
             while True:
-                kind, content = worker.connection.recv()
+                kind, content = worker.handle.connection.recv()
                 if kind == "failed":
                     self._fail(f"rank {worker.rank} of {self.size} failed: {content}")
                 else:
                     worker.answers.put(content)
         except (EOFError, OSError):
             if not self._is_closed:
-                self._fail(f"rank {worker.rank} of {self.size} {_ending(worker.process)}")
+                self._fail(f"rank {worker.rank} of {self.size} {worker.handle.ending()}")
 
     def _fail(self, reason: str) -> None:
         """Note why the ranks cannot go on, and make rank 0 stop waiting for others."""
@@ -267,7 +282,8 @@ class LeadingRanks(Ranks):
     def _stop_waiting(self) -> None:
         """Abort what rank 0 waits for; if it waits nevertheless, end the process."""
         if self._device_type == "cuda":
-            leave_group(self._device_type)
+            # In a thread: it lets kernels end at once, and then waits for CUDA graphs to go.
+            Thread(target=leave_group, args=(self._device_type,), daemon=True).start()
         deadline = time.monotonic() + GRACE_S
         while self._depth and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -275,6 +291,14 @@ class LeadingRanks(Ranks):
             sys.stderr.write(f"error: {self._failure}\n")
             sys.stderr.flush()
             os._exit(1)
+
+    def _watch(self) -> None:
+        """Let rank 0 fail where it waits for too long."""
+        while not self._is_closed and self._failure is None:
+            time.sleep(1)
+            wait = self._wait
+            if wait is not None and time.monotonic() - wait.since > LIMIT_S:
+                self._fail(f"the ranks have waited {LIMIT_S:.0f} s for {wait.what}")
 
     def _look_for_failure(self) -> None:
         """Give the listening threads time to note the failure that an error comes from."""
@@ -285,32 +309,6 @@ class LeadingRanks(Ranks):
     def _check(self, cause: Exception | None = None) -> None:
         if self._failure is not None:
             raise RankError(self._failure) from cause
-
-
-def _start(rank: int) -> _Worker:
-    """Start a process that becomes a rank once it gets its `RankSpec`."""
-    own, other = Pipe()
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flexmask.engine.rank_process", str(other.fileno())],
-        pass_fds=[other.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"},
-    )
-    other.close()
-    return _Worker(rank, process, own)
-
-
-def _ending(process: subprocess.Popen[bytes]) -> str:
-    """Say how a process ended whose connection is closed."""
-    try:
-        status = process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        return "closed its connection"
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"ended with status {status}"
 
 
 def _may_be_of_another_rank(error: BaseException) -> bool:

@@ -116,8 +116,12 @@ class Ranks:
         return run()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Wait for the device in this context.
+    def waiting(self, what: str = "the device", *, is_limited: bool = True) -> Iterator[None]:
+        """Wait for the device or another rank in this context.
+
+        Args:
+            what: What is waited for, for a message.
+            is_limited: Whether to wait for too long is a failure.
 
         Raises:
             RankError: If another rank has failed, so that what was computed is not usable.
