@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,6 +99,9 @@ def join_group(spec: RankSpec, store: Any) -> None:
     on_gpu = spec.device_type == "cuda"
     if on_gpu:
         torch.cuda.set_device(spec.device)
+        # Otherwise ranks meet while they capture a graph: where one could not, the others would
+        # wait for it.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     torch.set_num_threads(spec.threads)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
