@@ -16,7 +16,7 @@ from flexmask.attention.flex_call import PrefillKernel
 from flexmask.device import resolve_device
 from flexmask.errors import OptionError
 from flexmask.tensor_parallel.plan import RankOf
-from flexmask.torch_internals import abort_collectives
+from flexmask.torch_internals import abort_collectives, note_compile_cache
 
 TIMEOUT = timedelta(hours=1)
 """Time that a rank waits for others, which may be compiling."""
@@ -103,6 +103,7 @@ def join_group(spec: RankSpec, store: Any) -> None:
         # wait for it.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     torch.set_num_threads(spec.threads)
+    note_compile_cache()
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
