@@ -219,7 +219,7 @@ def _finds_all_compiled() -> bool:
 
 
 def note_compile_cache() -> None:
-    """Note whether the cache on disk holds graphs, before another process that starts adds some."""
+    """Note whether the cache on disk holds graphs, before another process adds some."""
     _has_compiled_graphs()
 
 
