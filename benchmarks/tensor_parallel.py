@@ -45,6 +45,10 @@ from stamp import environment_stamp
 from start_peer import generate
 
 STRATEGY = "causal"
+CLOSING_S = 20
+"""Seconds that a way has to end after its last result."""
+RATES = "rates"
+"""The way that measures one GPU's rates."""
 PEERS = {"transformers static": "static", "transformers dynamic": "dynamic"}
 """Cache of each peer."""
 
@@ -71,7 +75,8 @@ class Case:
     """What is measured.
 
     Attributes:
-        phase: ``decode``, or ``prefill``: the first token of all prompts.
+        phase: ``decode``, or ``prefill``: the keys and values of all prompts; a peer's takes the
+            first tokens too.
         rows: Number of prompts.
         tokens: Tokens of each.
     """
@@ -90,7 +95,7 @@ class Case:
         ]
 
     def floor_s(self, cost: ModelCost, rates: Rates) -> float:
-        """Return the least time of a step, or of the first tokens."""
+        """Return the least time of a step, or of a prefill."""
         keys = self.rows * self.tokens
         if self.phase == "decode":
             return cost.decode_step_s(self.rows, keys, keys, rates)
@@ -106,7 +111,7 @@ class Result:
         way: The way that ran.
         case: What was measured.
         first_s: Seconds of the first time, with compilation.
-        ms: Median milliseconds of a decode step, or of the first tokens.
+        ms: Median milliseconds of a decode step, or of a prefill.
         peak_gb: Peak memory of the first GPU in 10⁹ bytes; 0 on a CPU.
     """
 
@@ -127,27 +132,24 @@ def measure_flexmask(engine: Engine, way: Way, case: Case, steps: int) -> Result
 
 
 def prefill_times(engine: Engine, case: Case) -> list[float]:
-    """Time the first token of all prompts, without the plan that the host makes before."""
+    """Time the prefill of all prompts, without the plan that the host makes before."""
     strategy, runner = make_strategy(STRATEGY, {}), engine.runner
     drawn = RandomPrompts(engine.tokenizer)
     layouts = [
         strategy.layout(drawn.tokenizer(drawn.request(strategy, case.tokens)))
         for _ in range(case.rows)
     ]
-    rows, names = range(case.rows), [str(row) for row in range(case.rows)]
     with TURN:
         size = BatchSize(case.rows, bucketed_capacity(case.tokens + 1), group=1)
-        loop = engine.executor.prepare(strategy, size, endless(engine, 1))
+        engine.executor.prepare(strategy, size, endless(engine, 1))
         plan = runner.plan(dict(enumerate(layouts)), 1)
 
-        def first_tokens() -> None:
-            loop.load(rows, [layout.token_ids for layout in layouts], names)
+        def prefill() -> None:
             runner.prefill(plan)
-            loop.step()
 
-        # The second compiles what differs from the first, or captures graphs.
-        first_s = seconds(first_tokens) + seconds(first_tokens)
-        return [first_s, *(seconds(first_tokens) for _ in range(REPEATS))]
+        # The second captures a graph, if the prompts are short.
+        first_s = seconds(prefill) + seconds(prefill)
+        return [first_s, *(seconds(prefill) for _ in range(REPEATS))]
 
 
 def measure_peer(model: PreTrainedModel, way: Way, case: Case, steps: int) -> Result:
@@ -226,9 +228,9 @@ def run_way(arguments: argparse.Namespace) -> None:
     cases = Case.all_of(arguments.decode, arguments.prefill)
     rank = int(os.environ.get("RANK", "0"))
     measure: Any
-    if way.name == "rates":
+    if way.name == RATES:
         rates = Rates.measure(torch.device(arguments.device), dtype)
-        write_line(arguments.outcomes, asdict(rates) | {"environment": environment_stamp()})
+        write_line(arguments.outcomes, asdict(rates))
         return
     if way.name == "flexmask":
         subject: Any = random_engine(arguments.shape, arguments.device, dtype, ranks=way.ranks)
@@ -280,12 +282,21 @@ def start(way: Way, outcomes: Path, log: Path) -> list[subprocess.Popen[bytes]]:
     return processes
 
 
-def run_processes(way: Way, folder: Path, limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """Run a way within a time limit; return its results, and why it ended early."""
+def run_processes(
+    way: Way, folder: Path, limit_s: float, count: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Run a way within a time limit; return its results, and why it ended early.
+
+    Args:
+        way: The way.
+        folder: An empty folder.
+        limit_s: Seconds to its last result.
+        count: Results that it has; after the last one, it has `CLOSING_S` seconds to end.
+    """
     outcomes, log = folder / "outcomes", folder / "log"
     outcomes.touch()
     processes = start(way, outcomes, log)
-    deadline, failure = time.monotonic() + limit_s, ""
+    deadline, failure, is_closing = time.monotonic() + limit_s, "", False
     while any(process.poll() is None for process in processes):
         statuses = [process.poll() for process in processes]
         if failed := next((status for status in statuses if status), None):
@@ -293,8 +304,12 @@ def run_processes(way: Way, folder: Path, limit_s: float) -> tuple[list[dict[str
             failure = f"exit status {failed}: {lines[-1] if lines else 'no output'}"
             break
         if time.monotonic() > deadline:
-            failure = f"ended at its limit of {limit_s:.0f} s"
+            failure = f"had not ended {CLOSING_S} s after its last result"
+            if not is_closing:
+                failure = f"ended at its limit of {limit_s:.0f} s"
             break
+        if not is_closing and len(outcomes.read_text().splitlines()) == count:
+            deadline, is_closing = time.monotonic() + CLOSING_S, True
         time.sleep(0.2)
     for process in processes:
         try:
@@ -345,6 +360,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--limit-s", type=float, default=300, help="of each way")
     parser.add_argument("--record", type=Path, help="file that receives the results so far")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, metavar=("BYTES/S", "FLOP/S"), help="of one GPU, if known"
+    )
     parser.add_argument("--way", help="run this way in this process")
     parser.add_argument("--outcomes", type=Path, help="the file that it writes")
     arguments = parser.parse_args()
@@ -364,13 +382,17 @@ def main() -> None:
         def run(way: Way) -> list[dict[str, Any]]:
             own = Path(folder, str(len(os.listdir(folder))))
             own.mkdir()
-            found, failure = run_processes(way, own, arguments.limit_s)
+            count = 1 if way.name == RATES else len(arguments.decode + arguments.prefill)
+            found, failure = run_processes(way, own, arguments.limit_s, count)
             if failure:
                 failures[str(way)] = failure
             return found
 
-        (measured,) = run(Way("rates", 1))
-        rates = Rates(measured["bytes_per_s"], measured["flops_per_s"])
+        if arguments.rates is None:
+            (measured,) = run(Way(RATES, 1))
+            rates = Rates(measured["bytes_per_s"], measured["flops_per_s"])
+        else:
+            rates = Rates(*arguments.rates)
         print(f"{rates} each")
         for way in ways:
             results += run(way)
@@ -379,7 +401,7 @@ def main() -> None:
                 "rates_of_one": asdict(rates),
                 "results": results,
                 "failures": failures,
-                "environment": measured["environment"],
+                "environment": environment_stamp(),
             }
             if arguments.record is not None:
                 arguments.record.write_text(json.dumps(record) + "\n")

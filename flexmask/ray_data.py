@@ -73,6 +73,7 @@ class Predictor:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         adapter: str | None = None,
+        tensor_parallel: int = 1,
         quantize: str | None = None,
         sampling: Sampling | None = None,
         **options: Any,
@@ -92,6 +93,7 @@ class Predictor:
             dtype: As for `flexmask.Engine.from_pretrained`.
             trust_remote_code: As for `flexmask.Engine.from_pretrained`.
             adapter: As for `flexmask.Engine.from_pretrained`.
+            tensor_parallel: As for `flexmask.Engine.from_pretrained`; pass as many ``num_gpus``.
             quantize: As for `flexmask.Engine.from_pretrained`.
             sampling: The way tokens are chosen; None takes the most likely. Random numbers of a
                 row depend on its uuid, so sampled rows need one.
@@ -132,6 +134,7 @@ class Predictor:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             adapter=adapter,
+            tensor_parallel=tensor_parallel,
             quantize=quantize,
         )
 

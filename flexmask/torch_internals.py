@@ -37,6 +37,7 @@ __all__ = [
     "index_by_tensors",
     "inductor_error",
     "mark_static",
+    "note_compile_cache",
     "outside_graphs",
     "prepare_compiler",
     "recompile_limit",
@@ -215,6 +216,11 @@ def _finds_all_compiled() -> bool:
     looked_up = counters["inductor"]
     missed = looked_up["fxgraph_cache_miss"] + looked_up["fxgraph_cache_bypass"]
     return missed == 0 and _has_compiled_graphs()
+
+
+def note_compile_cache() -> None:
+    """Note whether the cache on disk holds graphs, before another process adds some."""
+    _has_compiled_graphs()
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from flexmask.attention.backend import CausalRows, bound_cache
@@ -18,6 +19,7 @@ from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
 from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
 from flexmask.mask_mods import causal
+from flexmask.tensor_parallel.sharding import SummedLinear
 from oracles import CONFIGS, make_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -224,6 +226,35 @@ def test_fused_projections_leave_a_layer_what_it_computes(architecture):
         fused = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
         torch.testing.assert_close(fused, layer(hidden, **arguments))
     assert launches == [4]
+
+
+def test_a_residual_is_added_by_the_first_rank_before_the_sum_over_ranks():
+    layer = make_model("llama", "eager").model.layers[0]
+    hidden, angles = torch.randn(2, 1, 48), torch.randn(2, 1, 16)
+    arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    wanted = layer(hidden, **arguments)
+    layer.self_attn.o_proj = SummedLinear(layer.self_attn.o_proj, None)
+    layer.mlp.down_proj = SummedLinear(layer.mlp.down_proj, None)
+    sums = []
+
+    def fuse(module, _):
+        launches = fuse_projections(module.graph)
+        nodes = list(module.graph.nodes)
+        launched = [n for n in nodes if n.target is torch.ops.flexmask.project.default]
+        sums.append((launches, sum(node.args[-1] is not None for node in launched)))
+        module.recompile()
+        return module.forward
+
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            fused = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
+        torch.testing.assert_close(fused, wanted)
+    finally:
+        dist.destroy_process_group()
+    assert sums == [(4, 2)]
 
 
 @pytest.mark.parametrize(("architecture", "places"), [("llama", 1), ("qwen3", 1), ("phi3", 0)])

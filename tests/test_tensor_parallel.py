@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from flexmask.engine import Engine
-from flexmask.engine.ranks import LeadingRanks
+from flexmask.engine.leading_ranks import LeadingRanks
 from flexmask.errors import ModelError, OptionError, RankError
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
@@ -171,9 +172,31 @@ def test_memory_that_runs_out_on_any_rank_halves_the_batch_on_all(
     monkeypatch.setattr(LeadingRanks, "_answer", first_has_too_little)
     run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
     with pytest.warns(UserWarning, match="4 rows at a time become 2"):
-        found = [one.token_ids for one in run]
-    assert found == wanted
+        found = list(run)
+    assert [one.token_ids for one in found] == wanted
     assert run.stats.batch_size == 2
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_memory_that_runs_out_in_the_middle_of_a_prefill_halves_the_batch_too(
+    alone_and_parallel: Callable[[str], tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, parallel = alone_and_parallel("llama")
+    wanted = [one.token_ids for one in alone.generate(requests(), "causal", max_new_tokens=4)]
+    all_reduce, calls = dist.all_reduce, list[int]()
+
+    def third_has_too_little(tensor: torch.Tensor) -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        all_reduce(tensor)
+
+    parallel.release()
+    monkeypatch.setattr(dist, "all_reduce", third_has_too_little)
+    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
+    with pytest.warns(UserWarning, match="4 rows at a time become 2"):
+        found = list(run)
+    assert [one.token_ids for one in found] == wanted
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -199,14 +222,14 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(
     run = parallel.generate(requests(), "causal", max_new_tokens=50)
     steps = run.steps()
     next(steps)
-    worker.process.kill()
+    worker.handle.process.kill()
     with pytest.raises(RankError, match=r"^rank 1 of 2 was killed by SIGKILL$"):
         for _ in steps:
             pass
     with pytest.raises(RankError, match="was killed"):
         next(iter(parallel.generate(requests(), "causal")))
     parallel.close()
-    assert worker.process.returncode == -signal.SIGKILL
+    assert worker.handle.process.returncode == -signal.SIGKILL
 
 
 def test_no_rank_outlives_the_command_that_started_it(

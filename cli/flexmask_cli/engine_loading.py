@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexmask.demo import model_path
+from flexmask.tensor_parallel.processes import start_processes
 from flexmask_cli.options import ChatOptions, EngineOptions, ModelOptions, RunModelOptions
 from flexmask_cli.start_up import import_engine, quick_loading
 
@@ -20,6 +21,8 @@ def load_engine(model: RunModelOptions, options: EngineOptions) -> Engine:
     Raises:
         FlexMaskError: As from `flexmask.Engine.from_pretrained`.
     """
+    if options.num_ranks > 1:
+        start_processes(options.num_ranks)
     with quick_loading():
         engine_class = import_engine(options.device)
         quiet_transformers()

@@ -310,7 +310,8 @@ class BatchRunner:
         if pays and (plan := runner.cache_prefix(layouts[0], length)) is not None:
             self._count(**plan.work)
         self._keys_read_once = length if runner.reads_key_table else 0
-        self._count(prefill_s=self._clock.seconds(before, self._clock.mark()))
+        with self._executor.ranks.waiting():
+            self._count(prefill_s=self._clock.seconds(before, self._clock.mark()))
         return loop
 
     def _start(self, groups: Sequence[PlacedGroup], loop: DecodeLoop, started: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -19,6 +20,7 @@ from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
+from flexmask.engine.leading_ranks import LeadingRanks
 from flexmask.engine.model_loading import check_shards, load_model, load_shard
 from flexmask.engine.model_runner import (
     MIN_CAPACITY,
@@ -30,7 +32,8 @@ from flexmask.engine.output_head import TokenScores
 from flexmask.engine.precomputing import PrecomputingRun
 from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
-from flexmask.engine.ranks import LeadingRanks, LoadShard, Ranks, device_of_ranks
+from flexmask.engine.rank_group import LoadShard, device_of_ranks
+from flexmask.engine.ranks import Ranks
 from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
@@ -39,7 +42,7 @@ from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
-from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RequestError
+from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RankError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
@@ -124,7 +127,10 @@ class Engine:
             if store is not None:
                 store.close()
         finally:
-            self.ranks.close()
+            if self.ranks.size > 1:
+                with suppress(RankError):  # a rank has failed, which the run has told
+                    self.executor.end()
+                self.ranks.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from flexmask.attention.flex_call import PrefillKernel
@@ -165,3 +167,11 @@ class Executor:
         """Free the key-value cache and all buffers that belong to one size of batches."""
         self._loop_key = self._loop = None
         self.runner.release()
+
+    def end(self) -> None:
+        """Free everything, CUDA graphs included, once the device has done what is queued."""
+        self.release()
+        with self.ranks.waiting():
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+        gc.collect()

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
 from flexmask.kernels.linear_weights import has_scaled_rows, is_dense
 from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
 from flexmask.kernels.rounded_linear import linear_of_8_bits
+from flexmask.tensor_parallel.collectives import sum_over_ranks
 
 _MOST_WEIGHTS = 3
 
@@ -105,6 +107,9 @@ def _replace_side_by_side(
         residual = next(term for term in total.all_input_nodes if term is not projections[0])
         _replace(graph, total, projections, norm, residual=residual)
         return
+    if len(projections) == 1 and (total := _residual_after_ranks(projections[0])):
+        _fold_residual(graph, projections[0], total, norm)
+        return
     if len(projections) == 1:
         _replace(graph, projections[0], projections, norm)
         return
@@ -118,6 +123,20 @@ def _replace_side_by_side(
             start = stop
     for projection in projections:
         _erase_unused(graph, projection)
+
+
+def _fold_residual(
+    graph: fx.Graph, projection: fx.Node, total: fx.Node, norm: _Norm | None
+) -> None:
+    """Add a residual on rank 0, before the sum over ranks, and nowhere after it."""
+    residual = next(term for term in total.all_input_nodes if term is not projection)
+    with graph.inserting_before(projection):
+        own = residual if dist.get_rank() == 0 else None
+        launch = _project(graph, [projection], norm, "", own)
+    projection.replace_all_uses_with(launch, propagate_meta=True)
+    total.replace_all_uses_with(launch)
+    for node in (projection, total):
+        _erase_unused(graph, node)
 
 
 def _replace(
@@ -200,13 +219,27 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _residual_sum(projection: fx.Node) -> fx.Node | None:
     """Return the sum of a projection and a tensor of its shape, if nothing else uses it."""
     total = _only_user(projection)
-    if total is None or total.target is not operator.add:
+    return total if total is not None and _adds_alike(total) else None
+
+
+def _residual_after_ranks(projection: fx.Node) -> fx.Node | None:
+    """Return the sum of a residual and a projection that is summed over ranks before."""
+    users = list(projection.users)
+    if len(users) != 2 or users[0].target is not sum_over_ranks or not _adds_alike(users[1]):
         return None
+    residual = next(term for term in users[1].all_input_nodes if term is not projection)
+    return users[1] if residual < projection else None
+
+
+def _adds_alike(total: fx.Node) -> bool:
+    """Return True for the sum of two tensors of one shape and dtype."""
+    if total.target is not operator.add:
+        return False
     kinds = {
         (_value(term).shape, _value(term).dtype) if isinstance(term, fx.Node) else None
         for term in total.args
     }
-    return total if len(kinds) == 1 and total.args[0] is not total.args[1] else None
+    return len(kinds) == 1 and total.args[0] is not total.args[1]
 
 
 def _gated_pair(projections: Sequence[fx.Node]) -> _GatedPair | None:

@@ -30,13 +30,14 @@ from flexmask.engine.compiled_view import (
     multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
+from flexmask.engine.memory import is_out_of_memory
 from flexmask.engine.output_head import OutputHead, TokenScores
 from flexmask.engine.prefill_graphs import PrefillGraphs
 from flexmask.engine.prefill_kernel import BLOCK_SIZE, PrefillKernels
 from flexmask.engine.prefill_plan import DecodeKernel, PrefillPlan
 from flexmask.engine.prefill_planner import PrefillPlanner
 from flexmask.engine.prefix_cache import CachedPrefix
-from flexmask.engine.ranks import Ranks, on_all_ranks
+from flexmask.engine.ranks import Ranks, SharedOutOfMemory, on_all_ranks
 from flexmask.engine.row_loading import to_device
 from flexmask.engine.span_sharing import PromptSpans
 from flexmask.engine.stream_inputs import StreamInputs, stream_block_mask
@@ -50,6 +51,8 @@ from flexmask.kv_store.store import KVStore
 from flexmask.layout import Layout
 from flexmask.layout_batch import LayoutBatch
 from flexmask.strategy import Strategy
+from flexmask.tensor_parallel.collectives import begun, sum_over_ranks
+from flexmask.tensor_parallel.sharding import sums_of_pass
 from flexmask.torch_internals import compile_settings, inductor_error, use_bundled_assembler
 
 MIN_CAPACITY = 512
@@ -144,6 +147,7 @@ class ModelRunner:
         self.store: KVStore | None = None
         self.fixed_position_reason: str | None = None
         self._probe, self._names = probe, names
+        self._sums = sums_of_pass(model.base_model)
         self._turns: Mapping[str, KeyTurn] = {}
         self._store_bytes = 0
 
@@ -319,7 +323,7 @@ class ModelRunner:
         """Copy no prefix from now on."""
         self.cached_prefix = None
 
-    @on_all_ranks("runner")
+    @on_all_ranks("runner", computes=True)
     @torch.no_grad()
     def cache_prefix(self, layout: Layout, length: int) -> PrefillPlan | None:
         """Compute the first ``length`` tokens of a prompt as the prefix that `prefill` copies.
@@ -365,7 +369,7 @@ class ModelRunner:
         """Look at prompts that will be planned soon (`PrefillPlanner.foresee`)."""
         self.planner.foresee(layouts, max_new_tokens)
 
-    @on_all_ranks("runner")
+    @on_all_ranks("runner", computes=True)
     @torch.no_grad()
     def prefill(self, plan: PrefillPlan) -> None:
         """Compute the keys and values of prompts, but for the last token of each.
@@ -419,7 +423,7 @@ class ModelRunner:
         layouts = {row: prompt.layout for row, prompt in prompts.items()}
         return self.planner.plan_whole(layouts, self.cached_prefix, self.store)
 
-    @on_all_ranks("runner")
+    @on_all_ranks("runner", computes=True)
     @torch.no_grad()
     def score(self, plan: PrefillPlan, slots: Tensor, token_ids: Tensor) -> TokenScores:
         """Compute prompts, and score a token after each of some slots.
@@ -442,7 +446,27 @@ class ModelRunner:
         return self._head.score(output, places, to_device(token_ids, self.device))
 
     def _run(self, plan: PrefillPlan) -> Tensor:
-        """Load the prompts of a plan, copy and compute; returns its rows on the device."""
+        """Load the prompts of a plan, copy and compute; returns its rows on the device.
+
+        Raises:
+            SharedOutOfMemory: If this rank's memory does not suffice, and others may compute.
+        """
+        if self.ranks.size == 1 or plan.inputs is None or self._sums is None:
+            return self._run_alone(plan)
+        before = begun()
+        try:
+            return self._run_alone(plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # Outside of the handler, because the error holds the tensors of its frames.
+        for width in self._sums[begun() - before :]:
+            size = (1, len(plan.inputs.token_ids), width)
+            sum_over_ranks(torch.zeros(size, dtype=self._dtype, device=self.device))
+        raise SharedOutOfMemory(reason)
+
+    def _run_alone(self, plan: PrefillPlan) -> Tensor:
         rows = self._load(plan)
         if plan.inputs is not None:
             self._graphs.run(self._compute, plan.inputs, slack=self._slack)

@@ -20,18 +20,11 @@ import torch
 from flexmask.engine.executor import Executor
 from flexmask.engine.memory import free_bytes
 from flexmask.engine.prefill_plan import PrefillPlan
-from flexmask.engine.ranks import (
-    END,
-    Call,
-    Ranks,
-    RankSpec,
-    Unpickler,
-    join_group,
-    make_store,
-    outcome_of,
-)
+from flexmask.engine.rank_group import RankSpec, join_group, make_store
+from flexmask.engine.rank_messages import END, from_bytes
+from flexmask.engine.ranks import Call, Ranks, outcome_of
 from flexmask.errors import FlexMaskError, FlexMaskWarning
-from flexmask.tensor_parallel.collectives import issued
+from flexmask.tensor_parallel.collectives import begun
 
 
 class RankProcess:
@@ -49,7 +42,7 @@ class RankProcess:
         Thread(target=self._listen, daemon=True).start()
 
     def run(self) -> None:
-        """Become the rank that rank 0 asks for, and repeat its calls until it ends."""
+        """Become the rank that rank 0 asks for, and repeat its calls; does not return."""
         try:
             spec = self._next()
             assert isinstance(spec, RankSpec)
@@ -64,7 +57,7 @@ class RankProcess:
             reason = " ".join(str(error).split()) or "no reason given"
             is_known = isinstance(error, FlexMaskError)
             self._send("failed", reason if is_known else f"{type(error).__name__}: {reason}")
-            raise SystemExit(1) from None
+            os._exit(1)  # at its usual end, a process would wait for collectives
 
     def _start(self, spec: RankSpec) -> Executor:
         torch.set_float32_matmul_precision(spec.precision)
@@ -77,7 +70,7 @@ class RankProcess:
     def _repeat(self, call: Call, executor: Executor) -> None:
         """Make a call of rank 0; an error that rank 0 must have too is left to it."""
         raised: Exception | None = None
-        before = issued()
+        before = begun()
         try:
             part = executor if call.role == "executor" else getattr(executor, call.role)
             method: Any = getattr(part, call.method)
@@ -89,7 +82,7 @@ class RankProcess:
                 raise
             raised = error
         if call.is_answered:
-            self._send("answer", outcome_of(raised, before))
+            self._send("answer", outcome_of(call, raised, before))
 
     def _listen(self) -> None:
         """Put what rank 0 sends into a queue."""
@@ -101,8 +94,7 @@ class RankProcess:
         os._exit(0)  # whatever the main thread waits for, such as a collective, never comes
 
     def _next(self) -> object:
-        message: object = Unpickler(self._received.get(), self._own).load()
-        return message
+        return from_bytes(self._received.get(), self._own)
 
     def _send(self, kind: str, content: object) -> None:
         self._connection.send((kind, content))

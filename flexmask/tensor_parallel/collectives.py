@@ -19,42 +19,43 @@ _LIBRARY.define("copy_from_first_rank(Tensor(a!) x) -> ()")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Named `all_gather_single` since torch 2.13."""
 
-_issued = 0
+_begun = 0
 
 
-def issued() -> int:
-    """Return the collectives that this process has begun, those in replayed graphs left out."""
-    return _issued
+def begun() -> int:
+    """Return the number of collectives that this process has begun, but for CUDA graphs."""
+    return _begun
 
 
-def _count() -> None:
-    global _issued
-    _issued += 1
+def _count(x: Tensor) -> None:
+    global _begun
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _begun += 1
 
 
 def _sum_over_ranks(x: Tensor) -> None:
     """Replace a tensor by the sum of those of all ranks, which is bitwise the same on each."""
-    _count()
     dense = x.contiguous()
     dist.all_reduce(dense)
+    _count(x)
     if dense is not x:
         x.copy_(dense)
 
 
 def _gather_over_ranks(x: Tensor) -> Tensor:
     """Join the tensors ``(..., N)`` of all ranks along the last dimension, in order of ranks."""
-    _count()
     size = dist.get_world_size()
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
     _all_gather(parts, x.contiguous())
+    _count(x)
     return parts.view(size, *x.shape).movedim(0, -2).flatten(-2)
 
 
 def _copy_from_first_rank(x: Tensor) -> None:
     """Replace a tensor by that of rank 0."""
-    _count()
     dense = x.contiguous()
     dist.broadcast(dense, src=0)
+    _count(x)
     if dense is not x:
         x.copy_(dense)
 

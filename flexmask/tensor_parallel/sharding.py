@@ -113,6 +113,18 @@ class GatheredLinear(nn.Module):
         return gathered[..., : self.out_features]
 
 
+def sums_of_pass(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the widths of the sums over ranks in a pass through a model, in their order.
+
+    Returns:
+        None if it combines the ranks' outputs in other ways too.
+    """
+    if any(isinstance(module, GatheredLinear) for module in model.modules()):
+        return None
+    sums = [module for module in model.modules() if isinstance(module, SummedLinear)]
+    return tuple(one.linear.out_features for one in sums)
+
+
 class ModelShard:
     """The shard of a model that one rank holds.
 
