@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flexmask import Separator
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import FlexMaskError
 
@@ -153,13 +154,12 @@ def instance(*arguments):
 
 
 def test_parts_of_a_context_become_its_segments(model, plugin, monkeypatch):
-    monkeypatch.setattr(model, "separator", "\n\n")
+    monkeypatch.setattr(model, "separator", Separator("\n\n"))
     context = "Answer.\n\nQ: one\n\nQ: two\n\nQ: three\nA:"
     request = model._request(context)
     assert request.segments == ("Answer.\n\n", "Q: one\n\n", "Q: two\n\n")
     assert (request.prefix, request.suffix) == ("", "Q: three\nA:")
-    monkeypatch.setattr(model, "has_prefix", True)
-    monkeypatch.setattr(model, "keep_separator", False)
+    monkeypatch.setattr(model, "separator", Separator("\n\n", keep=False, has_prefix=True))
     request = model._request(context)
     assert (request.prefix, request.segments) == ("Answer.", ("Q: one", "Q: two"))
     tokenized, choice = model._in_parts(context + " ", "Ada")

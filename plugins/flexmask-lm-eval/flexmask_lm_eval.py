@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
-from flexmask import Engine, Request, RequestTokenizer, Sampling, make_strategy
+from flexmask import Engine, Request, RequestTokenizer, Sampling, Separator, make_strategy
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
 
@@ -81,15 +81,10 @@ class FlexMaskLM(TemplateLM):
         """
         super().__init__()
         self.strategy = make_strategy(strategy, parameters)
-        if separator == "":
-            raise OptionError("separator must not be empty; leave it out for one segment")
-        if separator is None and has_prefix:
-            raise OptionError("has_prefix needs a separator that ends the prefix")
+        text = None if separator is None else separator.replace("\\n", "\n")
+        self.separator = Separator(text, keep_separator, has_prefix)
         if separator is not None and add_bos_token is not None:
             raise OptionError("add_bos_token is for contexts without a separator; leave out one")
-        self.separator = None if separator is None else separator.replace("\\n", "\n")
-        self.keep_separator = keep_separator
-        self.has_prefix = has_prefix
         self.add_bos_token = add_bos_token
         self.batch_size = _batch_size(batch_size)
         self.max_batch_size = max_batch_size
@@ -152,7 +147,7 @@ class FlexMaskLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score continuations: the sum of log-probabilities, and whether greedy says the same."""
-        if self.separator is None:
+        if self.separator.text is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         pairs = [request.args for request in requests]
         return self._scored(pairs, (self._in_parts(*pair) for pair in pairs), disable_tqdm)
@@ -217,13 +212,7 @@ class FlexMaskLM(TemplateLM):
         bos = self.tokenizer.bos_token
         if bos is not None and self.tokenizer.encode("a")[0] == self.tokenizer.bos_token_id:
             context = context.removeprefix(bos)  # the request's tokenizer writes it
-        if self.separator is None:
-            return Request((context,))
-        *parts, tail = context.split(self.separator)
-        parts = [part + self.separator * self.keep_separator for part in parts]
-        prefix = parts.pop(0) if self.has_prefix and parts else ""
-        parts = [part for part in parts if part.strip()]
-        return Request(tuple(parts) or (tail,), prefix, tail if parts else "")
+        return self.separator.divide(context)
 
     def _scored(
         self,
@@ -303,7 +292,7 @@ class FlexMaskLM(TemplateLM):
 
     def _cut(self, context: str, count: int) -> str:
         """Cut a context that is too long on its left, unless it has parts."""
-        if self.separator is not None:
+        if self.separator.text is not None:
             return context
         most = self.max_length - count
         if most < 1:
