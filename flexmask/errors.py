@@ -61,7 +61,7 @@ class ModelError(FlexMaskError):
 
 
 class CompilerError(FlexMaskError):
-    """torch.compile finds no compiler for the device."""
+    """torch.compile finds no compiler for the device, or cannot trace a model."""
 
 
 class OutputError(FlexMaskError):
