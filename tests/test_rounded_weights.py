@@ -74,6 +74,22 @@ def test_a_rounded_model_computes_what_its_unpacked_weights_compute(
     assert (found - unrounded).abs().max() > 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", NUMBERS)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_on_a_gpu_rounded_weights_give_the_tokens_of_a_cpu(quantize: str, batch_size: int) -> None:
+    requests = [
+        Request((f"Q: Where was {name} born?",), suffix="\nA:", uuid=name)
+        for name in ("Ada", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
+    ]
+    tokens = []
+    for device in ("cpu", "cuda"):
+        engine = Engine.from_pretrained(BASE, device=device, dtype="float32", quantize=quantize)
+        run = engine.generate(requests, "causal", max_new_tokens=6, batch_size=batch_size)
+        tokens.append([generation.token_ids for generation in run])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("quantize", NUMBERS)
 def test_doctor_finds_a_rounded_model_right(quantize: str, without_inductor: None) -> None:
     checks = load_and_check(BASE, "cpu", "float32", trust_remote_code=False, quantize=quantize)

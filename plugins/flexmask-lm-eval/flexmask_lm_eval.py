@@ -52,6 +52,8 @@ class FlexMaskLM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
+        adapter: str | None = None,
+        quantize: str | None = None,
         trust_remote_code: bool = False,
         **parameters: Any,
     ) -> None:
@@ -73,6 +75,8 @@ class FlexMaskLM(TemplateLM):
             max_gen_toks: Most tokens to generate where a task does not say.
             add_bos_token: Begin contexts with the beginning-of-sequence token, or not; None does
                 as the tokenizer does. Without ``separator`` only.
+            adapter: Folder of a LoRA adapter to merge.
+            quantize: ``int8`` or ``fp8``, to which weights are rounded.
             trust_remote_code: Run code that comes with the model.
             parameters: Parameters of the strategy.
 
@@ -94,6 +98,8 @@ class FlexMaskLM(TemplateLM):
             pretrained,
             device=device or "auto",
             dtype=dtype,
+            adapter=adapter,
+            quantize=quantize,
             trust_remote_code=trust_remote_code,
         )
         self.max_length = max_length or self.engine.runner.context or DEFAULT_CONTEXT
