@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from flexmask.doctor.model_checks import check_model
 from flexmask.engine.model_loading import load_model
 from flexmask.kernels.linear_weights import kinds_of_projections
-from quantised_folders import NUM_PROJECTIONS, TOKENS, save_plain, with_parts
+from quantised_models import NUM_PROJECTIONS, TOKENS, save_plain, with_parts
 
 WANTED = "needs gptqmodel 7.7 and optimum 2.3"
 pytest.importorskip("gptqmodel", reason=WANTED, exc_type=ImportError)

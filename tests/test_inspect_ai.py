@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from flexmask.demo import questions_path
 from flexmask.errors import OptionError, RequestError
 from flexmask.request import Request
+from plugin_site import load_distribution
 
 inspect_ai: Any = pytest.importorskip("inspect_ai", reason="needs inspect-ai 0.3.285")
 PLUGIN = Path(__file__).parents[1] / "plugins" / "flexmask-inspect-ai" / "flexmask_inspect_ai.py"
@@ -26,13 +25,7 @@ ARGUMENTS = {"device": "cpu", "strategy": "ensemble_isolation", "separator": "<|
 
 @pytest.fixture(scope="module")
 def plugin() -> Any:
-    spec = importlib.util.spec_from_file_location("flexmask_inspect_ai", PLUGIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flexmask_inspect_ai"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_distribution(PLUGIN)
 
 
 @pytest.fixture(scope="module")

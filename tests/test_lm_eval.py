@@ -1,8 +1,6 @@
 """The model ``flexmask`` of lm-evaluation-harness beside its ``hf``, on the bundled model."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from flexmask import Separator
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import FlexMaskError
+from plugin_site import load_distribution
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval 0.4.13")
 pytest.importorskip("accelerate", reason="the harness's model hf needs it")
@@ -20,13 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def plugin():
-    spec = importlib.util.spec_from_file_location("flexmask_lm_eval", PLUGIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flexmask_lm_eval"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_distribution(PLUGIN)
 
 
 @pytest.fixture(scope="module")

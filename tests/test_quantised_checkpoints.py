@@ -26,10 +26,9 @@ from flexmask.engine.shared_tensors import tensors_by_id
 from flexmask.errors import ModelError
 from flexmask.kernels.linear_weights import DENSE, is_plain_linear, kinds_of_projections
 from flexmask.plugins.registry import make_strategy
-from flexmask.torch_internals import compile_graph
 from flexmask_cli.render.generation import print_notes
 from oracles import make_model
-from quantised_folders import NUM_PROJECTIONS, TOKENS, save_plain, with_parts
+from quantised_models import NUM_PROJECTIONS, TOKENS, fused_launches, save_plain, with_parts
 
 QUANTIZED = "needs flexmask[quantized]"
 torchao: Any = pytest.importorskip("torchao.quantization", reason=QUANTIZED)
@@ -183,22 +182,7 @@ def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones
     layer = model.model.layers[0]
     torchao.quantize_(layer.mlp, config)
     torchao.quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
-    angles = torch.randn(2, 1, 16)
-    arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-    hidden = torch.randn(2, 1, 48)
-    launches = []
-
-    def fuse(module: Any, inputs: Any) -> Any:
-        launches.append(fuse_projections(module.graph))
-        module.recompile()
-        return compile_graph(module, inputs, {})
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = layer(hidden, **arguments)
-        found = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert launches == [5]  # queries and values; keys; output; gate and up; down
+    assert fused_launches(layer) == 5  # queries and values; keys; output; gate and up; down
 
 
 def test_layers_that_round_their_inputs_keep_their_own_product() -> None:

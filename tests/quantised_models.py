@@ -1,4 +1,4 @@
-"""Folders of small checkpoints, plain and with weights in parts that a library quantised."""
+"""Small models with quantised weights: their folders, and layers whose projections are fused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexmask.demo import model_path
+from flexmask.engine.fused_projections import fuse_projections
+from flexmask.torch_internals import compile_graph
 
 TOKENS = torch.arange(10, 90, 3)[None]
 NUM_PROJECTIONS = 14
@@ -51,3 +53,28 @@ def with_parts(
     values["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def fused_launches(layer: Any) -> int:
+    """Compile a layer of `oracles.SHAPE` with fused projections, which must change no result.
+
+    Returns:
+        The number of launches that its projections take.
+    """
+    angles = torch.randn(2, 1, 16)
+    arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    hidden = torch.randn(2, 1, 48)
+    launches = []
+
+    def fuse(module: Any, inputs: Any) -> Any:
+        launches.append(fuse_projections(module.graph))
+        module.recompile()
+        return compile_graph(module, inputs, {})
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = layer(hidden, **arguments)
+        found = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    (count,) = launches
+    return count
