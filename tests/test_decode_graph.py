@@ -11,6 +11,7 @@ from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_graph import WARM_UP_STEPS, DecodeGraph
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.generation_rules import GenerationRules
+from flexmask.engine.graph_capture import GraphCapture
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.row_processors import BatchProcessors
@@ -209,6 +210,19 @@ def test_a_graph_that_the_garbage_collector_finds_during_a_capture_does_not_inva
         gc.set_threshold(*thresholds)
     assert gc.isenabled()
     assert graph.replay().tolist() == [1.0] * 4
+
+
+def test_the_reason_for_no_graph_is_the_error_that_failed_the_capture():
+    def fail():
+        try:
+            raise RuntimeError("it waits\nfor the host")
+        finally:
+            raise RuntimeError("a previous error during capture")
+
+    capture = GraphCapture("decoding runs")
+    with pytest.warns(FlexMaskWarning, match="runs without a CUDA graph: it waits for the"):
+        assert capture.attempt(fail) is None
+    assert capture.no_graph_reason == "it waits for the host"
 
 
 def test_padding_of_head_groups_is_taken_off_again():

@@ -38,7 +38,11 @@ class GraphCapture:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.no_graph_reason = " ".join(str(error).split())
+            # The end of a failed capture raises another error, which hides the one that failed it.
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            self.no_graph_reason = " ".join(str(first).split())
             warnings.warn(
                 f"{self._work} without a CUDA graph: {self.no_graph_reason}",
                 FlexMaskWarning,
