@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 
 from flexmask import Engine, Request, RequestTokenizer, read_requests
+from flexmask.demo import model_path
 from peer_jobs import Job
 from random_model import DTYPES, SHAPES, random_engine
 from scoring_peers import (
@@ -224,7 +225,7 @@ def main() -> None:
     }
     by_vllm = {}
     if has_vllm:
-        tokenize = RequestTokenizer(random_engine("tiny", "cpu", torch.float32).tokenizer)
+        tokenize = RequestTokenizer.from_pretrained(str(model_path()))
         by_vllm = {
             case: measure_vllm(case, requests_of[case], tokenize, arguments)
             for case in arguments.cases

@@ -94,7 +94,7 @@ def test_a_run_killed_between_samples_equals_an_undisturbed_one(tmp_path: Path) 
 
 
 def test_scores_of_a_killed_run_equal_those_of_an_undisturbed_one(tmp_path: Path) -> None:
-    questions = [json.loads(line) for line in questions_path().read_text().splitlines()]
+    questions = [json.loads(line) for line in questions_path().read_text().splitlines()[:80]]
     answers = [row["answers"][0] for row in questions]
     path = tmp_path / "choices.jsonl"
     with path.open("w") as file:
