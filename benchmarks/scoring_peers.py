@@ -106,9 +106,10 @@ class Harness:
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same tensors, with transformers' own attention."""
-    twin: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy(model.config), attn_implementation="sdpa"
-    ).to(model.device)
+    with torch.device(model.device):  # random weights take long on a CPU
+        twin: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), attn_implementation="sdpa", dtype=model.dtype
+        )
     weights = model.state_dict()
     twin.load_state_dict({name: weights[name] for name in twin.state_dict()}, assign=True)
     twin.tie_weights()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flexmask.plugins.registry import load_registry, make_strategy
     from flexmask.request import Message, Request
     from flexmask.sampling import Sampling
+    from flexmask.separator import Separator
     from flexmask.strategy import Strategy, parameter
     from flexmask.strategy_function import mask_strategy
     from flexmask.tasks.request_source import read_requests
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "Message": "request",
     "Request": "request",
     "Score": "choice_scores",
+    "Separator": "separator",
     "Strategy": "strategy",
     "TokenizedRequest": "layout",
     "create_block_mask": "block_mask",
@@ -70,6 +72,7 @@ __all__ = [
     "RequestTokenizer",
     "Sampling",
     "Score",
+    "Separator",
     "Strategy",
     "TokenizedRequest",
     "__version__",

@@ -65,7 +65,7 @@ class RankError(FlexMaskError):
 
 
 class CompilerError(FlexMaskError):
-    """torch.compile finds no compiler for the device."""
+    """torch.compile finds no compiler for the device, or cannot trace a model."""
 
 
 class OutputError(FlexMaskError):

@@ -169,8 +169,12 @@ def compile_settings(device: torch.device) -> Iterator[None]:
     differ later, so they get a symbol each; but torch before 2.13 gives two sizes of one C++
     kernel the same name then. To cache the results of operations on symbolic lengths costs more
     than to compute them again, a fifth of the time that tracing takes.
+
+    Raises:
+        CompilerError: If torch.compile cannot trace a model.
     """
     from torch._dynamo import config as dynamo_config
+    from torch._dynamo.exc import Unsupported
     from torch.fx.experimental import _config as shape_config
 
     is_cuda = device.type == "cuda"
@@ -185,7 +189,15 @@ def compile_settings(device: torch.device) -> Iterator[None]:
         cast(Any, shape_config).patch(use_duck_shape=not has_symbol_each),
         _without_workers() if is_cuda and _finds_all_compiled() else nullcontext(),
     ):
-        yield
+        try:
+            yield
+        except Unsupported as error:
+            reason, _, rest = str(error).partition("\n")
+            detail = rest.partition("context: ")[2].partition("\n")[0]
+            raise CompilerError(
+                f"torch.compile cannot trace a layer of the model: {reason.strip()} ({detail}); "
+                "load another checkpoint, or try another dtype"
+            ) from error
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[object]:

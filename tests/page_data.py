@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 from flexmask.block_mask.tile_states import FULL, PARTIAL
 
 
+def data_of(page: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    return data
+
+
 def panels_of(page: str) -> list[dict[str, Any]]:
-    data = page.partition('id="data">')[2].partition("</script>")[0]
-    panels: list[dict[str, Any]] = json.loads(data)["panels"]
+    panels: list[dict[str, Any]] = data_of(page)["panels"]
     return panels
 
 

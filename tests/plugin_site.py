@@ -1,7 +1,10 @@
-"""Made-up plugins, installed in a folder of their own."""
+"""Made-up plugins, installed in a folder of their own, and those in plugins/."""
 
 import importlib
+import importlib.util
+import sys
 from pathlib import Path
+from typing import Any
 
 OWN_STRATEGIES = Path(__file__).parents[1] / "plugins" / "flexmask_strategies"
 BUILT_IN = sorted(path.stem for path in OWN_STRATEGIES.glob("[!_]*.py"))
@@ -28,6 +31,16 @@ def plugin(*names, hook="def register_strategies(): return [{classes}]"):
             f"@hookimpl\n{hook.format(classes=', '.join(classes))}",
         ]
     )
+
+
+def load_distribution(path: Path) -> Any:
+    """Import the module of a distribution in plugins/ that is not installed."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Site:

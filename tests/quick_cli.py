@@ -37,6 +37,9 @@ class QuickRun:
     def stop(self) -> None:
         self._is_stopped = True
 
+    def __iter__(self) -> Iterator[Generation]:
+        return (generation for batch in self.batches() for generation in batch)
+
     def batches(self) -> Iterator[list[Generation]]:
         for request in self._requests:
             if self._is_stopped:

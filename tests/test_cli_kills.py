@@ -1,4 +1,4 @@
-"""``flexmask generate`` on the bundled model, killed and resumed."""
+"""``flexmask generate`` and ``flexmask score`` on the bundled model, killed and resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,26 +17,29 @@ import pyarrow.feather
 import pytest
 
 from command import run_command
+from flexmask.demo import questions_path
 from flexmask.results.result_writer import read_finished_rows
+from flexmask.results.schema import key_of
 from quick_cli import COMMAND as WITHOUT_MODEL
 
-COMMAND = [sys.executable, "-m", "flexmask_cli", "generate", "--device", "cpu", "--quiet"]
-COMMAND += ["--batch-size", "2", "--max-new-tokens", "6", "--resume"]
+GENERATE = ["generate", "--batch-size", "2", "--max-new-tokens", "6"]
+SHARED = ["--device", "cpu", "--quiet", "--resume"]
 
 ROWS_WITHOUT_MODEL = 400
 """So many that the result file takes some time to write."""
 
 
-def run_whole(output: Path, limit: int) -> None:
-    finished = run_command(*COMMAND[3:], "--limit", limit, "--output", output)
+def run_whole(command: Sequence[str], output: Path) -> None:
+    finished = run_command(*command, *SHARED, "--output", output)
     assert finished.status == 0, finished.err
     assert finished.out == ""
 
 
-def run_and_kill(output: Path, limit: int, is_time: Callable[[float], bool]) -> bool:
+def run_and_kill(command: Sequence[str], output: Path, is_time: Callable[[float], bool]) -> bool:
     """Whether it lived until it was time to be killed."""
     started = time.monotonic()
-    with subprocess.Popen([*COMMAND, "--limit", str(limit), "--output", output]) as process:
+    flexmask = [sys.executable, "-m", "flexmask_cli", *command, *SHARED]
+    with subprocess.Popen([*flexmask, "--output", output]) as process:
         while process.poll() is None:
             if is_time(time.monotonic() - started):
                 process.kill()
@@ -55,27 +58,53 @@ def finished_rows(output: Path, whole: pa.Table) -> pa.Table:
 
 def check_rows(found: pa.Table, whole: pa.Table) -> None:
     """Batches are written as they finish: in any order, but with the values of the whole."""
-    row_of = {row["uuid"]: row for row in whole.to_pylist()}
+    row_of = {key_of(row): row for row in whole.to_pylist()}
     for row in found.to_pylist():
-        assert row == row_of.pop(row["uuid"])
+        assert row == row_of.pop(key_of(row))
 
 
-def test_a_run_killed_between_its_rows_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    limit = 12
-    run_whole(tmp_path / "whole.feather", limit)
-    whole = pyarrow.feather.read_table(tmp_path / "whole.feather")
-    output = tmp_path / "killed.feather"
-    for rows in (4, 8):
+def check_kills(command: Sequence[str], kills: Sequence[int], folder: Path) -> pa.Table:
+    """Kill a run each time that it has so many rows; resumed, it equals an undisturbed one."""
+    run_whole(command, folder / "whole.feather")
+    whole = pyarrow.feather.read_table(folder / "whole.feather")
+    output = folder / "killed.feather"
+    for rows in kills:
 
         def has_rows(_: float, wanted: int = rows) -> bool:
             return finished_rows(output, whole).num_rows >= wanted
 
-        assert run_and_kill(output, limit, has_rows)
+        assert run_and_kill(command, output, has_rows)
         found = finished_rows(output, whole)
-        assert rows <= found.num_rows < limit
+        assert rows <= found.num_rows < whole.num_rows
         check_rows(found, whole)
-    run_whole(output, limit)
+    run_whole(command, output)
     assert pyarrow.feather.read_table(output).equals(whole)
+    return whole
+
+
+def test_a_run_killed_between_its_rows_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    check_kills([*GENERATE, "--limit", "12"], (4, 8), tmp_path)
+
+
+def test_a_run_killed_between_samples_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    sampled = ["--limit", "6", "--samples", "3", "--temperature", "2.5"]
+    whole = check_kills([*GENERATE, *sampled], (7,), tmp_path)
+    assert whole["sample"].to_pylist() == [0, 1, 2] * 6
+    assert len(set(whole["generation"].to_pylist())) > 6
+
+
+def test_scores_of_a_killed_run_equal_those_of_an_undisturbed_one(tmp_path: Path) -> None:
+    questions = [json.loads(line) for line in questions_path().read_text().splitlines()]
+    answers = [row["answers"][0] for row in questions]
+    path = tmp_path / "choices.jsonl"
+    with path.open("w") as file:
+        for number, row in enumerate(questions):
+            wrong = answers[number - 1]
+            row |= {"prefix": "", "choices": [f" {answers[number]}", f" {wrong}"], "answer": 0}
+            file.write(json.dumps(row) + "\n")
+    # One prompt at a time: what else is in a batch changes the last digits.
+    whole = check_kills(["score", "--batch-size", "1", "--input", str(path)], (7,), tmp_path)
+    assert whole["correct"].to_pylist().count(True) > whole.num_rows / 2
 
 
 @pytest.mark.long
@@ -84,8 +113,9 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(
 ) -> None:
     record_property("cases", 20)
     limit = 100
+    command = [*GENERATE, "--limit", str(limit)]
     started = time.monotonic()
-    run_whole(tmp_path / "whole.feather", limit)
+    run_whole(command, tmp_path / "whole.feather")
     duration_s = time.monotonic() - started
     whole = pyarrow.feather.read_table(tmp_path / "whole.feather")
     assert whole.num_rows == limit
@@ -100,7 +130,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(
         def is_over(age_s: float, life_s: float = life_s) -> bool:
             return age_s >= life_s
 
-        if run_and_kill(output, limit, is_over):
+        if run_and_kill(command, output, is_over):
             rows = finished_rows(output, whole)
             found.append(rows.num_rows)
             check_rows(rows, whole)
@@ -108,7 +138,7 @@ def test_a_run_killed_at_twenty_random_moments_equals_an_undisturbed_one(
             assert pyarrow.feather.read_table(output).equals(whole)
             rounds += 1
             output = tmp_path / f"killed-{rounds}.feather"
-    run_whole(output, limit)
+    run_whole(command, output)
     assert pyarrow.feather.read_table(output).equals(whole)
     assert not list(tmp_path.glob("*.partial"))
     assert not list(tmp_path.glob("*.tmp"))

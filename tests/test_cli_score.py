@@ -12,6 +12,7 @@ from command import run_command
 from flexmask.demo import model_path
 from flexmask.engine import Engine
 from flexmask.results.result_writer import read_finished_rows, read_run_config
+from page_data import data_of
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -177,8 +178,7 @@ def test_compare_scores_its_cells_as_score_does(score, tmp_path):
     assert "tokens/s" not in outcome.out
     page = (folder / "report.html").read_text()
     assert "the choice with the highest log-probability per token" in page
-    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert data["cells"][-1]["logprobs"] == [round(logprob, 3) for logprob in chosen]
+    assert data_of(page)["cells"][-1]["logprobs"] == [round(logprob, 3) for logprob in chosen]
     resumed = run_command(*command, "-o", folder, "--resume", "--json")
     assert json.loads(resumed.out) == cells
 

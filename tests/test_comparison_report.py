@@ -12,14 +12,11 @@ from flexmask.request import Request
 from flexmask.results.dataset_run import GenerationJob
 from flexmask.results.evaluation import compare, evaluate
 from flexmask.tasks.judge import Judge
+from page_data import data_of
 
 REQUESTS = [
     Request((f"Q {number}?", "again?"), answers=("yes",), uuid=str(number)) for number in range(20)
 ]
-
-
-def data_of(page):
-    return json.loads(page.partition('id="data">')[2].partition("</script>")[0])
 
 
 def test_each_cell_is_compared_with_the_first_as_flexmask_eval_does(tmp_path):

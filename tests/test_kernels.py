@@ -18,6 +18,7 @@ from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
 from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
+from flexmask.kernels.rounded_linear import rounded_rows
 from flexmask.mask_mods import causal
 from flexmask.tensor_parallel.sharding import SummedLinear
 from oracles import CONFIGS, make_model
@@ -73,12 +74,15 @@ def test_projections_equal_plain_products(rows, width, dtype):
 @pytest.mark.parametrize("packed", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_projections_of_8_bits_equal_plain_products(rows, packed):
-    x, *wide = random_tensors([(rows, 1536), (96, 1536), (32, 1536)], torch.bfloat16)
-    scales = [weight.abs().amax(1, keepdim=True) / 100 for weight in wide]
-    weights = [(weight / scale).to(packed) for weight, scale in zip(wide, scales, strict=True)]
-    arguments: Any = (x, weights, [], scales, None, 1e-5, "", None)
-    got = project(*moved(arguments, "cuda")).cpu()
-    assert relative_error(got, project(*arguments)) < TOLERANCE[torch.bfloat16]
+    shapes = [(rows, 1536), (1536,), (96, 1536), (96, 1536)]
+    x, norm, *wide = random_tensors(shapes, torch.bfloat16)
+    weights, scales = zip(*(rounded_rows(weight, packed) for weight in wide), strict=True)
+    for activation, norm_weight in itertools.product(("", "silu"), (None, norm)):
+        arguments: Any = (
+            x, list(weights), [], list(scales), norm_weight, 1e-5, activation, None
+        )  # fmt: skip
+        got = project(*moved(arguments, "cuda")).cpu()
+        assert relative_error(got, project(*arguments)) < TOLERANCE[torch.bfloat16]
 
 
 def decode_step(rows, heads, kv_heads, dim, capacity, is_rotated, dtype):

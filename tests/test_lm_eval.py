@@ -1,14 +1,14 @@
 """The model ``flexmask`` of lm-evaluation-harness beside its ``hf``, on the bundled model."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from flexmask import Separator
 from flexmask.demo import model_path, questions_path
 from flexmask.errors import FlexMaskError
+from plugin_site import load_distribution
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval 0.4.13")
 pytest.importorskip("accelerate", reason="the harness's model hf needs it")
@@ -19,13 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def plugin():
-    spec = importlib.util.spec_from_file_location("flexmask_lm_eval", PLUGIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flexmask_lm_eval"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_distribution(PLUGIN)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +104,25 @@ def test_a_local_task_scores_as_under_hf(model, tasks):
     from lm_eval.models.huggingface import HFLM
 
     hf = HFLM(str(model_path()), device="cpu", dtype="float32", batch_size=4, max_length=40)
+    check_equal(model, hf, tasks)
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_a_local_task_scores_as_under_hf_on_a_real_model(plugin, smollm2, tasks):
+    from lm_eval.models.huggingface import HFLM
+
+    name = smollm2.name
+    hf = HFLM(str(smollm2.parent), gguf_file=name, device="cpu", dtype="float32", batch_size=4)
+    model = plugin.FlexMaskLM(str(smollm2), device="cpu", dtype="float32", batch_size=4)
+    check_equal(model, hf, tasks[:2])
+
+
+def check_equal(model, hf, tasks):
+    """Metrics, log-likelihoods and generations are the same."""
     ours, our_responses = evaluated(model, tasks)
     theirs, their_responses = evaluated(hf, tasks)
-    for task in ("which", "open", "perplexity"):
+    for task in theirs:
         metrics = {n: v for n, v in theirs[task].items() if isinstance(v, float)}
         assert metrics
         assert {name: ours[task][name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
@@ -153,13 +163,12 @@ def instance(*arguments):
 
 
 def test_parts_of_a_context_become_its_segments(model, plugin, monkeypatch):
-    monkeypatch.setattr(model, "separator", "\n\n")
+    monkeypatch.setattr(model, "separator", Separator("\n\n"))
     context = "Answer.\n\nQ: one\n\nQ: two\n\nQ: three\nA:"
     request = model._request(context)
     assert request.segments == ("Answer.\n\n", "Q: one\n\n", "Q: two\n\n")
     assert (request.prefix, request.suffix) == ("", "Q: three\nA:")
-    monkeypatch.setattr(model, "has_prefix", True)
-    monkeypatch.setattr(model, "keep_separator", False)
+    monkeypatch.setattr(model, "separator", Separator("\n\n", keep=False, has_prefix=True))
     request = model._request(context)
     assert (request.prefix, request.segments) == ("Answer.", ("Q: one", "Q: two"))
     tokenized, choice = model._in_parts(context + " ", "Ada")

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,26 @@ def test_a_quantised_checkpoint_loads_or_is_refused_in_one_line(folder, refusal,
         assert refusal(folder).startswith(beginnings)
     else:  # unpacked where it loads, and its weights are as they were
         assert method in ("fp8", "mxfp8", "mxfp4", "gguf", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gptq", "which is quantised by gptq: Loading a GPTQ quantized model requires"),
+        ("awq", "which is quantised by awq: Loading an AWQ quantized model requires"),
+        ("torchao", "whose package is not installed; run: pip install 'flexmask[quantized]'"),
+        ("compressed-tensors", "not installed; run: pip install 'flexmask[quantized]'"),
+    ],
+)
+def test_without_its_library_a_quantised_checkpoint_says_what_to_install(
+    folder, refusal, monkeypatch, method, message
+):
+    if method in ("gptq", "awq") and find_spec("gptqmodel"):
+        pytest.skip("gptqmodel is installed")
+    monkeypatch.setattr("flexmask.checkpoint.config.find_spec", lambda name: None)
+    configure(folder, quantization_config={"quant_method": method, "bits": 4})
+    assert message in (said := refusal(folder))
+    assert "install" in said
 
 
 @pytest.mark.parametrize(

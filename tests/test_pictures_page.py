@@ -14,7 +14,7 @@ from flexmask.show.mask_picture import draw_difference, draw_mask
 from flexmask.show.picture_source import Answer, Subject, subject_of_lengths
 from flexmask.show.tokens import ShownRequest
 from oracles import dense_mask
-from page_data import dense_layer, panels_of
+from page_data import data_of, dense_layer, panels_of
 
 NAMES = ["causal", "prefix_segment", "ensemble_isolation"]
 SUBJECT = subject_of_lengths(20, [30, 25, 41], 6).with_new_tokens(5)
@@ -86,9 +86,13 @@ def test_shares_of_attention_stand_beside_the_answer():
     (strategy, shown) = make_strategy("causal", {}), SUBJECT.shown
     answer = Answer("a", "a", (), None, "eos", "m", lambda: strategy)
     picture = draw_mask(strategy, shown)
-    assert "Attention" not in page_html([picture], Subject("", shown, answer))
-    measured = replace(answer, attention=(0.25, 0.5, 0.25))
+    assert "<dt>Attention" not in page_html([picture], Subject("", shown, answer))
+    assert 'id="looked"' not in page_html([picture], Subject("", shown, answer))
+    measured = replace(answer, attention=((0.5, 0.25, 0.25), (0.0, 0.75, 0.25)))
     page = page_html([picture], Subject("", shown, measured))
+    assert '<p id="looked"' in page
+    of_tokens = ["P 50.0%  S1 25.0%  T 25.0%", "P 0.0%  S1 75.0%  T 25.0%"]
+    assert data_of(page)["attention"] == of_tokens
     assert "<dt>Attention</dt><dd>P 25.0%  S1 50.0%  T 25.0%</dd>" in page
     assert answer_text(measured).plain.endswith("attention   P 25.0%  S1 50.0%  T 25.0%\n")
 

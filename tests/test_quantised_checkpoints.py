@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     TorchAoConfig,
 )
 
-from flexmask.demo import model_path
 from flexmask.doctor.model_checks import check_model
 from flexmask.engine import Engine
 from flexmask.engine.compiled_view import multiply_few_rows
@@ -31,39 +26,22 @@ from flexmask.engine.shared_tensors import tensors_by_id
 from flexmask.errors import ModelError
 from flexmask.kernels.linear_weights import DENSE, is_plain_linear, kinds_of_projections
 from flexmask.plugins.registry import make_strategy
-from flexmask.torch_internals import compile_graph
 from flexmask_cli.render.generation import print_notes
 from oracles import make_model
+from quantised_models import NUM_PROJECTIONS, TOKENS, fused_launches, save_plain, with_parts
 
 QUANTIZED = "needs flexmask[quantized]"
 torchao: Any = pytest.importorskip("torchao.quantization", reason=QUANTIZED)
 bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason=QUANTIZED)
 pytest.importorskip("compressed_tensors", reason=QUANTIZED)
 
-TOKENS = torch.arange(10, 90, 3)[None]
 CPU = torch.device("cpu")
-NUM_PROJECTIONS = 14
 INT4: torch.dtype = vars(torch)["int4"]
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in float32, of sizes that every method divides."""
-    folder = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.1)
-    model.save_pretrained(folder)
-    for file in model_path().glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
+    return save_plain(tmp_path_factory.mktemp("plain"))
 
 
 def quantised(plain: Path, folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Path:
@@ -72,22 +50,6 @@ def quantised(plain: Path, folder: Path, config: Any, dtype: torch.dtype = torch
     model.save_pretrained(folder)
     for file in plain.glob("tokenizer*"):
         shutil.copy(file, folder)
-    return folder
-
-
-def with_scales(
-    plain: Path, folder: Path, config: dict[str, Any], split: Callable[[Tensor], dict[str, Tensor]]
-) -> Path:
-    """Write quantised projections, as a tool that makes checkpoints does."""
-    shutil.copytree(plain, folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if name.endswith("proj.weight")]:
-        parts = split(weights.pop(name)).items()
-        weights |= {name.removesuffix("weight") + suffix: part for suffix, part in parts}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"] = config
-    (folder / "config.json").write_text(json.dumps(values))
     return folder
 
 
@@ -147,13 +109,13 @@ MAKERS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     ),
     "compressed-tensors float8": (
         DENSE,
-        lambda plain, to: with_scales(
+        lambda plain, to: with_parts(
             plain, to, compressed("float-quantized", num_bits=8, type="float"), float8_rows
         ),
     ),
     "compressed-tensors int4": (
         DENSE,
-        lambda plain, to: with_scales(
+        lambda plain, to: with_parts(
             plain,
             to,
             compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
@@ -162,7 +124,7 @@ MAKERS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     ),
     "fp8": (
         DENSE,
-        lambda plain, to: with_scales(
+        lambda plain, to: with_parts(
             plain, to, {"quant_method": "fp8", "weight_block_size": [32, 32]}, float8_blocks
         ),
     ),
@@ -220,22 +182,7 @@ def test_projections_of_8_bits_with_a_scale_for_each_row_are_fused_as_dense_ones
     layer = model.model.layers[0]
     torchao.quantize_(layer.mlp, config)
     torchao.quantize_(layer.self_attn, config, lambda module, name: name == "k_proj")
-    angles = torch.randn(2, 1, 16)
-    arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-    hidden = torch.randn(2, 1, 48)
-    launches = []
-
-    def fuse(module: Any, inputs: Any) -> Any:
-        launches.append(fuse_projections(module.graph))
-        module.recompile()
-        return compile_graph(module, inputs, {})
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = layer(hidden, **arguments)
-        found = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert launches == [5]  # queries and values; keys; output; gate and up; down
+    assert fused_launches(layer) == 5  # queries and values; keys; output; gate and up; down
 
 
 def test_layers_that_round_their_inputs_keep_their_own_product() -> None:
@@ -293,7 +240,7 @@ def test_without_a_dtype_quantised_weights_compute_in_their_own(plain, tmp_path)
     ],
 )
 def test_what_cannot_run_right_is_refused(plain, tmp_path, config, message) -> None:
-    folder = with_scales(plain, tmp_path / "model", config, lambda weight: {"weight": weight})
+    folder = with_parts(plain, tmp_path / "model", config, lambda weight: {"weight": weight})
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), device=CPU, dtype="auto")
     assert message in str(caught.value)

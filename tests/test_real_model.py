@@ -56,6 +56,21 @@ def test_causal_equals_generate_of_transformers_in_float32(real_engine, referenc
         assert generation.token_ids == tuple(output[0, prompt.shape[1] :].tolist())
 
 
+def test_choices_score_as_by_logits_of_transformers_in_float32(real_engine, reference):
+    choices = (" Paris", " seven of them, as everyone knows", " 12")
+    requests = [Request((question,), suffix="\nA:", choices=choices) for question in QUESTIONS[:4]]
+    tokenize = RequestTokenizer(real_engine.tokenizer)
+    for score in real_engine.score(requests, Causal(), batch_size=4):
+        prompt = Causal().layout(tokenize(score.request)).token_ids
+        for choice in score.choices:
+            tokens = torch.tensor([*prompt, *choice.token_ids])
+            logits = reference(tokens[None]).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(logits)), choice.token_ids]
+            found = torch.tensor(choice.token_logprobs)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert [choice.is_greedy for choice in score.choices].count(True) <= 1
+
+
 def test_a_chat_prompt_is_that_of_the_chat_template_of_the_file(real_engine):
     tokenizer = real_engine.tokenizer
     request = Request(("What do bees make?",))

@@ -1,9 +1,11 @@
 """Every built-in strategy on a real model and real questions, against dense attention."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexmask.encoding.tokenization import RequestTokenizer
 from flexmask.plugins.registry import load_registry
@@ -48,18 +50,32 @@ def requests():
 
 
 @pytest.fixture(scope="module")
+def with_choices(requests):
+    """The same questions with four choices each, of one to several tokens."""
+    choices = (" France", " the Kingdom of Denmark", " a", " Christianity and Judaism")
+    return [replace(request, choices=choices) for request in requests[:2]]
+
+
+@pytest.fixture(scope="module")
 def reference(real_engine):
     return with_attention(real_engine.model, "flexmask_dense")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in USUAL else pytest.param(name, marks=pytest.mark.long) for name in BUILT_IN],
-)
-def test_a_strategy_equals_dense_attention_by_its_oracle(real_engine, reference, requests, name):
-    strategy_class = load_registry().strategy(name)
+def each_strategy(usual):
+    """Parametrize a test by the built-in strategies; others than the usual ones take long."""
+    long = pytest.mark.long
+    names = [name if name in usual else pytest.param(name, marks=long) for name in BUILT_IN]
+    return pytest.mark.parametrize("name", names)
+
+
+def strategy_named(name):
     windows = {"window": SMALL_WINDOWS[name]} if name in SMALL_WINDOWS else {}
-    strategy = strategy_class.from_parameters(windows)
+    return load_registry().strategy(name).from_parameters(windows)
+
+
+@each_strategy(USUAL)
+def test_a_strategy_equals_dense_attention_by_its_oracle(real_engine, reference, requests, name):
+    strategy = strategy_named(name)
     run = real_engine.generate(requests, strategy, max_new_tokens=NEW_TOKENS, batch_size=5)
     tokenize = RequestTokenizer(real_engine.tokenizer)
     for generation in run:
@@ -67,3 +83,16 @@ def test_a_strategy_equals_dense_attention_by_its_oracle(real_engine, reference,
         logits = dense_logits(reference, strategy, layout, generation.token_ids)
         for row, token in zip(logits, generation.token_ids, strict=True):
             assert row[token] >= row.max() - NEAR
+
+
+@each_strategy({"ensemble_isolation"})
+def test_choices_score_as_a_dense_pass_for_each(real_engine, reference, with_choices, name):
+    strategy = strategy_named(name)
+    tokenize = RequestTokenizer(real_engine.tokenizer)
+    for score in real_engine.score(with_choices, strategy, batch_size=2):
+        layout = strategy.layout(tokenize(score.request))
+        for choice in score.choices:
+            logits = dense_logits(reference, strategy, layout, choice.token_ids)
+            expected = logits.log_softmax(-1)[range(len(logits)), choice.token_ids]
+            found = torch.tensor(choice.token_logprobs)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

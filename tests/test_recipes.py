@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
     for command, shown in re.findall(r"\$ flexmask (.*)\n((?:[^$].*\n|\n)*)", block)
 ]
+
+PROGRAMS = dict(re.findall(r"```console\n\$ python (\S+)\n(.*?)```", PAGE, re.DOTALL))
+"""What each program of the page prints."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +56,25 @@ def test_the_files_and_commands_of_each_recipe_fit_together(
     assert len(COMMANDS) == 6
 
 
+def test_the_programs_of_the_recipes_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(QuickEngine(), monkeypatch)
+    for name, shown in PROGRAMS.items():
+        runpy.run_path(name)
+        printed = capsys.readouterr().out
+        assert len(printed.splitlines()) == len(shown.splitlines())
+        assert "What do bees make? none\n   Fact: none\n     Fact: none\n" in printed
+    assert [*PROGRAMS] == ["candidates.py"]
+
+
 @pytest.mark.real
 @pytest.mark.long
 def test_what_the_page_shows_comes_out_of_the_real_model(
-    real_engine: Engine, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+    real_engine: Engine,
+    smollm2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("smollm2.gguf").unlink()
     Path("smollm2.gguf").symlink_to(smollm2)
@@ -65,3 +84,7 @@ def test_what_the_page_shows_comes_out_of_the_real_model(
         assert {line.rstrip() for line in shown.splitlines()} <= {
             line.rstrip() for line in printed
         }
+    for name, shown in PROGRAMS.items():
+        capsys.readouterr()
+        runpy.run_path(name)
+        assert capsys.readouterr().out == shown

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flexmask.errors import RequestError
+from flexmask.errors import OptionError, RequestError
 from flexmask.inputs import text_rows
 from flexmask.request import Request, checked_requests
+from flexmask.separator import Separator
 from flexmask.tasks.request_source import read_requests
 
 
@@ -248,3 +249,20 @@ def test_lists_of_texts_become_tuples() -> None:
 def test_what_is_no_request_is_a_type_error(requests: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         list(checked_requests(requests))
+
+
+def test_a_separator_divides_a_text_into_segments_and_a_suffix() -> None:
+    text = "Read.\n\nOne.\n\n\n\nTwo.\n\nWhich?"
+    kept = Separator("\n\n").divide(text)
+    assert kept.segments == ("Read.\n\n", "One.\n\n", "Two.\n\n")
+    assert kept.prefix + "".join(kept.segments) + kept.suffix == text.replace("\n\n\n\n", "\n\n")
+    removed = Separator("\n\n", keep=False, has_prefix=True).divide(text)
+    assert (removed.prefix, removed.segments, removed.suffix) == (
+        "Read.",
+        ("One.", "Two."),
+        "Which?",
+    )
+    for separator in (Separator(), Separator("|"), Separator("|", has_prefix=True)):
+        assert separator.divide("Which?") == Request(("Which?",))
+    with pytest.raises(OptionError, match="must not be empty"):
+        Separator("")

@@ -15,19 +15,17 @@ from flexmask.checkpoint.identity import model_files
 from flexmask.demo import model_path
 from flexmask.doctor.model_checks import load_and_check
 from flexmask.engine import Engine
-from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.model_loading import load_model
 from flexmask.errors import KVStoreError, ModelError, OptionError
 from flexmask.kernels.linear_weights import DENSE, kinds_of_projections
 from flexmask.kernels.rounded_linear import RoundedLinear, round_linear_layers, rounded_rows
 from flexmask.kv_store.options import KVCacheOptions
 from flexmask.request import Request
-from flexmask.torch_internals import compile_graph
 from oracles import make_model
+from quantised_models import TOKENS, fused_launches
 
 BASE = str(model_path())
 CPU = torch.device("cpu")
-TOKENS = torch.arange(10, 90, 3)[None]
 FLOAT8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 NUMBERS = {"int8": torch.arange(-127, 128.0), "fp8": FLOAT8[FLOAT8.isfinite()].unique()}
 """All numbers that a row may hold before it is scaled."""
@@ -74,6 +72,22 @@ def test_a_rounded_model_computes_what_its_unpacked_weights_compute(
     assert (found - unrounded).abs().max() > 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", NUMBERS)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_on_a_gpu_rounded_weights_give_the_tokens_of_a_cpu(quantize: str, batch_size: int) -> None:
+    requests = [
+        Request((f"Q: Where was {name} born?",), suffix="\nA:", uuid=name)
+        for name in ("Ada", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
+    ]
+    tokens = []
+    for device in ("cpu", "cuda"):
+        engine = Engine.from_pretrained(BASE, device=device, dtype="float32", quantize=quantize)
+        run = engine.generate(requests, "causal", max_new_tokens=6, batch_size=batch_size)
+        tokens.append([generation.token_ids for generation in run])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("quantize", NUMBERS)
 def test_doctor_finds_a_rounded_model_right(quantize: str, without_inductor: None) -> None:
     checks = load_and_check(BASE, "cpu", "float32", trust_remote_code=False, quantize=quantize)
@@ -96,22 +110,7 @@ def test_projections_of_rounded_layers_are_fused_as_dense_ones(dtype: torch.dtyp
     model: Any = make_model("qwen2", "eager")  # has biases
     assert round_linear_layers(model, model.lm_head, dtype, CPU) == 14
     layer = model.model.layers[0]
-    angles = torch.randn(2, 1, 16)
-    arguments = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-    hidden = torch.randn(2, 1, 48)
-    launches = []
-
-    def fuse(module: Any, inputs: Any) -> Any:
-        launches.append(fuse_projections(module.graph))
-        module.recompile()
-        return compile_graph(module, inputs, {})
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = layer(hidden, **arguments)
-        found = torch.compile(layer, backend=fuse, fullgraph=True)(hidden, **arguments)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert launches == [4]  # queries, keys and values; output; gate and up; down
+    assert fused_launches(layer) == 4  # queries, keys and values; output; gate and up; down
 
 
 def test_a_rounded_model_keeps_one_byte_for_a_weight_and_no_copy() -> None:

@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from flexmask.errors import CompilerError
+from flexmask.torch_internals import compile_settings
+
 LOADED = "print(sorted(m for m in sys.modules if m in ('torch._dynamo', 'torch._inductor')))"
 
 
@@ -45,3 +51,18 @@ def test_tensors_marked_static_without_dynamo_carry_the_marks_of_dynamo():
         "print(vars(early).items() >= vars(late).items() > set())\n"
     )
     assert printed(code) == ["[]", "True"]
+
+
+def test_a_layer_that_cannot_be_traced_is_one_line() -> None:
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    message = "^torch.compile cannot trace a layer of the model: .*; load another checkpoint, or"
+    with (
+        pytest.raises(CompilerError, match=message) as caught,
+        compile_settings(torch.device("cpu")),
+    ):
+        compiled(torch.ones(1))
+    assert "\n" not in str(caught.value)

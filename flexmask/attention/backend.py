@@ -149,9 +149,7 @@ def _in_tiles(x: Tensor, queries: Tensor, *, is_flat: bool) -> Tensor:
     Flat ones get no new axis: FLASH's output has the query's strides, and it refuses those of a
     new axis, which are 0.
     """
-    if is_flat:
-        return x[:, :, queries].flatten(2, 3)
-    return x[0][:, queries].transpose(0, 1)
+    return x[:, :, queries.flatten()] if is_flat else x[0][:, queries].transpose(0, 1)
 
 
 def dense_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -15,6 +16,13 @@ from flexmask.checkpoint.source import CheckpointSource
 from flexmask.errors import AttentionError, ModelError
 
 AUTO_MODEL = "AutoModelForCausalLM"
+
+_PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "torchao": "torchao",
+}
+"""Packages of the extra ``quantized``, by method; transformers names those of other methods."""
 
 
 def check_config_file(source: CheckpointSource, *, trust_remote_code: bool = False) -> None:
@@ -100,6 +108,12 @@ def _check_quantization(config: PreTrainedConfig, name: str) -> None:
         _check_compressed_tensors(values, name)
     elif method is not None and method.startswith("bitsandbytes"):
         _check_bitsandbytes(values, name)
+    package = _PACKAGES.get(method or "")
+    if package is not None and find_spec(package) is None:
+        raise ModelError(
+            f"model {shown(name)} is quantised by {method}, whose package is not installed; run: "
+            "pip install 'flexmask[quantized]'"
+        )
 
 
 def _check_compressed_tensors(values: dict[str, Any], name: str) -> None:

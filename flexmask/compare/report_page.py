@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import fsum
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from flexmask.compare.comparison_run import ReportFolder
 from flexmask.compare.table import COSTS, CellResult
 from flexmask.results.result_writer import read_finished_rows
-from flexmask.results.schema import answer_logprobs
+from flexmask.results.schema import answer_logprob
 from flexmask.show import palette
 from flexmask.tasks.judge import ChoiceJudge, Judge
 from flexmask.web_page import render_page
@@ -162,5 +161,5 @@ def _score(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 def _logprob(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """Return the log-probability of the answer; None if each prompt has its own."""
-    (logprobs, *others) = map(answer_logprobs, rows)
-    return None if logprobs is None or others else round(fsum(logprobs), 3)
+    logprobs, *others = map(answer_logprob, rows)
+    return None if logprobs is None or others else round(logprobs, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import fsum
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +19,7 @@ from flexmask.results.evaluation import (
     scores_by_question,
 )
 from flexmask.results.result_writer import read_finished_rows
-from flexmask.results.schema import answer_logprobs
+from flexmask.results.schema import answer_logprob
 from flexmask.tasks.judge import ChoiceJudge, Judge
 
 COSTS = (
@@ -142,8 +141,8 @@ def tabulate(
 
 def _mean_logprob(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the mean log-probability of the answers of rows, with equal weight of questions."""
-    logprobs = [(row["uuid"], answer_logprobs(row)) for row in rows]
-    kept = [(uuid, fsum(of_tokens)) for uuid, of_tokens in logprobs if of_tokens is not None]
+    logprobs = [(row["uuid"], answer_logprob(row)) for row in rows]
+    kept = [(uuid, logprob) for uuid, logprob in logprobs if logprob is not None]
     return fmean(scores_by_question(*zip(*kept, strict=True)).values()) if kept else None
 
 

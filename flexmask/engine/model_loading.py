@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -260,8 +260,8 @@ def _load_weights(
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed for a model alone
     what = f"cannot load model {shown(source.name)}"
     what = f"{what}, which is quantised by {method}" if method else what
-    has_bars = method is not None or source.gguf is not None
-    with errors_in_one_line(what), _no_bars() if has_bars else nullcontext():
+    speaks = method is not None or source.gguf is not None
+    with errors_in_one_line(what), _quietly() if speaks else nullcontext():
         if method == "compressed-tensors":
             # Otherwise the first forward unpacks the weights, and draws a bar.
             options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
@@ -304,9 +304,12 @@ def _check_dtype(loaded: PreTrainedModel, wanted: torch.dtype | str, what: str) 
         raise ModelError(f"{what}: its weights compute in {name} only; pass `dtype={name}`")
 
 
-def _no_bars() -> AbstractContextManager[object]:
-    """Hide progress bars of GGUF files and quantised weights, which no setting hides."""
-    return redirect_stderr(StringIO())
+def _quietly() -> ExitStack:
+    """Hide what no setting hides: bars of GGUF files, and words of quantising libraries."""
+    hidden = ExitStack()
+    hidden.enter_context(redirect_stdout(StringIO()))
+    hidden.enter_context(redirect_stderr(StringIO()))
+    return hidden
 
 
 def _dequantized() -> dict[str, Any]:

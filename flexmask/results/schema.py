@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
@@ -230,6 +231,17 @@ def answer_logprobs(row: Mapping[str, Any]) -> Sequence[float] | None:
         return row.get("logprobs") or None
     of_choices: Sequence[Sequence[float]] | None = row["token_logprobs"]
     return None if of_choices is None else of_choices[row["chosen"]]
+
+
+def answer_logprob(row: Mapping[str, Any]) -> float | None:
+    """Return the log-probability of a row's answer, generated or chosen.
+
+    None if it was not kept, the row failed, or the answer is impossible, as all choices are then.
+    """
+    of_tokens = answer_logprobs(row)
+    if of_tokens is None or -math.inf in of_tokens:
+        return None
+    return math.fsum(of_tokens)
 
 
 def _columns_of(score: Score, judge: ChoiceJudge) -> dict[str, Any]:

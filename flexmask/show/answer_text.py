@@ -37,8 +37,8 @@ def answer_text(answer: Answer) -> Text:
             accepted = printable(accepted)
             text.append(f"[{accepted}]" if is_match else accepted, "underline" if is_match else "")
         text.append("\n")
-    if answer.attention is not None:
-        text.append("attention   ", "bold").append(f"{shares_text(answer.attention)}\n")
+    if answer.mean_attention is not None:
+        text.append("attention   ", "bold").append(f"{shares_text(answer.mean_attention)}\n")
     if answer.logprobs is not None:
         text.append("logprob     ", "bold").append(f"{logprobs_text(answer.logprobs)}\n")
     return text

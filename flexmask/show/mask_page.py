@@ -36,15 +36,20 @@ def page_html(pictures: Sequence[Picture], subject: Subject) -> str:
         subject: The request, and the answer of a run.
     """
     answer = subject.answer
+    attention = (answer and answer.attention) or ()
+    mean = answer and answer.mean_attention
     return render_page(
         "flexmask.show",
         SCRIPTS,
         style=_colours(),
-        data={"panels": [_panel(picture) for picture in pictures]},
+        data={
+            "panels": [_panel(picture) for picture in pictures],
+            "attention": list(map(shares_text, attention)),
+        },
         title=subject.heading,
         answer=answer,
         pieces=list(marked_pieces(answer.generation, answer.accepted)) if answer else [],
-        attention=shares_text(answer.attention) if answer and answer.attention else "",
+        attention=shares_text(mean) if mean else "",
         logprob=logprobs_text(answer.logprobs) if answer and answer.logprobs else "",
         verdict=VERDICTS[answer.is_correct] if answer else "",
     )

@@ -56,8 +56,8 @@ class Answer:
         model: The model.
         strategy: Returns the strategy with the parameters of the run; if it comes from a file,
             that file is executed. Raises `StrategyError` if it cannot be found any more.
-        attention: Mean over the generated tokens of the attention that the prefix, each segment
-            and the tail got; None where it was not measured.
+        attention: For each generated token the attention that the prefix, each segment and the
+            tail got; None where it was not measured.
         logprobs: The log-probability of each token of the answer, generated or chosen; None
             where they were not kept.
     """
@@ -69,8 +69,13 @@ class Answer:
     finish_reason: str
     model: str
     strategy: Callable[[], Strategy]
-    attention: tuple[float, ...] | None = None
+    attention: Sequence[Sequence[float]] | None = None
     logprobs: Sequence[float] | None = None
+
+    @property
+    def mean_attention(self) -> tuple[float, ...] | None:
+        """Mean of the attention over the generated tokens."""
+        return tuple(map(fmean, zip(*self.attention, strict=True))) if self.attention else None
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def subject_of_result(
         finish_reason=values["finish_reason"],
         model=run["model"],
         strategy=partial(_strategy_of_run, config),
-        attention=_mean_attention(values.get("segment_attention")),
+        attention=values.get("segment_attention"),
         logprobs=answer_logprobs(values),
     )
     # Imported here, because a request of given lengths need not wait for transformers.
@@ -209,10 +214,6 @@ def subject_of_result(
         new_texts=_generated_texts(tokenize, answer.generation, values["generated_tokens"]),
     )
     return Subject(f"{Path(source).name}, row {row}: {values['uuid']}", shown, answer)
-
-
-def _mean_attention(of_tokens: Sequence[Sequence[float]] | None) -> tuple[float, ...] | None:
-    return tuple(map(fmean, zip(*of_tokens, strict=True))) if of_tokens else None
 
 
 def _strategy_of_run(config: RunConfig) -> Strategy:

@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
-from flexmask import Engine, Request, RequestTokenizer, Sampling, make_strategy
+from flexmask import Engine, Request, RequestTokenizer, Sampling, Separator, make_strategy
 from flexmask.errors import OptionError
 from flexmask.layout import TokenizedRequest
 
@@ -52,6 +52,8 @@ class FlexMaskLM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
+        adapter: str | None = None,
+        quantize: str | None = None,
         trust_remote_code: bool = False,
         **parameters: Any,
     ) -> None:
@@ -73,6 +75,8 @@ class FlexMaskLM(TemplateLM):
             max_gen_toks: Most tokens to generate where a task does not say.
             add_bos_token: Begin contexts with the beginning-of-sequence token, or not; None does
                 as the tokenizer does. Without ``separator`` only.
+            adapter: Folder of a LoRA adapter to merge.
+            quantize: ``int8`` or ``fp8``, to which weights are rounded.
             trust_remote_code: Run code that comes with the model.
             parameters: Parameters of the strategy.
 
@@ -81,15 +85,10 @@ class FlexMaskLM(TemplateLM):
         """
         super().__init__()
         self.strategy = make_strategy(strategy, parameters)
-        if separator == "":
-            raise OptionError("separator must not be empty; leave it out for one segment")
-        if separator is None and has_prefix:
-            raise OptionError("has_prefix needs a separator that ends the prefix")
+        text = None if separator is None else separator.replace("\\n", "\n")
+        self.separator = Separator(text, keep_separator, has_prefix)
         if separator is not None and add_bos_token is not None:
             raise OptionError("add_bos_token is for contexts without a separator; leave out one")
-        self.separator = None if separator is None else separator.replace("\\n", "\n")
-        self.keep_separator = keep_separator
-        self.has_prefix = has_prefix
         self.add_bos_token = add_bos_token
         self.batch_size = _batch_size(batch_size)
         self.max_batch_size = max_batch_size
@@ -99,6 +98,8 @@ class FlexMaskLM(TemplateLM):
             pretrained,
             device=device or "auto",
             dtype=dtype,
+            adapter=adapter,
+            quantize=quantize,
             trust_remote_code=trust_remote_code,
         )
         self.max_length = max_length or self.engine.runner.context or DEFAULT_CONTEXT
@@ -152,7 +153,7 @@ class FlexMaskLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score continuations: the sum of log-probabilities, and whether greedy says the same."""
-        if self.separator is None:
+        if self.separator.text is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         pairs = [request.args for request in requests]
         return self._scored(pairs, (self._in_parts(*pair) for pair in pairs), disable_tqdm)
@@ -217,13 +218,7 @@ class FlexMaskLM(TemplateLM):
         bos = self.tokenizer.bos_token
         if bos is not None and self.tokenizer.encode("a")[0] == self.tokenizer.bos_token_id:
             context = context.removeprefix(bos)  # the request's tokenizer writes it
-        if self.separator is None:
-            return Request((context,))
-        *parts, tail = context.split(self.separator)
-        parts = [part + self.separator * self.keep_separator for part in parts]
-        prefix = parts.pop(0) if self.has_prefix and parts else ""
-        parts = [part for part in parts if part.strip()]
-        return Request(tuple(parts) or (tail,), prefix, tail if parts else "")
+        return self.separator.divide(context)
 
     def _scored(
         self,
@@ -303,7 +298,7 @@ class FlexMaskLM(TemplateLM):
 
     def _cut(self, context: str, count: int) -> str:
         """Cut a context that is too long on its left, unless it has parts."""
-        if self.separator is not None:
+        if self.separator.text is not None:
             return context
         most = self.max_length - count
         if most < 1:

@@ -100,6 +100,11 @@ class ChoiceOptions(NormalizeOptions):
         if not self.score and changed_options(self):
             raise OptionError("--normalize needs --score")
 
+    @property
+    def folder_name(self) -> str:
+        """The name of the report's folder, if the user names none."""
+        return "compare-scores" if self.score else "compare"
+
     def check(self, ways: Sequence[Way], run: RunOptions, tokens: LogprobOptions) -> None:
         """Check that ways can score choices, or generate, and that no option is without effect.
 
@@ -135,7 +140,7 @@ class OutputOptions:
             "--output",
             "-o",
             help="Folder for the report and the result files. "
-            "Default: outputs/<input>/<model>/compare.",
+            "Default: outputs/<input>/<model>/compare; with --score, compare-scores.",
         ),
     ] = None
     as_json: AsJson = False
@@ -185,7 +190,8 @@ def compare(
         cells = sameness.cells(ways)
     folder = ReportFolder(
         output.output
-        or default_folder(opened.stem, planned.model_name, **run.model.changes) / "compare"
+        or default_folder(opened.stem, planned.model_name, **run.model.changes)
+        / choices.folder_name
     )
 
     def job_of(way: Way) -> DatasetJob[Any]:

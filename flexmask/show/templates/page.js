@@ -36,6 +36,7 @@ class State {
 class Page {
   constructor(data) {
     this.panels = data.panels.map((panel) => new Panel(panel));
+    this.attention = data.attention;
     this.state = new State(this.panels);
     this.views = this.panels.map((panel, number) => this.#addPanel(panel, number));
     this.#addSwitches();
@@ -180,6 +181,10 @@ class Page {
     const what = state.step === 0 ? "prompt" : `${state.step} of ${state.newTokens} tokens generated`;
     document.querySelector("#step-text").textContent = what;
     document.querySelector("#step").setAttribute("aria-valuetext", what);
+    const looked = this.attention[state.step - 1];
+    if (this.attention.length) {
+      document.querySelector("#looked").textContent = looked ? `Attention of generated token ${state.step}: ${looked}` : "";
+    }
     document.querySelector("#previous").disabled = state.step === 0;
     document.querySelector("#next").disabled = state.step === state.newTokens;
     if (selects) {
