@@ -107,6 +107,11 @@ class GatheredLinear(nn.Module):
         self.linear = linear
         self.out_features = out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The rank's part of the weight ``(N, K)``."""
+        return self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., N)``, bitwise the same on all ranks."""
         gathered: Tensor = gather_over_ranks(self.linear(x))
