@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,11 @@ ARGUMENTS = {"device": "cpu", "strategy": "ensemble_isolation", "separator": "<|
 
 
 @pytest.fixture(scope="module")
-def plugin() -> Any:
-    return load_distribution(PLUGIN)
+def plugin() -> Iterator[Any]:
+    yield load_distribution(PLUGIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inspect leaves streams open when a task fails
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,22 @@ def test_what_cannot_be_done_is_one_line(
         assert message in str(caught.value)
     with pytest.raises(OptionError, match="calls no tools"):
         asyncio.run(model.api.generate([], [object()], "auto", task.config))
+
+
+def test_an_error_of_a_run_is_that_of_all_its_calls(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(model.api.engine, "generate", fail)
+
+    async def ask() -> list[Any]:
+        config = inspect_ai.model.GenerateConfig()
+        calls = [model.api.generate(messages(("user", text)), [], "auto", config) for text in "ab"]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(ask())] == ["no room"] * 2
 
 
 def test_the_task_of_the_recipe_divides_its_rows(

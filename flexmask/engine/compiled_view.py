@@ -45,10 +45,16 @@ def _beside_backend(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> C
 def _compile_fused(
     graph_module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., Any]:
+    sums = _sums_over_ranks(graph_module.graph)
     fuse_projections(graph_module.graph)
     fuse_rotary(graph_module.graph)
+    assert _sums_over_ranks(graph_module.graph) == sums, "a sum over ranks is lost by fusing"
     graph_module.recompile()
     return compile_graph(graph_module, inputs, options)
+
+
+def _sums_over_ranks(graph: fx.Graph) -> int:
+    return sum(str(node.target).startswith("flexmask.sum_over_ranks") for node in graph.nodes)
 
 
 def compiled_view(

@@ -79,6 +79,13 @@ def projection_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = n < N
     m = tl.arange(0, BLOCK_M)
+    # A thread loads 16 bytes, so of 8-bit weights it has twice as many columns as of inputs, and
+    # each tile of inputs would pass through shared memory to reach it. Loads of equal shapes get
+    # equal columns, so a row alone is loaded once for each output, from the L1 cache.
+    REPEATED: tl.constexpr = HAS_SCALE and BLOCK_M == 1
+    rows = m
+    if REPEATED:
+        rows = tl.zeros((BLOCK_N,), tl.int32)
     SHARE: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     first = tl.program_id(1) * SHARE
     stop = tl.minimum(first + SHARE, K)
@@ -101,15 +108,15 @@ def projection_kernel(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M), tl.float32)
     acc_up = acc
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
+    squares = tl.zeros((BLOCK_N if REPEATED else BLOCK_M, BLOCK_K), tl.float32)
+    x, squares = _inputs(x_ptr, norm_ptr, squares, rows, k, M, K, HAS_NORM, REPEATED)
     acc = _multiplied(acc, w, x, BLOCK_M)
     if GATED:
         acc_up = _multiplied(acc_up, w_up, x, BLOCK_M)
     if UNROLLED:
         for offset in tl.static_range(BLOCK_K, SHARE, BLOCK_K):
             k = first + offset + tl.arange(0, BLOCK_K)
-            x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
+            x, squares = _inputs(x_ptr, norm_ptr, squares, rows, k, M, K, HAS_NORM, REPEATED)
             if offset <= AHEAD * BLOCK_K:
                 w = ahead[offset // BLOCK_K]
                 w_up = ahead_up[offset // BLOCK_K] if GATED else w
@@ -122,7 +129,7 @@ def projection_kernel(
     else:
         for offset in tl.range(first + BLOCK_K, stop, BLOCK_K, num_stages=STAGES):
             k = offset + tl.arange(0, BLOCK_K)
-            x, squares = _inputs(x_ptr, norm_ptr, squares, m, k, M, K, HAS_NORM)
+            x, squares = _inputs(x_ptr, norm_ptr, squares, rows, k, M, K, HAS_NORM, REPEATED)
             acc = _multiplied(acc, _weights(w_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
             if GATED:
                 acc_up = _multiplied(acc_up, _weights(w1_ptr + tile, k, K, BLOCK_K), x, BLOCK_M)
@@ -155,7 +162,8 @@ def projection_kernel(
             tl.store(arrived_ptr + tl.program_id(0), 0)
     if is_last:
         if HAS_NORM:
-            rms = tl.rsqrt(square_sum / K + eps)[None, :]
+            rms = tl.rsqrt(square_sum / K + eps)
+            rms = rms[:, None] if REPEATED else rms[None, :]
             acc *= rms
             if GATED:
                 acc_up *= rms
@@ -189,15 +197,29 @@ def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_ptr, norm_ptr, squares, m, k, M, K: tl.constexpr, HAS_NORM: tl.constexpr):
+def _inputs(
+    x_ptr,
+    norm_ptr,
+    squares,
+    m,
+    k,
+    M,
+    K: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    REPEATED: tl.constexpr,
+):
     """Load one tile of inputs times the norm's weight, and add up the squares of the inputs."""
     is_x = (m < M)[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=is_x, other=0.0)
     if HAS_NORM:
         wide = x.to(tl.float32)
         squares += wide * wide
-        scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        x = (wide * scale[None, :]).to(x.dtype)
+        if REPEATED:
+            offsets = m[:, None] * 0 + k[None, :]
+            scale = tl.load(norm_ptr + offsets, mask=is_x, other=0.0).to(tl.float32)
+        else:
+            scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        x = (wide * scale).to(x.dtype)
     return x, squares
 
 

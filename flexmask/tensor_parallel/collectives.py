@@ -77,11 +77,13 @@ for _name, _function, _fake in (
         _LIBRARY.impl(_name, _function, _device)
     torch.library.register_fake(f"flexmask::{_name}", _fake, lib=_LIBRARY)
 
-sum_over_ranks = torch.ops.flexmask.sum_over_ranks
+# Overloads, and not packets of them: torch 2.11 takes a call of a packet in a traced graph for one
+# without effect, and removes it where nothing uses its result.
+sum_over_ranks = torch.ops.flexmask.sum_over_ranks.default
 """The operator; `_sum_over_ranks` documents it."""
 
-gather_over_ranks = torch.ops.flexmask.gather_over_ranks
+gather_over_ranks = torch.ops.flexmask.gather_over_ranks.default
 """The operator; `_gather_over_ranks` documents it."""
 
-copy_from_first_rank = torch.ops.flexmask.copy_from_first_rank
+copy_from_first_rank = torch.ops.flexmask.copy_from_first_rank.default
 """The operator; `_copy_from_first_rank` documents it."""

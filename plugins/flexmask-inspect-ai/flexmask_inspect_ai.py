@@ -82,7 +82,7 @@ class _Call:
     request: Request
     settings: _Settings
     generations: list[Generation] = field(default_factory=list)
-    error: FlexMaskError | None = None
+    error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
@@ -229,9 +229,12 @@ class FlexMaskAPI(ModelAPI):
                     **vars(settings),
                 ):
                     own[generation.request.uuid].generations.append(generation)
-            except FlexMaskError as error:
+            except (
+                Exception
+            ) as error:  # raised by each of the calls, not only by the one that runs
                 for call in own.values():
-                    call.error = call.error or (None if call.is_done else error)
+                    if not call.is_done:
+                        call.error = error
 
     def _output(self, call: _Call) -> ModelOutput:
         prompt = sum(generation.prompt_tokens for generation in call.generations)
