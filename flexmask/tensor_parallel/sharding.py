@@ -53,8 +53,8 @@ class PartOfWeight:
     cut: Cut
 
     def __getitem__(self, everything: Any) -> Tensor:
-        """Read the part."""
-        return self.cut.of(self.weight)
+        """Read the part, into memory of its own: safetensors returns a view of the whole."""
+        return self.cut.of(self.weight).clone(memory_format=torch.contiguous_format)
 
     def get_shape(self) -> list[int]:
         """Return the sizes of the whole weight."""
