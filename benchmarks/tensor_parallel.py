@@ -297,8 +297,7 @@ def run_processes(
     outcomes.touch()
     processes = start(way, outcomes, log)
     deadline, failure, is_closing = time.monotonic() + limit_s, "", False
-    while any(process.poll() is None for process in processes):
-        statuses = [process.poll() for process in processes]
+    while None in (statuses := [process.poll() for process in processes]) or any(statuses):
         if failed := next((status for status in statuses if status), None):
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             failure = f"exit status {failed}: {lines[-1] if lines else 'no output'}"
@@ -318,10 +317,6 @@ def run_processes(
             continue  # it has ended
         finally:
             process.wait()
-    if not failure and any(
-        process.returncode not in (0, -signal.SIGKILL) for process in processes
-    ):
-        failure = "a process failed"
     if failure:
         text = log.read_text(errors="replace")
         print(f"{way}: {failure}\n{text[-6000:]}", file=sys.stderr, flush=True)

@@ -295,7 +295,7 @@ def set_free(engine, monkeypatch):
 
     def set_free(rows):
         free = int(rows * engine.runner.bytes_per_row(640))
-        monkeypatch.setattr("flexmask.engine.model_runner.free_bytes", lambda device: free)
+        monkeypatch.setattr("flexmask.engine.ranks.free_bytes", lambda device: free)
         engine.release()
 
     return set_free
@@ -334,7 +334,7 @@ def test_a_row_beyond_the_memory_of_the_host_is_refused(engine, set_free):
 
 def test_a_cpu_that_cannot_allocate_halves_the_batch(engine, monkeypatch):
     """Without Linux nothing tells what is available; then the allocator does."""
-    monkeypatch.setattr("flexmask.engine.model_runner.free_bytes", lambda device: None)
+    monkeypatch.setattr("flexmask.engine.ranks.free_bytes", lambda device: None)
     prefill = engine.runner.prefill
 
     def prefill_with_little_memory(plan):

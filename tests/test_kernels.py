@@ -14,6 +14,7 @@ from flexmask.block_mask.equality import rows_are_causal
 from flexmask.engine.compiled_view import multiply_few_rows
 from flexmask.engine.fused_projections import fuse_projections
 from flexmask.engine.fused_rotary import fuse_rotary
+from flexmask.engine.rank_group import make_store
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
@@ -257,7 +258,7 @@ def test_a_residual_is_added_by_the_first_rank_before_the_sum_over_ranks():
         module.recompile()
         return module.forward
 
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    store = make_store(0, 1, is_first=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         torch._dynamo.reset()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flexmask.kv_store.options import KVCacheOptions
 from flexmask.request import Request
 from flexmask.sampling import Sampling
 from flexmask.tensor_parallel.plan import check_plan
+from fused_shards import fuse_decoding, load_fused_shard, residuals
 from oracles import SHAPE, make_model
 
 VOCABULARY = SHAPE["vocab_size"]
@@ -121,6 +123,19 @@ def test_two_ranks_choose_the_tokens_of_one_process_by_the_same_logits(
     alone, parallel = map(generated, alone_and_parallel(architecture))
     assert [one.token_ids for one in parallel] == [one.token_ids for one in alone]
     torch.testing.assert_close(logprobs_of(parallel), logprobs_of(alone), atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_rank_holds_its_columns_and_nothing_of_others(
+    alone_and_parallel: Callable[[str], tuple[Engine, Engine]],
+) -> None:
+    alone, parallel = alone_and_parallel("llama")
+    layer: Any = parallel.model.get_submodule("model.layers.0.self_attn.o_proj.linear")
+    whole: Any = alone.model.get_submodule("model.layers.0.self_attn.o_proj")
+    assert torch.equal(layer.weight, whole.weight[:, :48])
+    for weight in parallel.model.parameters():
+        assert weight.is_contiguous()
+        assert weight.untyped_storage().nbytes() == weight.nbytes
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -230,6 +245,22 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line(
         next(iter(parallel.generate(requests(), "causal")))
     parallel.close()
     assert worker.handle.process.returncode == -signal.SIGKILL
+
+
+def test_two_ranks_choose_the_same_tokens_by_layers_that_are_fused_as_on_a_gpu(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama")
+    alone = Engine.from_pretrained(folder, device="cpu")
+    with torch.compiler.set_stance(force_backend="eager"):
+        wanted = [one.token_ids for one in alone.generate(requests(), "causal", max_new_tokens=5)]
+    fuse_decoding(monkeypatch.setattr)
+    residuals.clear()
+    load = partial(load_fused_shard, model=folder)
+    with Engine.of_ranks(load, tokenizer, 2, "cpu") as parallel:
+        run = parallel.generate(requests(), "causal", max_new_tokens=5)
+        assert [one.token_ids for one in run] == wanted
+    assert residuals == [2]
 
 
 def test_no_rank_outlives_the_command_that_started_it(

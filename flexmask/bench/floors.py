@@ -70,12 +70,13 @@ class ModelCost:
     pair_flops: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
+    def of(cls, model: PreTrainedModel, ranks: int = 1) -> Self:
         """Read the cost off a model, which may be on the meta device.
 
         Args:
             model: A language model alone, each token of which is multiplied by every weight
-                (`is_known`).
+                (`is_known`); or the shard of a rank.
+            ranks: Number of ranks, which divide the heads among them.
         """
         config, itemsize = model.config, model.dtype.itemsize
         embedding: Any = model.get_input_embeddings()
@@ -89,10 +90,10 @@ class ModelCost:
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
             weight_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
-            slot_bytes=2 * layers * key_heads * dim * itemsize,
+            slot_bytes=2 * layers * key_heads * dim * itemsize // ranks,
             token_flops=2 * (read - head.weight.numel()),
             logits_flops=2 * head.weight.numel(),
-            pair_flops=4 * layers * heads * dim,
+            pair_flops=4 * layers * heads * dim // ranks,
         )
 
     @staticmethod

@@ -53,8 +53,8 @@ class PartOfWeight:
     cut: Cut
 
     def __getitem__(self, everything: Any) -> Tensor:
-        """Read the part."""
-        return self.cut.of(self.weight)
+        """Read the part, into memory of its own: safetensors returns a view of the whole."""
+        return self.cut.of(self.weight).clone(memory_format=torch.contiguous_format)
 
     def get_shape(self) -> list[int]:
         """Return the sizes of the whole weight."""
@@ -106,6 +106,11 @@ class GatheredLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.out_features = out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The rank's part of the weight ``(N, K)``."""
+        return self.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., N)``, bitwise the same on all ranks."""

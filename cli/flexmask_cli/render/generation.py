@@ -114,14 +114,18 @@ def print_floor(engine: Engine, stats: RunStats) -> None:
     if not ModelCost.is_known(engine.model):
         write_note("floor: not known, as weights are packed, or a token uses some of them only")
         return
-    cost = ModelCost.of(engine.model)
+    ranks = engine.ranks.size
+    cost = ModelCost.of(engine.model, ranks)
     engine.release()
     rates = Rates.measure(engine.model.device, engine.model.dtype)
     shares = cost.shares_of(stats, rates)
     times = {"prefill": stats.prefill_s, "decode": stats.decode_s}
     parts = [f"{share:.0%} of {times[name]:.2f} s of {name}" for name, share in shares.items()]
     compiling = " (graphs were compiled in it)" if stats.compilations else ""
-    write_note(f"floor: {', '.join(parts)}{compiling}; at {rates}, attention's products left out")
+    where = "" if ranks == 1 else f" of each of {ranks} ranks"
+    write_note(
+        f"floor: {', '.join(parts)}{compiling}; at {rates}{where}, attention's products left out"
+    )
 
 
 def print_answers(generations: Sequence[Generation], judge: Judge) -> None:
