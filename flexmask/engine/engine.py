@@ -20,29 +20,28 @@ from flexmask.engine.choice_prompt import ChoicePrompt, Choices, stored_choices
 from flexmask.engine.executor import Executor
 from flexmask.engine.generation_rules import GenerationRules
 from flexmask.engine.generation_run import GenerationRun
+from flexmask.engine.kept_parts import KeptParts
 from flexmask.engine.leading_ranks import LeadingRanks
 from flexmask.engine.model_loading import check_shards, load_model, load_shard
 from flexmask.engine.model_runner import (
     MIN_CAPACITY,
     ModelRunner,
-    bucketed_capacity,
     num_embeddings,
 )
 from flexmask.engine.output_head import TokenScores
 from flexmask.engine.precomputing import PrecomputingRun
-from flexmask.engine.prompt_group import PromptGroup
 from flexmask.engine.prompt_planner import PromptPlanner, beyond_context
 from flexmask.engine.rank_group import LoadShard, device_of_ranks
 from flexmask.engine.ranks import Ranks
 from flexmask.engine.reuse_limits import limit_of_reuse
 from flexmask.engine.run_options import RunOptions
 from flexmask.engine.run_stats import RunStats
-from flexmask.engine.scheduler import Scheduler
 from flexmask.engine.scoring import ChoiceScorer, ScoringRun
 from flexmask.engine.segment_attention import AttentionMeter
 from flexmask.engine.text_stream import TextStream
 from flexmask.engine.turns import TURN
-from flexmask.errors import FlexMaskWarning, ModelError, OptionError, RankError, RequestError
+from flexmask.engine.warm_up import WarmUp
+from flexmask.errors import FlexMaskWarning, OptionError, RankError, RequestError
 from flexmask.fusion import Fusion, check_score_fusion
 from flexmask.generation import Generation
 from flexmask.kv_store.options import KVCacheOptions
@@ -105,8 +104,7 @@ class Engine:
             raise OptionError("`kv_cache` keeps whole heads, and `tensor_parallel` divides them")
         self.executor = Executor(model, prefill_kernel, self.ranks)
         self.tokenizer = tokenizer
-        self._tokenizer_of_runs: tuple[object, RequestTokenizer] | None = None
-        self._rules_of_runs: tuple[object, GenerationRules] | None = None
+        self._kept = KeptParts(model)
         if kv_cache is not None:
             if kv_cache.folder is not None and not model_files:
                 raise OptionError(
@@ -611,91 +609,27 @@ class Engine:
                 the model's context, or a size is impossible.
             ModelError: If there is too little memory for one row, or logits are NaN or infinite.
         """
-        check_size("prompt_tokens", prompt_tokens, 1)
-        check_size("max_new_tokens", max_new_tokens, 1)
-        if batch_size is not None:
-            check_size("batch_size", batch_size, 1)
-        length = (prompt_tokens - 1) // max(1, num_segments)
-        if num_segments < 1 or length < 2:
-            raise OptionError(
-                f"{num_segments} segments do not fit into a prompt of {prompt_tokens} tokens"
-            )
-        capacity = bucketed_capacity(prompt_tokens + max_new_tokens)
-        if not self.runner.rows_that_fit(1, capacity):
-            raise ModelError(
-                f"not enough memory for one row of {capacity} slots; lower prompt_tokens"
-            )
-        # Another token in each segment: of equal ones only the first would be computed.
-        segments = tuple((number,) * length for number in range(num_segments))
-        layout = strategy.layout(TokenizedRequest((), segments, (0,)))
-        if excess := beyond_context(layout, max_new_tokens, self.runner.context):
-            raise OptionError(f"a prompt of {prompt_tokens} tokens {excess}")
-        capacity = bucketed_capacity(len(layout) + max_new_tokens)
-        rows = batch_size or self.executor.auto_batch_size(self.executor.largest_batch, capacity)
-        prompts = [
-            PromptGroup(number, (layout,), ("",), (1.0,))
-            for number in range(max(1, self.runner.rows_that_fit(rows, capacity)))
-        ]
+        size = WarmUp(prompt_tokens, num_segments, max_new_tokens, batch_size)
         options = RunOptions(max_new_tokens, self.generation_rules())
-        tokenizer = self._request_tokenizer(chat_template=False, allow_special_tokens=False)
-        scheduler = Scheduler(self.executor, strategy, tokenizer, options, iter([prompts]), rows)
-        generated_tokens = 0
-        for row in (row for finished in scheduler.run() for one in finished for row in one.rows):
-            if row.fault:
-                raise ModelError(f"cannot warm up, {row.fault}")
-            generated_tokens += len(row.token_ids)
-        return replace(
-            scheduler.stats,
-            generations=len(prompts),
-            prompt_tokens=len(prompts) * len(layout),
-            generated_tokens=generated_tokens,
-        )
+        return size.run(self.executor, strategy, self._request_tokenizer(), options)
 
     def release(self) -> None:
         """Free the key-value cache and all buffers that belong to one size of batches."""
         self.executor.release()
 
     def _request_tokenizer(
-        self, chat_template: bool, allow_special_tokens: bool
+        self, chat_template: bool = False, allow_special_tokens: bool = False
     ) -> RequestTokenizer:
-        """Return the tokenizer of a run: that of an earlier run, if nothing has changed since.
-
-        Making one edits a copy of the tokenizer, which takes as long as loading it.
-        """
-        tokenizer = self.tokenizer
-        key = (
-            id(tokenizer),
-            len(tokenizer),
-            str(tokenizer.special_tokens_map),
-            str(tokenizer.chat_template),
-            [getattr(tokenizer, f"add_{end}_token", None) for end in ("bos", "eos")],
-            chat_template,
-            allow_special_tokens,
+        return self._kept.request_tokenizer(
+            self.tokenizer,
+            chat_template=chat_template,
+            allow_special_tokens=allow_special_tokens,
         )
-        if self._tokenizer_of_runs is None or self._tokenizer_of_runs[0] != key:
-            made = RequestTokenizer(
-                tokenizer,
-                chat_template=chat_template,
-                allow_special_tokens=allow_special_tokens,
-                num_embeddings=num_embeddings(self.model),
-            )
-            self._tokenizer_of_runs = (key, made)
-        return self._tokenizer_of_runs[1]
 
     def generation_rules(self) -> GenerationRules:
         """Return the rules of the model's generation config, as it is now.
 
-        Those of an earlier run serve as long as the config has not changed.
-
         Raises:
             ModelError: If they cannot be applied.
         """
-        config = self.model.generation_config
-        key = (
-            None if config is None else config.to_dict(),
-            dict(vars(self.model.config)),
-            self.tokenizer.eos_token_id,
-        )
-        if self._rules_of_runs is None or self._rules_of_runs[0] != key:
-            self._rules_of_runs = (key, GenerationRules.of(self.model, self.tokenizer))
-        return self._rules_of_runs[1]
+        return self._kept.rules(self.tokenizer)
