@@ -68,7 +68,7 @@ ERRORS = {
     ("warmup", "--model", "./nowhere"): "does not exist",
     ("doctor", "--device", "mps"): "device must be",
     ("doctor", "--model", "./nowhere"): "does not exist",
-    ("doctor", "--dtype", "float16"): "--adapter and --trust-remote-code need a --model",
+    ("doctor", "--dtype", "float16"): "and --trust-remote-code need a --model",
     ("check", "casual"): "did you mean 'causal'?",
     ("precompute",): "precompute needs a folder to write to; name one: --kv-cache FOLDER",
     ("precompute", "--kv-cache", "kv", "--input", "nowhere.jsonl"): "No such file",
