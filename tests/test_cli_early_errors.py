@@ -41,7 +41,7 @@ ERRORS = {
     ("generate", "--dtype", "bfloat"): "did you mean 'bfloat16'?",
     ("generate", "--prefill-kernel", "cudnn"): "--prefill-kernel must be",
     ("generate", "--tensor-parallel", "0"): "--tensor-parallel must be a positive number",
-    ("generate", "--tensor-parallel", "2", "--kv-cache-host", "1G"): "keeps whole heads",
+    ("generate", "--tensor-parallel", "2", "--kv-cache-host", "1GB"): "keeps whole heads",
     ("generate", "--model", "./nowhere"): "model folder './nowhere' does not exist",
     ("generate", "--model", "nowhere.gguf"): "model file 'nowhere.gguf' does not exist",
     ("generate", "--output", "out.csv"): "unknown extension '.csv'",
