@@ -16,16 +16,19 @@ from flexmask.tensor_parallel.plan import RankOf
 Patch = Callable[[Any, str, Any], None]
 
 residuals: list[int] = []
-"""Launches that add a residual, in each decode layer that was fused in this process."""
+"""Launches that add a residual, in each graph that was fused in this process."""
 
 
 def fuse_decoding(patch: Patch) -> None:
     """Make engines of this process fuse what they decode, and trace all without inductor."""
-    view = compiled_view.compiled_view
+    make_view = compiled_view.compiled_view
 
     def fused_view(model: Any, names: Any, *, dynamic: bool, backend: Any = "eager") -> Any:
-        backend = "eager" if dynamic else compiled_view.fused_backend
-        return view(model, names, dynamic=dynamic, backend=backend)
+        if dynamic:
+            return make_view(model, names, dynamic=dynamic, backend="eager")
+        view = make_view(model, names, dynamic=dynamic, backend=compiled_view.fused_backend)
+        compiled_view.compile_beside_layers(view, names)
+        return view
 
     patch(model_runner, "compiled_view", fused_view)
     patch(model_runner, "multiply_few_rows", lambda view: None)
