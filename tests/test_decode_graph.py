@@ -1,6 +1,7 @@
 """The captured decode step, on a GPU."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from flexmask.block_mask.cache import BlockMaskCache
 from flexmask.engine.decode_graph import WARM_UP_STEPS, DecodeGraph
 from flexmask.engine.decode_loop import DecodeLoop
 from flexmask.engine.generation_rules import GenerationRules
-from flexmask.engine.graph_capture import GraphCapture
+from flexmask.engine.graph_capture import GraphCapture, capturing
 from flexmask.engine.logit_fusion import LogitFusion
 from flexmask.engine.model_runner import ModelRunner
 from flexmask.engine.row_processors import BatchProcessors
@@ -210,6 +211,21 @@ def test_a_graph_that_the_garbage_collector_finds_during_a_capture_does_not_inva
         gc.set_threshold(*thresholds)
     assert gc.isenabled()
     assert graph.replay().tolist() == [1.0] * 4
+
+
+@pytest.mark.gpu
+def test_the_first_product_of_a_thread_can_be_captured():
+    x = torch.full((4, 4), 0.5, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+
+    def capture():
+        with capturing(graph):
+            return x @ x
+
+    with ThreadPoolExecutor(1) as pool:
+        product = pool.submit(capture).result()
+    graph.replay()
+    assert product.tolist() == [[1.0] * 4] * 4
 
 
 def test_the_reason_for_no_graph_is_the_error_that_failed_the_capture():
