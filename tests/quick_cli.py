@@ -49,7 +49,12 @@ class QuickRun:
 
 
 class QuickEngine:
-    model = SimpleNamespace(dtype="float32", device=torch.device("cpu"), modules=list)
+    model = SimpleNamespace(
+        dtype="float32",
+        device=torch.device("cpu"),
+        modules=list,
+        parameters=lambda: [torch.empty(1, 1, 1)],  # those of experts, whose floor is not known
+    )
     runner = SimpleNamespace(
         layer_windows={},
         prefill_kernel=None,
