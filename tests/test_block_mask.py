@@ -66,7 +66,7 @@ def check(
 
 # Random expressions.
 
-CASES = 50_000 if os.environ.get("FLEXMASK_LONG") else 640
+CASES = 50_000 if os.environ.get("FLEXMASK_LONG") else 480
 SHAPES_PER_MASK = 4
 MAX_OFFSET, MAX_LENGTH = 40, 70
 
