@@ -7,7 +7,6 @@ as always; and only when all are free, so that a batch waits for its longest ans
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from flexmask import Engine, Fusion
 from flexmask.engine import RunStats, scheduler
 from flexmask.tasks.request_source import read_requests
-from stamp import environment_stamp
+from stamp import print_record
 
 REPEATS = 3
 
@@ -95,17 +94,7 @@ def main() -> None:
             f"{last.row_utilization:.0%} of rows in use, {last.decode_steps} steps, "
             f"{last.prefills} prefills"
         )
-    settings = {name: str(value) for name, value in vars(arguments).items() if name != "record"}
-    record = json.dumps(
-        {
-            "settings": settings,
-            "results": [asdict(result) for result in results],
-            "environment": environment_stamp(),
-        }
-    )
-    print(record)
-    if arguments.record is not None:
-        arguments.record.write_text(record + "\n")
+    print_record(arguments, {"results": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":

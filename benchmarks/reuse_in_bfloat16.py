@@ -14,16 +14,14 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexmask import Engine, Generation, read_requests
-from flexmask.answers import normalize_answer
 from flexmask.kv_store.options import KVCacheOptions
-from flexmask.request import Request
-from stamp import environment_stamp
+from flexmask.tasks.judge import Judge
+from stamp import print_record
 
 STRATEGY = "prefix_segment"
 BATCH_SIZES = (64, 16)
@@ -97,17 +95,7 @@ def main() -> None:
     compare("empty cache", large)
     compare("all documents in the cache", large)
     engine.close()
-    settings = {name: str(value) for name, value in vars(arguments).items() if name != "record"}
-    record = json.dumps(
-        {
-            "settings": settings,
-            "outcomes": [asdict(one) for one in outcomes],
-            "environment": environment_stamp(),
-        }
-    )
-    print(record)
-    if arguments.record is not None:
-        arguments.record.write_text(record + "\n")
+    print_record(arguments, {"outcomes": [asdict(one) for one in outcomes]})
 
 
 def agreement(
@@ -117,13 +105,9 @@ def agreement(
     pairs = list(zip(first, second, strict=True))
     same = sum(one.token_ids == other.token_ids for one, other in pairs)
     same_first = sum(one.token_ids[:1] == other.token_ids[:1] for one, other in pairs)
-    right = sum(is_accepted(other.prediction, other.request) for _, other in pairs)
+    judge = Judge()
+    right = sum(judge.score(judge.prediction(own), own.request.answers) for _, own in pairs)
     return same / len(pairs), same_first / len(pairs), right / len(pairs)
-
-
-def is_accepted(prediction: str, request: Request) -> bool:
-    """Return True if a prediction is one of the request's answers, once both are normalized."""
-    return normalize_answer(prediction) in map(normalize_answer, request.answers)
 
 
 if __name__ == "__main__":

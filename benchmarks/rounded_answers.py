@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from flexmask.kernels.rounded_linear import RoundedLinear
 from flexmask.results.evaluation import Estimate, estimate_mean
 from flexmask.tasks.judge import Judge
 from flexmask.tasks.request_source import read_requests
-from stamp import environment_stamp
+from stamp import print_record
 
 HEAD = "+head"
 WAYS = ("none", *DTYPES_OF_8_BITS, *(name + HEAD for name in DTYPES_OF_8_BITS))
@@ -153,9 +152,7 @@ def main() -> None:
         del engine, run
         torch.compiler.reset()
         gc.collect()
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    record = {"ways": [asdict(result) for result in results], "settings": settings}
-    print(json.dumps(record | {"environment": environment_stamp()}))
+    print_record(arguments, {"ways": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":

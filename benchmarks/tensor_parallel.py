@@ -72,7 +72,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A measurement that each way makes.
 
     Attributes:
         phase: ``decode``, or ``prefill``: the keys and values of all prompts; a peer's takes the

@@ -11,8 +11,8 @@ from flexmask.errors import OptionError
 from flexmask.request import Request
 
 Normalize = Literal["none", "tokens", "bytes"]
-"""What a choice's log-probability is divided by before choices are compared: nothing, its number
-of tokens, or its number of bytes in UTF-8."""
+"""The divisor of a choice's log-probability before choices are compared: none, its number of
+tokens, or its number of bytes in UTF-8."""
 
 NORMALIZATIONS: tuple[Normalize, ...] = ("none", "tokens", "bytes")
 

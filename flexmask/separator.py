@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from flexmask.errors import OptionError
 from flexmask.request import Request
@@ -39,6 +40,15 @@ class Separator:
             raise OptionError("separator must not be empty; leave it out for one segment")
         if self.text is None and self.has_prefix:
             raise OptionError("has_prefix needs a separator that ends the prefix")
+
+    @classmethod
+    def of_option(cls, text: str | None, *, keep: bool, has_prefix: bool) -> Self:
+        r"""Make the separator that an option of a command names, in which ``\n`` is a newline.
+
+        Raises:
+            OptionError: As the class does.
+        """
+        return cls(None if text is None else text.replace("\\n", "\n"), keep, has_prefix)
 
     def divide(self, text: str) -> Request:
         """Return the request of a prompt.

@@ -262,6 +262,9 @@ def test_a_separator_divides_a_text_into_segments_and_a_suffix() -> None:
         ("One.", "Two."),
         "Which?",
     )
+    named = Separator.of_option(r"\n\n", keep=False, has_prefix=True)
+    assert named == Separator("\n\n", keep=False, has_prefix=True)
+    assert Separator.of_option(None, keep=True, has_prefix=False) == Separator()
     for separator in (Separator(), Separator("|"), Separator("|", has_prefix=True)):
         assert separator.divide("Which?") == Request(("Which?",))
     with pytest.raises(OptionError, match="must not be empty"):

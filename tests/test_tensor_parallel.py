@@ -168,6 +168,15 @@ def test_two_ranks_score_choices_like_one_process(
     assert parallel == pytest.approx(alone, abs=1e-4)
 
 
+def assert_halved(parallel: Engine, wanted: list[tuple[int, ...]]) -> None:
+    """Assert that a run halves its batch of four rows, and gives the tokens that are wanted."""
+    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
+    with pytest.warns(UserWarning, match="4 rows at a time become 2"):
+        found = list(run)
+    assert [one.token_ids for one in found] == wanted
+    assert run.stats.batch_size == 2
+
+
 @pytest.mark.usefixtures("without_inductor")
 def test_memory_that_runs_out_on_any_rank_halves_the_batch_on_all(
     alone_and_parallel: Callable[[str], tuple[Engine, Engine]], monkeypatch: pytest.MonkeyPatch
@@ -185,11 +194,7 @@ def test_memory_that_runs_out_on_any_rank_halves_the_batch_on_all(
 
     parallel.release()
     monkeypatch.setattr(LeadingRanks, "_answer", first_has_too_little)
-    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
-    with pytest.warns(UserWarning, match="4 rows at a time become 2"):
-        found = list(run)
-    assert [one.token_ids for one in found] == wanted
-    assert run.stats.batch_size == 2
+    assert_halved(parallel, wanted)
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -208,10 +213,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_prefill_halves_the_batch_too(
 
     parallel.release()
     monkeypatch.setattr(dist, "all_reduce", third_has_too_little)
-    run = parallel.generate(requests(), "causal", max_new_tokens=4, batch_size=4)
-    with pytest.warns(UserWarning, match="4 rows at a time become 2"):
-        found = list(run)
-    assert [one.token_ids for one in found] == wanted
+    assert_halved(parallel, wanted)
 
 
 @pytest.mark.usefixtures("without_inductor")

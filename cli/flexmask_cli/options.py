@@ -565,5 +565,5 @@ class ResultOptions:
 
     @property
     def mode(self) -> OutputMode:
-        """What to do if there is a result already."""
+        """The treatment of a result that is there already."""
         return "resume" if self.resume else "overwrite" if self.overwrite else "new"

@@ -42,7 +42,7 @@ R = TypeVar("R")
 
 
 class _Wait(NamedTuple):
-    """What rank 0 waits for, and since when by the monotonic clock."""
+    """A wait of rank 0: what for, and its start by the monotonic clock."""
 
     what: str
     since: float

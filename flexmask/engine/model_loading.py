@@ -81,11 +81,12 @@ def load_model(
         check_adapter_name(adapter)
     rounded_to = None if quantize is None else resolve_quantize(quantize, device)
     config = _checked_config(source, trust_remote_code, needs_backend)
-    if method := quantization_of(config):
+    method = quantization_of(config)
+    if method:
         _refuse_changes(source.name, method, adapter, quantize)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     number_type = resolve_dtype(dtype, device)
-    if dtype == "auto" and source.gguf is None and quantization_of(config):
+    if dtype == "auto" and source.gguf is None and method:
         number_type = "auto"
     if place is None:
         loaded = _load_weights(source, config, number_type, trust_remote_code)

@@ -1,4 +1,4 @@
-"""What rank 0 sends to the other ranks, as bytes: calls, with prompts and strategies in them."""
+"""The messages of rank 0 to the other ranks, as bytes: calls, with prompts and strategies."""
 
 from __future__ import annotations
 

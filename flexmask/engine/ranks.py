@@ -21,10 +21,10 @@ from flexmask.errors import FlexMaskError
 from flexmask.tensor_parallel.collectives import begun
 
 Role = Literal["executor", "runner", "loop"]
-"""Which part of an executor makes a call."""
+"""The part of an executor that makes a call."""
 
 Outcome = tuple[Literal["done", "memory", "lost", "error"], int]
-"""How a call ended, and how many collectives it began.
+"""The end of a call, and the number of collectives that it began.
 
 With ``memory`` there was too little of it, and the rank's collectives are those of a rank that had
 enough; with ``lost`` they may not be.

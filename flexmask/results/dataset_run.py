@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 Made = TypeVar("Made", Generation, Score)
-"""What a run makes of a request."""
+"""The result of a request in a run."""
 
 
 class EngineRun(Protocol[Made]):

@@ -141,13 +141,14 @@ class FlexMaskAPI(ModelAPI):
             PrerequisiteError: If the strategy or the model cannot be used.
         """
         super().__init__(model_name, base_url, api_key, [], config)
-        text = None if separator is None else separator.replace("\\n", "\n")
         self.batch_size = batch_size
         try:
             if base_url is not None:
                 raise OptionError("the model runs in this process; leave out the base URL")
             self.strategy = make_strategy(strategy, parameters)
-            self.separator = Separator(text, keep_separator, has_prefix)
+            self.separator = Separator.of_option(
+                separator, keep=keep_separator, has_prefix=has_prefix
+            )
             self.engine = Engine.from_pretrained(
                 str(model_path()) if model_name == "demo" else model_name,
                 device=device,

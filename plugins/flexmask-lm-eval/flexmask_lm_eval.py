@@ -85,8 +85,7 @@ class FlexMaskLM(TemplateLM):
         """
         super().__init__()
         self.strategy = make_strategy(strategy, parameters)
-        text = None if separator is None else separator.replace("\\n", "\n")
-        self.separator = Separator(text, keep_separator, has_prefix)
+        self.separator = Separator.of_option(separator, keep=keep_separator, has_prefix=has_prefix)
         if separator is not None and add_bos_token is not None:
             raise OptionError("add_bos_token is for contexts without a separator; leave out one")
         self.add_bos_token = add_bos_token

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_STRATEGY = "ensemble_isolation"
 DEFAULT_LENGTHS = Lengths(6, (8, 6, 7), 3)
 PAGE_NEW_TOKENS = 8
-"""How many generated tokens a page steps through, unless a result file is shown."""
+"""Generated tokens that a page steps through, unless a result file is shown."""
 
 
 @dataclass(frozen=True)
