@@ -18,7 +18,14 @@ from flexmask.engine.rank_group import make_store
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
-from flexmask.kernels.projection import ACTIVATIONS, fit_tiles, launch_blocks, project
+from flexmask.kernels.projection import (
+    ACTIVATIONS,
+    dense_blocks,
+    digit_blocks,
+    fit_tiles,
+    float8_blocks,
+    project,
+)
 from flexmask.kernels.rounded_linear import rounded_rows
 from flexmask.mask_mods import causal
 from flexmask.tensor_parallel.sharding import SummedLinear
@@ -125,10 +132,11 @@ def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
 
 @pytest.mark.parametrize("limit", [200_000, 143_000, 86_000, 42_000])
 @pytest.mark.parametrize("item_bytes", [2, 4])
-@pytest.mark.parametrize("rows", [1, 8, 64])
-def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, item_bytes, limit):
+@pytest.mark.parametrize("chosen", [dense_blocks, float8_blocks])
+@pytest.mark.parametrize("rows", [2, 8, 64])
+def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, chosen, item_bytes, limit):
     for width, outputs, is_gated in ((3072, 5120, False), (3072, 8192, True), (8192, 3072, False)):
-        blocks = launch_blocks(rows, width, outputs, is_gated, has_norm=rows <= 16)
+        blocks = chosen(rows, width, outputs, is_gated, rows <= 16)
         wanted = dict(blocks)
         fit_tiles(blocks, is_gated, item_bytes, limit)
         tile_rows = blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if is_gated else 1)
@@ -137,6 +145,15 @@ def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, item_bytes, limi
         assert width % blocks["BLOCK_K"] == 0
         if item_bytes == 2 and limit == 200_000:
             assert blocks == wanted  # what was measured fits an H200
+
+
+@pytest.mark.parametrize("rows", [2, 8, 64])
+def test_tiles_of_digits_fit_into_shared_memory(rows):
+    for is_gated in (False, True):
+        blocks = digit_blocks(rows, 3072, 8192, is_gated)
+        fit_tiles(blocks, is_gated, 1, 86_000)
+        tile_rows = 4 * blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if is_gated else 1)
+        assert tile_rows * blocks["BLOCK_K"] * blocks["STAGES"] <= 86_000
 
 
 @pytest.mark.parametrize("slots", [[19, 7], [11, 11]], ids=["ragged", "even"])

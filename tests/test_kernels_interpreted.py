@@ -148,12 +148,24 @@ MORE_ROWS = {"rows": 20, "width": 384, "sizes": (70, 70), "activation": "gelu_ta
 @pytest.mark.parametrize(
     ("case", "choice"),
     [
-        pytest.param(ONE_ROW, {"BLOCK_M": 1, "BLOCK_K": 256, "AHEAD": 2}, id="two tiles ahead"),
+        pytest.param(ONE_ROW, {"BLOCK_K": 256, "AHEAD": 6}, id="six tiles ahead"),
+        pytest.param(ONE_ROW | {"width": 200}, {"BLOCK_K": 256, "AHEAD": 1}, id="one tile"),
+        pytest.param(ONE_ROW | {"width": 4608}, {"BLOCK_K": 512, "AHEAD": 1}, id="one tile ahead"),
         pytest.param(FEW_ROWS, {"BLOCK_M": 16, "SPLITS": 3}, id="three shares"),
         pytest.param(FEW_ROWS | {"width": 1792}, {"BLOCK_K": 256, "SPLITS": 4}, id="four shares"),
         pytest.param(FEW_ROWS | {"rows": 33}, {"BLOCK_K": 64, "SPLITS": 4}, id="33 rows"),
         pytest.param(MORE_ROWS | SMALL_GPU, {"BLOCK_K": 32, "STAGES": 2}, id="small GPU"),
         pytest.param(MORE_ROWS | {"dtype": torch.float16}, {"BLOCK_K": 128}, id="float16"),
+        pytest.param(
+            FEW_ROWS | {"weight_dtype": torch.float8_e4m3fn},
+            {"BLOCK_M": 64, "SPLITS": 3},
+            id="float8",
+        ),
+        pytest.param(
+            FEW_ROWS | {"weight_dtype": torch.int8},
+            {"BLOCK_M": 4, "SPLITS": 3, "HAS_DIGITS": True},
+            id="int8",
+        ),
     ],
 )
 def test_projections_stay_inside_their_tensors_in_tiles_for(interpreted, case, choice):

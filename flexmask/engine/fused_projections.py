@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 import flexmask.kernels.projection  # noqa: F401  (registers the operator)
 from flexmask.kernels.linear_weights import has_scaled_rows, is_dense
-from flexmask.kernels.projection import MAX_ROWS, MAX_ROWS_WITH_NORM
+from flexmask.kernels.projection import MAX_ROWS, most_rows_with_norm
 from flexmask.kernels.rounded_linear import linear_of_8_bits
 from flexmask.tensor_parallel.collectives import sum_over_ranks
 
@@ -267,7 +267,8 @@ def _norm_before(projections: Sequence[fx.Node]) -> _Norm | None:
     """Return the norm whose result only these projections use; None if there is none."""
     result = projections[0].args[0]
     assert isinstance(result, fx.Node)
-    if _num_rows(_value(result)) > MAX_ROWS_WITH_NORM or set(result.users) != set(projections):
+    most_rows = min(most_rows_with_norm(_digits(projection).dtype) for projection in projections)
+    if _num_rows(_value(result)) > most_rows or set(result.users) != set(projections):
         return None
     for weight, normalized in _factors(result):
         if _value(weight).dim() != 1:

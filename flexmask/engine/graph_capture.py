@@ -55,9 +55,9 @@ class GraphCapture:
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     """Capture the work of this thread on the device.
 
-    The thread gets a handle of cuBLAS before, since its first product makes one, and Python's
-    garbage collector is off meanwhile, since it may destroy another graph; both invalidate a
-    capture.
+    The thread gets a handle of cuBLAS before, since its first product makes one, for which it
+    needs the device's context. Python's garbage collector is off meanwhile, since it may destroy
+    another graph. Both would invalidate a capture.
 
     Args:
         graph: Receives the work.
@@ -66,6 +66,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     Raises:
         RuntimeError: If something in it cannot be captured.
     """
+    torch.cuda.synchronize()
     torch.cuda.current_blas_handle()
     is_collecting = gc.isenabled()
     gc.disable()

@@ -18,9 +18,8 @@ from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early
 MAX_ROWS = 64
 """Most rows; more are a matrix product like any other."""
 
-MAX_ROWS_WITH_NORM = 16
-"""Most rows with a norm. For more rows a norm of its own is cheaper: fused, it keeps the inputs
-from the tensor cores' direct path through shared memory."""
+FEWEST_ROWS_WITH_DIGITS = 2
+"""Fewest rows for which int8 weights meet the digits of inputs; for fewer, digits cost more."""
 
 MANY_OUTPUTS = 1 << 16
 """From this many outputs on, as for a vocabulary, a program computes more outputs at once."""
@@ -106,57 +105,121 @@ def _fast_project(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    from flexmask.kernels.projection_kernel import projection_kernel
-
     x = x.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     sizes = [weight.shape[0] for weight in weights]
-    num_outputs = sizes[0] if activation else sum(sizes)
-    out = x.new_empty(*x.shape[:-1], num_outputs)
-    has_norm = norm_weight is not None
-    blocks = launch_blocks(rows, width, num_outputs, activation != "", has_norm)
-    fit_tiles(blocks, activation != "", x.element_size(), tile_bytes(x.device))
-    splits = blocks["SPLITS"] = _none_empty(blocks["SPLITS"], -(-width // blocks["BLOCK_K"]))
     outputs = sizes[:1] if activation else sizes
-    grid = (sum(-(-size // blocks["BLOCK_N"]) for size in outputs), splits)
-    shares = splits * (rows * num_outputs + grid[0] * blocks["BLOCK_M"]) if splits > 1 else 1
-    partial = torch.empty(shares, dtype=torch.float32, device=x.device)
+    out = x.new_empty(*x.shape[:-1], sum(outputs))
+    has_digits = weights[0].dtype == torch.int8 and rows >= FEWEST_ROWS_WITH_DIGITS
+    inputs = _input_digits(x, norm_weight, eps) if has_digits else (x, x)
+    has_norm = norm_weight is not None and not has_digits
     has_pdl = starts_early(x.device)
-    projection_kernel[grid](
-        x,
+    others = (
         x if norm_weight is None else norm_weight,
         *_three(weights),
         *_three(biases or weights),
         *_three(scales or weights),
         x if residual is None else residual.contiguous(),
         out,
-        partial,
-        arrival_counters(x.device, grid[0]),
-        rows,
-        *([*sizes, 0, 0])[:3],
-        eps,
-        K=width,
-        HAS_NORM=has_norm,
-        HAS_BIAS=bool(biases),
-        HAS_SCALE=bool(scales),
-        HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation,
-        PDL=has_pdl,
-        launch_pdl=has_pdl,
-        **blocks,
+    )
+    numbers = (*([*sizes, 0, 0])[:3], eps)
+    constants = {
+        "K": width,
+        "HAS_NORM": has_norm,
+        "HAS_BIAS": bool(biases),
+        "HAS_SCALE": bool(scales),
+        "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": activation,
+        "PDL": has_pdl,
+        "launch_pdl": has_pdl,
+    }
+    if rows == 1:
+        from flexmask.kernels.row_projection_kernel import row_projection_kernel
+
+        blocks = row_blocks(weights[0].dtype, width, activation != "", has_norm)
+        grid = (_num_blocks(outputs, blocks),)
+        row_projection_kernel[grid](x, *others, *numbers, **constants, **blocks)
+        return out
+    from flexmask.kernels.projection_kernel import projection_kernel
+
+    shape = (rows, width, sum(outputs), activation != "")
+    if has_digits:
+        blocks = digit_blocks(*shape)
+    elif scales:
+        blocks = float8_blocks(*shape, has_norm)
+    else:
+        blocks = dense_blocks(*shape, has_norm)
+    fit_tiles(blocks, activation != "", inputs[0].element_size(), tile_bytes(x.device))
+    splits = blocks["SPLITS"] = _none_empty(blocks["SPLITS"], -(-width // blocks["BLOCK_K"]))
+    num_blocks = _num_blocks(outputs, blocks)
+    shares = splits * (rows * sum(outputs) + num_blocks * blocks["BLOCK_M"]) if splits > 1 else 1
+    partial = torch.empty(shares, dtype=torch.float32, device=x.device)
+    arrived = arrival_counters(x.device, num_blocks)
+    projection_kernel[num_blocks, splits](
+        *inputs, *others, partial, arrived, rows, *numbers, **constants, **blocks
     )
     return out
 
 
-def launch_blocks(
+def _input_digits(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return digits ``(rows, 4, K)`` of inputs, of which the fourth is unused, and their steps."""
+    from flexmask.kernels.projection_kernel import input_digits_kernel
+
+    width = x.shape[-1]
+    rows = x.numel() // width
+    digits = torch.empty(rows, 4, width, dtype=torch.int8, device=x.device)
+    steps = torch.empty(rows, dtype=torch.float32, device=x.device)
+    has_pdl = starts_early(x.device)
+    input_digits_kernel[(rows,)](
+        x,
+        x if norm_weight is None else norm_weight,
+        digits,
+        steps,
+        eps,
+        K=width,
+        HAS_NORM=norm_weight is not None,
+        BLOCK_K=power_of_two(width),
+        PDL=has_pdl,
+        launch_pdl=has_pdl,
+        num_warps=8,
+    )
+    return digits, steps
+
+
+def most_rows_with_norm(dtype: torch.dtype) -> int:
+    """Return the most rows for which a norm before weights of ``dtype`` costs nothing.
+
+    For more rows a norm of its own is cheaper: fused, it keeps the inputs from the tensor cores'
+    direct path through shared memory, and tiles for float8 have 64 rows of inputs. With int8 the
+    norm is part of another kernel in any case.
+    """
+    most = {torch.int8: MAX_ROWS, torch.float8_e4m3fn: 1}
+    return most.get(dtype, 16)
+
+
+def row_blocks(dtype: torch.dtype, width: int, is_gated: bool, has_norm: bool) -> dict[str, Any]:
+    """Choose tiles of one row by the weights' dtype, as measured for a Llama-3.2-3B on an H200."""
+    if dtype == torch.int8:
+        return _row_blocks(width, 2, 1024, 3, 2 if is_gated else 4)
+    if dtype == torch.float8_e4m3fn:
+        if is_gated:
+            return _row_blocks(width, 4, 1024, 1, 2, registers=128)
+        if has_norm:
+            return _row_blocks(width, 4, 256, 6, 1)
+    elif is_gated:
+        return _row_blocks(width, 2, 1024, 3, 2)
+    elif has_norm:
+        return _row_blocks(width, 2, 256, 6, 1, registers=96)
+    if width > (4096 if dtype.itemsize > 1 else 8192):
+        return _row_blocks(width, 2, 1024, 1, 4)
+    return _row_blocks(width, 2, 256, 6, 1, registers=128)
+
+
+def dense_blocks(
     rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
 ) -> dict[str, Any]:
-    """Choose tile sizes by shape, as measured on an H200 for a Llama-3.2-3B model in bfloat16."""
-    if rows == 1:
-        block_k = _dividing_block(width, 1024)
-        n, warps, ahead = (2, 4, 2) if is_gated else (2, 2, 0) if has_norm else (4, 4, 2)
-        return _blocks(1, n, block_k, 1, 0, warps, min(ahead, -(-width // block_k) - 1))
+    """Choose tiles for weights in the dtype of the inputs, as `row_blocks` does."""
     block_m = max(16, power_of_two(rows))
     if block_m == 16:
         if is_gated:
@@ -171,9 +234,34 @@ def launch_blocks(
     return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
 
 
+def float8_blocks(
+    rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
+) -> dict[str, Any]:
+    """Choose tiles for weights of float8, as `row_blocks` does."""
+    block_k = _dividing_block(width, 128)
+    if is_gated or has_norm:
+        return _blocks(64, 64, block_k, 1, 4, 4)
+    return _blocks(64, 32, block_k, _splits(num_outputs, 32, programs=384), 3, 4)
+
+
+def digit_blocks(rows: int, width: int, num_outputs: int, is_gated: bool) -> dict[str, Any]:
+    """Choose tiles for weights of int8 and digits of inputs, as `row_blocks` does."""
+    block_m = max(4, power_of_two(rows))
+    if block_m <= 16:
+        splits = 1 if is_gated else _splits(num_outputs, 64, programs=384)
+        blocks = _blocks(block_m, 64, _dividing_block(width, 256), splits, 3, 4)
+    elif is_gated:
+        blocks = _blocks(block_m, 64, _dividing_block(width, 128), 1, 4, 8)
+    else:
+        splits = _splits(num_outputs, 64, programs=96)
+        blocks = _blocks(block_m, 64, _dividing_block(width, 128), splits, 3, 4)
+    return blocks | {"HAS_DIGITS": True}
+
+
 def fit_tiles(blocks: dict[str, Any], is_gated: bool, item_bytes: int, limit: int) -> None:
     """Shrink tiles that go through shared memory until they fit into ``limit`` bytes."""
-    rows = blocks["BLOCK_M"] + blocks["BLOCK_N"] * (2 if is_gated else 1)
+    rows = blocks["BLOCK_M"] * (4 if blocks["HAS_DIGITS"] else 1)
+    rows += blocks["BLOCK_N"] * (2 if is_gated else 1)
     while rows * blocks["BLOCK_K"] * item_bytes * blocks["STAGES"] > limit:
         if blocks["BLOCK_K"] > 64 or blocks["STAGES"] <= 2:
             blocks["BLOCK_K"] //= 2
@@ -181,13 +269,24 @@ def fit_tiles(blocks: dict[str, Any], is_gated: bool, item_bytes: int, limit: in
             blocks["STAGES"] -= 1
 
 
-def _blocks(
-    m: int, n: int, k: int, splits: int, stages: int, warps: int, ahead: int = 0
-) -> dict[str, Any]:
+def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-    # Without stages the loop over columns is unrolled, so its loads are in flight together.
-    loop = {"SPLITS": splits, "STAGES": stages, "UNROLLED": stages == 0, "AHEAD": ahead}
-    return sizes | loop | {"num_warps": warps}
+    return sizes | {"SPLITS": splits, "STAGES": stages, "num_warps": warps, "HAS_DIGITS": False}
+
+
+def _row_blocks(
+    width: int, n: int, k: int, ahead: int, warps: int, registers: int | None = None
+) -> dict[str, Any]:
+    block_k = _dividing_block(width, k)
+    sizes = {"BLOCK_N": n, "BLOCK_K": block_k, "THREAD_K": max(1, block_k // (32 * warps))}
+    # With fewer registers more programs run at once, and all of a launch end together.
+    limit = {} if registers is None else {"maxnreg": registers}
+    return sizes | {"AHEAD": min(ahead, -(-width // block_k)), "num_warps": warps} | limit
+
+
+def _num_blocks(outputs: Sequence[int], blocks: dict[str, Any]) -> int:
+    """Return the number of programs for as many outputs of each weight."""
+    return sum(-(-size // blocks["BLOCK_N"]) for size in outputs)
 
 
 def _dividing_block(width: int, wanted: int) -> int:
