@@ -18,13 +18,12 @@ from flexmask.engine.rank_group import make_store
 from flexmask.kernels.decode_attention import decode_attention, num_splits
 from flexmask.kernels.few_rows import MANY_OUTPUTS, linear_of_few_rows
 from flexmask.kernels.launch import power_of_two
-from flexmask.kernels.projection import (
-    ACTIVATIONS,
+from flexmask.kernels.projection import ACTIVATIONS, project
+from flexmask.kernels.projection_tiles import (
     dense_blocks,
     digit_blocks,
     fit_tiles,
     float8_blocks,
-    project,
 )
 from flexmask.kernels.rounded_linear import rounded_rows
 from flexmask.mask_mods import causal

@@ -7,22 +7,22 @@ projections of the same input, and the gate or the residual sum after them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early, tile_bytes
+from flexmask.kernels.projection_tiles import (
+    dense_blocks,
+    digit_blocks,
+    fit_tiles,
+    float8_blocks,
+    row_blocks,
+)
 
 MAX_ROWS = 64
 """Most rows; more are a matrix product like any other."""
-
-FEWEST_ROWS_WITH_DIGITS = 2
-"""Fewest rows for which int8 weights meet the digits of inputs; for fewer, digits cost more."""
-
-MANY_OUTPUTS = 1 << 16
-"""From this many outputs on, as for a vocabulary, a program computes more outputs at once."""
 
 ACTIVATIONS = ("", "silu", "gelu_tanh")
 
@@ -111,7 +111,7 @@ def _fast_project(
     sizes = [weight.shape[0] for weight in weights]
     outputs = sizes[:1] if activation else sizes
     out = x.new_empty(*x.shape[:-1], sum(outputs))
-    has_digits = weights[0].dtype == torch.int8 and rows >= FEWEST_ROWS_WITH_DIGITS
+    has_digits = weights[0].dtype == torch.int8 and rows > 1
     inputs = _input_digits(x, norm_weight, eps) if has_digits else (x, x)
     has_norm = norm_weight is not None and not has_digits
     has_pdl = starts_early(x.device)
@@ -182,7 +182,7 @@ def _input_digits(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Te
         BLOCK_K=power_of_two(width),
         PDL=has_pdl,
         launch_pdl=has_pdl,
-        num_warps=8,
+        num_warps=8 if width <= 8192 else 16,
     )
     return digits, steps
 
@@ -198,106 +198,9 @@ def most_rows_with_norm(dtype: torch.dtype) -> int:
     return most.get(dtype, 16)
 
 
-def row_blocks(dtype: torch.dtype, width: int, is_gated: bool, has_norm: bool) -> dict[str, Any]:
-    """Choose tiles of one row by the weights' dtype, as measured for a Llama-3.2-3B on an H200."""
-    if dtype == torch.int8:
-        return _row_blocks(width, 2, 1024, 3, 2 if is_gated else 4)
-    if dtype == torch.float8_e4m3fn:
-        if is_gated:
-            return _row_blocks(width, 4, 1024, 1, 2, registers=128)
-        if has_norm:
-            return _row_blocks(width, 4, 256, 6, 1)
-    elif is_gated:
-        return _row_blocks(width, 2, 1024, 3, 2)
-    elif has_norm:
-        return _row_blocks(width, 2, 256, 6, 1, registers=96)
-    if width > (4096 if dtype.itemsize > 1 else 8192):
-        return _row_blocks(width, 2, 1024, 1, 4)
-    return _row_blocks(width, 2, 256, 6, 1, registers=128)
-
-
-def dense_blocks(
-    rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
-) -> dict[str, Any]:
-    """Choose tiles for weights in the dtype of the inputs, as `row_blocks` does."""
-    block_m = max(16, power_of_two(rows))
-    if block_m == 16:
-        if is_gated:
-            return _blocks(16, 64, _dividing_block(width, 128), 1, 4, 8)
-        if has_norm:
-            return _blocks(16, 64, _dividing_block(width, 256), 1, 4, 4)
-        splits = _splits(num_outputs, 32, programs=384)
-        return _blocks(16, 32, _dividing_block(width, 256), splits, 4, 4)
-    if num_outputs >= MANY_OUTPUTS:
-        return _blocks(block_m, 128, _dividing_block(width, 128), 1, 3, 8)
-    splits = 1 if is_gated or has_norm else _splits(num_outputs, 64, programs=96)
-    return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
-
-
-def float8_blocks(
-    rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
-) -> dict[str, Any]:
-    """Choose tiles for weights of float8, as `row_blocks` does."""
-    block_k = _dividing_block(width, 128)
-    if is_gated or has_norm:
-        return _blocks(64, 64, block_k, 1, 4, 4)
-    return _blocks(64, 32, block_k, _splits(num_outputs, 32, programs=384), 3, 4)
-
-
-def digit_blocks(rows: int, width: int, num_outputs: int, is_gated: bool) -> dict[str, Any]:
-    """Choose tiles for weights of int8 and digits of inputs, as `row_blocks` does."""
-    block_m = max(4, power_of_two(rows))
-    if block_m <= 16:
-        splits = 1 if is_gated else _splits(num_outputs, 64, programs=384)
-        blocks = _blocks(block_m, 64, _dividing_block(width, 256), splits, 3, 4)
-    elif is_gated:
-        blocks = _blocks(block_m, 64, _dividing_block(width, 128), 1, 4, 8)
-    else:
-        splits = _splits(num_outputs, 64, programs=96)
-        blocks = _blocks(block_m, 64, _dividing_block(width, 128), splits, 3, 4)
-    return blocks | {"HAS_DIGITS": True}
-
-
-def fit_tiles(blocks: dict[str, Any], is_gated: bool, item_bytes: int, limit: int) -> None:
-    """Shrink tiles that go through shared memory until they fit into ``limit`` bytes."""
-    rows = blocks["BLOCK_M"] * (4 if blocks["HAS_DIGITS"] else 1)
-    rows += blocks["BLOCK_N"] * (2 if is_gated else 1)
-    while rows * blocks["BLOCK_K"] * item_bytes * blocks["STAGES"] > limit:
-        if blocks["BLOCK_K"] > 64 or blocks["STAGES"] <= 2:
-            blocks["BLOCK_K"] //= 2
-        else:
-            blocks["STAGES"] -= 1
-
-
-def _blocks(m: int, n: int, k: int, splits: int, stages: int, warps: int) -> dict[str, Any]:
-    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-    return sizes | {"SPLITS": splits, "STAGES": stages, "num_warps": warps, "HAS_DIGITS": False}
-
-
-def _row_blocks(
-    width: int, n: int, k: int, ahead: int, warps: int, registers: int | None = None
-) -> dict[str, Any]:
-    block_k = _dividing_block(width, k)
-    sizes = {"BLOCK_N": n, "BLOCK_K": block_k, "THREAD_K": max(1, block_k // (32 * warps))}
-    # With fewer registers more programs run at once, and all of a launch end together.
-    limit = {} if registers is None else {"maxnreg": registers}
-    return sizes | {"AHEAD": min(ahead, -(-width // block_k)), "num_warps": warps} | limit
-
-
-def _num_blocks(outputs: Sequence[int], blocks: dict[str, Any]) -> int:
+def _num_blocks(outputs: Sequence[int], blocks: Mapping[str, int]) -> int:
     """Return the number of programs for as many outputs of each weight."""
     return sum(-(-size // blocks["BLOCK_N"]) for size in outputs)
-
-
-def _dividing_block(width: int, wanted: int) -> int:
-    """Return a power of two up to ``wanted``; it divides ``width`` unless it would be small."""
-    divisor = min(wanted, width & -width)
-    return divisor if divisor >= 128 else max(16, min(wanted, power_of_two(width)))
-
-
-def _splits(num_outputs: int, block_n: int, programs: int) -> int:
-    """Choose the shares of the columns, one to four, for about ``programs`` programs."""
-    return min(4, max(1, programs // -(-num_outputs // block_n)))
 
 
 def _none_empty(splits: int, num_blocks: int) -> int:
