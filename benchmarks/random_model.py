@@ -16,6 +16,7 @@ from flexmask.demo import model_path
 from flexmask.device import resolve_quantize
 from flexmask.engine import Engine
 from flexmask.kernels.rounded_linear import round_linear_layers
+from flexmask.tensor_parallel.collectives import leave_small_sums
 from flexmask.tensor_parallel.plan import RankOf
 from flexmask.tensor_parallel.sharding import ModelShard
 from flexmask.transformers_internals import set_attention_implementation
@@ -96,12 +97,21 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> LlamaForCausalL
 
 
 def random_shard(
-    place: RankOf, device: torch.device, *, shape: str, dtype: torch.dtype
+    place: RankOf, device: torch.device, *, shape: str, dtype: torch.dtype, by_nccl: bool = False
 ) -> LlamaForCausalLM:
     """Return a rank's shard of a model of random weights, which are made on the device.
 
     Weights that every rank holds whole are the same on all.
+
+    Args:
+        place: The rank.
+        device: Its device.
+        shape: One of `SHAPES`.
+        dtype: The dtype.
+        by_nccl: Sum all tensors over the ranks by NCCL, small ones too.
     """
+    if by_nccl:
+        leave_small_sums()
     model = random_model(shape, "meta", dtype)
     shard = ModelShard(model, place)
     for name, weight in [*model.named_parameters(remove_duplicate=True)]:
@@ -119,7 +129,13 @@ def random_shard(
 
 
 def random_engine(
-    shape: str, device: str, dtype: torch.dtype, quantize: str | None = None, ranks: int = 1
+    shape: str,
+    device: str,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    ranks: int = 1,
+    *,
+    by_nccl: bool = False,
 ) -> Engine:
     """Return an engine with a model of random weights and the bundled tokenizer.
 
@@ -129,10 +145,11 @@ def random_engine(
         dtype: The dtype of the weights.
         quantize: What they are rounded to, as in `Engine.from_pretrained`.
         ranks: GPUs that hold the model together, or processes on a CPU.
+        by_nccl: Sum all tensors over the ranks by NCCL, small ones too.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     if ranks > 1:
-        load = partial(random_shard, shape=shape, dtype=dtype)
+        load = partial(random_shard, shape=shape, dtype=dtype, by_nccl=by_nccl)
         return Engine.of_ranks(load, tokenizer, ranks, device)
     model = random_model(shape, device, dtype)
     if quantize is not None:

@@ -49,6 +49,8 @@ CLOSING_S = 20
 """Seconds that a way has to end after its last result."""
 RATES = "rates"
 """The way that measures one GPU's rates."""
+BY_NCCL = "flexmask by NCCL"
+"""The engine with NCCL for small sums too."""
 PEERS = {"transformers static": "static", "transformers dynamic": "dynamic"}
 """Cache of each peer."""
 
@@ -58,7 +60,7 @@ class Way:
     """A way to run the model.
 
     Attributes:
-        name: ``flexmask``, or one of `PEERS`.
+        name: ``flexmask``, `BY_NCCL`, or one of `PEERS`.
         ranks: GPUs, or processes on a CPU.
     """
 
@@ -232,8 +234,14 @@ def run_way(arguments: argparse.Namespace) -> None:
         rates = Rates.measure(torch.device(arguments.device), dtype)
         write_line(arguments.outcomes, asdict(rates))
         return
-    if way.name == "flexmask":
-        subject: Any = random_engine(arguments.shape, arguments.device, dtype, ranks=way.ranks)
+    if way.name in ("flexmask", BY_NCCL):
+        subject: Any = random_engine(
+            arguments.shape,
+            arguments.device,
+            dtype,
+            ranks=way.ranks,
+            by_nccl=way.name == BY_NCCL,
+        )
         measure = measure_flexmask
     else:
         if arguments.device == "cuda":
@@ -246,7 +254,7 @@ def run_way(arguments: argparse.Namespace) -> None:
         result = measure(subject, way, case, arguments.steps)
         if rank == 0:
             write_line(arguments.outcomes, asdict(result))
-    if way.name == "flexmask":
+    if isinstance(subject, Engine):
         subject.close()
     elif dist.is_initialized():
         dist.destroy_process_group()
@@ -351,7 +359,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[2], help="1 is one GPU")
     parser.add_argument("--decode", nargs="*", default=["1x1024", "8x1024"])
     parser.add_argument("--prefill", nargs="*", default=["8x1024"])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=[BY_NCCL, *PEERS], default=list(PEERS))
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--limit-s", type=float, default=300, help="of each way")
     parser.add_argument("--record", type=Path, help="file that receives the results so far")

@@ -110,6 +110,44 @@ def abort_collectives() -> None:
     abort()
 
 
+class SmallSums:
+    """Sums of small tensors over GPUs of a machine, by one kernel that reads the others' memory.
+
+    It can be captured in CUDA graphs. All ranks make it, and call it alike. Unlike NCCL's, its
+    kernel cannot be aborted.
+    """
+
+    def __init__(self, device: torch.device, most_bytes: int) -> None:
+        """Allocate memory that the other GPUs reach.
+
+        Args:
+            device: The rank's GPU.
+            most_bytes: Bytes of the largest tensor.
+
+        Raises:
+            RuntimeError: If they do not reach it.
+        """
+        import torch.distributed as dist
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        group: Any = dist.group.WORLD
+        self._group_name = group.group_name
+        # Of an earlier group of that name, which has been left.
+        cast(Any, symmetric_memory)._group_name_to_store.pop(self._group_name, None)
+        self._buffer = symmetric_memory.empty(most_bytes, dtype=torch.uint8, device=device)
+        symmetric_memory.rendezvous(self._buffer, self._group_name)
+
+    def takes(self, x: Tensor) -> bool:
+        """Return True if the kernel can sum a tensor."""
+        is_small = x.nbytes <= self._buffer.nbytes and x.nbytes % 16 == 0
+        return is_small and x.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32)
+
+    def __call__(self, x: Tensor) -> None:
+        """Replace a tensor by the sum over the ranks."""
+        own = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        torch.ops.symm_mem.one_shot_all_reduce_copy_out(own, x, "sum", self._group_name, x)
+
+
 # While a graph is traced.
 
 

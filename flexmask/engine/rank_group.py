@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.device import resolve_device
-from flexmask.errors import OptionError
+from flexmask.errors import FlexMaskWarning, OptionError
+from flexmask.tensor_parallel.collectives import leave_small_sums, use_small_sums
 from flexmask.tensor_parallel.plan import RankOf
 from flexmask.torch_internals import abort_collectives, note_compile_cache
 
@@ -112,10 +114,17 @@ def join_group(spec: RankSpec, store: Any) -> None:
         timeout=TIMEOUT,
         device_id=spec.device if on_gpu else None,
     )
+    if on_gpu and (reason := use_small_sums(spec.device)):
+        warnings.warn(
+            f"NCCL sums all tensors over the ranks, which takes longer: {reason}",
+            FlexMaskWarning,
+            stacklevel=2,
+        )
 
 
 def leave_group(device_type: str) -> None:
     """Leave the group of all ranks, without waiting for the others."""
+    leave_small_sums()
     if dist.is_initialized():
         if device_type == "cuda":
             abort_collectives()

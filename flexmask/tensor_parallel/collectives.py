@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flexmask.torch_internals import SmallSums
+
 _LIBRARY = torch.library.Library("flexmask", "FRAGMENT")
 _LIBRARY.define("sum_over_ranks(Tensor(a!) x) -> ()")
 _LIBRARY.define("gather_over_ranks(Tensor x) -> Tensor")
@@ -19,7 +21,52 @@ _LIBRARY.define("copy_from_first_rank(Tensor(a!) x) -> ()")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Named `all_gather_single` since torch 2.13."""
 
+MOST_SMALL_BYTES = 2**18
+"""Largest tensor that `SmallSums` sums; NCCL is faster above."""
+
+GPUS_IN_ONE_ORDER = (2, 4, 8)
+"""Numbers of GPUs over which torch's kernel sums in the same order on each (torch 2.11)."""
+
 _begun = 0
+_small_sums: SmallSums | None = None
+
+
+def use_small_sums(device: torch.device) -> str:
+    """Sum small tensors by `SmallSums` where all GPUs reach each other's memory.
+
+    Args:
+        device: The rank's GPU.
+
+    Returns:
+        Why NCCL sums them; empty if it does not.
+    """
+    global _small_sums
+    _small_sums = None
+    size = dist.get_world_size()
+    others = (other for other in range(size) if other != device.index)
+    reason, sums = "", None
+    if size not in GPUS_IN_ONE_ORDER:
+        reason = f"{size} GPUs would each sum in an order of their own"
+    elif not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
+        reason = "GPUs do not reach each other's memory"
+    has_reason = torch.tensor([bool(reason)], dtype=torch.int32, device=device)
+    dist.all_reduce(has_reason)
+    if not has_reason.item():
+        try:
+            sums = SmallSums(device, MOST_SMALL_BYTES)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+        has_reason.fill_(bool(reason))
+        dist.all_reduce(has_reason)
+    if not has_reason.item():
+        _small_sums = sums
+    return reason
+
+
+def leave_small_sums() -> None:
+    """Sum all tensors by NCCL."""
+    global _small_sums
+    _small_sums = None
 
 
 def begun() -> int:
@@ -36,7 +83,10 @@ def _count(x: Tensor) -> None:
 def _sum_over_ranks(x: Tensor) -> None:
     """Replace a tensor by the sum of those of all ranks, which is bitwise the same on each."""
     dense = x.contiguous()
-    dist.all_reduce(dense)
+    if _small_sums is not None and _small_sums.takes(dense):
+        _small_sums(dense)
+    else:
+        dist.all_reduce(dense)
     _count(x)
     if dense is not x:
         x.copy_(dense)
