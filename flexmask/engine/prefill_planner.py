@@ -273,7 +273,8 @@ class PrefillPlanner:
         for number, prompt in enumerate(prompts):
             for index in prompt.needed:
                 span, identity = prompt.spans[index], prompt.identities[index]
-                if prompt.is_storable(index) and (number, index) not in found:
+                has_it = (number, index) in found or index in prompt.stored
+                if prompt.is_storable(index) and not has_it:
                     kept[identity] = KeptSpan(
                         identity,
                         prompt.row * self._capacity + span.start,
