@@ -52,10 +52,12 @@ def rows_in(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def open_engine(folder: Path | None, model: str = "llama", weights: str = "1") -> Engine:
+def open_engine(
+    folder: Path | None, model: str = "llama", weights: str = "1", device: str = "cpu"
+) -> Engine:
     """An engine with a folder of keys and values, or without; its batches round, each its way."""
     options = None if folder is None else KVCacheOptions(folder=folder)
-    loaded = make_model(model, "flexmask")
+    loaded = make_model(model, "flexmask", device)
     loaded.get_input_embeddings().register_forward_hook(_rounded)
     return Engine(loaded, numbered_words(), kv_cache=options, model_files={"weights": weights})
 
@@ -80,13 +82,13 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items()}
 
 
-def assert_close_folders(found: Path, wanted: Path) -> None:
+def assert_close_folders(found: Path, wanted: Path, tolerance: float) -> None:
     """Two folders have the same spans, computed in other batches, which round otherwise."""
     ours, theirs = tensors_in(found), tensors_in(wanted)
     assert ours.keys() == theirs.keys()
     for name, tensors in theirs.items():
         for key, tensor in tensors.items():
-            torch.testing.assert_close(ours[name][key], tensor, atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours[name][key], tensor, atol=tolerance, rtol=0)
 
 
 @contextmanager
