@@ -18,6 +18,11 @@ Examples:
     python benchmarks/document_reuse.py --requests all.jsonl --vllm-site /opt/vllm --record r.json
     python benchmarks/document_reuse.py --requests all.jsonl --shape tiny --device cpu \
         --limit 6 --batch-size 2 --ways "no cache" "empty cache"
+
+    First tokens of single prompts alone, in a minute or two:
+    python benchmarks/document_reuse.py --requests all.jsonl --limit 12 --batch-size 1 \
+        --max-new-tokens 1 --record document-reuse-first-token-h200.json \
+        --ways "no cache" "full, on the GPU" "full, in host memory" "full, in a folder"
 """
 
 from __future__ import annotations

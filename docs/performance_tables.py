@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT_FIRST_TOKENS = "document-reuse-first-token-*.json"
 BESIDE_VLLM = "vllm-peer-*.json"
 """Records of flexmask beside vLLM: one of all parts, or several of some parts each."""
 
@@ -222,12 +223,21 @@ def documents_table() -> str:
     return _table([*head, "spans computed", "evicted", "one first token, ms"], rows)
 
 
+def document_first_token_table() -> str:
+    """Return the table of first tokens of single prompts, from all records of them."""
+    rows = [
+        [record["environment"]["gpu"], one["name"], f"{one['first_token_ms']:.0f}"]
+        for record in _results(DOCUMENT_FIRST_TOKENS)
+        for one in record["outcomes"]
+    ]
+    return _table(["GPU", "cache", "one first token, ms"], rows)
+
+
 NOT_RUN = "–"
 
 
 def _beside_vllm() -> list[dict[str, Any]]:
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(BESIDE_VLLM))]
-    return [comparison for record in records for comparison in record["comparisons"]]
+    return [each for record in _results(BESIDE_VLLM) for each in record["comparisons"]]
 
 
 def _size(comparison: Mapping[str, Any]) -> str:
@@ -283,6 +293,7 @@ TABLES: Tables = {
     "dataset peers": dataset_peers_table,
     "methods": methods_table,
     "documents": documents_table,
+    "document first tokens": document_first_token_table,
 }
 
 
@@ -303,6 +314,11 @@ def page(target: Path, tables: Tables) -> str:
         if count != 1:
             raise ValueError(f"{target}: expected one table {name!r}, found {count}")
     return text
+
+
+def _results(pattern: str) -> list[dict[str, Any]]:
+    """Read the records whose file names match a pattern."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
 
 
 def _result(name: str) -> dict[str, Any]:

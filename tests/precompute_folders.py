@@ -1,4 +1,4 @@
-"""Precomputes a small corpus and generates over it. Run as a program, it is killed meanwhile.
+"""Precomputes small corpora and generates over them. Run as a program, it is killed meanwhile.
 
 python tests/precompute_folders.py FOLDER KILLS
 """
@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pyarrow.feather
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Module
 
+from command import run_command
 from flexmask import Engine, KVCacheOptions, Request
 from flexmask.kv_store.folder_report import report
 from kv_spans import forked
@@ -39,13 +43,31 @@ QUESTIONS = [
     )
     for n in range(6)
 ]
+LATER = [Request((random_words(70 + n, 30 + n),), prefix=PREFIX, uuid=str(n)) for n in range(12)]
+"""Documents behind the others."""
 
 
-def open_engine(folder: Path | None, model: str = "llama", weights: str = "1") -> Engine:
-    """An engine with a folder of keys and values, or without."""
+def rows_in(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def open_engine(
+    folder: Path | None, model: str = "llama", weights: str = "1", device: str = "cpu"
+) -> Engine:
+    """An engine with a folder of keys and values, or without; its batches round, each its way."""
     options = None if folder is None else KVCacheOptions(folder=folder)
-    loaded = make_model(model, "flexmask")
+    loaded = make_model(model, "flexmask", device)
+    loaded.get_input_embeddings().register_forward_hook(_rounded)
     return Engine(loaded, numbered_words(), kv_cache=options, model_files={"weights": weights})
+
+
+def _rounded(_: Module, tokens: tuple[Tensor], embedded: Tensor) -> Tensor:
+    """Change the last digits by all tokens that are computed together.
+
+    On some machines, small matrix products round the same whatever their size.
+    """
+    return embedded + 1e-9 * (tokens[0].sum() % 13)
 
 
 def tensors_in(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -53,13 +75,20 @@ def tensors_in(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {path.name: load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
 
 
-def assert_equal_folders(found: Path, wanted: Path) -> None:
-    """Two folders have the same spans; batches of another size round otherwise."""
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file, by its path in a folder, but for those that were never whole."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(folder)): path for path in paths if path.suffix != ".tmp"}
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def assert_close_folders(found: Path, wanted: Path, tolerance: float) -> None:
+    """Two folders have the same spans, computed in other batches, which round otherwise."""
     ours, theirs = tensors_in(found), tensors_in(wanted)
     assert ours.keys() == theirs.keys()
     for name, tensors in theirs.items():
         for key, tensor in tensors.items():
-            torch.testing.assert_close(ours[name][key], tensor, atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours[name][key], tensor, atol=tolerance, rtol=0)
 
 
 @contextmanager
@@ -80,40 +109,83 @@ def slow_writes() -> Iterator[None]:
 
 def precompute(folder: Path) -> None:
     with open_engine(folder) as engine, slow_writes():
-        list(engine.precompute(CORPUS, STRATEGY, batch_size=2))
+        list(engine.precompute([*CORPUS, *QUESTIONS, *LATER], STRATEGY, batch_size=3))
 
 
-def use(folder: Path) -> None:
-    with open_engine(folder) as engine, slow_writes():
-        answers = [one.token_ids for one in engine.generate(QUESTIONS, STRATEGY, batch_size=2)]
-    (folder / "answers.json").write_text(json.dumps(answers))
-
-
-def killed(work: Callable[[Path], None], folder: Path, wanted: Path, kills: int) -> list[int]:
-    """Kill work over a folder at random moments, then let it end; returns the spans found."""
-    started = time.monotonic()
-    assert ended(forked(partial(work, wanted))) == 0
-    duration_s = time.monotonic() - started
+def kill_precomputing(folder: Path, kills: int) -> None:
+    """Kill runs; after every other one, spans are gone too, as if the folder had been pruned."""
+    wanted, mine = folder / "wanted", folder / "mine"
+    duration_s = lasting(partial(precompute, wanted))
+    files = files_in(wanted)
     generator, spans = random.Random(0), list[int]()
     while len(spans) < kills:
-        child = forked(partial(work, folder))
-        time.sleep(generator.random() * duration_s)
-        os.kill(child, signal.SIGKILL)
-        if ended(child) != -signal.SIGKILL:  # it was quicker this time
-            continue
-        if not (folder / "kv-cache.json").exists():
-            spans.append(0)
-            continue
-        found = report(folder, is_verified=True)
-        assert not found.bad_files
-        spans.append(found.spans)
-        if (folder / "answers.json").exists() or found.spans > len(DOCUMENTS):
-            for path in folder.glob("*/*.safetensors"):  # begin again
-                if generator.random() < 0.7:
+        if is_killed(partial(precompute, mine), generator.random() * duration_s):
+            spans.append(len(files_in(mine)) - 1)
+            if (mine / "kv-cache.json").exists():
+                assert not report(mine, is_verified=True).bad_files
+        if len(spans) % 2 or files_in(mine) == files:
+            for path in sorted(mine.glob("*/*.safetensors")):
+                if generator.random() < 0.3:
                     path.unlink()
-            (folder / "answers.json").unlink(missing_ok=True)
-    assert ended(forked(partial(work, folder))) == 0
-    return spans
+    lasting(partial(precompute, mine))
+    assert files_in(mine) == files
+    print(f"precompute: {kills} kills, spans found {spans} of {len(files) - 1}")
+
+
+def kill_use(folder: Path, kills: int) -> None:
+    """Kill ``flexmask generate`` over a whole corpus, in as many rounds as it takes."""
+    kv, output = folder / "kv", folder / "killed.feather"
+    texts = [f"Doc {n}: {'the harbour of Fumholm is old and ' * (2 + n)}\n" for n in range(6)]
+    corpus = rows_in(folder / "corpus.jsonl", [{"segments": [text]} for text in texts])
+    rows = [
+        {"segments": [texts[n % 6], texts[(n + 2) % 6]], "suffix": f"Q: Which one is {n}?\nA:"}
+        for n in range(6 + 6 * kills)
+    ]
+    options = ("--strategy", STRATEGY, "--device", "cpu", "--quiet", "--kv-cache", kv)
+    lasting(partial(run, "precompute", "--input", corpus, *options))
+    files = files_in(kv)
+    questions = rows_in(folder / "questions.jsonl", rows)
+    generate = partial(
+        run, "generate", "--input", questions, *options, "--max-new-tokens", "6",
+        "--batch-size", "2", "--resume", "--output",
+    )  # fmt: skip
+    duration_s = lasting(partial(generate, folder / "whole.feather"))
+    whole = pyarrow.feather.read_table(folder / "whole.feather")
+    generator, times, rounds = random.Random(0), 0, 1
+    while times < kills:
+        times += is_killed(partial(generate, output), generator.random() * duration_s)
+        assert files_in(kv) == files
+        if output.exists():
+            assert pyarrow.feather.read_table(output).equals(whole)
+            output.unlink()
+            rounds += 1
+    lasting(partial(generate, output))
+    assert pyarrow.feather.read_table(output).equals(whole)
+    assert files_in(kv) == files
+    print(f"generate: {kills} kills in {rounds} rounds over {len(files) - 1} spans")
+
+
+def run(*arguments: object) -> None:
+    """Run ``flexmask``, which succeeds."""
+    outcome = run_command(*arguments)
+    assert outcome.status == 0, outcome.err
+
+
+def lasting(work: Callable[[], None]) -> float:
+    """Let work end in a process of its own; returns its seconds."""
+    started = time.monotonic()
+    assert ended(forked(work)) == 0
+    return time.monotonic() - started
+
+
+def is_killed(work: Callable[[], None], after_s: float) -> bool:
+    """Kill work after some time; False if it has ended by then."""
+    child = forked(work)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    status = ended(child)
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
 
 
 def ended(child: int) -> int:
@@ -123,13 +195,9 @@ def ended(child: int) -> int:
 def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     with torch.compiler.set_stance("force_eager"):
-        for work in (precompute, use):
-            mine, wanted = folder / work.__name__, folder / f"{work.__name__}-whole"
-            spans = killed(work, mine, wanted, kills)
-            assert_equal_folders(mine, wanted)
-            print(f"{work.__name__}: {kills} kills, spans found {spans}")
-        answers = [folder / name / "answers.json" for name in ("use", "use-whole")]
-        assert len({path.read_text() for path in answers}) == 1
+        for kill in (kill_precomputing, kill_use):
+            (folder / kill.__name__).mkdir()
+            kill(folder / kill.__name__, kills)
 
 
 if __name__ == "__main__":

@@ -340,6 +340,27 @@ def damaged_contents(content: bytearray) -> list[bytes]:
     return [it for it in found if it != content]
 
 
+def test_spans_asked_for_together_come_from_all_tiers_and_a_damaged_one_is_left_out(
+    tmp_path: Path,
+) -> None:
+    with open_store(tmp_path) as store:
+        for number in range(12):
+            store.put(identity_of(number), span_of(number))
+    path_of(tmp_path, 3).unlink()
+    path_of(tmp_path, 7).write_bytes(path_of(tmp_path, 8).read_bytes())
+    with open_store(tmp_path, device_bytes=10**6) as store:
+        assert store.get(identity_of(5)) is not None
+        with pytest.warns(FlexMaskWarning, match="it is of another span"):
+            found = store.get_all([identity_of(number % 12) for number in range(24)])
+        assert set(found) == {identity_of(number) for number in range(12) if number not in (3, 7)}
+        assert all(is_span(found[identity_of(n)], n) for n in range(12) if n not in (3, 7))
+        counters = store.counters
+        assert (counters.device.hits, counters.device.misses) == (1, 12)
+        assert (counters.folder.hits, counters.folder.misses) == (10, 2)
+        again = store.get_all(found)
+        assert all(again[identity] is found[identity] for identity in found)
+
+
 def test_every_damaged_file_is_a_miss_and_is_removed(
     tmp_path: Path, written: bytearray, record_property: Callable[[str, object], None]
 ) -> None:

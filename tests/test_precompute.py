@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,8 +42,10 @@ from precompute_folders import (
     DOCUMENTS,
     PREFIX,
     QUESTIONS,
-    assert_equal_folders,
+    assert_close_folders,
+    files_in,
     open_engine,
+    rows_in,
     tensors_in,
 )
 from small_tokenizers import SPACED, byte_level
@@ -94,30 +97,34 @@ def test_requests_with_several_documents_are_computed_as_generate_needs_them(tmp
             torch.testing.assert_close(tensor, alone[name][key], atol=1e-5, rtol=0)
 
 
-def test_spans_that_are_there_are_not_computed_and_those_that_are_not_are_the_same_again(
-    tmp_path,
+def test_what_is_missing_gets_the_bytes_of_an_undisturbed_run_and_what_is_there_keeps_its_own(
+    device, tmp_path
 ):
+    open_on = partial(open_engine, device=device)
     whole, folder = tmp_path / "whole", tmp_path / "folder"
-    for path, requests in ((whole, CORPUS), (folder, CORPUS[:5])):
-        with open_engine(path) as engine:
-            list(engine.precompute(requests, "parallel_context"))
-    with open_engine(folder) as engine:
-        run = engine.precompute(CORPUS, "parallel_context")
-        assert len(next(run.batches())) == 5  # found
+    with open_on(whole) as engine:
+        list(engine.precompute(CORPUS, "parallel_context", batch_size=2))
+    files = files_in(whole)
+    with open_on(folder) as engine:  # of other batches
+        list(engine.generate(QUESTIONS[:1], "parallel_context"))
+    before = files_in(folder)
+    with open_on(folder) as engine:
+        run = engine.precompute(CORPUS, "parallel_context", batch_size=2)
         list(run)
-        assert (run.stats.cached_spans, run.stats.kept_spans) == (6, 3)
-        assert run.stats.computed_tokens == sum(LENGTHS[5:])  # the prefix is copied
-        again = engine.precompute(CORPUS, "parallel_context")
-        list(again)
-        assert (again.stats.cached_spans, again.stats.computed_tokens) == (9, 0)
-    assert_equal_folders(folder, whole)
+        assert (run.stats.cached_spans, run.stats.kept_spans) == (4, 5)
+    assert files_in(folder).items() >= before.items()
+    assert_close_folders(folder, whole, tolerance=1e-5 if device == "cpu" else 1e-3)
+    with open_on(whole) as engine:
+        run = engine.precompute(CORPUS, "parallel_context", batch_size=2)
+        assert list(run) == CORPUS
+        assert (run.stats.cached_spans, run.stats.computed_tokens) == (9, 0)
     for name in tensors_in(whole):  # the prefix, too, of which all documents depend
-        (gone,) = folder.glob(f"*/{name}")
+        (gone,) = whole.glob(f"*/{name}")
         gone.unlink()
-        with open_engine(folder) as engine:
-            list(run := engine.precompute(CORPUS, "parallel_context"))
-        assert run.stats.kept_spans == 1
-    assert_equal_folders(folder, whole)
+        with open_on(whole) as engine:
+            list(run := engine.precompute(CORPUS, "parallel_context", batch_size=2))
+        assert (run.stats.kept_spans, run.stats.prefills) == (1, 1)
+        assert files_in(whole) == files
 
 
 def test_under_causal_equal_beginnings_are_found_and_a_warning_says_so(tmp_path):
@@ -225,11 +232,6 @@ def test_runs_killed_at_random_moments_leave_what_undisturbed_ones_leave(
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     print(result.stdout)
-
-
-def rows_in(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

@@ -538,6 +538,9 @@ class Engine:
         segment is a document for other prompts: it has the tokens that the segment has among
         several, all of them. Nothing else of a prompt is computed, and no token is generated.
 
+        Which spans are computed together follows from the requests, so that a run that was killed
+        is resumed to the bytes of an undisturbed one (docs/kv-cache.md).
+
         Args:
             requests: The requests.
             strategy: The mask strategy, or the name of one for its default parameters.
@@ -547,7 +550,8 @@ class Engine:
             on_refused: As in `generate`.
 
         Returns:
-            An iterator of the requests as their spans are computed; its ``stats`` count spans.
+            An iterator of the requests in their order, once their spans are computed; its
+            ``stats`` count spans.
 
         Raises:
             RequestError: If a request is refused and there is no ``on_refused``.

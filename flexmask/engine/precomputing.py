@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from threading import RLock
+from dataclasses import replace
 
 from flexmask.engine.executor import Executor
 from flexmask.engine.model_runner import ModelRunner
+from flexmask.engine.ordered_run import OrderedRun
 from flexmask.engine.prefill_batches import PrefillBatches
 from flexmask.engine.prefill_plan import PrefillPlan
 from flexmask.engine.prompt_planner import PlannedRequest
@@ -23,54 +23,73 @@ from flexmask.strategy import Strategy
 
 
 class SpanComputer(PrefillBatches[PromptSpans, None]):
-    """Computes the spans that prompts want, and gives them to the executor's store."""
+    """Computes the spans that prompts want, and gives them to a store.
+
+    Keys and values round as the other tokens of their batch make matrix products round. So a
+    batch of which the store lacks a span is computed whole, as if the store had none of its spans,
+    and a span has the same bytes whatever the store had before.
+
+    Attributes:
+        found: Identities of the spans that prompts wanted and the store had.
+    """
+
+    def __init__(
+        self, executor: Executor, strategy: Strategy, batch_size: int | None, store: KVStore
+    ) -> None:
+        """Store what batches need; the executor is prepared by the first one.
+
+        Args:
+            executor: Executes the batches.
+            strategy: The mask strategy.
+            batch_size: Prompts that run together; None to choose.
+            store: The executor's store.
+        """
+        super().__init__(executor, strategy, batch_size)
+        self.found: set[bytes] = set()
+        self._store = store
 
     def _layout_of(self, prompt: PromptSpans) -> Layout:
         return prompt.layout
 
+    def _batch(
+        self,
+        prompts: Sequence[PromptSpans],
+        rows: int,
+        capacity: int,
+        upcoming: Sequence[Layout],
+    ) -> list[None]:
+        """Run one batch, unless the store has all spans that its prompts want."""
+        wanted = {prompt.identities[index] for prompt in prompts for index in prompt.wanted or ()}
+        found = {identity for identity in wanted if self._store.use(identity)}
+        self.found |= found
+        if found == wanted:
+            return [None] * len(prompts)
+        together = [
+            replace(
+                prompt,
+                row=row,
+                # Those that another prompt wants are computed with this one too, not copied.
+                wanted=prompt.needed_among(wanted),
+                stored=prompt.needed_among(found),
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        return super()._batch(together, rows, capacity, upcoming)
+
     def _compute(
         self, runner: ModelRunner, prompts: Sequence[PromptSpans]
     ) -> tuple[PrefillPlan, list[None]]:
-        plan = runner.plan_spans([replace(each, row=row) for row, each in enumerate(prompts)])
+        plan = runner.plan_spans(prompts)
         runner.compute_spans(plan)
         return plan, [None] * len(prompts)
 
 
-@dataclass(frozen=True)
-class _Claims:
-    """The spans of a run, each of which is looked up in the store once.
+class PrecomputingRun(OrderedRun[Request]):
+    """The requests of one `Engine.precompute` call, in their order, once their spans are computed.
 
-    Attributes:
-        store: The store.
-        found: Identities of those that it had.
-        missing: Identities of the others, each of which is computed for one prompt.
-    """
-
-    store: KVStore
-    found: set[bytes]
-    missing: set[bytes]
-
-    def of(self, prompt: PromptSpans) -> PromptSpans:
-        """Return a prompt that wants the spans which neither the store nor an earlier one has."""
-        wanted = set()
-        for index, identity in enumerate(prompt.identities):
-            if identity in self.found or identity in self.missing:
-                continue
-            if not prompt.is_storable(index):
-                continue
-            if self.store.use(identity):
-                self.found.add(identity)
-            else:
-                self.missing.add(identity)
-                wanted.add(index)
-        return replace(prompt, wanted=frozenset(wanted))
-
-
-class PrecomputingRun(Iterator[Request]):
-    """The requests of one `Engine.precompute` call, as their spans are computed.
-
-    Requests whose spans are all found come first among those that are looked at together. The
-    store's folder has everything once the run has ended.
+    Which spans are computed together follows from the requests alone: each belongs to the first
+    prompt that has it, and batches are made of these prompts. The store's folder has everything
+    once the run has ended.
     """
 
     def __init__(
@@ -90,17 +109,15 @@ class PrecomputingRun(Iterator[Request]):
             batch_size: Prompts that run together; None to choose.
             store: The executor's store.
         """
-        self._computer = SpanComputer(executor, strategy, batch_size)
+        self._computer = SpanComputer(executor, strategy, batch_size, store)
         self._finder = SpanFinder(strategy)
         self._is_at_own_position = not executor.runner.turns_keys
         self._lookaheads = lookaheads
         self._store = store
-        self._claims = _Claims(store, set(), set())
+        self._claimed: set[bytes] = set()
         self._num_requests = 0
         self._is_stopped = False
-        self._finished = self._run()
-        self._waiting: list[Request] = []
-        self._lock = RLock()
+        super().__init__(self._run())
 
     @property
     def stats(self) -> RunStats:
@@ -112,7 +129,7 @@ class PrecomputingRun(Iterator[Request]):
         return replace(
             self._computer.stats,
             generations=self._num_requests,
-            cached_spans=len(self._claims.found),
+            cached_spans=len(self._computer.found),
         )
 
     @property
@@ -120,40 +137,21 @@ class PrecomputingRun(Iterator[Request]):
         """Counts of the store's folder, which are final once the run has ended."""
         return self._store.counters.folder
 
-    def __next__(self) -> Request:
-        """Return the next request that has no span left to compute.
-
-        Raises:
-            KVStoreError: At the end, if the folder could not be written.
-        """
-        with self._lock:
-            while not self._waiting:
-                self._waiting = next(self._finished)[::-1]
-            return self._waiting.pop()
-
-    def batches(self) -> Iterator[list[Request]]:
-        """Yield requests as they finish, some at a time.
-
-        Raises:
-            KVStoreError: As iterating does.
-        """
-        while True:
-            with self._lock:
-                finished = next(self._finished, None)
-            if finished is None:
-                return
-            yield finished
-
     def stop(self) -> None:
         """Start no more batches."""
         self._is_stopped = True
 
-    def _run(self) -> Iterator[list[Request]]:
+    def _run(self) -> Iterator[dict[int, Request]]:
+        """Yield requests by number as they finish.
+
+        Raises:
+            KVStoreError: At the end, if the folder could not be written.
+        """
         lost = self._store.counters.folder.not_written
         for lookahead in self._lookaheads:
             for finished in self._outcomes(lookahead):
                 self._num_requests += len(finished)
-                yield finished
+                yield {planned.prompts.number: planned.request for planned in finished}
             if self._is_stopped or self._store.counters.folder.not_written > lost:
                 break
         self._store.flush()
@@ -163,24 +161,32 @@ class PrecomputingRun(Iterator[Request]):
                 "again for the rest"
             )
 
-    def _outcomes(self, lookahead: Sequence[PlannedRequest]) -> Iterator[list[Request]]:
-        """Yield the requests of a lookahead, those first of which nothing is missing."""
+    def _outcomes(self, lookahead: Sequence[PlannedRequest]) -> Iterator[list[PlannedRequest]]:
+        """Yield the requests of a lookahead, those last whose spans belong to others."""
         layouts = {number: one.prompts.layouts[0] for number, one in enumerate(lookahead)}
         known = known_spans(self._finder, layouts, at_own_position=self._is_at_own_position)
-        complete, incomplete = list[Request](), list[tuple[Request, PromptSpans]]()
+        owners, others = list[tuple[PlannedRequest, PromptSpans]](), list[PlannedRequest]()
         # As batches run: who claims a span computes it before others see it.
         by_length = sorted(
             zip(lookahead, known, strict=True), key=lambda pair: -len(pair[1].layout)
         )
-        for (request, _), spans in by_length:
-            prompt = self._claims.of(spans)
-            if prompt.wanted:
-                incomplete.append((request, prompt))
+        for planned, spans in by_length:
+            if wanted := self._claim(spans):
+                owners.append((planned, replace(spans, wanted=wanted)))
             else:
-                complete.append(request)
-        if complete:
-            yield complete
-        for batch in self._computer.results([prompt for _, prompt in incomplete]):
-            yield [incomplete[index][0] for index, _ in batch]
+                others.append(planned)
+        for batch in self._computer.results([prompt for _, prompt in owners]):
+            yield [owners[index][0] for index, _ in batch]
             if self._is_stopped:
                 return
+        if others:
+            yield others
+
+    def _claim(self, prompt: PromptSpans) -> frozenset[int]:
+        """Return the indices of the spans that no earlier prompt has, which are now this one's."""
+        wanted = set()
+        for index, identity in enumerate(prompt.identities):
+            if prompt.is_storable(index) and identity not in self._claimed:
+                self._claimed.add(identity)
+                wanted.add(index)
+        return frozenset(wanted)

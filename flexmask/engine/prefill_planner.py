@@ -273,7 +273,8 @@ class PrefillPlanner:
         for number, prompt in enumerate(prompts):
             for index in prompt.needed:
                 span, identity = prompt.spans[index], prompt.identities[index]
-                if prompt.is_storable(index) and (number, index) not in found:
+                has_it = (number, index) in found or index in prompt.stored
+                if prompt.is_storable(index) and not has_it:
                     kept[identity] = KeptSpan(
                         identity,
                         prompt.row * self._capacity + span.start,
@@ -367,15 +368,11 @@ def _starts_of(prefix: CachedPrefix | None, prompt: PromptSpans) -> list[int]:
 
 def _found_in(store: KVStore, prompts: Sequence[PromptSpans]) -> Found:
     """Get keys and values of spans from a store, each once."""
-    values: dict[bytes, SpanValues | None] = {}
-    found: Found = {}
-    for number, prompt in enumerate(prompts):
-        for index in prompt.needed:
-            if not prompt.is_storable(index) or index in (prompt.wanted or ()):
-                continue
-            identity = prompt.identities[index]
-            if identity not in values:
-                values[identity] = store.get(identity)
-            if (of_span := values[identity]) is not None:
-                found[number, index] = of_span
-    return found
+    asked = {
+        (number, index): prompt.identities[index]
+        for number, prompt in enumerate(prompts)
+        for index in prompt.needed
+        if prompt.is_storable(index) and index not in (prompt.wanted or ())
+    }
+    values = store.get_all(asked.values())
+    return {place: values[one] for place, one in asked.items() if one in values}

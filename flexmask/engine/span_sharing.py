@@ -34,6 +34,7 @@ class PromptSpans:
         identities: The identity of each span.
         wanted: Indices of the spans that are computed, and nothing else of the prompt but what
             they see; None for the whole prompt.
+        stored: Indices of those that a store has, and does not get again.
     """
 
     row: int
@@ -42,6 +43,7 @@ class PromptSpans:
     spans: tuple[Span, ...]
     identities: tuple[bytes, ...]
     wanted: frozenset[int] | None = None
+    stored: frozenset[int] = frozenset()
 
     @cached_property
     def needed(self) -> tuple[int, ...]:
@@ -53,6 +55,10 @@ class PromptSpans:
             if index in needed:
                 needed.update(self.spans[index].ancestors)
         return tuple(sorted(needed))
+
+    def needed_among(self, identities: Container[bytes]) -> frozenset[int]:
+        """Return the indices of the needed spans that have one of these identities."""
+        return frozenset(index for index in self.needed if self.identities[index] in identities)
 
     @cached_property
     def left_out(self) -> list[tuple[int, int]]:

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from flexmask.errors import FlexMaskWarning
 from flexmask.kv_store.counters import FolderCounters, StoreCounters, TierCounters
 from flexmask.kv_store.device_copy import DeviceCopy, HostCopy, Moment
-from flexmask.kv_store.folder_files import place_of
+from flexmask.kv_store.folder_reader import FolderReader
 from flexmask.kv_store.folder_writer import FolderWriter, Written
 from flexmask.kv_store.host_memory import HostMemory, held_bytes
 from flexmask.kv_store.kv_format import KVFormat
 from flexmask.kv_store.memory_tier import MemoryTier
 from flexmask.kv_store.span_folder import SpanFolder
-from flexmask.kv_store.span_header import IDENTITY_BYTES, DamagedSpan, SpanHeader
+from flexmask.kv_store.span_header import IDENTITY_BYTES, SpanHeader
 from flexmask.kv_store.span_values import SpanValues
 
 TOUCH_INTERVAL_S = 60
@@ -42,7 +41,7 @@ class KVStore:
 
     On a CPU there is one tier of memory, whose bound is ``device_bytes``. What `get` has returned
     lives as long as it is used, also after it has left. Beside the tiers, host memory holds the
-    spans that are being read, and at most `folder_writer.MAX_WAITING_BYTES` that wait to be
+    few spans that are being read, and at most `folder_writer.MAX_WAITING_BYTES` that wait to be
     written to the folder; `put` waits for the others.
 
     Any thread may use a store. It is a context manager, whose end writes what waits.
@@ -90,9 +89,9 @@ class KVStore:
         if folder is not None:
             self._folder = SpanFolder(folder, kv_format, folder_bytes)
             self._writer = FolderWriter(self._folder)
+            self._reader = FolderReader(self._folder, self._allocated, self._device)
         self._used: set[bytes] = set()
         self._used_since_s = time.monotonic()
-        self._has_told = False
 
     def __enter__(self) -> Self:
         return self
@@ -139,28 +138,40 @@ class KVStore:
         return True
 
     def get(self, identity: bytes) -> SpanValues | None:
-        """Return the keys and values of a span on the device, for use on the current stream.
+        """Return the keys and values of a span, or None, as `get_all` does for several."""
+        return self.get_all([identity]).get(identity)
 
-        Copies to the device are queued on that stream and not waited for.
+    def get_all(self, identities: Iterable[bytes]) -> dict[bytes, SpanValues]:
+        """Return the keys and values of spans on the device, for use on the current stream.
+
+        Copies to the device are queued on that stream and not waited for. Several spans are read
+        from the folder at once.
 
         Args:
-            identity: The span's identity, 32 bytes.
+            identities: The spans' identities, 32 bytes each.
 
         Returns:
-            The keys and values, which must not be changed; None if no tier has them.
+            The keys and values, which must not be changed, of those that a tier has.
 
         Raises:
             KVStoreError: If the folder could not be written since the last call.
         """
-        _check_identity(identity)
         self._report()
-        with self._lock:
-            copy = self._from_memory(identity)
-            if copy is not None and self._folder is not None:
-                self._record_use(identity)
-        if copy is None and self._folder is not None:
-            copy = self._from_folder(identity, self._folder)
-        return None if copy is None else copy.usable_values()
+        found, elsewhere = dict[bytes, SpanValues](), list[bytes]()
+        for identity in dict.fromkeys(identities):
+            _check_identity(identity)
+            with self._lock:
+                copy = self._from_memory(identity)
+                if copy is not None and self._folder is not None:
+                    self._record_use(identity)
+            if copy is None:
+                elsewhere.append(identity)
+            else:
+                found[identity] = copy.usable_values()
+        if self._folder is not None:
+            for identity, copy in self._from_folder(elsewhere, self._folder):
+                found[identity] = copy.usable_values()
+        return found
 
     def put(self, identity: bytes, values: SpanValues) -> None:
         """Keep the keys and values of a span, which all tiers may have already.
@@ -213,6 +224,7 @@ class KVStore:
     def _close(self, *, is_raised: bool) -> None:
         if self._folder is not None:
             self._writer.close()
+            self._reader.close()
             self._folder.close()
             self._writer.report(is_raised=is_raised)
 
@@ -242,41 +254,30 @@ class KVStore:
             return self._promoted(identity, host_copy)
         return None
 
-    def _from_folder(self, identity: bytes, folder: SpanFolder) -> DeviceCopy | None:
-        """Return a span that is in the folder or waits to be written, and keep it in memory."""
-        span = self._writer.waiting(identity) or self._read(identity, folder)
-        if span is None:
-            folder.counts.add(misses=1)
-            return None
-        folder.counts.add(hits=1, bytes_out=span.num_bytes)
-        with self._lock:
-            if (copy := self._on_device.use(identity)) is not None:  # of another thread
-                return copy
-            if isinstance(span, HostCopy):
-                self._keep_on_host(identity, span)
-                return self._promoted(identity, span)
-            copy = DeviceCopy(span, Moment.now(self._device))
-            self._keep_on_device(identity, copy)
-            return copy
+    def _from_folder(
+        self, identities: Sequence[bytes], folder: SpanFolder
+    ) -> Iterator[tuple[bytes, DeviceCopy]]:
+        """Yield spans that are in the folder or wait to be written, and keep them in memory."""
+        waiting = {identity: self._writer.waiting(identity) for identity in identities}
+        read = self._reader.read([one for one in identities if waiting[one] is None])
+        for identity in identities:
+            span = waiting[identity] or next(read)
+            if span is None:
+                folder.counts.add(misses=1)
+                continue
+            folder.counts.add(hits=1, bytes_out=span.num_bytes)
+            with self._lock:
+                # Another thread may have read it, too.
+                copy = self._on_device.use(identity) or self._kept(identity, span)
+            yield identity, copy
 
-    def _read(self, identity: bytes, folder: SpanFolder) -> Written | None:
-        found: list[Written] = []
-
-        def allocate(header: SpanHeader) -> list[memoryview]:
-            found.append(self._allocated(header))
-            return found[0].buffers()
-
-        try:
-            header = folder.read(identity, allocate)
-        except DamagedSpan as error:
-            folder.counts.add(damaged=1)
-            self._tell_once(identity, folder, f"damaged, and removed: {error}")
-            return None
-        except OSError as error:
-            folder.counts.add(unreadable=1)
-            self._tell_once(identity, folder, f"cannot be read ({error.strerror or error})")
-            return None
-        return None if header is None else found[0]
+    def _kept(self, identity: bytes, span: Written) -> DeviceCopy:
+        if isinstance(span, HostCopy):
+            self._keep_on_host(identity, span)
+            return self._promoted(identity, span)
+        copy = DeviceCopy(span, Moment.now(self._device))
+        self._keep_on_device(identity, copy)
+        return copy
 
     def _allocated(self, header: SpanHeader) -> Written:
         size = (header.num_tokens, header.first_position)
@@ -284,18 +285,6 @@ class KVStore:
             return SpanValues.empty(self._format, *size, self._device)
         num_bytes = self._format.num_bytes(header.num_tokens)
         return HostCopy(self._host_memory, num_bytes, *size)
-
-    def _tell_once(self, identity: bytes, folder: SpanFolder, problem: str) -> None:
-        if self._has_told:
-            return
-        self._has_told = True
-        path = folder.path.joinpath(*place_of(identity))
-        warnings.warn(
-            f"{path}: {problem}; its keys and values are computed again. Other such files are "
-            "counted and not told of",
-            FlexMaskWarning,
-            stacklevel=5,
-        )
 
     def _promoted(self, identity: bytes, host_copy: HostCopy) -> DeviceCopy:
         is_kept = self._makes_room_on_device(host_copy.num_bytes)
