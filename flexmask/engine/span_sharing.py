@@ -44,6 +44,11 @@ class PromptSpans:
     wanted: frozenset[int] | None = None
 
     @cached_property
+    def keys(self) -> tuple[tuple[bytes, int], ...]:
+        """Identity and first position of each span; equal ones have equal keys and values."""
+        return tuple(zip(self.identities, map(self.first_position, self.spans), strict=True))
+
+    @cached_property
     def needed(self) -> tuple[int, ...]:
         """Indices of the spans whose keys and values the row must have, in ascending order."""
         if self.wanted is None:
@@ -215,7 +220,7 @@ def _equal_spans(
         for index, span in enumerate(() if number in left_out else prompt.spans):
             if tokens[number][span.stop - 1] == COPIED:
                 continue
-            key = (prompt.identities[index], prompt.first_position(span))
+            key = prompt.keys[index]
             if key in first:
                 donor, donor_index = first[key]
                 start = prompts[donor].spans[donor_index].start
@@ -242,12 +247,9 @@ def _common_beginnings(
         span = prompt.spans[index]
         if span.stop - span.start < MIN_PREFIX_TOKENS:
             continue
-        position = prompt.first_position(span)
-        ancestors = tuple(
-            (prompt.identities[a], prompt.first_position(prompt.spans[a])) for a in span.ancestors
-        )
+        ancestors = tuple(prompt.keys[number] for number in span.ancestors)
         token_ids = prompt.layout.token_ids[span.start : span.stop]
-        members = groups.setdefault((ancestors, position), [])
+        members = groups.setdefault((ancestors, prompt.first_position(span)), [])
         members.append((token_ids, number, span.start))
     shared = []
     for members in groups.values():
