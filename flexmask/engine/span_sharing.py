@@ -239,26 +239,26 @@ def _common_beginnings(
     """Find for each span the longest beginning that another one with the same ancestors has too.
 
     Sorted by their tokens, a span shares most with its neighbours, as in a tree of prefixes. The
-    donor of each comes before it in the list, or shares nothing itself.
+    donor of each comes before it in the list, or shares nothing itself. Where the first tokens
+    are copied, spans with the same ones are compared from there on.
     """
     groups: dict[object, list[tuple[tuple[int, ...], int, int]]] = {}
     for number, index in spans:
         prompt = prompts[number]
         span = prompt.spans[index]
-        if span.stop - span.start < MIN_PREFIX_TOKENS:
+        first = span.start + int(np.argmax(tokens[number][span.start : span.stop] != COPIED))
+        if span.stop - first < MIN_PREFIX_TOKENS:
             continue
-        ancestors = tuple(prompt.keys[number] for number in span.ancestors)
-        token_ids = prompt.layout.token_ids[span.start : span.stop]
-        members = groups.setdefault((ancestors, prompt.first_position(span)), [])
-        members.append((token_ids, number, span.start))
+        ancestors = tuple(prompt.keys[ancestor] for ancestor in span.ancestors)
+        copied = prompt.layout.token_ids[span.start : first]
+        members = groups.setdefault((ancestors, prompt.first_position(span), copied), [])
+        members.append((prompt.layout.token_ids[first : span.stop], number, first))
     shared = []
     for members in groups.values():
         for (theirs, donor, donor_start), (ours, number, start) in pairwise(sorted(members)):
-            copied = np.count_nonzero(tokens[number][start : start + len(ours)] == COPIED)
-            least = MIN_PREFIX_TOKENS + int(copied)
             if ours[:MIN_PREFIX_TOKENS] != theirs[:MIN_PREFIX_TOKENS]:
                 continue  # most spans, and comparing these few tokens is fast
             length = common_length(ours, theirs)
-            if length >= least:
+            if length >= MIN_PREFIX_TOKENS:
                 shared.append(_Shared(number, start, donor, donor_start, length))
     return shared
