@@ -23,7 +23,7 @@ class PromptWork:
         rows: Number of prompts.
         tokens: Tokens to compute, whose keys every decode step reads.
         pairs: Pairs of a computed token and a key that it sees.
-        keys_seen: Keys that the first generated token of each prompt sees, summed.
+        keys_seen: Keys that the last token of each prompt sees, summed.
     """
 
     rows: int
@@ -62,8 +62,14 @@ class PromptWork:
         return cls(len(requests), tokens, pairs, keys_seen)
 
     def prefill_s(self, cost: ModelCost, rates: Rates) -> float:
-        """Return the floor of the first token of every prompt."""
-        flops = self.tokens * cost.token_flops + self.pairs * cost.pair_flops
+        """Return the floor of the first token of every prompt.
+
+        The last token of a prompt goes through the whole model, all before it through the layers
+        up to the last one's keys and values.
+        """
+        flops = cost.keys_flops(self.tokens, self.pairs)
+        flops += min(self.rows, self.tokens) * cost.last_token_flops
+        flops += min(self.keys_seen, self.pairs) * cost.last_pair_flops
         return rates.seconds(cost.weight_bytes, flops + self.rows * cost.logits_flops)
 
     def decode_s(self, cost: ModelCost, rates: Rates, steps: int) -> float:

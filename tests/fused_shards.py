@@ -23,9 +23,11 @@ def fuse_decoding(patch: Patch) -> None:
     """Make engines of this process fuse what they decode, and trace all without inductor."""
     make_view = compiled_view.compiled_view
 
-    def fused_view(model: Any, names: Any, *, dynamic: bool, backend: Any = "eager") -> Any:
+    def fused_view(
+        model: Any, names: Any, *, dynamic: bool, backend: Any = "eager", **options: Any
+    ) -> Any:
         if dynamic:
-            return make_view(model, names, dynamic=dynamic, backend="eager")
+            return make_view(model, names, dynamic=dynamic, backend="eager", **options)
         view = make_view(model, names, dynamic=dynamic, backend=compiled_view.fused_backend)
         compiled_view.compile_beside_layers(view, names)
         return view

@@ -214,23 +214,25 @@ def test_two_engines_work_in_two_threads(engine, alone, tokenizer):
     assert results == [alone["isolated"], alone["prefix"], alone["isolated"]]
 
 
-@pytest.mark.parametrize("change", ["padding", "truncation"])
-def test_a_tokenizer_that_another_thread_sets_up_changes_no_tokens(tokenizer, monkeypatch, change):
+@pytest.mark.parametrize(
+    "others",
+    [{"padding": "max_length"}, {"truncation": True}, {"split_special_tokens": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_tokenizer_that_others_have_set_up_changes_no_tokens(tokenizer, others):
     shared = copy.deepcopy(tokenizer)
-    set_up = type(shared).set_truncation_and_padding
-
-    def set_up_and_be_interrupted(self, *args, **options):
-        set_up(self, *args, **options)
-        if self is shared and change == "padding":
-            self.backend_tokenizer.enable_padding(length=64)
-        elif self is shared:
-            self.backend_tokenizer.enable_truncation(3)
-
-    monkeypatch.setattr(type(shared), "set_truncation_and_padding", set_up_and_be_interrupted)
-    tokenize = RequestTokenizer(shared)
-    assert len(shared("t4 t5 t6 t7")["input_ids"]) in (3, 64)
-    for asked in REQUESTS:
-        assert tokenize(asked) == RequestTokenizer(tokenizer)(asked)
+    tokenize, apart = (
+        RequestTokenizer(each, allow_special_tokens=True) for each in (shared, tokenizer)
+    )
+    asked = [*REQUESTS, Request(("t4<eos>t5", "t6"), suffix="t7")]
+    first = tokenize(asked[0])
+    length = 3 if "truncation" in others else 64
+    others_see = len(shared("t4 t5 <eos> t6", max_length=length, **others)["input_ids"])
+    for one in asked:
+        assert tokenize(one) == apart(one)
+    assert tokenize(asked[0]) == first
+    # And the others keep their settings.
+    assert len(shared.backend_tokenizer.encode("t4 t5 <eos> t6").ids) == others_see
 
 
 def test_engines_may_be_loaded_while_another_runs(engine, alone):

@@ -9,8 +9,9 @@ from flexmask.engine import RunStats
 from oracles import make_model
 
 COST = ModelCost(
-    weight_bytes=1_000, slot_bytes=10, token_flops=500, logits_flops=300, pair_flops=0
-)
+    weight_bytes=1_000, slot_bytes=10, token_flops=500, logits_flops=300, pair_flops=0,
+    last_token_flops=100, last_pair_flops=0,
+)  # fmt: skip
 RATES = Rates(bytes_per_s=1e4, flops_per_s=1e4)
 
 
@@ -22,7 +23,7 @@ def test_a_phase_takes_at_least_as_long_as_reading_or_as_computing():
     assert COST.shares_of(few, RATES) == pytest.approx({"prefill": 0.2 / 0.4, "decode": 0.5})
     many = RunStats(
         64, 512, prefills=2, computed_tokens=30, decode_steps=4, used_row_steps=256,
-        prefill_s=3.0, decode_s=40.96,
+        prefill_s=2.4, decode_s=40.96,
     )  # fmt: skip
     assert COST.shares_of(many, RATES) == pytest.approx({"prefill": 0.5, "decode": 0.5})
 
@@ -39,6 +40,18 @@ def test_a_step_reads_all_weights_but_an_embedding_of_its_own(models):
         read -= model.model.embed_tokens.weight.numel()
     assert cost.weight_bytes == 4 * read
     assert cost.token_flops + cost.logits_flops == 2 * read
+
+
+def test_the_last_layer_of_a_prompt_costs_keys_and_values_alone(models):
+    model = models("llama", "flexmask")
+    cost, layer = ModelCost.of(model), model.model.layers[-1]
+    written = layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel()
+    whole = sum(weight.numel() for weight in layer.parameters())
+    others = cost.token_flops - 2 * whole
+    assert cost.keys_flops(tokens=10) == 10 * (others + 2 * written)
+    attention = cost.pair_flops * (model.config.num_hidden_layers - 1)
+    attention //= model.config.num_hidden_layers
+    assert cost.keys_flops(10, pairs=55) - cost.keys_flops(10) == 55 * attention
 
 
 def test_the_cost_of_experts_is_not_known(models):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
+from transformers.pytorch_utils import Conv1D
 
+from family_models import small_model
 from flexmask import mask_strategy
 from flexmask.attention.backend import register_attention
 from flexmask.attention.model_probe import WHOLE_MODEL
 from flexmask.block_mask.cache import BlockMaskCache
+from flexmask.engine.compiled_view import last_layer_name
 from flexmask.engine.model_runner import ModelRunner, bucketed_capacity
 from flexmask.engine.prefill_kernel import BLOCK_SIZE
 from flexmask.engine.stream_planner import padded_length
@@ -40,6 +43,10 @@ REQUESTS = [
     random_request(2, 7, [60], 1),
     random_request(3, 40, [30, 20, 40, 21], 5),
 ]
+FOUR_LAYERS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 STRATEGIES = [
     Causal(),
     PrefixSegment(),
@@ -331,6 +338,39 @@ def test_a_stream_has_the_tokens_of_all_rows_and_attends_in_tiles_of_one_row(run
     assert (rows * 640 + slots)[stream.sources.long()].tolist() == stream.slots.tolist()
     work = inputs.tiles[WHOLE_MODEL].counts + inputs.tiles[WHOLE_MODEL].full_counts
     assert (work.diff() <= 0).all()
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize(
+    ("family", "changes", "used"),
+    [
+        ("llama", {}, {"q_proj", "k_proj", "v_proj"}),
+        ("gpt2", {}, {"c_attn"}),
+        ("cohere2", {}, {"q_proj", "k_proj", "v_proj"}),
+        # A layer that takes keys and values from an earlier one projects queries alone.
+        ("gemma4_text", {"num_kv_shared_layers": 2} | FOUR_LAYERS, {"q_proj"}),
+    ],
+)
+def test_a_prefill_ends_once_its_last_layer_has_written_keys_and_values(family, changes, used):
+    runner, strategy = ModelRunner(small_model(family, **changes), BlockMaskCache()), Causal()
+    runner.prepare(strategy, 2, CAPACITY)
+    plan = runner.plan(dict(enumerate(strategy.layout(request) for request in REQUESTS[:2])))
+    assert plan.inputs is not None
+    last = runner._keys_model.get_submodule(last_layer_name(list(runner.cache._shapes)))
+    ran = set()
+    for name, module in last.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            own = name.rpartition(".")[2]
+            module.register_forward_hook(lambda *_, own=own: ran.add(own))
+    runner.prefill(plan)
+    assert ran == used
+    written = [tensor.clone() for pair in runner.cache.of_row(1, 90) for tensor in pair]
+    runner.cache.bind(2, CAPACITY)
+    with torch.no_grad():
+        runner._pass(runner._states_model, plan.inputs.over(plan.inputs.packed(runner._slack)))
+    whole = [tensor for pair in runner.cache.of_row(1, 90) for tensor in pair]
+    for own, other in zip(written, whole, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_rows_that_are_not_planned_keep_their_prompts_and_go_on(runners, models):

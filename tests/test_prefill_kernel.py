@@ -81,7 +81,7 @@ def refused(models, monkeypatch):
             raise InductorError(RuntimeError("UNSUPPORTED OPERATION: 'maximum'"), None)
         return SimpleNamespace(last_hidden_state=torch.zeros(2, 1, 1))
 
-    monkeypatch.setattr(runner, "_prefill_model", SimpleNamespace(base_model=compute))
+    monkeypatch.setattr(runner, "_keys_model", SimpleNamespace(base_model=compute))
     return runner, asked
 
 

@@ -15,7 +15,7 @@ from flexmask.block_mask.regions import Regions, region_values
 from flexmask.engine.prompt_spans import SpanFinder, span_identity
 from flexmask.engine.span_sharing import COPIED, PromptSpans, divide
 from flexmask.errors import MaskError
-from flexmask.layout import Layout
+from flexmask.layout import Layout, TokenizedRequest
 from flexmask.layout_batch import LayoutBatch
 from flexmask.mask_mods import causal
 from flexmask.plugins.registry import load_registry, make_strategy
@@ -188,6 +188,21 @@ def test_what_is_copied_is_not_computed():
     assert (parts[0].tokens[20:50] == COPIED).all()
     assert set(range(20, 50)) <= set(parts[1].slots.tolist())  # it is not there to be given
     assert not set(range(20)) & set(parts[1].slots.tolist())
+
+
+@pytest.mark.parametrize(("copied", "shared"), [((20, 20), 25), ((20, 0), 0), ((0, 20), 0)])
+def test_a_beginning_behind_copied_tokens_is_computed_once(copied, shared):
+    begin = tuple(range(3, 48))
+    requests = [TokenizedRequest((), ((*begin, 60 + n, 61, 62),), (5,)) for n in range(2)]
+    layouts = [Causal().layout(request) for request in requests]
+    parts = divide(known(Causal(), layouts), [[(0, count)] if count else [] for count in copied])
+    computed = sum(len(part.slots) for part in parts)
+    assert computed == 2 * 48 - sum(copied) - shared
+    for part, count in zip(parts, copied, strict=True):
+        assert (part.tokens[:count] == COPIED).all()
+        assert (part.tokens[count:] >= 0).all()
+    at = slice(20, 45)
+    assert (parts[0].tokens[at] == parts[1].tokens[at]).all() == bool(shared)
 
 
 @settings(max_examples=60, deadline=None)

@@ -143,11 +143,15 @@ def test_isolated_segments_share_their_prefix_and_the_tail_sees_each_key_once(na
 
 def test_the_floor_is_reading_or_computing_whichever_takes_longer():
     cost = ModelCost(
-        weight_bytes=1000, slot_bytes=10, token_flops=50, logits_flops=20, pair_flops=3
-    )
+        weight_bytes=1000, slot_bytes=10, token_flops=50, logits_flops=20, pair_flops=3,
+        last_token_flops=10, last_pair_flops=1,
+    )  # fmt: skip
     rates = Rates(bytes_per_s=10, flops_per_s=1)
     work = PromptWork(rows=2, tokens=4, pairs=9, keys_seen=8)
-    assert work.prefill_s(cost, rates) == 4 * 50 + 2 * 20 + 9 * 3
+    whole, keys_only = 2 * (50 + 20) + 8 * 3, 2 * 40 + 1 * 2  # the last tokens, all others
+    assert work.prefill_s(cost, rates) == whole + keys_only
+    twins = replace(work, rows=5)  # five equal prompts, of which one is computed
+    assert twins.prefill_s(cost, rates) == 4 * 50 + 5 * 20 + 8 * 3 + 1 * 2
     assert work.prefill_s(cost, replace(rates, flops_per_s=100)) == 1000 / 10
     reads = [(1000 + 10 * keys) / 10 for keys in (4 + 2, 4 + 4)]
     products = [2 * 70 + 3 * pairs for pairs in (8 + 2, 8 + 4)]
@@ -167,6 +171,8 @@ def test_the_cost_of_a_model_is_that_of_its_matrices():
         token_flops=2 * (products + norms),
         logits_flops=2 * logits,
         pair_flops=4 * layers * 6 * 64,
+        last_token_flops=2 * (products // layers + 2 * hidden - hidden * 64 * (2 + 2)),
+        last_pair_flops=4 * 6 * 64,
     )
     config = random_config("demo")
     config.tie_word_embeddings = False

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from flexmask.mod_types import ScoreMod
 
 
+class KeysWritten(Exception):
+    """Ends a pass that serves to write keys and values, once its last layer has written them."""
+
+
 class CausalRows(ModelBlockMask):
     """The mask of a decode step in which each query sees every slot up to its own.
 
@@ -64,6 +68,7 @@ def flexmask_attention(
     softcap: float | None = None,
     cache_slots: Tensor | None = None,
     stream: TokenStream | None = None,
+    ends_pass: bool = False,
     prefill_kernel: PrefillKernel | None = None,
     score_mod: ScoreMod | None = None,
     scaled_part: PlacedPart | None = None,
@@ -85,6 +90,7 @@ def flexmask_attention(
             key and value of each row are written to; one query per row.
         stream: Where the keys and values of a prefill are written, and the order of queries that
             the mask is for; one batch row, which holds the tokens of many.
+        ends_pass: Raise `KeysWritten` once the keys and values of a stream are written.
         prefill_kernel: The kernel for a prefill whose lengths are multiples of the tile.
         score_mod: Changes scores, after scaling and capping.
         scaled_part: Keys whose log-sum-exp is scaled, after ``score_mod``.
@@ -96,6 +102,7 @@ def flexmask_attention(
 
     Raises:
         AttentionError: If the model asks for something that this backend does not compute.
+        KeysWritten: With ``ends_pass``.
     """
     _refuse_unsupported(module, kwargs)
     if isinstance(attention_mask, ProbeMask):
@@ -122,9 +129,11 @@ def flexmask_attention(
     if cache_slots is not None:
         key, value = _append_to_cache(module, key, value, cache_slots)
     elif stream is not None:
+        key, value = _write_to_cache(module, key, value, stream)
+        if ends_pass:
+            raise KeysWritten
         # Tells the compiler that the number of tiles is the mask's, and no symbol of its own.
         assume(stream.queries.shape[0] == attention_mask.kv_num_blocks.numel())
-        key, value = _write_to_cache(module, key, value, stream)
         is_flat = attention_mask.kv_num_blocks.shape[0] == 1
         query, own_key = (_in_tiles(x, stream.queries, is_flat=is_flat) for x in (query, own_key))
     elif not key.is_cuda:

@@ -1,8 +1,9 @@
 """Floors: the least time of a run on a machine of measured rates.
 
-Prefill costs the matrix products of the tokens that must be computed, and a decode step the
-products of its rows; each reads all weights once, and a decode step every key and value. Of
-reading and computing the floor is the longer.
+Prefill costs the matrix products that make keys and values of the tokens to compute, so all layers
+but the last, and of that one keys and values alone. A decode step costs the products of its rows.
+Each reads all weights once, and a decode step every key and value. Of reading and computing the
+floor is the longer.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class ModelCost:
         token_flops: Matrix products of one token, without its logits.
         logits_flops: The product that makes the logits of one token.
         pair_flops: Attention from one token to one key in all layers.
+        last_token_flops: The part of `token_flops` that follows the keys and values of the last
+            layer. Only a token whose logits are needed costs it.
+        last_pair_flops: That part of `pair_flops`: attention in the last layer.
     """
 
     weight_bytes: int
@@ -68,6 +72,8 @@ class ModelCost:
     token_flops: int
     logits_flops: int
     pair_flops: int
+    last_token_flops: int
+    last_pair_flops: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, ranks: int = 1) -> Self:
@@ -88,12 +94,20 @@ class ModelCost:
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
+        last_layer = sum(
+            weight.numel()
+            for name, weight in model.named_parameters()
+            if f".{layers - 1}." in name
+        )
+        keys_and_values = 2 * key_heads * dim * config.hidden_size // ranks
         return cls(
             weight_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
             slot_bytes=2 * layers * key_heads * dim * itemsize // ranks,
             token_flops=2 * (read - head.weight.numel()),
             logits_flops=2 * head.weight.numel(),
             pair_flops=4 * layers * heads * dim // ranks,
+            last_token_flops=2 * (last_layer - keys_and_values),
+            last_pair_flops=4 * heads * dim // ranks,
         )
 
     @staticmethod
@@ -106,6 +120,16 @@ class ModelCost:
         has_experts = any(weight.ndim > 2 for weight in model.parameters())
         is_dense = all(kind == DENSE for kind, _ in kinds_of_projections(model))
         return is_dense and not has_experts and model.config.get_text_config() is model.config
+
+    def keys_flops(self, tokens: int, pairs: int = 0) -> int:
+        """Return the operations that make keys and values of tokens in all layers.
+
+        Args:
+            tokens: The tokens.
+            pairs: Keys that each token sees, summed over the tokens; 0 to leave attention out.
+        """
+        of_tokens = tokens * (self.token_flops - self.last_token_flops)
+        return of_tokens + pairs * (self.pair_flops - self.last_pair_flops)
 
     def decode_step_s(self, rows: int, keys: int, pairs: int, rates: Rates) -> float:
         """Return the floor of a step.
@@ -122,7 +146,8 @@ class ModelCost:
     def shares_of(self, stats: RunStats, rates: Rates) -> Mapping[str, float]:
         """Return the floors of a run as shares of the seconds that its phases took.
 
-        Attention's own products are left out, so these are lower bounds.
+        Attention's own products are left out, and what scoring needs of the last layer, so these
+        are lower bounds.
 
         Args:
             stats: Counts and times of the run.
@@ -132,7 +157,7 @@ class ModelCost:
             The share of ``prefill`` and of ``decode``; of a phase that did nothing, none.
         """
         prefill_s = rates.seconds(
-            stats.prefills * self.weight_bytes, stats.computed_tokens * self.token_flops
+            stats.prefills * self.weight_bytes, self.keys_flops(stats.computed_tokens)
         )
         num_bytes = stats.decode_steps * self.weight_bytes + stats.keys_read * self.slot_bytes
         flops = stats.used_row_steps * (self.token_flops + self.logits_flops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -63,17 +64,27 @@ def compiled_view(
     *,
     dynamic: bool,
     backend: Any = "inductor",
+    ends_with_keys: bool = False,
 ) -> PreTrainedModel:
     """Copy the module tree, sharing all tensors, and compile the layers that attend.
 
     Args:
         model: The model.
-        attention_names: Names of its attention modules; a module that holds one is a layer.
+        attention_names: Names of its attention modules in the order of a pass; a module that
+            holds one is a layer.
         dynamic: Compile one graph for any length, and not one for each shape.
         backend: The backend of torch.compile.
+        ends_with_keys: End a pass with `KeysWritten` as soon as the last layer has written its
+            keys and values, for which it needs neither attention nor what follows. The layer is
+            not compiled: tracing another graph would take longer than a run gains by it.
     """
     view = copy.deepcopy(model, tensors_by_id(model))
-    for name in layer_names(attention_names):
+    layers = layer_names(attention_names)
+    if ends_with_keys:
+        layers.remove(name := last_layer_name(attention_names))
+        last: nn.Module = view.get_submodule(name)
+        last.forward = partial(last.forward, ends_pass=True)
+    for name in layers:
         layer: nn.Module = view.get_submodule(name)
         layer.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     return view
@@ -132,6 +143,11 @@ def _rounded_forward(module: RoundedLinear) -> Callable[[Tensor], Tensor]:
 def layer_names(attention_names: Sequence[str]) -> set[str]:
     """Names of the layers, which are the modules that hold an attention module."""
     return {name.rpartition(".")[0] for name in attention_names}
+
+
+def last_layer_name(attention_names: Sequence[str]) -> str:
+    """Name of the last layer of a pass."""
+    return attention_names[-1].rpartition(".")[0]
 
 
 def _ancestors(name: str) -> set[str]:

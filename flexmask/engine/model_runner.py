@@ -1,14 +1,16 @@
 """The model runner: compiled prefill and decode over a static key-value cache.
 
 One decoder layer is compiled and serves all layers: keys and values are written to buffers bound
-to the attention modules, so no layer index enters the graph. Prefill and decode run on two views
-of the model that share every tensor, because they compile differently: prefill for any length,
-decode for the shapes of the run.
+to the attention modules, so no layer index enters the graph. Prefill and decode run on views of
+the model that share every tensor, because they compile differently: prefill for any length, decode
+for the shapes of the run. A prefill before decoding ends once the last layer has written its keys
+and values; scoring needs the hidden states too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flexmask.attention.backend import KeysWritten
 from flexmask.attention.flex_call import PrefillKernel
 from flexmask.attention.key_turns import KeyTurn, key_turns
 from flexmask.attention.model_block_mask import ModelBlockMask
@@ -27,6 +30,7 @@ from flexmask.engine.compiled_view import (
     compile_beside_layers,
     compiled_view,
     fused_backend,
+    last_layer_name,
     multiply_few_rows,
 )
 from flexmask.engine.kv_cache import KVCache
@@ -97,7 +101,7 @@ class ModelRunner:
         prefill_kernel: PrefillKernel | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Prepare two compiled views of ``model``; nothing compiles before the first batch.
+        """Prepare compiled views of ``model``; nothing compiles before the first batch.
 
         Args:
             model: A model loaded with ``attn_implementation="flexmask"``, or this rank's shard.
@@ -126,17 +130,19 @@ class ModelRunner:
         shapes = {names[module]: shape for module, shape in probe.shapes.items()}
         self._kernels = PrefillKernels(prefill_kernel, shapes.values(), self._dtype, self.device)
         self.prefill_kernel: PrefillKernel | None = None
-        self._prefill_model = compiled_view(model, list(shapes), dynamic=True)
+        self._states_model = compiled_view(model, list(shapes), dynamic=True)
+        self._keys_model = compiled_view(model, list(shapes), dynamic=True, ends_with_keys=True)
         on_gpu = self.device.type == "cuda"
         backend = fused_backend if on_gpu else "inductor"
         self._decode_model = compiled_view(model, list(shapes), dynamic=False, backend=backend)
-        self._head = OutputHead(self._prefill_model)
+        self._head = OutputHead(self._states_model)
         if on_gpu:
             use_bundled_assembler()
             compile_beside_layers(self._decode_model, list(shapes))
         else:
             multiply_few_rows(self._decode_model)
-        self.cache = KVCache((self._prefill_model, self._decode_model), shapes, self._dtype)
+        views = (self._states_model, self._keys_model, self._decode_model)
+        self.cache = KVCache(views, shapes, self._dtype)
         self._token_bytes = _WIDE_TENSORS * _widest(model) * self._dtype.itemsize
         self._bound: BoundStrategy | None = None
         self._planner: PrefillPlanner | None = None
@@ -147,7 +153,8 @@ class ModelRunner:
         self.store: KVStore | None = None
         self.fixed_position_reason: str | None = None
         self._probe, self._names = probe, names
-        self._sums = sums_of_pass(model.base_model)
+        last_layer = model.get_submodule(last_layer_name(list(shapes)))
+        self._sums = sums_of_pass(model.base_model, last_layer)
         self._turns: Mapping[str, KeyTurn] = {}
         self._store_bytes = 0
 
@@ -436,7 +443,7 @@ class ModelRunner:
         assert plan.inputs is not None, "a prompt's last token is never copied"
         self._load(plan)
         on_device = plan.inputs.packed(self._slack).to(self.device, non_blocking=True)
-        output = self._states_of(plan.inputs.over(on_device))
+        output = self._pass(self._states_model, plan.inputs.over(on_device))
         stream = plan.inputs.stream
         token_at = torch.full((self._num_keys,), -1, dtype=torch.long)
         token_at[stream.slots.long()] = stream.sources.long()
@@ -506,32 +513,35 @@ class ModelRunner:
         return (bound.batch_size + (bound.key_table is not None)) * bound.capacity
 
     def _compute(self, inputs: StreamInputs) -> None:
-        """Compute a stream of tokens; nothing in it waits for the host."""
-        self._states_of(inputs)
+        """Compute the keys and values of a stream; nothing in it waits for the host."""
+        with suppress(KeysWritten):
+            self._pass(self._keys_model, inputs)
 
-    def _states_of(self, inputs: StreamInputs) -> BaseModelOutputWithPast:
-        """Compute a stream of ``T`` tokens; the output has hidden states ``(1, T, D)``."""
+    def _pass(self, view: PreTrainedModel, inputs: StreamInputs) -> BaseModelOutputWithPast:
+        """Run a stream of ``T`` tokens; the output has hidden states ``(1, T, D)``."""
         bound = self.bound
         count = len(inputs.tile_rows)
         bound.tile_rows[:count] = inputs.tile_rows
         bound.tile_slots[:count] = inputs.tile_slots
         with compile_settings(self.device):
             try:
-                return self._compute_tiles(inputs)
+                return self._compute_tiles(view, inputs)
             except inductor_error() as error:
                 if self.prefill_kernel != "flash":
                     raise
                 self.prefill_kernel = self._kernels.replace_flash(bound.strategy, error)
-                return self._compute_tiles(inputs)
+                return self._compute_tiles(view, inputs)
 
-    def _compute_tiles(self, inputs: StreamInputs) -> BaseModelOutputWithPast:
+    def _compute_tiles(
+        self, view: PreTrainedModel, inputs: StreamInputs
+    ) -> BaseModelOutputWithPast:
         bound, flat = self.bound, self._has_flat_tiles
         mask_mods = bound.flat_masks if flat else bound.query_masks
         masks = {
             kind: stream_block_mask(tiles, self._tile, self._num_keys, mask_mods[kind], flat=flat)
             for kind, tiles in inputs.tiles.items()
         }
-        output: BaseModelOutputWithPast = self._prefill_model.base_model(
+        output: BaseModelOutputWithPast = view.base_model(
             input_ids=inputs.token_ids[None].long(),
             position_ids=inputs.position_ids[None].long(),
             attention_mask=self._for_model(masks),

@@ -7,8 +7,10 @@ in every prompt, and in every copy of a prefix within one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from flexmask.kv_store.span_values import LayerGroupValues
 from flexmask.layout import Layout
@@ -74,18 +76,10 @@ def _starts_of(token_ids: tuple[int, ...], layout: Layout) -> list[int]:
     positions = tuple(range(length))
     return [
         start
-        for start in _zeros(layout.position_ids[: len(layout) - length])
+        for start in np.flatnonzero(layout.position_array[: len(layout) - length] == 0).tolist()
         if layout.token_ids[start : start + length] == token_ids
         and layout.position_ids[start : start + length] == positions
     ]
-
-
-def _zeros(values: tuple[int, ...]) -> Iterator[int]:
-    """Indices of zeros, by `tuple.index`, which is ten times as fast as a loop."""
-    start = 0
-    for _ in range(values.count(0)):
-        start = values.index(0, start) + 1
-        yield start - 1
 
 
 def common_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:

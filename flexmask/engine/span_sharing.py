@@ -46,6 +46,11 @@ class PromptSpans:
     stored: frozenset[int] = frozenset()
 
     @cached_property
+    def keys(self) -> tuple[tuple[bytes, int], ...]:
+        """Identity and first position of each span; equal ones have equal keys and values."""
+        return tuple(zip(self.identities, map(self.first_position, self.spans), strict=True))
+
+    @cached_property
     def needed(self) -> tuple[int, ...]:
         """Indices of the spans whose keys and values the row must have, in ascending order."""
         if self.wanted is None:
@@ -221,7 +226,7 @@ def _equal_spans(
         for index, span in enumerate(() if number in left_out else prompt.spans):
             if tokens[number][span.stop - 1] == COPIED:
                 continue
-            key = (prompt.identities[index], prompt.first_position(span))
+            key = prompt.keys[index]
             if key in first:
                 donor, donor_index = first[key]
                 start = prompts[donor].spans[donor_index].start
@@ -240,29 +245,26 @@ def _common_beginnings(
     """Find for each span the longest beginning that another one with the same ancestors has too.
 
     Sorted by their tokens, a span shares most with its neighbours, as in a tree of prefixes. The
-    donor of each comes before it in the list, or shares nothing itself.
+    donor of each comes before it in the list, or shares nothing itself. Where the first tokens
+    are copied, spans with the same ones are compared from there on.
     """
     groups: dict[object, list[tuple[tuple[int, ...], int, int]]] = {}
     for number, index in spans:
         prompt = prompts[number]
         span = prompt.spans[index]
-        if span.stop - span.start < MIN_PREFIX_TOKENS:
+        first = span.start + int(np.argmax(tokens[number][span.start : span.stop] != COPIED))
+        if span.stop - first < MIN_PREFIX_TOKENS:
             continue
-        position = prompt.first_position(span)
-        ancestors = tuple(
-            (prompt.identities[a], prompt.first_position(prompt.spans[a])) for a in span.ancestors
-        )
-        token_ids = prompt.layout.token_ids[span.start : span.stop]
-        members = groups.setdefault((ancestors, position), [])
-        members.append((token_ids, number, span.start))
+        ancestors = tuple(prompt.keys[ancestor] for ancestor in span.ancestors)
+        copied = prompt.layout.token_ids[span.start : first]
+        members = groups.setdefault((ancestors, prompt.first_position(span), copied), [])
+        members.append((prompt.layout.token_ids[first : span.stop], number, first))
     shared = []
     for members in groups.values():
         for (theirs, donor, donor_start), (ours, number, start) in pairwise(sorted(members)):
-            copied = np.count_nonzero(tokens[number][start : start + len(ours)] == COPIED)
-            least = MIN_PREFIX_TOKENS + int(copied)
             if ours[:MIN_PREFIX_TOKENS] != theirs[:MIN_PREFIX_TOKENS]:
                 continue  # most spans, and comparing these few tokens is fast
             length = common_length(ours, theirs)
-            if length >= least:
+            if length >= MIN_PREFIX_TOKENS:
                 shared.append(_Shared(number, start, donor, donor_start, length))
     return shared

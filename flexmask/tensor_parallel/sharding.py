@@ -118,16 +118,21 @@ class GatheredLinear(nn.Module):
         return gathered[..., : self.out_features]
 
 
-def sums_of_pass(model: nn.Module) -> tuple[int, ...] | None:
-    """Return the widths of the sums over ranks in a pass through a model, in their order.
+def sums_of_pass(model: nn.Module, last_layer: nn.Module) -> tuple[int, ...] | None:
+    """Return the widths of the sums over ranks in a prefill, in their order.
+
+    Args:
+        model: The model.
+        last_layer: Its last layer, which ends with its keys: sums follow attention in all plans.
 
     Returns:
         None if it combines the ranks' outputs in other ways too.
     """
     if any(isinstance(module, GatheredLinear) for module in model.modules()):
         return None
+    skipped = set(last_layer.modules())
     sums = [module for module in model.modules() if isinstance(module, SummedLinear)]
-    return tuple(one.linear.out_features for one in sums)
+    return tuple(one.linear.out_features for one in sums if one not in skipped)
 
 
 class ModelShard:
