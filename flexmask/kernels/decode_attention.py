@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmask.kernels.launch import (
+    FUSED_FLOATS,
     arrival_counters,
     power_of_two,
     starts_early,
@@ -229,6 +230,7 @@ def _fast_decode_attention(
         "PDL": has_pdl,
         "num_warps": 4,
         "launch_pdl": has_pdl,
+        **FUSED_FLOATS,
     }
     shared = shared_max = shared_sum = out
     if key_slots is not None:

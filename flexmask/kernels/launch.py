@@ -13,6 +13,11 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+FUSED_FLOATS = {"enable_fp_fusion": True}
+"""The option of a launch by which products and sums become one instruction, as Triton did by
+default up to 3.9, which says that 3.10 will not."""
+
+
 @cache
 def tile_bytes(device: torch.device) -> int:
     """Bytes of shared memory that a program's tiles may take: seven eighths of the device's."""

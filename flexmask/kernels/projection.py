@@ -12,7 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flexmask.kernels.launch import arrival_counters, power_of_two, starts_early, tile_bytes
+from flexmask.kernels.launch import (
+    FUSED_FLOATS,
+    arrival_counters,
+    power_of_two,
+    starts_early,
+    tile_bytes,
+)
 from flexmask.kernels.projection_tiles import (
     dense_blocks,
     digit_blocks,
@@ -133,6 +139,7 @@ def _fast_project(
         "ACTIVATION": activation,
         "PDL": has_pdl,
         "launch_pdl": has_pdl,
+        **FUSED_FLOATS,
     }
     if rows == 1:
         from flexmask.kernels.row_projection_kernel import row_projection_kernel
@@ -182,6 +189,7 @@ def _input_digits(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Te
         BLOCK_K=power_of_two(width),
         PDL=has_pdl,
         launch_pdl=has_pdl,
+        **FUSED_FLOATS,
         num_warps=8 if width <= 8192 else 16,
     )
     return digits, steps

@@ -16,21 +16,26 @@ MANY_OUTPUTS = 1 << 16
 
 
 def row_blocks(dtype: torch.dtype, width: int, is_gated: bool, has_norm: bool) -> dict[str, Any]:
-    """Choose tiles for one row by the dtype of the weights."""
+    """Choose tiles for one row by the dtype of the weights.
+
+    The columns of a row are unrolled, so wider ones take more registers. Beyond the widths here,
+    registers would spill to memory.
+    """
     if dtype == torch.int8:
         return _row_blocks(width, 2, 1024, 3, 2 if is_gated else 4)
-    if dtype == torch.float8_e4m3fn:
-        if is_gated:
+    is_float8 = dtype == torch.float8_e4m3fn
+    if is_gated:
+        if is_float8 and width <= 4096:
             return _row_blocks(width, 4, 1024, 1, 2, registers=128)
-        if has_norm:
-            return _row_blocks(width, 4, 256, 6, 1)
-    elif is_gated:
         return _row_blocks(width, 2, 1024, 3, 2)
-    elif has_norm:
-        return _row_blocks(width, 2, 256, 6, 1, registers=96)
-    if width > (4096 if dtype.itemsize > 1 else 8192):
-        return _row_blocks(width, 2, 1024, 1, 4)
-    return _row_blocks(width, 2, 256, 6, 1, registers=128)
+    if has_norm:
+        if is_float8 and width <= 5120:
+            return _row_blocks(width, 4, 256, 6, 1)
+        if not is_float8 and width <= 3072:
+            return _row_blocks(width, 2, 256, 6, 1, registers=96)
+    elif width <= 4096:
+        return _row_blocks(width, 2, 256, 6, 1, registers=128)
+    return _row_blocks(width, 2, 1024, 1, 4)
 
 
 def dense_blocks(
