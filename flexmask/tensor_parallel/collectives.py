@@ -58,9 +58,10 @@ def use_small_sums(device: torch.device) -> str:
             reason = " ".join(str(error).split())
         has_reason.fill_(bool(reason))
         dist.all_reduce(has_reason)
-    if not has_reason.item():
-        _small_sums = sums
-    return reason
+    if has_reason.item():
+        return reason or "another rank has no such memory"
+    _small_sums = sums
+    return ""
 
 
 def leave_small_sums() -> None:
