@@ -13,7 +13,14 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    modeling_utils,
+)
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.utils.hub import cached_file
 
@@ -89,6 +96,12 @@ def loading_parts(
         patch.object(modeling_utils, "safe_open", Parts),
     ):
         yield
+
+
+def encodes_by_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a tokenizer adds no code of its own to its backend of `tokenizers`."""
+    own: Any = type(tokenizer)
+    return tokenizer.is_fast and own._encode_plus is PreTrainedTokenizerFast._encode_plus
 
 
 def misplaced_generation_values(config: PreTrainedConfig) -> Mapping[str, Any]:

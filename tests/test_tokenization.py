@@ -8,7 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import PreTokenizer
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from flexmask.demo import model_path
 from flexmask.encoding.chat_template import ChatTemplate
@@ -369,6 +374,19 @@ class Characters(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens):
         return "".join(tokens).removeprefix(" ")
+
+
+def test_code_that_a_tokenizer_class_adds_to_its_backend_runs_for_every_piece():
+    class InLowerCase(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **kwargs):
+            lower = text.lower() if isinstance(text, str) else [each.lower() for each in text]
+            return super()._encode_plus(lower, *args, **kwargs)
+
+    plain = byte_level()
+    tokenizer = InLowerCase(tokenizer_object=plain.backend_tokenizer)
+    request = Request(("Q: Where?", "Q: WHO?"), suffix="\nA:")
+    lower = Request(("q: where?", "q: who?"), suffix="\na:")
+    assert RequestTokenizer(tokenizer)(request) == RequestTokenizer(plain)(lower)
 
 
 def test_a_tokenizer_written_in_python_puts_no_spaces_between_pieces_either():

@@ -218,7 +218,11 @@ class TextEncoder:
 
     @cached_property
     def _is_editable(self) -> bool:
-        return self._tokenizer.is_fast and is_editable(self._tokenizer.backend_tokenizer)
+        from flexmask.transformers_internals import encodes_by_backend
+
+        return encodes_by_backend(self._tokenizer) and is_editable(
+            self._tokenizer.backend_tokenizer
+        )
 
     def _ids_unedited(self, text: str, left: Left, is_plain: bool) -> tuple[int, ...]:
         """Encode with a tokenizer that has parts in Python, whose pipeline cannot be edited.

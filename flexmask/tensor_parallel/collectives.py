@@ -22,7 +22,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 """Named `all_gather_single` since torch 2.13."""
 
 MOST_SMALL_BYTES = 2**18
-"""Largest tensor that `SmallSums` sums; NCCL is faster above."""
+"""Largest tensor that `SmallSums` sums: those of decode steps. NCCL sums those of prefills."""
 
 GPUS_IN_ONE_ORDER = (2, 4, 8)
 """Numbers of GPUs over which torch's kernel sums in the same order on each (torch 2.11)."""
