@@ -106,26 +106,11 @@ def decode_attention_kernel(
     own_key = _rotated(k_row, cos_ptr, sin_ptr, angle, d, K_DIM, ROTATED)
     v_row = v_ptr + b * stride_vb + kv_head * stride_vh
     own_value = tl.load(v_row + e, mask=e < V_DIM, other=0.0)
-    for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        n = first + tl.arange(0, BLOCK_N)
-        is_key = n < stop
-        key_row = base + n
-        if HAS_TABLE:
-            key_row = base + tl.load(key_slots_ptr + b * capacity + n, mask=is_key, other=0)
-        is_k = is_key[:, None] & (d < K_DIM)[None, :]
-        keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
-        is_v = is_key[:, None] & (e < V_DIM)[None, :]
-        values = tl.load(v_cache_ptr + key_row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
-        products = tl.dot(q, tl.trans(keys), input_precision="ieee")
-        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
-        score = tl.where(is_key[None, :], score, float("-inf"))
-        new_biggest = tl.maximum(biggest, tl.max(score, 1))
-        weights = tl.exp2(score - new_biggest[:, None])
-        decay = tl.exp2(biggest - new_biggest)
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        biggest = new_biggest
+    biggest, total, acc = _over_keys(
+        biggest, total, acc, q, k_cache_ptr, v_cache_ptr, key_slots_ptr + b * capacity, base,
+        start, stop, is_head, biggest, scale, softcap, K_DIM, V_DIM, HAS_SOFTCAP, HAS_TABLE,
+        False, BLOCK_N, BLOCK_K, BLOCK_V, STAGES,
+    )  # fmt: skip
     if split == 0:
         tl.store(k_cache_ptr + (base + slot) * K_DIM + d, own_key, mask=d < K_DIM)
         tl.store(v_cache_ptr + (base + slot) * V_DIM + e, own_value, mask=e < V_DIM)
@@ -236,30 +221,79 @@ def shared_keys_kernel(
     biggest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
-    for first in tl.range(0, num_shared, BLOCK_N, num_stages=STAGES):
+    biggest, total, acc = _over_keys(
+        biggest, total, acc, q, k_cache_ptr, v_cache_ptr, key_slots_ptr + listed_in * capacity,
+        base, 0, num_shared, is_sharing, log2_copies, scale, softcap, K_DIM, V_DIM, HAS_SOFTCAP,
+        True, True, BLOCK_N, BLOCK_K, BLOCK_V, STAGES,
+    )  # fmt: skip
+    place = b * KV_HEADS * GROUP + head
+    tl.store(shared_max_ptr + place, biggest, mask=is_query)
+    tl.store(shared_sum_ptr + place, total, mask=is_query)
+    is_out = is_query[:, None] & (e < V_DIM)[None, :]
+    tl.store(shared_ptr + place[:, None] * V_DIM + e[None, :], acc, mask=is_out)
+
+
+@triton.jit
+def _over_keys(
+    biggest,
+    total,
+    acc,
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    key_slots_ptr,
+    base,
+    start,
+    stop,
+    is_sharing,
+    log2_copies,
+    scale,
+    softcap,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Go on with an online softmax over the keys from ``start`` to ``stop``.
+
+    With ``HAS_TABLE`` these are places in ``key_slots_ptr``, which names the slots. With
+    ``HAS_COPIES`` each key counts once for each copy, and for queries that are sharing only.
+    """
+    d = tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_V)
+    for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK_N)
-        is_key = n < num_shared
-        key_row = base + tl.load(key_slots_ptr + listed_in * capacity + n, mask=is_key, other=0)
+        is_key = n < stop
+        key_row = base + n
+        if HAS_TABLE:
+            key_row = base + tl.load(key_slots_ptr + n, mask=is_key, other=0)
         is_k = is_key[:, None] & (d < K_DIM)[None, :]
         keys = tl.load(k_cache_ptr + key_row[:, None] * K_DIM + d[None, :], mask=is_k, other=0.0)
         is_v = is_key[:, None] & (e < V_DIM)[None, :]
         values = tl.load(v_cache_ptr + key_row[:, None] * V_DIM + e[None, :], mask=is_v, other=0.0)
         products = tl.dot(q, tl.trans(keys), input_precision="ieee")
-        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP) + log2_copies[:, None]
-        score = tl.where(is_key[None, :] & is_sharing[:, None], score, float("-inf"))
+        score = _log2_scores(products, scale, softcap, HAS_SOFTCAP)
+        is_seen = is_key[None, :]
+        if HAS_COPIES:
+            score += log2_copies[:, None]
+            is_seen = is_seen & is_sharing[:, None]
+        score = tl.where(is_seen, score, float("-inf"))
         new_biggest = tl.maximum(biggest, tl.max(score, 1))
-        finite = tl.maximum(new_biggest, -1e30)  # rows without copies have no finite maximum
+        finite = new_biggest
+        if HAS_COPIES:  # rows without copies have no finite maximum
+            finite = tl.maximum(new_biggest, -1e30)
         weights = tl.exp2(score - finite[:, None])
         decay = tl.exp2(biggest - finite)
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
         biggest = new_biggest
-    place = b * KV_HEADS * GROUP + head
-    tl.store(shared_max_ptr + place, biggest, mask=is_query)
-    tl.store(shared_sum_ptr + place, total, mask=is_query)
-    is_out = is_query[:, None] & (e < V_DIM)[None, :]
-    tl.store(shared_ptr + place[:, None] * V_DIM + e[None, :], acc, mask=is_out)
+    return biggest, total, acc
 
 
 @triton.jit
