@@ -226,7 +226,7 @@ def parallel_transformers(shape: str, dtype: torch.dtype, ranks: int) -> PreTrai
 
 def run_way(arguments: argparse.Namespace) -> None:
     """Run the cases of one way in this process, and write each result as it is there."""
-    way, dtype = Way(arguments.way, arguments.ranks), DTYPES[arguments.device]
+    way, dtype = Way(arguments.way, arguments.ranks[-1]), DTYPES[arguments.device]
     cases = Case.all_of(arguments.decode, arguments.prefill)
     rank = int(os.environ.get("RANK", "0"))
     measure: Any
@@ -351,8 +351,62 @@ def table(results: Sequence[Mapping[str, Any]], shape: str, dtype: str, rates: R
     return lines
 
 
-def main() -> None:
+def all_ways(arguments: argparse.Namespace) -> list[Way]:
+    """Return the ways to run, flexmask's first."""
+    ways = [Way("flexmask", ranks) for ranks in arguments.ranks]
+    several = [ranks for ranks in arguments.ranks if ranks > 1]
+    return ways + [Way(peer, ranks) for ranks in several for peer in arguments.peers]
+
+
+def measure_all(arguments: argparse.Namespace, folder: Path) -> None:
     """Run every way in processes of its own; print a table, then a JSON line."""
+    results: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+
+    def run(way: Way) -> list[dict[str, Any]]:
+        own = folder / str(len(os.listdir(folder)))
+        own.mkdir()
+        count = 1 if way.name == RATES else len(arguments.decode + arguments.prefill)
+        found, failure = run_processes(way, own, arguments.limit_s, count)
+        if failure:
+            failures[str(way)] = failure
+        return found
+
+    if arguments.rates is None:
+        (measured,) = run(Way(RATES, 1))
+        rates = Rates(measured["bytes_per_s"], measured["flops_per_s"])
+    else:
+        rates = Rates(*arguments.rates)
+    print(f"{rates} each")
+    record = {
+        "shape": arguments.shape,
+        "rates_of_one": asdict(rates),
+        "results": results,
+        "failures": failures,
+        "environment": environment_stamp(),
+    }
+    for way in all_ways(arguments):
+        results += run(way)
+        if arguments.record is not None:
+            arguments.record.write_text(json.dumps(record) + "\n")
+        lines = table(results, arguments.shape, arguments.device, rates)
+        print(lines[-1] if results else f"{way}: no result", flush=True)
+    print("\n".join(["", *lines, *(f"{way}: {why}" for way, why in failures.items())]))
+    print(json.dumps(record))
+
+
+def main() -> None:
+    """Measure, or be one process of a way."""
+    arguments = parse()
+    if arguments.way is not None:
+        run_way(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        measure_all(arguments, Path(folder))
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="32b")
     parser.add_argument("--device", choices=tuple(DTYPES), default="cuda")
@@ -368,50 +422,7 @@ def main() -> None:
     )
     parser.add_argument("--way", help="run this way in this process")
     parser.add_argument("--outcomes", type=Path, help="the file that it writes")
-    arguments = parser.parse_args()
-    if arguments.way is not None:
-        arguments.ranks = arguments.ranks[-1]
-        run_way(arguments)
-        return
-
-    ways = [Way("flexmask", ranks) for ranks in arguments.ranks]
-    ways += [
-        Way(peer, ranks) for ranks in arguments.ranks if ranks > 1 for peer in arguments.peers
-    ]
-    results: list[dict[str, Any]] = []
-    failures: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(way: Way) -> list[dict[str, Any]]:
-            own = Path(folder, str(len(os.listdir(folder))))
-            own.mkdir()
-            count = 1 if way.name == RATES else len(arguments.decode + arguments.prefill)
-            found, failure = run_processes(way, own, arguments.limit_s, count)
-            if failure:
-                failures[str(way)] = failure
-            return found
-
-        if arguments.rates is None:
-            (measured,) = run(Way(RATES, 1))
-            rates = Rates(measured["bytes_per_s"], measured["flops_per_s"])
-        else:
-            rates = Rates(*arguments.rates)
-        print(f"{rates} each")
-        for way in ways:
-            results += run(way)
-            record = {
-                "shape": arguments.shape,
-                "rates_of_one": asdict(rates),
-                "results": results,
-                "failures": failures,
-                "environment": environment_stamp(),
-            }
-            if arguments.record is not None:
-                arguments.record.write_text(json.dumps(record) + "\n")
-            lines = table(results, arguments.shape, arguments.device, rates)
-            print(lines[-1] if results else f"{way}: no result", flush=True)
-    print("\n".join(["", *lines, *(f"{way}: {why}" for way, why in failures.items())]))
-    print(json.dumps(record))
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
