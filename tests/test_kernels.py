@@ -131,7 +131,9 @@ def test_shares_of_the_keys_are_a_power_of_two_and_not_too_small():
 
 @pytest.mark.parametrize("limit", [200_000, 143_000, 86_000, 42_000])
 @pytest.mark.parametrize("item_bytes", [2, 4])
-@pytest.mark.parametrize("chosen", [dense_blocks, float8_blocks])
+@pytest.mark.parametrize(
+    "chosen", [dense_blocks, lambda rows, *shape: float8_blocks(*shape)], ids=["dense", "float8"]
+)
 @pytest.mark.parametrize("rows", [2, 8, 64])
 def test_tiles_fit_into_the_shared_memory_of_smaller_gpus(rows, chosen, item_bytes, limit):
     for width, outputs, is_gated in ((3072, 5120, False), (3072, 8192, True), (8192, 3072, False)):

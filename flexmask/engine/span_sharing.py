@@ -46,7 +46,7 @@ class PromptSpans:
     stored: frozenset[int] = frozenset()
 
     @cached_property
-    def keys(self) -> tuple[tuple[bytes, int], ...]:
+    def placed_identities(self) -> tuple[tuple[bytes, int], ...]:
         """Identity and first position of each span; equal ones have equal keys and values."""
         return tuple(zip(self.identities, map(self.first_position, self.spans), strict=True))
 
@@ -226,7 +226,7 @@ def _equal_spans(
         for index, span in enumerate(() if number in left_out else prompt.spans):
             if tokens[number][span.stop - 1] == COPIED:
                 continue
-            key = prompt.keys[index]
+            key = prompt.placed_identities[index]
             if key in first:
                 donor, donor_index = first[key]
                 start = prompts[donor].spans[donor_index].start
@@ -255,7 +255,7 @@ def _common_beginnings(
         first = span.start + int(np.argmax(tokens[number][span.start : span.stop] != COPIED))
         if span.stop - first < MIN_PREFIX_TOKENS:
             continue
-        ancestors = tuple(prompt.keys[ancestor] for ancestor in span.ancestors)
+        ancestors = tuple(prompt.placed_identities[ancestor] for ancestor in span.ancestors)
         copied = prompt.layout.token_ids[span.start : first]
         members = groups.setdefault((ancestors, prompt.first_position(span), copied), [])
         members.append((prompt.layout.token_ids[first : span.stop], number, first))

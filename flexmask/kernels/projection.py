@@ -150,13 +150,13 @@ def _fast_project(
         return out
     from flexmask.kernels.projection_kernel import projection_kernel
 
-    shape = (rows, width, sum(outputs), activation != "")
+    shape = (width, sum(outputs), activation != "")
     if has_digits:
-        blocks = digit_blocks(*shape)
+        blocks = digit_blocks(rows, *shape)
     elif scales:
         blocks = float8_blocks(*shape, has_norm)
     else:
-        blocks = dense_blocks(*shape, has_norm)
+        blocks = dense_blocks(rows, *shape, has_norm)
     fit_tiles(blocks, activation != "", inputs[0].element_size(), tile_bytes(x.device))
     splits = blocks["SPLITS"] = _none_empty(blocks["SPLITS"], -(-width // blocks["BLOCK_K"]))
     num_blocks = _num_blocks(outputs, blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexmask.kernels.projection_outputs import finished, weight_of
+from flexmask.kernels.projection_outputs import finished, load_weights, weight_of
 
 
 @triton.jit
@@ -56,22 +56,9 @@ def projection_kernel(
     """
     GATED: tl.constexpr = ACTIVATION != ""
     w_ptr, b_ptr, s_ptr, N, before, start = weight_of(
-        tl.program_id(0),
-        w0_ptr,
-        w1_ptr,
-        w2_ptr,
-        b0_ptr,
-        b1_ptr,
-        b2_ptr,
-        s0_ptr,
-        s1_ptr,
-        s2_ptr,
-        N0,
-        N1,
-        N2,
-        BLOCK_N,
-        GATED,
-    )
+        tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, s0_ptr, s1_ptr, s2_ptr,
+        N0, N1, N2, BLOCK_N, GATED,
+    )  # fmt: skip
     n = start + tl.arange(0, BLOCK_N)
     is_output = n < N
     m = tl.arange(0, BLOCK_M)
@@ -87,10 +74,10 @@ def projection_kernel(
     row = tl.where(is_output, n, 0).to(tl.int64)[:, None] * K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    w = _weights(w_ptr + row, k, K, BLOCK_K)
+    w = load_weights(w_ptr + row, k[None, :], K, BLOCK_K)
     w_up = w
     if GATED:
-        w_up = _weights(w1_ptr + row, k, K, BLOCK_K)
+        w_up = load_weights(w1_ptr + row, k[None, :], K, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     WEIGHTS_SECOND: tl.constexpr = HAS_SCALE and not HAS_DIGITS
@@ -108,9 +95,11 @@ def projection_kernel(
     for offset in tl.range(first + BLOCK_K, stop, BLOCK_K, num_stages=STAGES):
         k = offset + tl.arange(0, BLOCK_K)
         x, squares = _inputs(x_ptr, norm_ptr, squares, column, is_column, k, K, HAS_NORM)
-        acc = _multiplied(acc, _weights(w_ptr + row, k, K, BLOCK_K), x, WEIGHTS_SECOND)
+        acc = _multiplied(
+            acc, load_weights(w_ptr + row, k[None, :], K, BLOCK_K), x, WEIGHTS_SECOND
+        )
         if GATED:
-            w_up = _weights(w1_ptr + row, k, K, BLOCK_K)
+            w_up = load_weights(w1_ptr + row, k[None, :], K, BLOCK_K)
             acc_up = _multiplied(acc_up, w_up, x, WEIGHTS_SECOND)
     if WEIGHTS_SECOND:
         acc = tl.trans(acc)
@@ -150,34 +139,11 @@ def projection_kernel(
             if GATED:
                 acc_up *= rms
         result = finished(
-            acc,
-            acc_up,
-            b_ptr,
-            b1_ptr,
-            s_ptr,
-            s1_ptr,
-            residual_ptr,
-            n[:, None],
-            is_output[:, None],
-            out,
-            is_out,
-            out_ptr.dtype.element_ty,
-            HAS_BIAS,
-            HAS_SCALE,
-            HAS_RESIDUAL,
-            ACTIVATION,
-        )
+            acc, acc_up, b_ptr, b1_ptr, s_ptr, s1_ptr, residual_ptr, n[:, None],
+            is_output[:, None], out, is_out, out_ptr.dtype.element_ty, HAS_BIAS, HAS_SCALE,
+            HAS_RESIDUAL, ACTIVATION,
+        )  # fmt: skip
         tl.store(out_ptr + out, result, mask=is_out)
-
-
-@triton.jit
-def _weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load one tile of weights; it is read once, so the cache may evict it first."""
-    if K % BLOCK_K == 0:
-        tile = tl.load(row_ptr + k[None, :], eviction_policy="evict_first")
-    else:
-        tile = tl.load(row_ptr + k[None, :], mask=(k < K)[None, :], other=0.0)
-    return tile
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Parts of both Triton kernels of `flexmask::project`: the weight to read, and the last steps."""
+"""Parts of both Triton kernels of `flexmask::project`: reading a weight, and the last steps."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ def weight_of(
             before = N0
             block -= blocks0
     return w_ptr, b_ptr, s_ptr, N, before, block * BLOCK_N
+
+
+@triton.jit
+def load_weights(row_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load columns ``k`` of rows of weights; they are read once, so the cache may evict them."""
+    if K % BLOCK_K == 0:
+        tile = tl.load(row_ptr + k, eviction_policy="evict_first")
+    else:
+        tile = tl.load(row_ptr + k, mask=k < K, other=0.0)
+    return tile
 
 
 @triton.jit

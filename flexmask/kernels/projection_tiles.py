@@ -56,10 +56,8 @@ def dense_blocks(
     return _blocks(block_m, 64, _dividing_block(width, 128), splits, 3 if is_gated else 4, 4)
 
 
-def float8_blocks(
-    rows: int, width: int, num_outputs: int, is_gated: bool, has_norm: bool
-) -> dict[str, Any]:
-    """Choose tiles for weights of float8."""
+def float8_blocks(width: int, num_outputs: int, is_gated: bool, has_norm: bool) -> dict[str, Any]:
+    """Choose tiles for weights of float8, the same for any number of rows."""
     block_k = _dividing_block(width, 128)
     if is_gated or has_norm:
         return _blocks(64, 64, block_k, 1, 4, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexmask.kernels.projection_outputs import finished, weight_of
+from flexmask.kernels.projection_outputs import finished, load_weights, weight_of
 
 
 @triton.jit
@@ -50,22 +50,9 @@ def row_projection_kernel(
     GATED: tl.constexpr = ACTIVATION != ""
     TILES: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     w_ptr, b_ptr, s_ptr, N, before, first = weight_of(
-        tl.program_id(0),
-        w0_ptr,
-        w1_ptr,
-        w2_ptr,
-        b0_ptr,
-        b1_ptr,
-        b2_ptr,
-        s0_ptr,
-        s1_ptr,
-        s2_ptr,
-        N0,
-        N1,
-        N2,
-        BLOCK_N,
-        GATED,
-    )
+        tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, s0_ptr, s1_ptr, s2_ptr,
+        N0, N1, N2, BLOCK_N, GATED,
+    )  # fmt: skip
     k = tl.arange(0, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -105,23 +92,10 @@ def row_projection_kernel(
         if GATED:
             up = tl.sum(sums[BLOCK_N + i], 0) * rms
         result = finished(
-            tl.sum(sums[i], 0) * rms,
-            up,
-            b_ptr,
-            b1_ptr,
-            s_ptr,
-            s1_ptr,
-            residual_ptr,
-            n,
-            n < N,
-            before + n,
-            n < N,
-            out_ptr.dtype.element_ty,
-            HAS_BIAS,
-            HAS_SCALE,
-            HAS_RESIDUAL,
+            tl.sum(sums[i], 0) * rms, up, b_ptr, b1_ptr, s_ptr, s1_ptr, residual_ptr, n, n < N,
+            before + n, n < N, out_ptr.dtype.element_ty, HAS_BIAS, HAS_SCALE, HAS_RESIDUAL,
             ACTIVATION,
-        )
+        )  # fmt: skip
         tl.store(out_ptr + before + n, result, mask=n < N)
 
 
@@ -148,10 +122,5 @@ def _tiles(
     for i in tl.static_range(2 * BLOCK_N if GATED else BLOCK_N):
         ptr = w_ptr if i < BLOCK_N else w1_ptr
         row = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
-        # Weights are read once, so the cache may evict them first.
-        if K % BLOCK_K == 0:
-            tile = tl.load(ptr + row * K + columns, eviction_policy="evict_first")
-        else:
-            tile = tl.load(ptr + row * K + columns, mask=columns < K, other=0.0)
-        tiles += (tile,)  # type: ignore[assignment]
+        tiles += (load_weights(ptr + row * K, columns, K, BLOCK_K),)  # type: ignore[assignment]
     return tiles
