@@ -26,7 +26,7 @@ COMMANDS = [
 ]
 
 PROGRAMS = dict(re.findall(r"```console\n\$ python (\S+)\n(.*?)```", PAGE, re.DOTALL))
-"""What each program of the page prints."""
+"""The output of each program of the page."""
 
 
 @pytest.fixture(autouse=True)
